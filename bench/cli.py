@@ -1,0 +1,301 @@
+"""The commands: parse into specs, call, print. What is heavy is imported inside the command that needs it."""
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bench.registry import UnusableInput
+
+if TYPE_CHECKING:
+    from bench.store import Result
+
+DONE, FAILED, UNUSABLE = 0, 1, 2
+
+app = typer.Typer(
+    name="bench",
+    help="Tells whether a Mixture-of-Experts image classifier is really robust.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DatasetOption = Annotated[str, typer.Option("--dataset", help="digits, cifar10, tinyimagenet or imagefolder:PATH")]
+SettingsOption = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="a parameter; may be repeated")]
+SeedOption = Annotated[int, typer.Option("--seed")]
+NormOption = Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; the data set's own if not given")]
+EpsOption = Annotated[str | None, typer.Option("--eps", help="radius in pixels of [0, 1], such as 8/255")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:0 …")]
+DataRootOption = Annotated[Path, typer.Option("--data-root", envvar="BENCH_DATA_ROOT", help="folder of the data sets")]
+CheckpointsOption = Annotated[Path, typer.Option("--checkpoints", help="folder of trained models")]
+ResultsOption = Annotated[Path, typer.Option("--results", help="folder of results")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON list, and nothing else, on standard output")]
+
+
+class Listing(StrEnum):
+    """What `bench list` lists."""
+
+    variants = "variants"
+    suites = "suites"
+    datasets = "datasets"
+    objectives = "objectives"
+    recipes = "recipes"
+
+
+class BoardFormat(StrEnum):
+    """What `bench leaderboard` writes."""
+
+    csv = "csv"
+
+
+def say(message: str) -> None:
+    """One line for a person, on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def split(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Repeated options, each of which may hold several values separated by commas; each value once."""
+    parts = (part.strip() for value in values or () for part in value.split(","))
+    return tuple(dict.fromkeys(part for part in parts if part))
+
+
+@app.command("list")
+def list_(what: Listing, as_json: JsonOption = False) -> None:
+    """List what there is, by name."""
+    with redirect_stdout(sys.stderr):
+        names = _names(what)
+    print(json.dumps(names) if as_json else "\n".join(names))
+
+
+def _names(what: Listing) -> list[str]:
+    if what is Listing.variants:
+        from models.variants import VARIANTS
+
+        return list(VARIANTS)
+    if what is Listing.suites:
+        from bench.suites.base import SUITES
+        from bench.suites.torchattacks import NAMES
+
+        return [name for name in SUITES if name != "torchattacks"] + [f"torchattacks:{name}" for name in NAMES]
+    if what is Listing.datasets:
+        from bench.datasets.base import DATASETS
+
+        return [f"{name}:{kind.argument}" if kind.argument else name for name, kind in DATASETS.items()]
+    if what is Listing.objectives:
+        from bench.objectives.base import OBJECTIVES
+
+        return list(OBJECTIVES)
+    from bench.recipes import recipes
+
+    return recipes()
+
+
+@app.command()
+def train(
+    variant: Annotated[str, typer.Argument(help="such as moe-rt_er; `bench list variants` shows all")],
+    dataset: DatasetOption = "digits",
+    recipe: Annotated[str | None, typer.Option("--recipe", help="a preset; the data set's own if not given")] = None,
+    settings: SettingsOption = None,
+    seed: SeedOption = 0,
+    norm: NormOption = None,
+    eps: EpsOption = None,
+    data_root: DataRootOption = Path("data"),
+    checkpoints: CheckpointsOption = Path("checkpoints"),
+    device: DeviceOption = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a training that was stopped")] = False,
+) -> None:
+    """Train a variant; its checkpoint goes to CHECKPOINTS/<dataset>/<norm>/."""
+    with redirect_stdout(sys.stderr):
+        from bench.datasets.base import open_dataset
+        from bench.plan import threat_model
+        from bench.progress import TrainingProgress
+        from bench.recipes import train_spec
+        from bench.spec import parse_settings
+        from bench.training import train as run_training
+        from models.checkpoints import read_header
+
+        data = open_dataset(dataset)
+        spec = train_spec(variant, data, threat_model(data, norm, eps), recipe, parse_settings(settings or ()), seed)
+        with TrainingProgress(spec) as progress:
+            path = run_training(spec, data_root, checkpoints, device, resume, progress.on_step, progress.on_epoch)
+        header = read_header(path)
+    held_out = header.validation
+    if held_out:
+        scores = f"SA {held_out['sa']:.2%}, RA {held_out['ra']:.2%} on {held_out['images']:.0f} held-out images"
+        print(f"{path}: {scores} (epoch {held_out['epoch']:.0f} of {header.epochs})")
+    else:
+        print(f"{path}: put together from {' and '.join(part['file'] for part in header.parts.values())}")
+
+
+@app.command()
+def run(
+    suite: Annotated[list[str] | None, typer.Option("--suite", help="clean,pgd,autoattack if not given")] = None,
+    dataset: DatasetOption = "digits",
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="a variant, a .safetensors file, robustbench:NAME or package.module:callable"),
+    ] = None,
+    alpha: Annotated[list[str] | None, typer.Option("--alpha", help="a dual's α; several make a sweep")] = None,
+    n_examples: Annotated[
+        int | None, typer.Option("--n-examples", help="the first N test images; all if not given")
+    ] = None,
+    norm: NormOption = None,
+    eps: EpsOption = None,
+    seed: SeedOption = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="images of an attack block")] = 128,
+    settings: SettingsOption = None,
+    device: DeviceOption = "auto",
+    data_root: DataRootOption = Path("data"),
+    checkpoints: CheckpointsOption = Path("checkpoints"),
+    results: ResultsOption = Path("results"),
+    as_json: JsonOption = False,
+) -> None:
+    """Attack models and store the verdicts; a run that is already finished is reported, not repeated."""
+    with redirect_stdout(sys.stderr):
+        from bench.environment import torch_device
+        from bench.evaluate import evaluate
+        from bench.plan import RunRequest, plan
+        from bench.progress import RunProgress
+        from bench.spec import parse_number, parse_settings
+        from bench.store import ensure_writable
+        from models.checkpoints import ZOO
+
+        request = RunRequest(
+            suites=split(suite) or ("clean", "pgd", "autoattack"),
+            dataset=dataset,
+            models=split(model),
+            alphas=tuple(parse_number(value, "--alpha") for value in split(alpha)),
+            norm=norm,
+            eps=eps,
+            n_examples=n_examples,
+            seed=seed,
+            batch_size=batch_size,
+            settings=parse_settings(settings or ()),
+        )
+        where = torch_device(device)
+        ensure_writable(results)
+        todo = plan(request, data_root, [checkpoints, ZOO])
+        if todo.data.note:
+            say(f"{dataset}: {todo.data.note}")
+        done = []
+        with RunProgress(len(todo.jobs)) as progress:
+            for job in todo.jobs:
+                progress.start(job.spec)
+                done.append(evaluate(
+                    job.spec, job.subject, job.suite, todo.data, todo.num_classes, results, where, progress.on_block
+                ))  # fmt: skip
+                progress.finish(done[-1])
+    if as_json:
+        print(json.dumps([result.model_dump(mode="json") for result in done], indent=1))
+    else:
+        print(_table(done))
+    failed = [result for result in done if result.errors]
+    for result in failed:
+        reasons = "; ".join(result.error_messages)
+        say(f"error: {result.spec.suite} on {result.spec.model}: {result.errors} rows are errors ({reasons})")
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _table(results: "Sequence[Result]") -> str:
+    from tabulate import tabulate
+
+    rows = []
+    for result in results:
+        spec, robust = result.spec, result.robust_accuracy
+        rows.append({
+            "model": spec.model,
+            "α": "" if spec.alpha is None else f"{spec.alpha:g}",
+            "suite": spec.suite,
+            "threat": str(spec.threat_model),
+            "n": spec.n_examples,
+            "SA %": f"{result.clean_accuracy.value:.2%}".rstrip("%"),
+            "RA % [95 %]": f"{100 * robust.value:.2f} [{100 * robust.low:.1f}, {100 * robust.high:.1f}]",
+            "flags": "; ".join(result.flags),
+        })  # fmt: skip
+    return tabulate(rows, headers="keys", disable_numparse=True)
+
+
+@app.command()
+def leaderboard(
+    results: ResultsOption = Path("results"),
+    out: Annotated[Path, typer.Option("--out", help="folder of the boards")] = Path("leaderboards"),
+    board_format: Annotated[
+        BoardFormat, typer.Option("--format", help="csv writes a markdown beside it")
+    ] = BoardFormat.csv,
+) -> None:
+    """Write a CSV and a markdown board per data set and threat, and print the markdown."""
+    from bench.leaderboard import write_boards
+
+    for path in write_boards(results, out):
+        say(f"{path}")
+        if path.suffix == ".md":
+            print(path.read_text())
+
+
+@app.command()
+def check(
+    baseline: Annotated[Path, typer.Option("--baseline", help="folder of the results to hold up to")],
+    results: ResultsOption = Path("results"),
+    max_drop: Annotated[float, typer.Option("--max-drop", help="tolerated drop, as a fraction")] = 0.01,
+    alpha: Annotated[float, typer.Option("--alpha", help="significance level")] = 0.05,
+) -> None:
+    """Compare results with a baseline, example by example; exit status 1 on a regression."""
+    from bench.check import check as compare
+    from bench.check import render
+
+    report = compare(baseline, results, max_drop, alpha)
+    print(render(report))
+    if report.regressed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def doctor(data_root: DataRootOption = Path("data"), checkpoints: CheckpointsOption = Path("checkpoints")) -> None:
+    """Print versions, devices, whether the suites import, and which data and models are found."""
+    with redirect_stdout(sys.stderr):
+        from bench.doctor import examine
+        from models.checkpoints import ZOO
+
+        findings = list(examine(data_root, [checkpoints, ZOO]))
+    width = max(len(what) for what, _, _ in findings)
+    for what, found, fine in findings:
+        print(f"{what:<{width}}  {found}{'' if fine else '  ← missing'}")
+    if not all(fine for *_, fine in findings):
+        raise typer.Exit(FAILED)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 a regression or a failure, 2 unusable input, told in one line."""
+    from typer.exceptions import TyperException
+
+    # Libraries announce their own future here; nothing in it that a user of bench could mend.
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category)
+    sys.exit(_dispatch(app, arguments, TyperException))
+
+
+def _dispatch(application: typer.Typer, arguments: Sequence[str] | None, parser_error: type[Exception]) -> Any:
+    try:
+        return application(arguments, standalone_mode=False) or DONE
+    except UnusableInput as error:
+        say(f"error: {error}")
+        return UNUSABLE
+    except parser_error as error:
+        say(f"error: {error.format_message()} See `bench --help`.")  # type: ignore[attr-defined]
+        return UNUSABLE
+    except (typer.Abort, KeyboardInterrupt):
+        say("stopped; the same command goes on where it was")
+        return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingFailed":  # importing its class would import torch
+            raise
+        say(f"error: {error}")
+        return FAILED

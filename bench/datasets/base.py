@@ -1,0 +1,123 @@
+"""What a data set is to the harness.
+
+Axes: N = images, C = channels, H, W = height and width. Pixels are in [0, 1] once they are floats.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bench.registry import Registry, UnusableInput
+from bench.spec import ThreatModel
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split, or its beginning, as stored: integer pixels and labels.
+
+    x: (N, C, H, W) uint8, white = `white`; y: (N,) int64; `available` images of the split lie at the data root, of the
+    `published` ones that the full archive has (0 where nobody publishes a count).
+    """
+
+    x: Tensor
+    y: Tensor
+    white: int
+    available: int
+    published: int
+
+    def floats(self, indices: Tensor | slice = slice(None)) -> Tensor:
+        """The chosen images as float32 in [0, 1], (n, C, H, W)."""
+        return self.x[indices].float().div_(self.white)
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """What a model is scored on: x (N, C, H, W) float32 in [0, 1], y (N,), idx (N,) positions in the archive's order.
+
+    `fingerprint` is a SHA-256 over shape, pixels and labels: two sets with one fingerprint are the same images.
+    `note` says in words what is unusual about the set (a partial copy), or is empty.
+    """
+
+    x: Tensor
+    y: Tensor
+    idx: Tensor
+    fingerprint: str
+    note: str
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+def fingerprint(x: Tensor, y: Tensor) -> str:
+    """SHA-256 (hex) over the shape, the float32 pixels and the int64 labels."""
+    sha = hashlib.sha256(repr(tuple(x.shape)).encode())
+    sha.update(x.float().contiguous().cpu().numpy().tobytes())
+    sha.update(y.long().contiguous().cpu().numpy().tobytes())
+    return sha.hexdigest()
+
+
+class Dataset(ABC):
+    """A data set: its constants, and how its images are read. Subclasses register with `DATASETS`.
+
+    mean, std: per channel, in pixels of [0, 1], for the normalisation inside the models. `threat_model` is what it is
+    attacked with, and `recipe` what it is trained by, unless the user says otherwise. `argument` is what has to stand
+    behind the name and a colon, and is given to the constructor; most take none.
+    """
+
+    name: str
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    threat_model: ThreatModel
+    recipe: str
+    needs_root: ClassVar[bool] = True
+    argument: ClassVar[str] = ""
+
+    @abstractmethod
+    def read(self, split: Split, root: Path, limit: int | None = None) -> Images:
+        """The split's first `limit` images in the archive's order (all: None).
+
+        UnusableInput where the data are missing or damaged, naming the folder or file and the next step.
+        """
+
+    def evaluation_set(self, root: Path, n_examples: int | None) -> EvalSet:
+        """The first `n_examples` test images (all: None); UnusableInput if there are fewer, with their number."""
+        if n_examples is not None and n_examples <= 0:
+            raise UnusableInput(f"--n-examples {n_examples} must be at least 1")
+        images = self.read("test", root, n_examples)
+        if n_examples is not None and n_examples > len(images.y):
+            raise UnusableInput(
+                f"--n-examples {n_examples} is more than the {len(images.y)} test images of {self.name}"
+            )
+        partial = 0 < images.available < images.published
+        note = f"partial copy: {images.available:,} of {images.published:,} test images" if partial else ""
+        x = images.floats()
+        return EvalSet(x, images.y, torch.arange(len(images.y)), fingerprint(x, images.y), note)
+
+
+DATASETS: Registry[type[Dataset]] = Registry("data set", "bench.datasets")
+
+
+def open_dataset(name: str) -> Dataset:
+    """The data set called `name`; what stands behind a colon (`imagefolder:PATH`) is its argument.
+
+    UnusableInput for an unknown name, an argument that is missing, or one that is not taken.
+    """
+    kind, colon, argument = name.partition(":")
+    cls: Callable[..., Dataset] = DATASETS[kind]
+    if wanted := DATASETS[kind].argument:
+        if not argument:
+            raise UnusableInput(f"data set '{name}' has no {wanted}: write it as {kind}:{wanted}")
+        return cls(argument)
+    if colon:
+        raise UnusableInput(f"data set '{kind}' takes no argument: '{name}' is written '{kind}'")
+    return cls()

@@ -1,0 +1,64 @@
+"""Where a number was measured: versions, device, commit."""
+
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from bench.registry import UnusableInput
+
+PACKAGES = ("torch", "torchvision", "timm", "torchattacks", "pyautoattack", "robustbench", "numpy", "lightning-fabric")
+
+
+@cache
+def git_hash() -> str | None:
+    """The commit of the code that runs, with `-dirty` where files differ from it; None outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        # Results and boards are what the code writes, so they do not make it another code.
+        changed = git("status", "--porcelain", "--", ".", "../models", "../pyproject.toml")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides a verdict; 'missing' where it is not installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def environment(device: str, threads: int) -> dict[str, str]:
+    """Versions, machine, device and the threads of a process, all as text."""
+    machine = f"{platform.system()} {platform.machine()}"
+    return {**versions(), "machine": machine, "device": device, "threads": str(threads)}
+
+
+def torch_device(device: str) -> str:
+    """`auto`, `cpu`, `cuda` or `cuda:i` as torch's name of a device; UnusableInput for what is not there."""
+    import torch  # here, since boards and checks must not import it
+
+    kind, _, index = device.partition(":")
+    if kind == "auto" and not index:
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu" and not index:
+        return "cpu"
+    if kind != "cuda" or not (index or "0").isdigit():
+        raise UnusableInput(f"unknown device '{device}': there are auto, cpu, cuda, cuda:0 …")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise UnusableInput(
+            f"device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices, take cpu"
+        )
+    return f"cuda:{index or 0}"

@@ -1,0 +1,245 @@
+"""RunSpec → verdicts, attack block by attack block; a finished block is never computed again.
+
+Axes: n = examples of the run, B = examples of a block.
+"""
+
+import hashlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from bench.datasets.base import EvalSet
+from bench.environment import environment, git_hash
+from bench.inner import attacking
+from bench.metrics import robust_by_example
+from bench.registry import UnusableInput
+from bench.spec import ModelInfo, RunSpec
+from bench.store import VERDICT_COLUMNS, Result, RunFolder, run_folder
+from bench.subjects import Subject
+from bench.suites.base import Attempt, Block, PassCounter, Suite
+from bench.verdicts import Judgement, Prediction, judge, predict
+
+#: Called after each block with (blocks done, blocks in all, examples still standing in the finished ones).
+OnBlock = Callable[[int, int, int], None]
+
+
+def block_seed(seed: int, block: int) -> int:
+    """A block's own seed. Block 0 has the run's, so a run of one block is what the suite gives for that seed."""
+    return seed + 1_000_003 * block
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch, numpy and random seeded inside, and where they were, after."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # attacks use the global state
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TensorFloat32, and the same convolution every time: a GPU must not round where a CPU does not."""
+    cudnn = torch.backends.cudnn
+    before = (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+    try:
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, True, False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before[1:]
+
+
+def input_hash(x: Tensor) -> str:
+    """16 hex digits of a SHA-256 over one image's float32 pixels."""
+    return hashlib.sha256(x.float().contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def evaluate(
+    spec: RunSpec,
+    subject: Subject,
+    suite: Suite,
+    data: EvalSet,
+    num_classes: int,
+    results: Path,
+    device: str = "cpu",
+    on_block: OnBlock = lambda *_: None,
+) -> Result:
+    """Score the subject by the spec's suite and store it; a run that is already finished is only read.
+
+    Raises:
+        UnusableInput: the model cannot take the data's images, gives another number of classes, or logits that are not
+            finite on the first clean block; the results folder cannot be written.
+    """
+    key = spec.run_key(subject.info.checkpoint_sha256, data.fingerprint)
+    folder = RunFolder(run_folder(results, spec, key))
+    finished = folder.finished()
+    if finished is not None:
+        return finished
+    model = subject.model.to(device).float()
+    if spec.alpha is not None:
+        setattr(model, "alpha", spec.alpha)  # noqa: B010  # nn.Module's attributes have no type of their own
+    examiner = _Examiner(spec, model, subject.info, suite, num_classes)
+    starts = range(0, len(data), spec.batch_size)
+    done = folder.blocks()
+    standing = 0
+    for number, start in enumerate(starts):
+        if number not in done:
+            chosen = slice(start, start + spec.batch_size)
+            x, y = data.x[chosen].to(device), data.y[chosen].to(device)
+            with attacking(model), full_float32(), seeded(block_seed(spec.seed, number)):
+                rows, side = examiner.run(number, x, y, data.idx[chosen])
+            folder.write_block(number, rows, side)
+            standing += int(robust_by_example(rows).sum())
+        on_block(number + 1, len(starts), standing)
+    return _finish(folder, spec, subject, data, device)
+
+
+class _Examiner:
+    """Turns blocks into verdict rows."""
+
+    def __init__(self, spec: RunSpec, model: nn.Module, info: ModelInfo, suite: Suite, num_classes: int) -> None:
+        self.spec, self.model, self.info, self.suite, self.num_classes = spec, model, info, suite, num_classes
+
+    def run(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """The rows of one block, and what else is to be known of it: flags, errors, passes, seconds, threads."""
+        started = time.perf_counter()
+        if number == 0:
+            _first_look(self.model, x, self.num_classes, self.info.name)
+        clean = predict(self.model, x, self.info.routing_visible)
+        if number == 0 and not clean.finite.all():
+            bad = f"{int((~clean.finite).sum())} of the first {len(x)} clean images"
+            raise UnusableInput(f"'{self.info.name}' gives logits that are not finite for {bad}: train it again")
+        correct = clean.finite & (clean.classes == y.cpu())
+        shared = {
+            "idx": idx.numpy(),
+            "input_hash": [input_hash(image) for image in x],
+            "label": y.cpu().numpy(),
+            "clean_pred": clean.classes.numpy(),
+            "clean_correct": correct.numpy(),
+            "clean_expert": clean.expert.numpy(),
+        }
+        zero = torch.zeros(len(x), dtype=torch.double)
+        nothing = Judgement(clean, zero, zero, ~clean.finite, ~correct, torch.zeros_like(correct))
+        frames = [_frame(shared, torch.arange(len(x)), "clean", "F", nothing)]
+        errors: list[str] = []
+        passes: dict[str, dict[str, int]] = {}
+        standing = correct.clone()
+        with PassCounter(self.model) as counter:
+            threat, seed = self.spec.threat_model, block_seed(self.spec.seed, number)
+            block = Block(self.model, x, y, correct.to(x.device), self.num_classes, threat, seed, counter)
+            try:
+                for attempt in self.suite.attack(block) if correct.any() else ():
+                    verdict = self._judge(attempt, block)
+                    counter.lap()  # the re-check's own passes are not the attack's
+                    rows = attempt.rows.cpu()
+                    standing[rows] &= ~verdict.broken & ~verdict.error
+                    frames.append(_frame(shared, rows, attempt.attack, attempt.target, verdict))
+                    passes[attempt.attack] = {"forwards": attempt.forwards, "backwards": attempt.backwards}
+                    if verdict.error.any():
+                        count = int(verdict.error.sum())
+                        errors.append(f"{attempt.attack}: {count} answers are outside the ball or not finite")
+            except UnusableInput:
+                raise
+            except Exception as error:  # whatever an attack raises: what it left standing is unknown, never robust
+                errors.append(f"{self.spec.suite}: {type(error).__name__}: {error}")
+                rows = standing.nonzero()[:, 0]
+                frames.append(_frame(shared, rows, self.spec.suite, "F", _unknown(len(rows))))
+        side = {
+            "flags": sorted(set(block.flags)),
+            "errors": errors,
+            "attacks": block.attacks,
+            "passes": passes,
+            "seconds": time.perf_counter() - started,
+            "threads": torch.get_num_threads(),
+        }
+        return pd.concat(frames, ignore_index=True).astype(VERDICT_COLUMNS), side
+
+    def _judge(self, attempt: Attempt, block: Block) -> Judgement:
+        x, y = block.x[attempt.rows], block.y[attempt.rows]
+        visible = self.info.routing_visible
+        verdict = judge(
+            self.model, x, y, attempt.x_adv, block.threat_model, attempt.bounded, attempt.claimed, visible
+        )  # fmt: skip
+        if verdict.unconfirmed.any():
+            block.flags.append(f"{attempt.attack}: successes that the re-check does not confirm")
+        return verdict
+
+
+def _unknown(count: int) -> Judgement:
+    """The judgement of examples on which an attack failed."""
+    far, yes = torch.full((count,), float("nan"), dtype=torch.double), torch.ones(count, dtype=torch.bool)
+    nobody = torch.full((count,), -1)
+    return Judgement(Prediction(nobody, yes, nobody), far, far, yes, ~yes, ~yes)
+
+
+def _first_look(model: nn.Module, x: Tensor, num_classes: int, name: str) -> None:
+    """UnusableInput for a model that cannot be scored at all, found out on the first clean block."""
+    shape = "×".join(map(str, x.shape[1:]))
+    try:
+        logits = model(x)
+    except Exception as error:  # a user's model may fail in any way
+        reason = str(error).partition("\n")[0]
+        raise UnusableInput(f"'{name}' cannot take {shape} images: {type(error).__name__}: {reason}") from None
+    if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise UnusableInput(
+            f"'{name}' gives {got} for {len(x)} images, where logits of {num_classes} classes are needed"
+        )
+
+
+def _frame(shared: dict[str, Any], rows: Tensor, attack: str, target: str, verdict: Judgement) -> pd.DataFrame:
+    frame = pd.DataFrame(shared).iloc[rows.numpy()].copy()
+    error = verdict.error.numpy()
+    frame["attack"], frame["target"] = attack, target
+    frame["adv_pred"] = np.where(error, -1, verdict.prediction.classes.numpy())
+    frame["adv_expert"] = np.where(error, -1, verdict.prediction.expert.numpy())
+    frame["robust"] = frame["clean_correct"].to_numpy() & ~verdict.broken.numpy() & ~error
+    frame["linf"], frame["l2"] = verdict.linf.numpy(), verdict.l2.numpy()
+    frame["status"] = np.where(error, "error", "ok")
+    return frame[list(VERDICT_COLUMNS)]
+
+
+def _finish(folder: RunFolder, spec: RunSpec, subject: Subject, data: EvalSet, device: str) -> Result:
+    blocks = folder.read_blocks()
+    sides = [block.side for block in blocks]
+    verdicts = pd.concat([block.verdicts for block in blocks], ignore_index=True)
+    passes: dict[str, dict[str, int]] = {}
+    for side in sides:
+        for attack, counts in side["passes"].items():
+            total = passes.setdefault(attack, {"forwards": 0, "backwards": 0})
+            for kind, count in counts.items():
+                total[kind] += count
+    result = Result.from_rows(
+        spec,
+        subject.info,
+        data.fingerprint,
+        verdicts,
+        dict.fromkeys(attack for side in sides for attack in side["attacks"]),
+        error_messages=tuple(dict.fromkeys(message for side in sides for message in side["errors"])),
+        flags=tuple(sorted({flag for side in sides for flag in side["flags"]} | set(subject.flags))),
+        data_note=data.note,
+        passes=passes,
+        environment=environment(device, max(side["threads"] for side in sides)),
+        git_hash=git_hash(),
+        seconds=round(sum(side["seconds"] for side in sides), 3),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    folder.finish(result, verdicts)
+    return result

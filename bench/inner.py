@@ -1,0 +1,80 @@
+"""Inner maximisation: the attack inside adversarial training.
+
+Axes: B = batch; images (B, c, H, W) in [0, 1]. ε and step sizes are in pixels of [0, 1].
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bench.registry import UnusableInput
+from bench.spec import ThreatModel
+
+
+@contextmanager
+def attacking(model: nn.Module) -> Iterator[None]:
+    """Eval mode and frozen parameters inside; every module's mode and every parameter's flag as before, after.
+
+    An attack must see the deployed model (running BatchNorm statistics), and must not leave training in eval mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+def default_step_size(eps: float, steps: int) -> float:
+    """2.5 ε / steps, at most ε (Madry et al. 2018, appendix): a quarter of ε at 10 steps, as the paper has it."""
+    return min(2.5 / steps, 1.0) * eps
+
+
+def _norms(delta: Tensor) -> Tensor:
+    return delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+
+
+def project(x_adv: Tensor, x: Tensor, threat_model: ThreatModel) -> Tensor:
+    """The nearest point of the ball around x (for L2 before the cut with the box), inside [0, 1]."""
+    delta, eps = x_adv - x, threat_model.eps
+    if threat_model.norm == "Linf":
+        delta = delta.clamp(-eps, eps)
+    elif threat_model.norm == "L2":
+        delta = delta * (eps / _norms(delta)).clamp_max(1.0)
+    else:
+        raise UnusableInput(f"no training inside an {threat_model.norm} ball: train for Linf or L2")
+    return (x + delta).clamp(0, 1)
+
+
+def pgd(
+    loss: Callable[[Tensor], Tensor],
+    x: Tensor,
+    threat_model: ThreatModel,
+    steps: int,
+    step_size: float,
+    noise: Tensor | None,
+) -> Tensor:
+    """Projected gradient ascent on `loss` (images → one value each, or their sum) from x, inside the ball ∩ [0, 1].
+
+    noise: (B, c, H, W) uniform in [−1, 1] for the random start (None: start at x). It is scaled by ε for Linf; for L2
+    its direction is taken, with length ε. Returns the last iterate, as PGD is in Madry et al. (2018).
+    """
+    eps = threat_model.eps
+    x_adv = x
+    if noise is not None:
+        start = eps * noise if threat_model.norm == "Linf" else eps * noise / _norms(noise)
+        x_adv = project(x + start, x, threat_model)
+    for _ in range(steps):
+        x_adv = x_adv.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss(x_adv).sum(), x_adv)
+        direction = gradient.sign() if threat_model.norm == "Linf" else gradient / _norms(gradient)
+        x_adv = project(x_adv.detach() + step_size * direction, x, threat_model)
+    return x_adv.detach()

@@ -1,0 +1,280 @@
+"""Boards: one CSV and one markdown file for each data set and threat model, computed from the verdict rows alone.
+
+A row is a subject (model, checkpoint, α, combine, threat model) on one evaluation set. Accuracies are in percent with
+two decimals. The same runs give the same bytes. Never imports torch.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+from tabulate import tabulate
+
+from bench.files import write_atomically
+from bench.metrics import accuracy_after, clean_by_example, robust_by_example
+from bench.registry import UnusableInput
+from bench.spec import path_safe
+from bench.store import Accuracy, Run, ensure_writable, read_runs, suite_label
+
+#: CSV header → title in markdown; the columns of the attacks stand between the two.
+_FIRST = {
+    "rank": "rank",
+    "model": "model",
+    "objective": "objective",
+    "experts": "experts",
+    "gate": "gate",
+    "alpha": "α",
+    "combine": "combine",
+    "extra_data": "extra data",
+    "n": "n",
+    "sa": "SA",
+    "ra": "RA",
+}
+_LAST = {
+    "ra_e": "RA-E",
+    "ra_r": "RA-R",
+    "ra_worst": "RA-worst",
+    "route_flip_rate": "route-flip rate",
+    "certified_accuracy": "certified accuracy",
+    "flags": "flags",
+    "seeds": "seeds",
+    "suite_version": "suite version",
+    "trained": "trained",
+    "run": "run",
+}
+_LEGEND = (
+    "RA is the accuracy under AutoAttack with its default parameters, RA-worst the accuracy under all attacks that "
+    "ran, example by example; both are upper bounds of the true robust accuracy. A routed or dual model is ranked "
+    "once suite `adaptive` has run on it with its default parameters. Percent; RA with its 95 % Wilson interval."
+)
+_LONG_FLAG = 30  # characters; a longer one is a footnote
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Board:
+    """One data set and threat model: the stem of its two files, and their text."""
+
+    stem: str
+    markdown: str
+    csv: str
+
+
+@dataclass
+class _Scores:
+    """What the suites' own columns show; percent but for `clean`."""
+
+    clean: float  # fraction
+    cells: dict[str, str] = field(default_factory=dict)  # by CSV header
+    after: dict[str, str] = field(default_factory=dict)  # by attack of the default autoattack
+    under: dict[str, str] = field(default_factory=dict)  # by suite, but for `clean` and the default autoattack
+
+
+@dataclass(frozen=True)
+class _Row:
+    ranked: bool
+    worst: float  # fraction; -1 where nothing attacked it
+    fingerprint: str
+    n: int
+    cells: dict[str, str]  # by CSV header; what is not known is empty or not there
+    scores: _Scores
+    flags: list[str]
+
+    @property
+    def order(self) -> tuple[bool, float, float, list[str]]:
+        """Ranked rows first, the most robust at the top; the rest makes the order the same for the same runs."""
+        identity = [self.cells[key] for key in ("model", "alpha", "combine", "checkpoint", "run")]
+        return not self.ranked, -self.worst, -self.scores.clean, identity
+
+
+def boards(results_root: Path) -> list[Board]:
+    """The boards of all finished runs below `results_root`; UnusableInput if there is none or one cannot be used."""
+    runs = read_runs(results_root)
+    if not runs:
+        raise UnusableInput(f"there is no finished run below '{results_root}': run one with: bench run")
+    return [_board(stem, group) for stem, group in sorted(_grouped(runs, _stem).items())]
+
+
+def render(results_root: Path) -> str:
+    """The boards' markdown, one after the other; raises as `boards` does."""
+    return "\n".join(board.markdown for board in boards(results_root))
+
+
+def write_boards(results_root: Path, out_dir: Path) -> list[Path]:
+    """Writes `<dataset>_<norm>-<eps>.csv` and `.md` for every board and returns their paths.
+
+    A file that would not change is left untouched. UnusableInput as `boards`, and for a folder that cannot be written.
+    """
+    made = boards(results_root)
+    ensure_writable(out_dir)
+    paths = []
+    for board in made:
+        for suffix, text in (("csv", board.csv), ("md", board.markdown)):
+            path, data = out_dir / f"{board.stem}.{suffix}", text.encode()
+            if not path.exists() or path.read_bytes() != data:
+                write_atomically(path, data)
+            paths.append(path)
+    return paths
+
+
+def _grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
+def _stem(run: Run) -> str:
+    return f"{path_safe(run.result.spec.dataset)}_{run.result.spec.threat_model.folder}"
+
+
+def _board(stem: str, runs: list[Run]) -> Board:
+    titles = sorted({f"{run.result.spec.dataset}, {run.result.spec.threat_model}" for run in runs})
+    sound = [run for run in runs if not run.result.errors]
+    rows = [row for subject in _grouped(sound, _subject).values() for row in _rows(subject)]
+
+    after = dict.fromkeys(attack for row in rows for attack in row.scores.after)
+    under = sorted({suite for row in rows for suite in row.scores.under})
+    attacks = {f"after_{attack}": f"after {attack}" for attack in after} | {f"ra_{s}": f"RA {s}" for s in under}
+    tables = _grouped(rows, lambda row: (-row.n, row.fingerprint))
+    markdown, records = [f"# {'; '.join(titles)}", _LEGEND], []
+    for (_, fingerprint), table in sorted(tables.items()):
+        table.sort(key=lambda row: row.order)
+        lines = [_cells(row, rank) for rank, row in enumerate(table, start=1)]
+        records += lines
+        n = table[0].n
+        markdown += [f"## n = {n}: the first {n} examples of the archive (fingerprint {fingerprint[:12]})"]
+        markdown += _markdown(table, lines, _FIRST | attacks | _LAST)
+    markdown += [
+        f"Left out: {run}, for its {run.result.errors} rows with status `error`." for run in runs if run.result.errors
+    ]
+    columns = [*_FIRST, "ra_low", "ra_high", *attacks, *_LAST, "fingerprint", "checkpoint"]
+    csv = pd.DataFrame(records, columns=columns).to_csv(index=False, lineterminator="\n")
+    return Board(stem, "\n\n".join(markdown) + "\n", csv)
+
+
+def _cells(row: _Row, rank: int) -> dict[str, str]:
+    after = {f"after_{attack}": value for attack, value in row.scores.after.items()}
+    under = {f"ra_{suite}": value for suite, value in row.scores.under.items()}
+    own = {"rank": str(rank) if row.ranked else "", "flags": "; ".join(row.flags)}
+    return row.cells | row.scores.cells | after | under | own
+
+
+def _markdown(table: list[_Row], lines: list[dict[str, str]], titles: dict[str, str]) -> list[str]:
+    """The table, and under it the flags that are too long for a cell."""
+    long = dict.fromkeys(flag for row in table for flag in row.flags if len(flag) > _LONG_FLAG)
+    mark = {flag: f"[{number}]" for number, flag in enumerate(long, start=1)}
+    body = []
+    for row, line in zip(table, lines, strict=True):
+        shown = {**line, "flags": "; ".join(mark.get(flag, flag) for flag in row.flags)}
+        if "ra" in line:
+            shown["ra"] = f"{line['ra']} [{line['ra_low']}, {line['ra_high']}]"
+        body.append([_escaped(shown.get(key, "")) or "–" for key in titles])
+    headers = [_escaped(title) for title in titles.values()]
+    text = tabulate(body, headers=headers, tablefmt="pipe", disable_numparse=True)
+    notes = "\n".join(f"- {mark[flag]} {flag}" for flag in long)
+    return [text, notes] if notes else [text]
+
+
+def _escaped(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}"
+
+
+def _subject(run: Run) -> str:
+    """The subject on whatever evaluation set: rows of one may count for another that it covers."""
+    return run.result.spec.subject_key(run.result.model_info.checkpoint_sha256, fingerprint="")
+
+
+def _attacked(run: Run) -> bool:
+    return any(attack != "clean" for attack in run.result.accuracy_after)
+
+
+def _versioned(run: Run) -> str:
+    return f"{run.result.spec.suite}-v{run.result.spec.suite_version}"
+
+
+def _rows(subject: list[Run]) -> list[_Row]:
+    """One row for each evaluation set that the subject was run on."""
+    rows_of = {run.path: run.verdicts() for run in subject}
+    rows = []
+    for own in _grouped(subject, lambda run: run.result.fingerprint).values():
+        examples = rows_of[own[0].path].loc[lambda frame: frame["attack"] == "clean", ["idx", "input_hash"]]
+        shared = {run.path: rows_of[run.path].merge(examples, on=["idx", "input_hash"]) for run in subject}
+        covering = [run for run in subject if shared[run.path]["idx"].nunique() == len(examples)]
+        for run in own:
+            if run not in covering:
+                raise UnusableInput(f"{run} has other examples than {own[0]} but the same fingerprint: run it again")
+        worst = float(robust_by_example(pd.concat([shared[run.path] for run in covering])).mean())
+        rows.append(_row(covering, worst, len(examples), own[0], _scores(own, rows_of)))
+    return rows
+
+
+def _row(covering: list[Run], worst: float, n: int, one: Run, scores: _Scores) -> _Row:
+    """The row of `one`, a run on this evaluation set: all `covering` runs count in it, the scores are of its own."""
+    spec, info = one.result.spec, one.result.model_info
+    alpha = info.alpha if spec.alpha is None else spec.alpha
+    experts = f"{info.num_selected_experts} of {info.num_experts} × {info.architecture}"
+    labels = {suite_label(run.result.spec) for run in covering}
+    attacked = any(_attacked(run) for run in covering)
+    routed = info.num_experts is not None or alpha is not None or info.routing_visible
+    unproven = routed and "adaptive" not in labels
+    flags = ["no adaptive attack"] * unproven + ["no autoattack"] * ("autoattack" not in labels)
+    flags += [f"{suite_label(run.result.spec)}: {flag}" for run in covering for flag in run.result.flags]
+    cells = {
+        "model": spec.model,
+        "objective": info.objective or "",
+        "experts": info.architecture if info.num_experts is None else experts,
+        "gate": info.gate or "",
+        "alpha": "" if alpha is None else f"{alpha:g}",
+        "combine": spec.combine or info.combine or "",
+        "extra_data": {True: "yes", False: "no", None: ""}[info.additional_data],
+        "n": str(n),
+        "ra_worst": _percent(worst) if attacked else "",
+        "seeds": ", ".join(map(str, sorted({run.result.spec.seed for run in covering}))),
+        "suite_version": ", ".join(sorted({_versioned(run) for run in covering})),
+        "trained": info.trained,
+        "run": ", ".join(run.result.run[:8] for run in covering),
+        "fingerprint": one.result.fingerprint[:12],
+        "checkpoint": info.checkpoint_sha256[:12],
+    }
+    return _Row(
+        ranked=attacked and not unproven,
+        worst=worst if attacked else -1.0,
+        fingerprint=one.result.fingerprint,
+        n=n,
+        cells=cells,
+        scores=scores,
+        flags=list(dict.fromkeys(flags)),
+    )
+
+
+def _scores(own: list[Run], rows_of: dict[Path, pd.DataFrame]) -> _Scores:
+    """SA by the clean rows that every run has, and each suite's accuracy in its newest version.
+
+    Over several runs (seeds) an example counts at its worst.
+    """
+    clean = float(clean_by_example(pd.concat([rows_of[run.path] for run in own])).mean())
+    scores = _Scores(clean, {"sa": _percent(clean)})
+    for label, runs in _grouped(own, lambda run: suite_label(run.result.spec)).items():
+        newest = max(run.result.spec.suite_version for run in runs)
+        runs = [run for run in runs if run.result.spec.suite_version == newest]
+        rows = pd.concat([rows_of[run.path] for run in runs])
+        robust = Accuracy.of(robust_by_example(rows))
+        if label == "autoattack":
+            scores.cells |= {"ra": _percent(robust.value)}
+            scores.cells |= {"ra_low": _percent(robust.low), "ra_high": _percent(robust.high)}
+            names = dict.fromkeys(name for run in runs for name in run.result.accuracy_after if name != "clean")
+            after = accuracy_after(rows, names)
+            scores.after = {name: _percent(after[name]) for name in names}
+        elif any(_attacked(run) for run in runs):  # attacks on the parts alone say nothing of the whole
+            scores.under[label] = _percent(robust.value)
+    return scores

@@ -1,0 +1,62 @@
+"""What is computed from verdict rows: accuracies, their intervals, and tests of a difference. Never imports torch.
+
+Verdict rows are those of `bench.store.VERDICT_COLUMNS`; accuracies are fractions in [0, 1].
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval (low, high) of `successes` out of `n`, as fractions (Wilson, JASA 1927)."""
+    from scipy.stats import binomtest  # here, because scipy takes longer to import than a board takes to make
+
+    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """One-sided exact McNemar test that more was lost than gained: P(Bin(lost + gained, ½) ≥ lost); 1 for no change."""
+    from scipy.stats import binomtest
+
+    if lost + gained == 0:
+        return 1.0
+    return float(binomtest(lost, lost + gained, 0.5, alternative="greater").pvalue)
+
+
+def holm(pvalues: Sequence[float]) -> list[float]:
+    """p-values adjusted by Holm's step-down method (Scand. J. Statist. 1979), in the order given."""
+    p = np.asarray(pvalues, dtype=float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return [float(value) for value in adjusted]
+
+
+def clean_by_example(verdicts: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether the unattacked image is classified correctly, indexed by idx."""
+    return verdicts[verdicts["attack"] == "clean"].groupby("idx")["clean_correct"].all()
+
+
+def robust_by_example(verdicts: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether an example stands against every attack on F in the rows, indexed by idx.
+
+    The clean row is one of them, so what is misclassified without an attack is not robust. The rows may come from
+    several runs: the mean is then RA-worst, which is at most the smallest of the runs' averages.
+    """
+    return verdicts[verdicts["target"] == "F"].groupby("idx")["robust"].all()
+
+
+def accuracy_after(verdicts: pd.DataFrame, attacks: Iterable[str] | None = None) -> dict[str, float]:
+    """The fraction that stands after each attack on F and all before it, `clean` first.
+
+    `attacks` is the order they ran in; without it, the order of their first rows. An example without a row for an
+    attack keeps its state, so an attack that found nobody left standing changes nothing.
+    """
+    rows = verdicts[verdicts["target"] == "F"]
+    names = list(dict.fromkeys(["clean", *(rows["attack"].unique() if attacks is None else attacks)]))
+    table = rows.groupby(["idx", "attack"])["robust"].all().unstack(fill_value=True)
+    standing = np.logical_and.accumulate(table.reindex(columns=names, fill_value=True).to_numpy(dtype=bool), axis=1)
+    return dict(zip(names, standing.mean(axis=0).tolist(), strict=True))

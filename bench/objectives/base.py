@@ -1,0 +1,117 @@
+"""What a training objective is to the loop.
+
+Axes: B = batch, E = experts, C = classes. An objective's fields are its hyper-parameters; the loop asks it for the
+optimiser steps of a batch, one after the other, so that each step sees the weights that the one before has left.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from bench.inner import attacking, default_step_size, pgd
+from bench.registry import Registry
+from bench.spec import Spec, ThreatModel
+from models.moe import MoE
+from models.routing import RoutingTrace
+
+#: Named terms of a loss, already weighted: the loss is their sum.
+Terms = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x (B, c, H, W) in [0, 1], y (B,); `noise(salt)` is uniform in [−1, 1], of x's shape.
+
+    The noise of an example depends on (seed, epoch, example, salt) alone, not on the batch that it is in.
+    """
+
+    x: Tensor
+    y: Tensor
+    threat_model: ThreatModel
+    noise: Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: on the parameters of `part`, down the gradient of `loss(model)`."""
+
+    part: str
+    loss: Callable[[Any], Terms]
+
+
+def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """Σ over rows of KL(softmax p ‖ softmax q), both (B, C); the first is the target."""
+    return F.kl_div(q_logits.log_softmax(1), p_logits.log_softmax(1), reduction="sum", log_target=True)
+
+
+def load_balance(gate_logits: Tensor) -> Tensor:
+    """E · Σ_i f_i P_i (Fedus et al. 2021, Switch, equation 4), gate_logits (B, E).
+
+    f_i is the share of rows whose best expert is i, P_i the mean gate probability of i. It is 1 for a balanced router
+    and E for one that sends everything to one expert; its gradient flows through P alone.
+    """
+    num_experts = gate_logits.shape[1]
+    share = F.one_hot(gate_logits.argmax(1), num_experts).float().mean(0)
+    return num_experts * (share * gate_logits.softmax(1).mean(0)).sum()
+
+
+OBJECTIVES: Registry[type["Objective"]] = Registry("objective", "bench.objectives")
+
+
+class Objective(Spec):
+    """Base of all objectives; subclasses register with `OBJECTIVES`.
+
+    `routed`: needs an MoE or a dual. `adversarial`: the checkpoint is chosen by robust, not by clean accuracy.
+    """
+
+    routed: ClassVar[bool] = False
+    adversarial: ClassVar[bool] = False
+
+    balance: float = Field(default=0.5, ge=0, description="weight of the load-balance loss of a softmax gate")
+
+    def parts(self, model: Any) -> Mapping[str, nn.Module]:
+        """The parts of the model that have an optimiser each."""
+        return {"model": model}
+
+    def steps(self, model: Any, batch: Batch) -> Iterator[Step]:
+        """The optimiser steps of one batch; the loop takes each before it asks for the next."""
+        raise NotImplementedError
+
+    def cross_entropy(self, model: Any, x: Tensor, y: Tensor) -> Terms:
+        """CE(F(x), y), and the load-balance term of an MoE whose router trains."""
+        if not isinstance(model, MoE):
+            return {"ce": F.cross_entropy(model(x), y)}
+        logits, trace = model.trace(x)
+        return {"ce": F.cross_entropy(logits, y), **self.balance_term(model, trace)}
+
+    def balance_term(self, moe: MoE, trace: RoutingTrace) -> Terms:
+        """The weighted load-balance loss; nothing for `gate=argmax`, whose router is never trained."""
+        if moe.gate != "softmax" or not self.balance:
+            return {}
+        return {"balance": self.balance * load_balance(trace.gate_logits)}
+
+
+class Adversarial(Objective):
+    """Shared by the objectives with an inner maximisation."""
+
+    adversarial: ClassVar[bool] = True
+
+    inner_steps: int = Field(default=10, gt=0)
+    step_size: float | None = Field(default=None, gt=0, description="in pixels of [0, 1]; None: 2.5 ε / inner_steps")
+
+    def attack(self, f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch: Batch, noise: Tensor) -> Tensor:
+        """PGD on the cross-entropy of f (images → logits); x may repeat the batch's images."""
+        step_size = self.step_size or default_step_size(batch.threat_model.eps, self.inner_steps)
+        return pgd(
+            lambda x_adv: F.cross_entropy(f(x_adv), y, reduction="sum"),
+            x, batch.threat_model, self.inner_steps, step_size, noise,
+        )  # fmt: skip
+
+    def attack_model(self, model: Any, batch: Batch) -> Tensor:
+        """x', PGD on the whole model in eval mode."""
+        with attacking(model):
+            return self.attack(model, batch.x, batch.y, batch, batch.noise("model"))

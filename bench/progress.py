@@ -1,0 +1,72 @@
+"""What a person sees while a command works: bars on standard error, one line for what is done."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bench.spec import RunSpec, TrainSpec
+from bench.store import Result
+from bench.training import Epoch
+
+
+class _Bar:
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=Console(stderr=True, highlight=False, soft_wrap=True),
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+class TrainingProgress(_Bar):
+    """A bar over the steps with the loss, and a line an epoch with SA and RA on the held-out images."""
+
+    def __init__(self, spec: TrainSpec) -> None:
+        super().__init__()
+        self._spec = spec
+        self._task = self._progress.add_task(f"{spec.variant} on {spec.dataset}", total=None)
+        self._scores = ""
+
+    def on_step(self, epoch: int, done: int, steps: int, loss: float) -> None:
+        epochs = self._spec.recipe.epochs
+        description = f"{self._spec.variant} epoch {epoch + 1}/{epochs} loss {loss:.3f}{self._scores}"
+        self._progress.update(self._task, completed=epoch * steps + done, total=epochs * steps, description=description)
+
+    def on_epoch(self, epoch: Epoch) -> None:
+        self._scores = f" SA {epoch.sa:.1%} RA {epoch.ra:.1%}"
+        line = f"epoch {epoch.epoch}/{self._spec.recipe.epochs} loss {epoch.loss:.3f}{self._scores}"
+        self._progress.console.print(f"{line} {epoch.images_per_second:.0f} images/s")
+
+
+class RunProgress(_Bar):
+    """A bar over the blocks of each run, and a line a finished run."""
+
+    def __init__(self, runs: int) -> None:
+        super().__init__()
+        self._runs, self._number = runs, 0
+        self._task = self._progress.add_task("", total=None)
+
+    def start(self, spec: RunSpec) -> None:
+        self._number += 1
+        self._label = f"[{self._number}/{self._runs}] {spec.suite} on {spec.model}"
+        if spec.alpha is not None:
+            self._label += f" (α {spec.alpha:g})"
+        self._progress.update(self._task, description=self._label, completed=0, total=None)
+
+    def on_block(self, done: int, blocks: int, standing: int) -> None:
+        description = f"{self._label}: {standing} standing"
+        self._progress.update(self._task, description=description, completed=done, total=blocks)
+
+    def finish(self, result: Result) -> None:
+        accuracy = f"SA {result.clean_accuracy.value:.2%} RA {result.robust_accuracy.value:.2%}"
+        self._progress.console.print(f"{self._label}: {accuracy} in {result.seconds:.1f} s", markup=False)

@@ -1,0 +1,102 @@
+"""The presets of training, `*.yaml` in this folder, and the way from a user's words to a TrainSpec."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.datasets.base import Dataset
+from bench.objectives.base import OBJECTIVES, Objective
+from bench.registry import UnusableInput, did_you_mean
+from bench.spec import Recipe, ThreatModel, TrainSpec, build
+from models.architecture import Dense, Dual, Network, Routed
+from models.variants import Variant, get_variant
+
+FOLDER = Path(__file__).parent
+
+
+def recipes() -> list[str]:
+    """Names of the presets in this folder."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def read_recipe(name: str) -> Recipe:
+    """The preset called `name`; UnusableInput with the nearest name where there is none."""
+    if name not in recipes():
+        raise UnusableInput(f"unknown recipe '{name}': {did_you_mean(name, recipes())}")
+    return build(Recipe, f"recipe '{name}'", yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
+
+
+def train_spec(
+    variant: str,
+    dataset: Dataset,
+    threat_model: ThreatModel,
+    recipe: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> TrainSpec:
+    """The spec of a training: the recipe (default: the data set's own) with `settings` over it.
+
+    A setting is a field of the recipe or of the objective; UnusableInput, with the nearest name, for any other.
+    """
+    objective = objective_class(get_variant(variant))
+    name = recipe or dataset.recipe
+    preset = read_recipe(name)
+    own = {key: value for key, value in preset.objective.items() if key in objective.model_fields}
+    changed: dict[str, Any] = {}
+    for key, value in (settings or {}).items():
+        if key in objective.model_fields:
+            own[key] = value
+        elif key in Recipe.model_fields and key != "objective":
+            changed[key] = value
+        else:
+            known = sorted({*objective.model_fields, *Recipe.model_fields} - {"objective"})
+            raise UnusableInput(f"--set {key}: '{variant}' has no such parameter: {did_you_mean(key, known)}")
+    params = build(objective, f"objective of '{variant}'", own)
+    merged = build(Recipe, f"recipe '{name}'", {**preset.model_dump(exclude={"objective"}), **changed})
+    if threat_model.norm == "L1":
+        raise UnusableInput("no training inside an L1 ball: take --norm Linf or L2, and evaluate the file under L1")
+    return TrainSpec(
+        variant=variant,
+        dataset=dataset.name,
+        threat_model=threat_model,
+        recipe_name=name,
+        recipe=merged,
+        objective_params=params.model_dump(mode="json"),
+        seed=seed,
+    )
+
+
+def objective_class(variant: Variant) -> type[Objective]:
+    """The class of a variant's objective; a variant that is put together has the base class's, which has no steps."""
+    return Objective if variant.objective is None else OBJECTIVES[variant.objective]
+
+
+def architecture(spec: TrainSpec, dataset: Dataset) -> Dense | Routed | Dual:
+    """What the spec's variant is made of, for the given data set."""
+    variant, recipe = get_variant(spec.variant), spec.recipe
+    sizes = {"width": recipe.width, "image_size": recipe.image_size, "patch_size": recipe.patch_size}
+    network = Network(
+        expert=recipe.expert,
+        expert_params={key: value for key, value in sizes.items() if value is not None},
+        input_shape=dataset.input_shape,
+        num_classes=dataset.num_classes,
+        mean=dataset.mean,
+        std=dataset.std,
+    )
+    if variant.kind == "dense":
+        return Dense(**dict(network))
+    assert variant.gate is not None
+    routed = Routed(
+        **dict(network),
+        router=recipe.router,
+        num_experts=recipe.num_experts,
+        num_selected_experts=recipe.num_selected_experts,
+        gate=variant.gate,
+        combine="logits" if variant.kind == "dual" else recipe.combine or "logits",
+    )
+    if variant.kind == "moe":
+        return routed
+    combine = recipe.combine or variant.combine or "probs"
+    return Dual(standard=routed, robust=routed, alpha=recipe.alpha, combine=combine)

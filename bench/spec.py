@@ -1,0 +1,244 @@
+"""What a command asks for, as frozen and hashable values: the threat model, a run, a training.
+
+A spec goes from the command line to the function that does the work; nothing restates its fields. The device is in none
+of them: where something is computed does not change what is asked for.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bench.registry import UnusableInput, did_you_mean
+
+Norm = Literal["Linf", "L2", "L1"]
+NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")
+
+
+def digest(*parts: Any) -> str:
+    """The first 16 hex digits of a SHA-256 over the parts' canonical JSON."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def path_safe(name: str) -> str:
+    """`name` as a folder or file name: what is outside [A-Za-z0-9._-] becomes `_`."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)
+
+
+def parse_number(text: str, name: str) -> float:
+    """A number as a user writes it: '0.2', '8/255'. UnusableInput, naming the value, for anything else."""
+    numerator, slash, denominator = text.partition("/")
+    try:
+        return float(numerator) / (float(denominator) if slash else 1.0)
+    except (ValueError, ZeroDivisionError):
+        raise UnusableInput(f"{name} '{text}' is not a number: write it as 8/255 or 0.03") from None
+
+
+class Spec(BaseModel):
+    """Frozen, hashable by content, and strict about unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
+S = TypeVar("S", bound=Spec)
+
+
+def build(kind: type[S], what: str, values: Mapping[str, Any]) -> S:
+    """`kind(**values)`, with pydantic's complaint turned into one line of UnusableInput.
+
+    An unknown key is answered with the nearest field of `kind`; `what` says in the message what was being read.
+    """
+    for key in values:
+        if key not in kind.model_fields:
+            known = sorted(kind.model_fields)
+            hint = did_you_mean(key, known) if known else "it takes none"
+            raise UnusableInput(f"{what} has no parameter '{key}': {hint}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        got = f" (got {first['input']!r})" if where else ""
+        message = f"{where}: {first['msg']}" if where else first["msg"]
+        raise UnusableInput(f"{what}: {message.removeprefix('Value error, ')}{got}") from None
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """`--set k=v` options as a dict; values are YAML scalars, and fractions such as 2/255 become numbers."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise UnusableInput(f"--set '{pair}' is not of the form key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        if isinstance(value, str) and re.fullmatch(r"[0-9.]+/[0-9.]+|[0-9.]+[eE][-+]?[0-9]+", value):
+            value = parse_number(value, f"--set {key}")
+        settings[key.strip()] = value
+    return settings
+
+
+class ThreatModel(Spec):
+    """An Lp ball of radius `eps`, in pixel units of [0, 1], cut with the box [0, 1]."""
+
+    norm: Norm
+    eps: float = Field(gt=0, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, norm: str, eps: str | float) -> Self:
+        """From a command line's words; UnusableInput for an unknown norm, or an ε that is not a number above 0."""
+        by_lower = {known.lower(): known for known in NORMS}
+        if norm.lower() not in by_lower:
+            raise UnusableInput(f"unknown norm '{norm}': {did_you_mean(norm, NORMS)}")
+        value = parse_number(eps, "ε") if isinstance(eps, str) else eps
+        if not 0 < value < float("inf"):
+            raise UnusableInput(f"ε '{eps}' must be above 0 and finite: write it as 8/255 or 0.03, in pixels of [0, 1]")
+        return cls(norm=by_lower[norm.lower()], eps=value)
+
+    @property
+    def eps_text(self) -> str:
+        """ε as people write it: '0.2', '8/255'."""
+        pixels = round(self.eps * 255, 6)
+        if len(repr(self.eps)) > 6 and abs(pixels / 255 - self.eps) < 1e-12:
+            return f"{pixels:g}/255"
+        return f"{self.eps:g}" if float(f"{self.eps:g}") == self.eps else repr(self.eps)
+
+    @property
+    def folder(self) -> str:
+        """The folder that holds this threat's results and boards, such as `Linf-8_255`."""
+        return path_safe(f"{self.norm}-{self.eps_text}")
+
+    def __str__(self) -> str:
+        return f"{self.norm} {self.eps_text}"
+
+
+class RunSpec(Spec):
+    """One suite on one model: everything that its verdicts depend on, but for the weights and the pixels."""
+
+    model: str
+    alpha: float | None = None
+    combine: Literal["logits", "probs"] | None = None
+    dataset: str
+    threat_model: ThreatModel
+    suite: str
+    suite_version: int
+    suite_params: dict[str, Any] = Field(default_factory=dict)
+    n_examples: int = Field(gt=0)
+    seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=128, gt=0)
+
+    def run_key(self, checkpoint_sha256: str, fingerprint: str) -> str:
+        """Identifies a run: what resumes, and what is reported and not repeated once it is finished."""
+        return digest("run", self.model_dump(mode="json"), checkpoint_sha256, fingerprint)
+
+    def work_key(self, fingerprint: str) -> str:
+        """A run without its checkpoint and seed: what a baseline is paired over."""
+        return digest("work", self.model_dump(mode="json", exclude={"seed"}), fingerprint)
+
+    def subject_key(self, checkpoint_sha256: str, fingerprint: str) -> str:
+        """Who was attacked, with which pixels, inside which ball: what the worst case is taken over."""
+        fields = {"model", "alpha", "combine", "dataset", "threat_model"}
+        return digest("subject", self.model_dump(mode="json", include=fields), checkpoint_sha256, fingerprint)
+
+
+class Recipe(Spec):
+    """How to train, whatever the objective: the model's size, the data, the optimiser and its schedule.
+
+    Parameters of the objectives themselves (inner steps, β …) are fields of the objectives; `objective` presets them.
+    """
+
+    # model
+    expert: str = "small_cnn"
+    width: int | None = Field(default=None, gt=0, description="the expert's width; None: its own default")
+    image_size: int | None = Field(default=None, gt=0, description="a ViT's, the resize is inside the model")
+    patch_size: int | None = Field(default=None, gt=0)
+    num_experts: int = Field(default=4, ge=2)
+    num_selected_experts: int = Field(default=1, ge=1)
+    router: Literal["affine", "conv"] = "affine"
+    combine: Literal["logits", "probs"] | None = Field(default=None, description="None: the variant's own")
+    alpha: float = Field(default=0.7, ge=0, le=1, description="a dual's weight of its robust branch")
+    # data
+    n_train: int | None = Field(default=None, gt=0, description="training images used; None: all")
+    n_val: int = Field(default=500, gt=0, description="held out of the training data to choose the checkpoint")
+    augment: bool = Field(default=False, description="horizontal flip and a translation of up to 1/8")
+    # optimisation
+    epochs: int = Field(default=10, gt=0)
+    batch_size: int = Field(default=128, gt=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(default=0.1, gt=0, description="the schedule's peak")
+    router_lr: float = Field(default=0.1, ge=0, description="the router's learning rate, as a fraction of lr")
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    schedule: Literal["one_cycle", "cyclic", "cosine", "constant"] = "one_cycle"
+    clip_grad_norm: float | None = Field(default=1.0, gt=0)
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    val_steps: int = Field(default=10, gt=0, description="PGD steps of the validation's robust accuracy")
+    # presets of the objectives' own parameters
+    objective: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _experts_suffice(self) -> Self:
+        if self.num_selected_experts > self.num_experts:
+            raise ValueError(
+                f"num_selected_experts {self.num_selected_experts} is more than num_experts {self.num_experts}"
+            )
+        return self
+
+
+class TrainSpec(Spec):
+    """One training: a variant on a data set, by a recipe, with a seed."""
+
+    variant: str
+    dataset: str
+    threat_model: ThreatModel
+    recipe_name: str
+    recipe: Recipe
+    objective_params: dict[str, Any] = Field(default_factory=dict, description="all of them, defaults included")
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def key(self) -> str:
+        """Identifies the training: a checkpoint made by another spec is never overwritten."""
+        return digest("train", self.model_dump(mode="json"))
+
+    @property
+    def checkpoint_name(self) -> str:
+        """`<variant>` for seed 0, `<variant>-s<seed>` otherwise."""
+        return self.variant if self.seed == 0 else f"{self.variant}-s{self.seed}"
+
+
+class ModelInfo(Spec):
+    """What is known of a model, beside its weights: RobustBench's JSON fields and what a routed model adds.
+
+    A field that nobody stated is None, never a guess; `trained` says in words on what and for how long.
+    """
+
+    name: str
+    architecture: str
+    objective: str | None = None
+    gate: Literal["softmax", "argmax"] | None = None
+    combine: Literal["logits", "probs"] | None = None
+    num_experts: int | None = None
+    num_selected_experts: int | None = None
+    alpha: float | None = None
+    dataset: str | None = None
+    threat_model: ThreatModel | None = None
+    checkpoint_sha256: str
+    number_forward_passes: int = 1
+    additional_data: bool | None = None
+    seed: int | None = None
+    trained: str = ""
+    routing_visible: bool = False
+    link: str = ""
+    authors: str = ""
+    venue: str = ""

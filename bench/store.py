@@ -1,0 +1,312 @@
+"""The results folder: `<dataset>/<norm>-<eps>/<suite>-v<N>/<model>/<run>/{result.json, verdicts.parquet}`.
+
+Paths are an index; `result.json` is the truth. A run's folder is written once: blocks of rows while it is under way,
+`verdicts.parquet` and last of all `result.json` when it is finished. Never imports torch.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+from uuid import uuid4
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, ValidationError
+
+from bench.files import write_atomically
+from bench.metrics import accuracy_after, clean_by_example, robust_by_example, wilson
+from bench.registry import UnusableInput
+from bench.spec import ModelInfo, RunSpec, Spec, path_safe
+
+#: The columns of `verdicts.parquet`, one row per (example, attack), and their pandas types.
+VERDICT_COLUMNS: dict[str, str] = {
+    "idx": "int64",  # position in the data set's own order
+    "input_hash": "str",  # of the clean image, 16 hex digits
+    "label": "int64",
+    "attack": "str",  # "clean" for the unattacked image, which every run has for every example
+    "target": "str",  # what was attacked: F | expert:i | S | R; only F counts in robust accuracy
+    "clean_pred": "int64",
+    "adv_pred": "int64",  # -1 where there is none (status error)
+    "clean_correct": "bool",
+    "robust": "bool",  # clean_correct, no error, and not broken by this attack
+    "linf": "float64",  # distance of the adversarial example, in pixels of [0, 1]
+    "l2": "float64",
+    "clean_expert": "int64",  # the first selected expert, -1 where routing is not visible
+    "adv_expert": "int64",
+    "status": "str",  # ok | error
+}
+
+#: Where a block's side data lies in its file's schema metadata: one file, so that rows and side data come together.
+_SIDE = b"bench.side"
+
+
+class Accuracy(Spec):
+    """A fraction of `n` examples with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, correct: "pd.Series[bool]") -> Self:
+        """The accuracy of one truth value per example."""
+        successes, n = int(correct.sum()), len(correct)
+        low, high = wilson(successes, n)
+        return cls(value=successes / n, low=low, high=high, n=n)
+
+
+class Result(Spec):
+    """A finished run. Accuracies are fractions in [0, 1]."""
+
+    schema_version: Literal[1] = 1
+    spec: RunSpec
+    model_info: ModelInfo
+    fingerprint: str
+    run: str
+    work: str
+    subject: str
+    clean_accuracy: Accuracy
+    robust_accuracy: Accuracy
+    accuracy_after: dict[str, float] = Field(description="after each attack and all before it, in the order they ran")
+    errors: int = Field(description="rows with status error")
+    error_messages: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    data_note: str = Field(default="", description="what is unusual about the evaluation set, such as a partial copy")
+    passes: dict[str, dict[str, int]] = Field(
+        default_factory=dict, description="attack → forwards and backwards, in examples"
+    )
+    environment: dict[str, str]
+    git_hash: str | None
+    seconds: float
+    finished: str = Field(description="UTC, ISO 8601")
+
+    @classmethod
+    def from_rows(
+        cls,
+        spec: RunSpec,
+        model_info: ModelInfo,
+        fingerprint: str,
+        verdicts: pd.DataFrame,
+        attacks: Iterable[str] | None = None,
+        **provenance: Any,
+    ) -> Self:
+        """The result that the rows amount to; `provenance` is the fields that no row knows, from `flags` on.
+
+        `attacks` are the attacks on F in the order they ran, also those that found nobody left standing.
+        ValueError for rows of another number of examples than the spec's.
+        """
+        known = {"spec": spec, "model_info": model_info, "fingerprint": fingerprint}
+        return cls(**known, **_derived(spec, model_info, fingerprint, verdicts, attacks), **provenance)
+
+
+def _derived(
+    spec: RunSpec, info: ModelInfo, fingerprint: str, verdicts: pd.DataFrame, attacks: Iterable[str] | None
+) -> dict[str, Any]:
+    """The fields of a Result that follow from the others and the rows."""
+    clean = clean_by_example(verdicts)
+    if len(clean) != spec.n_examples:
+        raise ValueError(f"there are rows of {len(clean)} examples, not of {spec.n_examples}")
+    return {
+        "run": spec.run_key(info.checkpoint_sha256, fingerprint),
+        "work": spec.work_key(fingerprint),
+        "subject": spec.subject_key(info.checkpoint_sha256, fingerprint),
+        "clean_accuracy": Accuracy.of(clean),
+        "robust_accuracy": Accuracy.of(robust_by_example(verdicts)),
+        "accuracy_after": accuracy_after(verdicts, attacks),
+        "errors": int((verdicts["status"] == "error").sum()),
+    }
+
+
+def suite_label(spec: RunSpec) -> str:
+    """The suite, with the parameters that are not its defaults: `pgd`, `pgd[steps=10]`."""
+    params = ", ".join(f"{key}={value}" for key, value in sorted(spec.suite_params.items()))
+    return f"{spec.suite}[{params}]" if params else spec.suite
+
+
+def check_verdicts(verdicts: pd.DataFrame) -> None:
+    """ValueError, saying which rule, for rows that no run can have."""
+    types = {str(column): str(dtype) for column, dtype in verdicts.dtypes.items()}
+    if list(types.items()) != list(VERDICT_COLUMNS.items()):
+        wrong = sorted(set(types.items()) ^ set(VERDICT_COLUMNS.items()))
+        raise ValueError(f"columns or their types are not the verdicts': {wrong or 'another order'}")
+    text = [column for column, dtype in VERDICT_COLUMNS.items() if dtype == "str"]
+    if verdicts[text].isna().to_numpy().any():
+        raise ValueError(f"one of {', '.join(text)} is missing in a row")
+    if not verdicts["status"].isin(["ok", "error"]).all():
+        raise ValueError("status is neither ok nor error in a row")
+    if (verdicts["robust"] & ~(verdicts["clean_correct"] & (verdicts["status"] == "ok"))).any():
+        raise ValueError("a row is robust although its example is misclassified or its attack failed")
+    clean = verdicts.loc[(verdicts["attack"] == "clean") & (verdicts["target"] == "F"), "idx"]
+    pairs = verdicts[["idx", "input_hash"]].drop_duplicates()
+    if not len(verdicts) or not len(clean) == clean.nunique() == verdicts["idx"].nunique() == len(pairs):
+        raise ValueError("an example does not have exactly one clean row and one input hash")
+
+
+def ensure_writable(root: Path) -> None:
+    """Makes the folder, and UnusableInput where nothing can be written into it: to be called before the work."""
+    probe = root / f".probe-{uuid4().hex}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UnusableInput(f"folder '{root}' cannot be written ({error.strerror}): name another one") from None
+
+
+def _to_parquet(verdicts: pd.DataFrame, side: Mapping[str, Any]) -> bytes:
+    check_verdicts(verdicts)
+    table = pa.Table.from_pandas(verdicts, preserve_index=False)
+    table = table.replace_schema_metadata({**table.schema.metadata, _SIDE: json.dumps(side)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _from_parquet(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows and side data; ValueError, or an OSError, for a file that is not a whole one of ours."""
+    try:
+        table = pq.read_table(path)
+        side = json.loads((table.schema.metadata or {}).get(_SIDE, b"{}"))
+    except pa.ArrowException as error:
+        raise ValueError(f"not a whole file of verdicts ({str(error).splitlines()[0]})") from None
+    verdicts = table.to_pandas()
+    check_verdicts(verdicts)
+    return verdicts, side
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows of one attack block, and what else is to be known of it: anything that JSON can hold."""
+
+    index: int
+    verdicts: pd.DataFrame
+    side: dict[str, Any]
+
+
+def run_folder(root: Path, spec: RunSpec, run_key: str) -> Path:
+    """Where a run's files lie below the results folder; α is not in the path, the run key tells such runs apart."""
+    suite = path_safe(f"{spec.suite}-v{spec.suite_version}")
+    return root / path_safe(spec.dataset) / spec.threat_model.folder / suite / path_safe(spec.model) / run_key
+
+
+class RunFolder:
+    """One run's folder, as the evaluation loop fills it. Without `result.json` the run is unfinished.
+
+    Several processes may write blocks at a time; every file appears whole or not at all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._blocks = path / "blocks"
+
+    def finished(self) -> Result | None:
+        """The result of a finished run, or None; UnusableInput where its files do not fit together."""
+        if not (self.path / "result.json").exists():
+            return None
+        return read_run(self.path).result
+
+    def write_block(self, index: int, verdicts: pd.DataFrame, side: Mapping[str, Any]) -> None:
+        """Stores a block's rows and side data; ValueError for rows that no run can have."""
+        write_atomically(self._blocks / f"block-{index:05d}.parquet", _to_parquet(verdicts, side))
+
+    def read_blocks(self) -> list[Block]:
+        """The blocks written so far, in their order; a file that cannot be read counts as not written."""
+        found = []
+        for path in sorted(self._blocks.glob("block-*.parquet")):
+            try:
+                found.append(Block(int(path.stem.removeprefix("block-")), *_from_parquet(path)))
+            except (ValueError, OSError):
+                continue  # what killed the writer also loses its block: it is attacked again
+        return found
+
+    def blocks(self) -> set[int]:
+        """The numbers of the blocks written so far."""
+        return {block.index for block in self.read_blocks()}
+
+    def finish(self, result: Result, verdicts: pd.DataFrame) -> None:
+        """Writes the rows, then the result, and drops the blocks; ValueError if the two do not fit."""
+        _check_fit(result, verdicts)
+        write_atomically(self.path / "verdicts.parquet", _to_parquet(verdicts, {}))
+        write_atomically(self.path / "result.json", (result.model_dump_json(indent=1) + "\n").encode())
+        shutil.rmtree(self._blocks, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run in its folder."""
+
+    result: Result
+    path: Path
+
+    def verdicts(self) -> pd.DataFrame:
+        """The rows, read anew at each call; UnusableInput if they are not those that the result was made from."""
+        path = self.path / "verdicts.parquet"
+        try:
+            verdicts, _ = _from_parquet(path)
+            _check_fit(self.result, verdicts)
+        except (ValueError, OSError) as error:
+            raise _unusable(path, error) from None
+        return verdicts
+
+    def __str__(self) -> str:
+        spec = self.result.spec
+        alpha = "" if spec.alpha is None else f" (α {spec.alpha:g})"
+        return f"{suite_label(spec)} on {spec.model}{alpha}, {spec.dataset} {spec.threat_model} (run {self.result.run})"
+
+
+def read_run(path: Path) -> Run:
+    """The finished run in the folder `path`, checked; UnusableInput, naming the file, if it cannot be relied on."""
+    file = path / "result.json"
+    try:
+        run = Run(Result.model_validate_json(file.read_bytes()), path)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _unusable(file, f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()) from None
+    except OSError as error:
+        raise _unusable(file, error) from None
+    run.verdicts()
+    return run
+
+
+def read_runs(root: Path) -> list[Run]:
+    """Every finished run below `root`, sorted by path; UnusableInput for no such folder and for files that do not fit.
+
+    What is under way has no `result.json` and is passed over.
+    """
+    if not root.is_dir():
+        raise UnusableInput(f"there is no results folder '{root}': make it with: bench run --results {root}")
+    return [read_run(file.parent) for file in sorted(root.rglob("result.json"))]
+
+
+def _unusable(file: Path, reason: object) -> UnusableInput:
+    return UnusableInput(f"{file} cannot be used ({reason}): remove the folder {file.parent} and run again")
+
+
+def _claims(result: Result) -> dict[str, Any]:
+    return {
+        "run key": result.run,
+        "work key": result.work,
+        "subject key": result.subject,
+        "errors": result.errors,
+        "clean accuracy's n": result.clean_accuracy.n,
+        "clean accuracy": result.clean_accuracy.value,
+        "robust accuracy's n": result.robust_accuracy.n,
+        "robust accuracy": result.robust_accuracy.value,
+        **{f"accuracy after {attack}": value for attack, value in result.accuracy_after.items()},
+    }
+
+
+def _check_fit(result: Result, verdicts: pd.DataFrame) -> None:
+    """ValueError, naming the first that differs, where the result says what does not follow from its spec and rows."""
+    attacks = list(result.accuracy_after)
+    derived = _derived(result.spec, result.model_info, result.fingerprint, verdicts, attacks)
+    follows = _claims(result.model_copy(update=derived))
+    for name, claimed in _claims(result).items():
+        same = abs(claimed - follows[name]) < 1e-9 if isinstance(claimed, float) else claimed == follows[name]
+        if not same:
+            raise ValueError(f"the result says {name} {claimed}, its spec and rows give {follows[name]}")

@@ -1,0 +1,119 @@
+"""Who is scored: from the words of `--model` to a model that can be attacked."""
+
+import hashlib
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from bench.datasets.base import Dataset
+from bench.registry import UnusableInput
+from bench.spec import ModelInfo, ThreatModel
+from models.checkpoints import available, find_checkpoint, load_checkpoint
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in eval mode, and what is known of it."""
+
+    model: nn.Module
+    info: ModelInfo
+    flags: tuple[str, ...] = ()
+
+
+def routing_visible(model: nn.Module) -> bool:
+    """Whether a model shows its routing: `router`, `experts` (a ModuleList) and `trace`, or a dual's branches and α."""
+    if all(hasattr(model, name) for name in ("standard", "robust", "alpha")):
+        return True
+    return (
+        hasattr(model, "router")
+        and isinstance(getattr(model, "experts", None), nn.ModuleList)
+        and hasattr(model, "trace")
+    )
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of the state dict: who a model is that came without a file of ours."""
+    sha = hashlib.sha256(type(model).__qualname__.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def find_models(dataset: Dataset, threat_model: ThreatModel, folders: Sequence[Path]) -> list[str]:
+    """Every variant with a checkpoint for the data set; UnusableInput if there is none."""
+    names = available(dataset.name, threat_model.norm, list(folders))
+    if not names:
+        places = " nor ".join(f"'{folder}'" for folder in folders)
+        raise UnusableInput(
+            f"no {threat_model.norm} checkpoint for {dataset.name} in {places}: make one with"
+            f" `bench train moe-at --dataset {dataset.name}`, or name a model with --model"
+        )
+    return names
+
+
+def load_subject(word: str, dataset: Dataset, threat_model: ThreatModel, folders: Sequence[Path]) -> Subject:
+    """The model that `word` names: a variant, a checkpoint file, `robustbench:NAME` or `package.module:callable`.
+
+    UnusableInput if there is none, if it is damaged, or if it is for other images or another number of classes.
+    """
+    if word.startswith("robustbench:"):
+        from bench.compat import zoo_model
+
+        model = zoo_model(word.partition(":")[2], dataset.name, threat_model.norm, folders[0])
+        return Subject(model, _foreign_info(word, model, dataset.name), ())
+    if word.endswith(".safetensors"):
+        return _from_checkpoint(Path(word), dataset)
+    if ":" in word:
+        model = _call_factory(word)
+        visible = routing_visible(model)
+        flags = () if visible else ("routing not visible",)
+        return Subject(model, _foreign_info(word, model, None), flags)
+    return _from_checkpoint(find_checkpoint(word, dataset.name, threat_model.norm, list(folders)), dataset)
+
+
+def _from_checkpoint(path: Path, dataset: Dataset) -> Subject:
+    model, header, sha256 = load_checkpoint(path)
+    found = (header.architecture.input_shape, header.architecture.num_classes)
+    if found != (dataset.input_shape, dataset.num_classes):
+        (shape, classes), (want, num_classes) = found, (dataset.input_shape, dataset.num_classes)
+        raise UnusableInput(
+            f"'{path}' takes {'×'.join(map(str, shape))} images of {classes} classes, but {dataset.name} has"
+            f" {'×'.join(map(str, want))} images of {num_classes}: it was trained on {header.dataset}"
+        )
+    return Subject(model, header.info(sha256))
+
+
+def _call_factory(word: str) -> nn.Module:
+    module_name, _, attribute = word.partition(":")
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it, so that a module in the current folder is found
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+        model = factory()
+    except Exception as error:  # a user's own code may fail in any way, and that is the user's to mend
+        raise UnusableInput(f"--model '{word}' cannot be made: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.pop(0)
+    if not isinstance(model, nn.Module):
+        raise UnusableInput(f"--model '{word}' gave a {type(model).__name__}: it must return a torch.nn.Module")
+    return model.eval()
+
+
+def _foreign_info(word: str, model: nn.Module, dataset: str | None) -> ModelInfo:
+    routed = getattr(model, "robust", model)
+    experts = getattr(routed, "experts", None)
+    alpha = getattr(model, "alpha", None)
+    visible = routing_visible(model)
+    return ModelInfo(
+        name=word,
+        architecture=type(model).__name__,
+        num_experts=len(experts) if visible and isinstance(experts, nn.ModuleList) else None,
+        alpha=float(alpha) if visible and alpha is not None else None,
+        dataset=dataset,
+        checkpoint_sha256=weights_sha256(model),
+        routing_visible=visible,
+    )

@@ -1,0 +1,1 @@
+"""The attack suites, one file each; `base` holds what they share."""

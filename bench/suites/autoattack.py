@@ -1,0 +1,95 @@
+"""AutoAttack (Croce & Hein 2020), the standard version, by pyautoattack's own evaluation."""
+
+import sys
+from collections.abc import Callable, Iterator
+
+from pyautoattack import AutoAttack, checks
+from torch import Tensor
+
+from bench.suites.base import SUITES, Attempt, Block, CaughtWarnings, Suite
+
+Perturb = Callable[[Tensor, Tensor], Tensor]
+
+#: pyautoattack's attribute for each attack of the standard version.
+ATTACKS = {"apgd": "apgd-ce", "apgd_targeted": "apgd-t", "fab": "fab-t", "square": "square"}
+
+#: Its warnings carry the numbers of one block; a board needs the same words for the same thing.
+WARNINGS = {
+    "randomized defense": "AutoAttack: the outputs are random",
+    "probability distribution": "AutoAttack: the outputs are probabilities",
+    "zero gradient": "AutoAttack: points with zero gradient",
+    "Square Attack has decreased": "AutoAttack: Square beats the white-box attacks",
+    "dynamic defense": "AutoAttack: the model computes gradients in its forward pass",
+}
+
+
+def standard(block: Block) -> AutoAttack:
+    """The standard version for the block's threat model, with as many targets as its number of classes allows.
+
+    pyautoattack would index past the last class, and below 4 classes the targeted DLR loss does not exist; the version
+    is then called `standard-few-classes`, and flagged.
+    """
+    threat, targets = block.threat_model, block.num_classes - 1
+    attack = AutoAttack(block.model, norm=threat.norm, eps=threat.eps, seed=block.seed, device=block.x.device)
+    if targets < attack.fab.n_target_classes:
+        attack.version = "standard-few-classes"
+        block.flags.append("AutoAttack: standard-few-classes")
+        for targeted in (attack.apgd_targeted, attack.fab):
+            targeted.n_target_classes = min(targeted.n_target_classes, targets)
+    if targets < 3:
+        attack.attacks_to_run = [name for name in attack.attacks_to_run if name != "apgd-t"]
+    return attack
+
+
+class _Recorder:
+    """Stands around an attack's `perturb` and keeps what it returns, with the rows of the block that it was run on.
+
+    pyautoattack runs an attack on the rows that have withstood those before it. Which these are, the recorder works out
+    as pyautoattack does, by the same forward passes on the same batches.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.attempts: list[Attempt] = []
+        self.alive = (block.model(block.x).max(dim=1)[1] == block.y).nonzero()[:, 0]
+
+    def listen(self, attack: AutoAttack) -> None:
+        for attribute, name in ATTACKS.items():
+            part = getattr(attack, attribute)
+            part.perturb = self._recorded(name, part.perturb)
+
+    def _recorded(self, name: str, perturb: Perturb) -> Perturb:
+        def recorded(x: Tensor, y: Tensor) -> Tensor:
+            x_adv = perturb(x, y)
+            fooled = self.block.model(x_adv).max(dim=1)[1] != y
+            self.attempts.append(self.block.attempt(name, self.alive, x_adv, claimed=fooled))
+            self.alive = self.alive[~fooled]
+            return x_adv
+
+        return recorded
+
+
+@SUITES.register("autoattack")
+class AutoAttackSuite(Suite):
+    """APGD-CE, APGD-T, FAB-T and Square, each on what those before it have left standing."""
+
+    def attack(self, block: Block) -> Iterator[Attempt]:
+        attack, recorder = standard(block), _Recorder(block)
+        block.attacks.extend(attack.attacks_to_run)
+        recorder.listen(attack)
+        # check_dynamic counts calls in a module's dict that it never resets, and switches tracing (coverage) off.
+        checks.funcs.update(dict.fromkeys(checks.funcs, 0))
+        trace, failure = sys.gettrace(), None
+        with CaughtWarnings("auto-attack") as caught:
+            try:
+                attack.run_standard_evaluation(block.x, block.y, batch_size=len(block.x))
+            except Exception as error:  # what was found before it counts; evaluation makes errors of the rest
+                failure = error
+            finally:
+                sys.settrace(trace)
+        for message in caught.messages:
+            known = [flag for phrase, flag in WARNINGS.items() if phrase in message]
+            block.flags.extend(known or [f"AutoAttack: {message}"])
+        yield from recorder.attempts
+        if failure is not None:
+            raise failure

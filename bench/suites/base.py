@@ -1,0 +1,181 @@
+"""What an attack suite is to the evaluation.
+
+Axes: B = examples of an attack block, m = examples that an attack was run on; images (B, C, H, W) in [0, 1].
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from bench.registry import Registry, UnusableInput, did_you_mean
+from bench.spec import Norm, Spec, ThreatModel, build
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attack's answer: x_adv (m, C, H, W) for the block's examples `rows` (m,).
+
+    bounded: the attack was told ε and must keep to it. claimed (m,): where it says itself that it succeeded (None: it
+    does not say). target: what was attacked; only F, the whole model, counts in robust accuracy. forwards, backwards:
+    examples sent through the model, and gradients taken, since the block's previous attempt.
+    """
+
+    attack: str
+    rows: Tensor
+    x_adv: Tensor
+    bounded: bool
+    claimed: Tensor | None
+    target: str
+    forwards: int
+    backwards: int
+
+
+class PassCounter:
+    """Counts the examples that go through a model, and the gradients that come back, while it is entered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.forwards = self.backwards = 0
+
+    def _forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.forwards += len(output)
+        if output.requires_grad:
+            output.register_hook(self._backward)  # type: ignore[no-untyped-call]
+
+    def _backward(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)
+
+    def __enter__(self) -> Self:
+        self._handle = self._model.register_forward_hook(self._forward)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def lap(self) -> tuple[int, int]:
+        """(forwards, backwards) since the last lap."""
+        lap = (self.forwards, self.backwards)
+        self.forwards = self.backwards = 0
+        return lap
+
+
+@dataclass(frozen=True)
+class Block:
+    """The examples that are attacked together, and what a suite tells about them.
+
+    correct (B,): where the model is right on the clean image; only these are attacked. seed: the block's own.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    correct: Tensor
+    num_classes: int
+    threat_model: ThreatModel
+    seed: int
+    passes: PassCounter
+    flags: list[str] = field(default_factory=list)
+    attacks: list[str] = field(default_factory=list)  # in the order they run, also those that find nobody standing
+
+    @property
+    def standing(self) -> Tensor:
+        """Positions in the block of the examples to attack, (m,)."""
+        return self.correct.nonzero()[:, 0]
+
+    def attempt(
+        self,
+        attack: str,
+        rows: Tensor,
+        x_adv: Tensor,
+        *,
+        bounded: bool = True,
+        claimed: Tensor | None = None,
+        target: str = "F",
+    ) -> Attempt:
+        """An Attempt with the passes that it took."""
+        forwards, backwards = self.passes.lap()
+        if target == "F" and attack not in self.attacks:
+            self.attacks.append(attack)
+        return Attempt(attack, rows, x_adv.detach(), bounded, claimed, target, forwards, backwards)
+
+
+SUITES: Registry[type["Suite"]] = Registry("suite", "bench.suites")
+
+
+class Suite(Spec):
+    """Base of all suites; subclasses register with `SUITES`. Fields are the parameters that `--set` takes.
+
+    A change that can change a verdict raises `version`; unlike versions are never compared.
+    """
+
+    version: ClassVar[int] = 1
+    norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
+
+    @classmethod
+    def parameters(cls, argument: str | None) -> list[str]:
+        """Names of what `--set` takes; `argument` is what stands behind the colon, UnusableInput if it may not."""
+        if argument is not None:
+            raise UnusableInput(f"this suite takes nothing behind its name, but was given ':{argument}'")
+        return list(cls.model_fields)
+
+    @classmethod
+    def open(cls, argument: str | None, settings: Mapping[str, Any]) -> Self:
+        """With `settings` over the defaults; UnusableInput where a value does not fit."""
+        return build(cls, "suite's settings", settings)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters that differ from the defaults: what a run's spec records."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def check(self, name: str, threat_model: ThreatModel) -> None:
+        """UnusableInput if the suite has no attack for this norm."""
+        if threat_model.norm not in self.norms:
+            raise UnusableInput(f"suite '{name}' has no {threat_model.norm} attack: it has {', '.join(self.norms)}")
+
+    def attack(self, block: Block) -> Iterator[Attempt]:
+        """Attack the block's standing examples. May raise anything: evaluation then marks them as errors."""
+        raise NotImplementedError
+
+
+def open_suites(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Suite]:
+    """The suites called `names`, each with those of the settings that it has.
+
+    What stands behind a name's colon (`torchattacks:CW`) is its argument. UnusableInput for an unknown name, with the
+    nearest one, and for a setting that none of the suites has.
+    """
+    kinds = {name: (SUITES[name.partition(":")[0]], name.partition(":")[2] or None) for name in names}
+    known = {name: kind.parameters(argument) for name, (kind, argument) in kinds.items()}
+    every = sorted({parameter for parameters in known.values() for parameter in parameters})
+    for key in settings:
+        if key not in every:
+            hint = did_you_mean(key, every) if every else "there is nothing to set"
+            raise UnusableInput(f"--set {key}: {', '.join(names)} has no such parameter: {hint}")
+    return {
+        name: kind.open(argument, {key: value for key, value in settings.items() if key in known[name]})
+        for name, (kind, argument) in kinds.items()
+    }
+
+
+class CaughtWarnings(logging.Handler):
+    """Collects a logger's warnings while it is entered, instead of letting them be printed."""
+
+    def __init__(self, logger: str) -> None:
+        super().__init__(logging.WARNING)
+        self._logger = logging.getLogger(logger)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+    def __enter__(self) -> Self:
+        self._propagate, self._logger.propagate = self._logger.propagate, False
+        self._logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+        self._logger.propagate = self._propagate

@@ -1,0 +1,26 @@
+"""PGD (Madry et al. 2018) as torchattacks has it: 50 steps of ε/4 from a random start, the last iterate."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torchattacks
+from pydantic import Field
+
+from bench.spec import Norm
+from bench.suites.base import SUITES, Attempt, Block, Suite
+
+
+@SUITES.register("pgd")
+class PGD(Suite):
+    """`step_size` is in pixels of [0, 1]; unset, it is ε/4."""
+
+    norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
+
+    steps: int = Field(default=50, gt=0)
+    step_size: float | None = Field(default=None, gt=0)
+
+    def attack(self, block: Block) -> Iterator[Attempt]:
+        eps, rows = block.threat_model.eps, block.standing
+        kind = torchattacks.PGD if block.threat_model.norm == "Linf" else torchattacks.PGDL2
+        attack = kind(block.model, eps=eps, alpha=self.step_size or eps / 4, steps=self.steps)
+        yield block.attempt("pgd", rows, attack(block.x[rows], block.y[rows]))

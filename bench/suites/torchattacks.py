@@ -1,0 +1,80 @@
+"""`torchattacks:NAME`: any attack of that library, under its own name and with its own parameters."""
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import torchattacks
+from pydantic import Field
+
+from bench.registry import UnusableInput, did_you_mean
+from bench.spec import ThreatModel, build
+from bench.suites.base import SUITES, Attempt, Block, Suite
+
+#: What the library calls the radius; an attack without either knows no ball.
+RADIUS = ("eps", "max_epsilon")
+#: Filled in by the harness: no `--set` may contradict the threat model, the block's seed or the data.
+RESERVED = ("model", "norm", "seed", "n_classes", "verbose", *RADIUS)
+
+NAMES = sorted(set(torchattacks.__all__) - set(torchattacks.__wrapper__))
+
+
+def _signature(name: str | None) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(getattr(torchattacks, name or "").__init__).parameters
+
+
+@SUITES.register("torchattacks")
+class TorchAttacks(Suite):
+    """`name` is the class in torchattacks, `settings` its constructor's arguments.
+
+    ε is the threat model's. A step size (`alpha`) that is not set keeps the ratio to ε that the library's defaults
+    have: its 10 steps of 2/255 are made for ε = 8/255 and could not cross a larger ball.
+    """
+
+    name: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def open(cls, argument: str | None, settings: Mapping[str, Any]) -> Self:
+        if argument not in NAMES:
+            raise UnusableInput(
+                f"unknown attack 'torchattacks:{argument or ''}': {did_you_mean(argument or '', NAMES)}"
+            )
+        known = [name for name in _signature(argument) if name not in ("self", *RESERVED)]
+        for key in settings:
+            if key not in known:
+                hint = did_you_mean(key, known) if known else "it takes none"
+                raise UnusableInput(f"torchattacks:{argument} has no parameter '{key}' to set: {hint}")
+        return build(cls, f"suite 'torchattacks:{argument}'", {"name": argument, "settings": dict(settings)})
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.settings
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the attack takes a radius; the others minimise a distance or change a few pixels."""
+        return any(radius in _signature(self.name) for radius in RADIUS)
+
+    def check(self, name: str, threat_model: ThreatModel) -> None:
+        if not self.bounded:
+            return  # it may be run for any ball: what it finds outside is not counted
+        stated = re.search(r"Distance Measure\s*:\s*(.*)", getattr(torchattacks, self.name).__doc__ or "")
+        norms = re.findall(r"Linf|L2|L1|L0", stated.group(1)) if stated else []
+        if threat_model.norm not in norms:
+            raise UnusableInput(f"suite '{name}' has no {threat_model.norm} attack: it has {', '.join(norms)}")
+
+    def arguments(self, block: Block) -> dict[str, Any]:
+        """The constructor's arguments: the settings, and what the block says."""
+        signature, eps = _signature(self.name), block.threat_model.eps
+        filled: dict[str, Any] = {"norm": block.threat_model.norm, "n_classes": block.num_classes, "seed": block.seed}
+        filled |= dict.fromkeys(RADIUS, eps)
+        if "alpha" in signature and "eps" in signature:
+            filled["alpha"] = signature["alpha"].default / signature["eps"].default * eps
+        return {key: value for key, value in filled.items() if key in signature} | self.settings
+
+    def attack(self, block: Block) -> Iterator[Attempt]:
+        rows = block.standing
+        attack = getattr(torchattacks, self.name)(block.model, **self.arguments(block))
+        yield block.attempt(self.name, rows, attack(block.x[rows], block.y[rows]), bounded=self.bounded)

@@ -1,0 +1,367 @@
+"""One training loop for every variant and objective, on Lightning Fabric.
+
+Axes: B = batch, C = classes. Accuracies are fractions in [0, 1].
+"""
+
+import csv
+import io
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+import bench
+from bench.datasets.base import Dataset, Images, fingerprint, open_dataset
+from bench.environment import git_hash, torch_device
+from bench.files import write_atomically
+from bench.inner import attacking, default_step_size, pgd
+from bench.objectives.base import Batch, Terms
+from bench.recipes import architecture, objective_class
+from bench.registry import UnusableInput
+from bench.sampling import Sampler, hold_out
+from bench.spec import Recipe, TrainSpec
+from models.architecture import Dense, Dual, Routed
+from models.checkpoints import Header, checkpoint_path, load_checkpoint, read_header, save_checkpoint
+from models.moe import MoE
+from models.variants import get_variant
+
+
+class TrainingFailed(RuntimeError):
+    """The loss stopped being finite; the message says at which step and what was kept."""
+
+
+class Engine(nn.Module):
+    """Runs a loss on the model inside one forward call, which a wrapper (autocast, data-parallel) can then cover."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, loss: Callable[[nn.Module], Terms]) -> Terms:
+        return loss(self.model)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A line of the metrics file: what an epoch of training gave, on the training and the held-out data."""
+
+    epoch: int
+    loss: float
+    terms: dict[str, float]
+    sa: float
+    ra: float
+    lr: float
+    seconds: float
+    images_per_second: float
+
+    def row(self) -> dict[str, float]:
+        terms = {f"loss_{name}": value for name, value in self.terms.items()}
+        measured = {"val_sa": self.sa, "val_ra": self.ra, "lr": self.lr}
+        speed = {"seconds": self.seconds, "images_per_second": self.images_per_second}
+        return {"epoch": self.epoch, "loss": self.loss, **terms, **measured, **speed}
+
+
+#: Called after each step with (epoch, steps done, steps in all, loss) and after each epoch with its record.
+OnStep = Callable[[int, int, int, float], None]
+OnEpoch = Callable[[Epoch], None]
+
+
+def train(
+    spec: TrainSpec,
+    data_root: Path,
+    checkpoints: Path,
+    device: str = "auto",
+    resume: bool = False,
+    on_step: OnStep = lambda *_: None,
+    on_epoch: OnEpoch = lambda _: None,
+) -> Path:
+    """Train by `spec` and return the checkpoint's path; the model of the best held-out epoch is kept.
+
+    Beside it lie `<name>.csv`, a line an epoch, and while training is under way `<name>.state.pt`, from which `resume`
+    goes on at the last finished epoch. A checkpoint that this very spec has made is returned without training.
+
+    Raises:
+        UnusableInput: data missing or too few, or the path holds a checkpoint that another spec has made.
+        TrainingFailed: the loss is not finite; the best checkpoint so far is kept.
+    """
+    path = checkpoint_path(checkpoints, spec.dataset, spec.threat_model.norm, spec.checkpoint_name)
+    if path.is_file():
+        if read_header(path).training_key == spec.key:
+            return path
+        raise UnusableInput(
+            f"'{path}' was made by another spec and is not overwritten: move it, or pass --checkpoints DIR"
+        )
+    dataset = open_dataset(spec.dataset)
+    if get_variant(spec.variant).parts is not None:
+        return _put_together(spec, path)
+    images, train_set, val_set = _read(spec, dataset, data_root)
+    return _Run(spec, dataset, images, train_set, val_set, path, device).train(resume, on_step, on_epoch)
+
+
+def _put_together(spec: TrainSpec, path: Path) -> Path:
+    variant = get_variant(spec.variant)
+    assert variant.parts is not None
+    suffix = spec.checkpoint_name.removeprefix(spec.variant)
+    files = {
+        role: path.with_name(f"{name}{suffix}.safetensors")
+        for role, name in zip(("standard", "robust"), variant.parts, strict=True)
+    }
+    headers, parts = {}, {}
+    for role, file in files.items():
+        _, headers[role], sha256 = load_checkpoint(file)
+        parts[role] = {"file": file.name, "sha256": sha256}
+    dual = Dual(
+        standard=headers["standard"].architecture,
+        robust=headers["robust"].architecture,
+        alpha=spec.recipe.alpha,
+        combine=spec.recipe.combine or variant.combine or "probs",
+    )
+    save_checkpoint(path, None, _header(spec, dual, parts=parts))
+    return path
+
+
+def _header(spec: TrainSpec, arch: Dense | Routed | Dual, **more: Any) -> Header:
+    return Header(
+        variant=spec.variant,
+        architecture=arch,
+        dataset=spec.dataset,
+        threat_model=spec.threat_model,
+        objective=get_variant(spec.variant).objective,
+        seed=spec.seed,
+        training=spec.model_dump(mode="json"),
+        training_key=spec.key,
+        bench_version=bench.__version__,
+        git_hash=git_hash(),
+        **more,
+    )
+
+
+def _read(spec: TrainSpec, dataset: Dataset, root: Path) -> tuple[Images, Tensor, Tensor]:
+    recipe = spec.recipe
+    wanted = None if recipe.n_train is None else recipe.n_train + recipe.n_val
+    images = dataset.read("train", root, wanted)
+    if len(images.y) < (wanted or recipe.n_val + 1):
+        raise UnusableInput(
+            f"{spec.dataset} has {len(images.y):,} training images at '{root}', fewer than the n_train + n_val ="
+            f" {wanted or recipe.n_val + 1:,} asked for: lower them with --set n_train=… or --set n_val=…"
+        )
+    return images, *hold_out(len(images.y), recipe.n_train, recipe.n_val)
+
+
+class _Run:
+    """One training under way."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        dataset: Dataset,
+        images: Images,
+        train_set: Tensor,
+        val_set: Tensor,
+        path: Path,
+        device: str,
+    ) -> None:
+        self.spec, self.path = spec, path
+        recipe = spec.recipe
+        accelerator, _, index = torch_device(device).partition(":")
+        devices = [int(index)] if index else 1
+        self.fabric = Fabric(accelerator=accelerator, devices=devices, precision=recipe.precision)
+        self.objective = objective_class(get_variant(spec.variant)).model_validate(spec.objective_params)
+        self.architecture = architecture(spec, dataset)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            self.model = self.architecture.build()
+        self.engine = self.fabric.setup_module(Engine(self.model))
+        self.sampler = Sampler(
+            images, train_set, recipe.batch_size, spec.threat_model, recipe.augment, spec.seed, self.fabric.device
+        )
+        self.validation = Sampler(images, val_set, 500, spec.threat_model, False, 0, self.fabric.device)
+        self.train_fingerprint = fingerprint(images.x[train_set], images.y[train_set])
+        total = recipe.epochs * len(self.sampler)
+        self.parts = self.objective.parts(self.model)
+        self.optimizers: dict[str, Any] = {}
+        self.schedules: dict[str, torch.optim.lr_scheduler.LRScheduler] = {}
+        for name, part in self.parts.items():
+            optimizer = _optimizer(part, recipe)
+            self.schedules[name] = _schedule(optimizer, recipe, total)
+            self.optimizers[name] = self.fabric.setup_optimizers(optimizer)
+        self.epochs: list[Epoch] = []
+        self.best: tuple[float, float, int] | None = None  # selecting accuracy, the other one, epoch
+        self.best_weights: dict[str, Tensor] = {}
+
+    def train(self, resume: bool, on_step: OnStep, on_epoch: OnEpoch) -> Path:
+        if resume:
+            self._restore()
+        for epoch in range(len(self.epochs), self.spec.recipe.epochs):
+            start, losses, terms = time.perf_counter(), 0.0, dict[str, float]()
+            self.model.train()
+            for done, batch in enumerate(self.sampler.epoch(epoch), start=1):
+                values = self._step(batch, epoch, done)
+                losses += sum(values.values())
+                for name, value in values.items():
+                    terms[name] = terms.get(name, 0.0) + value / len(self.sampler)
+                on_step(epoch, done, len(self.sampler), losses / done)
+            seconds = time.perf_counter() - start
+            sa, ra = self._validate()
+            lr = max(group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups)
+            speed = len(self.sampler.indices) / seconds
+            record = Epoch(epoch + 1, sum(terms.values()), terms, sa, ra, lr, seconds, speed)
+            self.epochs.append(record)
+            score = (ra, sa, epoch + 1) if self.objective.adversarial else (sa, ra, epoch + 1)
+            if self.best is None or score[:2] > self.best[:2]:
+                self.best = score
+                self.best_weights = {
+                    key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()
+                }
+            self._save_state()
+            on_epoch(record)
+        return self._finish()
+
+    def _step(self, batch: Batch, epoch: int, done: int) -> dict[str, float]:
+        """All optimiser steps of one batch; the value of each term of their losses."""
+        values: dict[str, float] = {}
+        steps = self.objective.steps(self.model, batch)
+        while True:
+            with self.fabric.autocast():  # the inner attacks run when the generator is advanced
+                step = next(steps, None)
+            if step is None:
+                break
+            self.model.zero_grad(set_to_none=True)
+            terms = self.engine(step.loss)
+            loss = torch.stack(list(terms.values())).sum()
+            values |= {name: term.item() for name, term in terms.items()}
+            if not math.isfinite(sum(values.values())):
+                self._keep_best()
+                where = f"epoch {epoch + 1}, step {done}"
+                kept = f"; the best epoch so far is kept at '{self.path}'" if self.best else ""
+                raise TrainingFailed(f"the loss is not finite at {where} ({values}): lower lr{kept}")
+            self.fabric.backward(loss)
+            optimizer = self.optimizers[step.part]
+            if self.spec.recipe.clip_grad_norm is not None:
+                self.fabric.clip_gradients(self.parts[step.part], optimizer, max_norm=self.spec.recipe.clip_grad_norm)
+            optimizer.step()
+            self.schedules[step.part].step()
+            self.model.zero_grad(set_to_none=True)
+        return values
+
+    @torch.no_grad()
+    def _validate(self) -> tuple[float, float]:
+        """SA and PGD accuracy on the held-out images, of the deployed model in float32."""
+        clean = robust = 0
+        threat, steps = self.spec.threat_model, self.spec.recipe.val_steps
+        with attacking(self.model):
+            for batch in self.validation.epoch(0):
+                loss = partial(self._summed_loss, batch.y)
+                step_size = default_step_size(threat.eps, steps)
+                x_adv = pgd(loss, batch.x, threat, steps, step_size, batch.noise("validation"))
+                clean += int((self.model(batch.x).argmax(1) == batch.y).sum())
+                robust += int((self.model(x_adv).argmax(1) == batch.y).sum())
+        n = len(self.validation.indices)
+        return clean / n, robust / n
+
+    def _summed_loss(self, y: Tensor, x: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(x), y, reduction="sum")
+
+    # --- what is written ----------------------------------------------------------------------------------------------
+
+    @property
+    def _state_path(self) -> Path:
+        return self.path.with_suffix(".state.pt")
+
+    def _save_state(self) -> None:
+        """After each epoch: all that the next epoch depends on. Randomness is keyed, so no random state is needed."""
+        state = {
+            "key": self.spec.key,
+            "model": self.model.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
+            "precision": self.fabric._precision.state_dict(),
+            "epochs": [vars(record) for record in self.epochs],
+            "best": self.best,
+            "best_weights": self.best_weights,
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(self._state_path, buffer.getvalue())
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(self.epochs[0].row()), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(record.row() for record in self.epochs)
+        write_atomically(self.path.with_suffix(".csv"), table.getvalue().encode())
+
+    def _restore(self) -> None:
+        if not self._state_path.is_file():
+            return
+        state = torch.load(self._state_path, map_location=self.fabric.device, weights_only=True)
+        if state["key"] != self.spec.key:
+            raise UnusableInput(
+                f"'{self._state_path}' belongs to another spec: pass the same options, or drop --resume"
+            )
+        self.model.load_state_dict(state["model"])
+        for name in self.parts:
+            self.optimizers[name].load_state_dict(state["optimizers"][name])
+            self.schedules[name].load_state_dict(state["schedules"][name])
+        self.fabric._precision.load_state_dict(state["precision"])
+        self.epochs = [Epoch(**record) for record in state["epochs"]]
+        self.best, self.best_weights = tuple(state["best"]), state["best_weights"]
+
+    def _keep_best(self) -> None:
+        if self.best is None:
+            return
+        self.model.load_state_dict(self.best_weights)
+        last = len(self.epochs)
+        adversarial = self.objective.adversarial
+        ra, sa = self.best[:2] if adversarial else self.best[1::-1]
+        header = _header(
+            self.spec,
+            self.architecture,
+            train_fingerprint=self.train_fingerprint,
+            train_images=len(self.sampler.indices),
+            epochs=last,
+            examples_seen=last * len(self.sampler.indices),
+            validation={"sa": sa, "ra": ra, "epoch": self.best[2], "images": len(self.validation.indices)},
+            seconds=round(sum(record.seconds for record in self.epochs), 1),
+        )
+        save_checkpoint(self.path, self.model, header)
+
+    def _finish(self) -> Path:
+        self._keep_best()
+        self._state_path.unlink(missing_ok=True)
+        return self.path
+
+
+def _optimizer(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD or AdamW; a router's parameters are a group of their own, with their own peak learning rate."""
+    routers = [p for module in part.modules() if isinstance(module, MoE) for p in module.router.parameters()]
+    ids = {id(parameter) for parameter in routers}
+    others = [parameter for parameter in part.parameters() if id(parameter) not in ids]
+    groups = [{"params": others, "lr": recipe.lr}]
+    if routers:
+        groups.append({"params": routers, "lr": recipe.lr * recipe.router_lr})
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    if recipe.schedule == "one_cycle":
+        # The momentum stays as the recipe has it; only the rate is cycled.
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps, cycle_momentum=False)
+    if recipe.schedule == "cyclic":
+        # The released code's: from half the peak to the peak in 500 steps, and back.
+        base = [peak / 2 for peak in peaks]
+        return torch.optim.lr_scheduler.CyclicLR(optimizer, base, peaks, step_size_up=500, cycle_momentum=False)
+    if recipe.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

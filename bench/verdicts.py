@@ -1,0 +1,94 @@
+"""The independent re-check of adversarial examples: nothing here is shared with an attack.
+
+Axes: m = examples judged. Distances and ε are in pixels of [0, 1].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bench.spec import ThreatModel
+
+#: How far outside the ball an example may lie and still be in it: attacks compute in float32.
+ABSOLUTE_LINF = 1e-6
+RELATIVE_L1_L2 = 1e-5
+#: The same for the box [0, 1].
+ABSOLUTE_BOX = 1e-6
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of the deployed model: classes (m,), whether the logits were finite (m,), first selected expert (m,) or −1."""
+
+    classes: Tensor
+    finite: Tensor
+    expert: Tensor
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor, routing_visible: bool) -> Prediction:
+    """What the deployed model says of x (m, C, H, W), in float32; results on the CPU."""
+    logits = model(x)
+    expert = torch.full((len(x),), -1, device=x.device)
+    if routing_visible:
+        trace = model.trace(x)[1]  # type: ignore[operator]
+        expert = trace.selected_experts[:, 0]
+    return Prediction(logits.argmax(1).cpu(), logits.isfinite().all(1).cpu(), expert.cpu())
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Per example, (m,) each, on the CPU: what became of an attack's answer.
+
+    error: the answer is illegal, so nothing is known; broken: legal, and misclassified; unconfirmed: the attack claimed
+    a success that is none. An example that is neither `error` nor `broken` has withstood the attack.
+    """
+
+    prediction: Prediction
+    linf: Tensor
+    l2: Tensor
+    error: Tensor
+    broken: Tensor
+    unconfirmed: Tensor
+
+
+def inside(linf: Tensor, l2: Tensor, l1: Tensor, threat_model: ThreatModel) -> Tensor:
+    """Whether distances (m,) lie in the ball, with the tolerance of its norm."""
+    if threat_model.norm == "Linf":
+        return linf <= threat_model.eps + ABSOLUTE_LINF
+    return (l2 if threat_model.norm == "L2" else l1) <= threat_model.eps * (1 + RELATIVE_L1_L2)
+
+
+def judge(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    x_adv: Tensor,
+    threat_model: ThreatModel,
+    bounded: bool,
+    claimed: Tensor | None,
+    routing_visible: bool,
+) -> Judgement:
+    """Check x_adv, an attack's answer for x (m, C, H, W) with labels y (m,).
+
+    `bounded`: the attack was told ε, so an answer outside the ball or the box is an error; an attack that knows no ε
+    has then merely not broken the example. An answer or a logit that is not finite is an error in both cases.
+
+    Raises:
+        ValueError: the answer has another shape than x.
+    """
+    if x_adv.shape != x.shape:
+        raise ValueError(f"the attack returned images of shape {tuple(x_adv.shape)} for {tuple(x.shape)}")
+    delta = (x_adv.detach().double() - x.double()).flatten(1).abs()
+    linf, l2, l1 = delta.amax(1).cpu(), delta.square().sum(1).sqrt().cpu(), delta.sum(1).cpu()
+    finite = x_adv.isfinite().flatten(1).all(1).cpu()
+    box = ((x_adv >= -ABSOLUTE_BOX) & (x_adv <= 1 + ABSOLUTE_BOX)).flatten(1).all(1).cpu()
+    legal = finite & box & inside(linf, l2, l1, threat_model)
+    # A row that is not finite must not reach the model: through its batch it could spoil its neighbours.
+    usable = torch.where(finite.to(x.device).view(-1, 1, 1, 1), x_adv.detach(), x).float()
+    prediction = predict(model, usable, routing_visible)
+    error = ~finite | ~prediction.finite | (~legal if bounded else torch.zeros_like(legal))
+    broken = legal & ~error & (prediction.classes != y.cpu())
+    unconfirmed = torch.zeros_like(broken) if claimed is None else claimed.cpu() & ~broken & ~error
+    return Judgement(prediction, linf, l2, error, broken, unconfirmed)

@@ -1,0 +1,85 @@
+"""What a model is made of, as a value that a checkpoint carries, and how it is built from that."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from bench.spec import Spec
+from models.base import Classifier
+from models.dual import DualModel
+from models.experts import build_expert, expert_label
+from models.moe import Combine, MoE
+from models.routing import ROUTERS, Gate
+
+
+class Network(Spec):
+    """One expert's network. mean and std are per channel, in pixels of [0, 1]."""
+
+    expert: str
+    expert_params: dict[str, Any] = Field(default_factory=dict)
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def label(self) -> str:
+        return expert_label(self.expert, self.expert_params)
+
+    def build_expert(self) -> Classifier:
+        backbone = build_expert(self.expert, self.input_shape, self.num_classes, self.expert_params)
+        return Classifier(backbone, self.mean, self.std)
+
+
+class Dense(Network):
+    """One network alone."""
+
+    kind: Literal["dense"] = "dense"
+
+    def build(self) -> nn.Module:
+        return self.build_expert()
+
+
+class Routed(Network):
+    """E networks behind a router."""
+
+    kind: Literal["moe"] = "moe"
+    router: Literal["affine", "conv"] = "affine"
+    num_experts: int = 4
+    num_selected_experts: int = 1
+    gate: Gate = "softmax"
+    combine: Combine = "logits"
+
+    def build(self) -> nn.Module:
+        experts = [self.build_expert() for _ in range(self.num_experts)]
+        router = ROUTERS[self.router](self.input_shape, self.num_experts, self.mean, self.std)
+        return MoE(experts, router, self.num_selected_experts, self.gate, self.combine)
+
+
+class Dual(Spec):
+    """A standard and a robust routed model."""
+
+    kind: Literal["dual"] = "dual"
+    standard: Routed
+    robust: Routed
+    alpha: float = 0.7
+    combine: Combine = "probs"
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self.robust.input_shape
+
+    @property
+    def num_classes(self) -> int:
+        return self.robust.num_classes
+
+    @property
+    def label(self) -> str:
+        return self.robust.label
+
+    def build(self) -> nn.Module:
+        return DualModel(self.standard.build(), self.robust.build(), self.alpha, self.combine)
+
+
+Architecture = Annotated[Dense | Routed | Dual, Field(discriminator="kind")]

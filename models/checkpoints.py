@@ -1,0 +1,187 @@
+"""Checkpoints: safetensors with a JSON header that rebuilds the model by itself. Nothing is ever unpickled."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from bench.files import write_atomically
+from bench.registry import UnusableInput
+from bench.spec import ModelInfo, Spec, ThreatModel, path_safe
+from models.architecture import Architecture, Dual
+from models.variants import VARIANTS
+
+ZOO = Path(__file__).parent / "zoo"
+USER_CHECKPOINTS = Path("checkpoints")
+_METADATA_KEY = "bench"
+
+
+class Header(Spec):
+    """What a checkpoint says of itself.
+
+    `training` is the whole TrainSpec that made it (None: put together, not trained) and `training_key` its key;
+    `train_fingerprint` the hash of the training images and labels; `parts`, of a model that is put together, the file
+    name and SHA-256 of each part, which lie in the same folder.
+    """
+
+    format: int = 1
+    variant: str
+    architecture: Architecture
+    dataset: str
+    threat_model: ThreatModel
+    objective: str | None = None
+    seed: int = 0
+    training: dict[str, Any] | None = None
+    training_key: str | None = None
+    train_fingerprint: str | None = None
+    train_images: int = 0
+    epochs: int = 0
+    examples_seen: int = 0
+    validation: dict[str, float] = Field(default_factory=dict, description="sa and ra (fractions) and epoch")
+    seconds: float = 0.0
+    bench_version: str = ""
+    git_hash: str | None = None
+    parts: dict[str, dict[str, str]] = Field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The variant, and its training seed unless that is 0: how a model is called and how its file is named."""
+        return self.variant if self.seed == 0 else f"{self.variant}-s{self.seed}"
+
+    def info(self, sha256: str) -> ModelInfo:
+        """The model info of this checkpoint, whose file has the given SHA-256."""
+        arch = self.architecture
+        routed = arch.robust if isinstance(arch, Dual) else arch if arch.kind == "moe" else None
+        trained = (
+            f"{self.train_images:,} images × {self.epochs} epochs"
+            if self.training
+            else ", ".join(
+                f"{part}: {entry['file'].removesuffix('.safetensors')}" for part, entry in self.parts.items()
+            )
+        )
+        return ModelInfo(
+            name=self.name,
+            architecture=arch.label,
+            objective=self.objective,
+            gate=routed.gate if routed else None,
+            combine=None if arch.kind == "dense" else arch.combine,
+            num_experts=routed.num_experts if routed else None,
+            num_selected_experts=routed.num_selected_experts if routed else None,
+            alpha=arch.alpha if isinstance(arch, Dual) else None,
+            dataset=self.dataset,
+            threat_model=self.threat_model,
+            checkpoint_sha256=sha256,
+            number_forward_passes=1,
+            additional_data=False,
+            seed=self.seed,
+            trained=trained,
+            routing_visible=routed is not None,
+        )  # fmt: skip
+
+
+def checkpoint_path(folder: Path, dataset: str, norm: str, name: str) -> Path:
+    """`folder/<dataset>/<norm>/<name>.safetensors`."""
+    return folder / path_safe(dataset) / norm / f"{path_safe(name)}.safetensors"
+
+
+def save_checkpoint(path: Path, model: nn.Module | None, header: Header) -> None:
+    """Write atomically; `model` is None for a header that names its parts."""
+    tensors = {} if model is None else {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    write_atomically(path, save(tensors, metadata={_METADATA_KEY: header.model_dump_json()}))
+
+
+def read_header(path: Path) -> Header:
+    """The header alone; UnusableInput, naming the file, if it is missing, truncated or not one of ours."""
+    if not path.is_file():
+        raise UnusableInput(f"no checkpoint at '{path}': train one with `bench train`, or correct the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_METADATA_KEY)
+    except (SafetensorError, OSError) as error:
+        raise UnusableInput(f"'{path}' is truncated or no safetensors file ({error}): train it again") from None
+    if text is None:
+        raise UnusableInput(f"'{path}' has no bench header: it was not written by `bench train`")
+    try:
+        return Header.model_validate(json.loads(text))
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise UnusableInput(
+            f"'{path}' has a header that this version does not read: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def load_checkpoint(path: Path) -> tuple[nn.Module, Header, str]:
+    """The model in eval mode on the CPU, its header, and the SHA-256 of the file (and of its parts').
+
+    UnusableInput, naming the file, if it is missing, truncated, foreign, or a part is not the one that it names.
+    """
+    header = read_header(path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    # Weights come from the file: the random initialisation must not move the caller's random state.
+    with torch.random.fork_rng(devices=[]):
+        model = header.architecture.build()
+    if header.parts:
+        for part, entry in header.parts.items():
+            part_path = path.with_name(entry["file"])
+            module, _, part_sha256 = load_checkpoint(part_path)
+            if part_sha256 != entry["sha256"]:
+                raise UnusableInput(f"'{part_path}' is not the file that '{path}' was put together from: train again")
+            setattr(model, part, module)
+    else:
+        try:
+            with safe_open(path, framework="pt") as file:
+                model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        except (SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UnusableInput(f"'{path}' does not hold the weights its header describes: {reason}") from None
+    return model.eval(), header, sha256
+
+
+def find_checkpoint(name: str, dataset: str, norm: str, folders: list[Path]) -> Path:
+    """The first of `folders` that has it; UnusableInput, with the places looked at, where none has."""
+    candidates = [checkpoint_path(folder, dataset, norm, name) for folder in folders]
+    for path in candidates:
+        if path.is_file():
+            return path
+    looked = " and ".join(f"'{path}'" for path in candidates)
+    raise UnusableInput(
+        f"no {norm} checkpoint of '{name}' for {dataset}: looked for {looked}; make one with `bench train`"
+    )
+
+
+def available(dataset: str, norm: str, folders: list[Path]) -> list[str]:
+    """Names of the models with a checkpoint in any of `folders`: in the variants' order, further seeds after."""
+    stems = {
+        path.stem
+        for folder in folders
+        for path in checkpoint_path(folder, dataset, norm, "*").parent.glob("*.safetensors")
+    }
+    order = list(VARIANTS)
+    variants = {stem: stem.rpartition("-s")[0] if stem.rpartition("-s")[2].isdigit() else stem for stem in stems}
+    known = [stem for stem in stems if variants[stem] in VARIANTS]
+    return sorted(known, key=lambda stem: (order.index(variants[stem]), stem))
+
+
+def load_model(
+    name: str, dataset: str = "digits", threat_model: str = "Linf", model_dir: str | os.PathLike[str] | None = None
+) -> nn.Module:
+    """A trained model, as RobustBench's function of this name gives it: eval mode, pixels in [0, 1] in, logits out.
+
+    Args:
+        name: a variant, such as `moe-rt_er`; `<variant>-s<seed>` for another training seed than 0.
+        dataset: the data set it was trained on.
+        threat_model: the norm it was trained for.
+        model_dir: the folder that holds `<dataset>/<norm>/<name>.safetensors`; without it, the user's `checkpoints`,
+            then the weights that ship with the package.
+
+    Raises:
+        UnusableInput: there is no such checkpoint, or it is damaged.
+    """
+    folders = [USER_CHECKPOINTS, ZOO] if model_dir is None else [Path(model_dir)]
+    return load_checkpoint(find_checkpoint(name, dataset, threat_model, folders))[0]

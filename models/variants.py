@@ -1,0 +1,49 @@
+"""The variants: an architecture and the objective that trained it. A new one is a line in `VARIANTS`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bench.registry import UnusableInput, did_you_mean
+from models.moe import Combine
+from models.routing import Gate
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`objective` is None for a variant that is put together from the trained `parts` (standard, robust)."""
+
+    name: str
+    kind: Literal["dense", "moe", "dual"]
+    objective: str | None = None
+    gate: Gate | None = None
+    combine: Combine | None = None
+    parts: tuple[str, str] | None = None
+
+
+def _routed(gate: Gate, suffix: str) -> list[Variant]:
+    parts = (f"moe-standard{suffix}", f"moe-rt_er{suffix}")
+    return [
+        *(Variant(f"moe-{o}{suffix}", "moe", o, gate, "logits") for o in ("standard", "at", "rt_er")),
+        Variant(f"dual-jtdmoe{suffix}", "dual", "jtdmoe", gate, "probs"),
+        Variant(f"dual{suffix}", "dual", None, gate, "probs", parts),
+        Variant(f"dual-logits{suffix}", "dual", None, gate, "logits", parts),
+    ]
+
+
+#: In the order in which lists show them. `-argmax`: routed as the released code does it; `dual-logits`: its mixing.
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in [
+        Variant("dense-standard", "dense", "standard"),
+        Variant("dense-at", "dense", "at"),
+        *_routed("softmax", ""),
+        *_routed("argmax", "-argmax"),
+    ]
+}
+
+
+def get_variant(name: str) -> Variant:
+    """The variant called `name`; UnusableInput with the nearest name where there is none."""
+    if name not in VARIANTS:
+        raise UnusableInput(f"unknown variant '{name}': {did_you_mean(name, VARIANTS)}")
+    return VARIANTS[name]

@@ -1,0 +1,173 @@
+"""A user's own folder of images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from bench.datasets.base import Dataset, open_dataset
+from bench.registry import UnusableInput
+
+NONE = Path("nowhere")  # it needs no root
+H, W = 6, 10
+
+
+def pixels(seed: int, size: tuple[int, int] = (H, W)) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def write(path: Path, image: NDArray[np.uint8]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def chw(*seeds: int) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(pixels(seed)).permute(2, 0, 1) for seed in seeds])
+
+
+def opened(folder: Path) -> Dataset:
+    return open_dataset(f"imagefolder:{folder}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, 'B' before 'a' as torchvision sorts; training images pixels(0 …), test images pixels(10 …)."""
+    for name, seed in [("B/x.png", 0), ("B/y.PNG", 1), ("B/z.bmp", 2), ("a/x.png", 3)]:
+        write(tmp_path / "train" / name, pixels(seed))
+    for name, seed in [("a/1.png", 10), ("B/1.png", 11), ("B/0.png", 12)]:
+        write(tmp_path / "val" / name, pixels(seed))
+    (tmp_path / "train" / "B" / ".DS_Store").write_bytes(b"no image")
+    (tmp_path / "train" / "README.txt").write_text("no class")
+    return tmp_path
+
+
+def test_reads_what_lies_there(folder: Path) -> None:
+    dataset = opened(folder)
+    assert (dataset.name, dataset.num_classes, dataset.input_shape) == (f"imagefolder:{folder}", 2, (3, H, W))
+    train, test = dataset.read("train", NONE), dataset.read("test", NONE)
+    assert torch.equal(train.x, chw(0, 3, 1, 2))
+    assert train.y.tolist() == [0, 1, 0, 0]
+    assert torch.equal(test.x, chw(12, 10, 11))
+    assert test.y.tolist() == [0, 1, 0]
+    assert (train.available, train.published, train.white) == (4, 0, 255)
+
+
+def test_classes_are_torchvisions(folder: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    reference = ImageFolder(str(folder / "train"))
+    images = opened(folder).read("train", NONE)
+    labels = {np.asarray(image).tobytes(): label for image, label in reference}
+    assert [labels[x.permute(1, 2, 0).contiguous().numpy().tobytes()] for x in images.x] == images.y.tolist()
+
+
+def test_evaluation_set(folder: Path) -> None:
+    data = opened(folder).evaluation_set(NONE, 2)
+    assert torch.equal(data.x, chw(12, 10).float() / 255)
+    assert data.note == ""
+    with pytest.raises(UnusableInput, match="--n-examples 4 is more than the 3 test images of imagefolder:"):
+        opened(folder).evaluation_set(NONE, 4)
+
+
+def test_fingerprint(folder: Path) -> None:
+    first = opened(folder).evaluation_set(NONE, None).fingerprint
+    (folder / "val" / "B" / "1.png").rename(folder / "val" / "B" / "2.png")  # a name that keeps the order
+    assert opened(folder).evaluation_set(NONE, None).fingerprint == first
+    image = pixels(11)
+    image[0, 0, 0] ^= 1
+    write(folder / "val" / "B" / "2.png", image)
+    assert opened(folder).evaluation_set(NONE, None).fingerprint != first
+
+
+def test_val_alone_can_be_evaluated(folder: Path) -> None:
+    (folder / "train").rename(folder / "elsewhere")
+    dataset = opened(folder)
+    assert (dataset.num_classes, len(dataset.evaluation_set(NONE, None))) == (2, 3)
+    with pytest.raises(UnusableInput, match=r"has no train images: put them in .*/train/CLASS"):
+        dataset.read("train", NONE)
+
+
+def test_test_stands_in_for_val(folder: Path) -> None:
+    (folder / "val").rename(folder / "test")
+    assert torch.equal(opened(folder).read("test", NONE).x, chw(12, 10, 11))
+    write(folder / "val" / "a" / "0.png", pixels(20))
+    write(folder / "val" / "B" / "0.png", pixels(21))
+    assert torch.equal(opened(folder).read("test", NONE).x, chw(21, 20))  # val is what counts where there are both
+
+
+def test_train_alone_cannot_be_evaluated(folder: Path) -> None:
+    (folder / "val").rename(folder / "elsewhere")
+    with pytest.raises(UnusableInput, match=r"has no test images: put them in .*/test/CLASS"):
+        opened(folder).evaluation_set(NONE, None)
+
+
+@pytest.mark.parametrize(("side", "recipe"), [(48, "cpu-cifar10"), (49, "cpu-tinyimagenet")])
+def test_recipe_goes_by_the_larger_side(tmp_path: Path, side: int, recipe: str) -> None:
+    for name in "ab":
+        write(tmp_path / "val" / name / "0.png", pixels(0, (8, side)))
+    dataset = opened(tmp_path)
+    assert (dataset.recipe, str(dataset.threat_model)) == (recipe, "Linf 8/255")
+
+
+def test_grey_palette_and_transparent_images_become_rgb(folder: Path) -> None:
+    grey = pixels(5)[..., 0]
+    write(folder / "val" / "a" / "1.png", grey)
+    assert torch.equal(opened(folder).read("test", NONE).x[1], torch.from_numpy(grey).expand(3, H, W))
+    rgba = np.dstack([pixels(6), np.zeros((H, W), np.uint8)])
+    write(folder / "val" / "a" / "1.png", rgba)
+    assert torch.equal(opened(folder).read("test", NONE).x[1], chw(6)[0])
+    palette = Image.fromarray(grey // 128 * 255).convert("P")
+    palette.save(folder / "val" / "a" / "1.png")
+    assert opened(folder).read("test", NONE).x[1].tolist() == np.tile(grey // 128 * 255, (3, 1, 1)).tolist()
+
+
+def test_the_first_image_of_another_size_is_named(folder: Path) -> None:
+    write(folder / "val" / "B" / "1.png", pixels(0, (W, H)))
+    with pytest.raises(
+        UnusableInput, match=r"B/1\.png is 10×6 pixels, not 6×10: .* ε is in pixels of the native image"
+    ):
+        opened(folder).evaluation_set(NONE, None)
+    assert len(opened(folder).evaluation_set(NONE, 2)) == 2  # not read
+
+
+def test_a_corrupt_image_is_named(folder: Path) -> None:
+    (folder / "val" / "a" / "1.png").write_bytes((folder / "val" / "a" / "1.png").read_bytes()[:-30])
+    with pytest.raises(UnusableInput, match=r"a/1\.png cannot be read as an image"):
+        opened(folder).evaluation_set(NONE, None)
+    (folder / "train" / "B" / "x.png").write_bytes(b"")  # the one whose size is looked at
+    with pytest.raises(UnusableInput, match=r"B/x\.png cannot be read as an image"):
+        opened(folder)
+
+
+def test_classes_that_differ(folder: Path) -> None:
+    write(folder / "val" / "c" / "0.png", pixels(0))
+    with pytest.raises(UnusableInput, match=r"class 'c' is in only one of .*train and .*val"):
+        opened(folder)
+
+
+def test_one_class_is_none(folder: Path) -> None:
+    (folder / "train" / "a").rename(folder / "elsewhere")
+    with pytest.raises(UnusableInput, match="train needs a folder for each of two or more classes, and has 1"):
+        opened(folder)
+
+
+def test_a_class_without_images(folder: Path) -> None:
+    (folder / "val" / "a" / "1.png").rename(folder / "val" / "a" / "1.txt")
+    with pytest.raises(UnusableInput, match=r"val/a holds no images: it takes \.bmp"):
+        opened(folder).evaluation_set(NONE, None)
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(UnusableInput, match=r"imagefolder:.*gone has no images: put them in .*gone/train/CLASS"):
+        opened(tmp_path / "gone")
+
+
+def test_a_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the ~ behind a colon as it is."""
+    monkeypatch.setenv("HOME", str(folder.parent))
+    dataset = open_dataset(f"imagefolder:~/{folder.name}")
+    assert dataset.name == f"imagefolder:~/{folder.name}"
+    assert len(dataset.evaluation_set(NONE, None)) == 3
