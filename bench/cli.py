@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from bench.store import Result
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     name="bench",
     help="Tells whether a Mixture-of-Experts image classifier is really robust.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -29,7 +29,7 @@ app = typer.Typer(
 
 DatasetOption = Annotated[str, typer.Option("--dataset", help="digits, cifar10, tinyimagenet or imagefolder:PATH")]
 SettingsOption = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="a parameter; may be repeated")]
-SeedOption = Annotated[int, typer.Option("--seed")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1)]
 NormOption = Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; the data set's own if not given")]
 EpsOption = Annotated[str | None, typer.Option("--eps", help="radius in pixels of [0, 1], such as 8/255")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:0 …")]
@@ -57,7 +57,7 @@ class BoardFormat(StrEnum):
 
 def say(message: str) -> None:
     """One line for a person, on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    print(" ".join(line.strip() for line in message.splitlines()), file=sys.stderr, flush=True)
 
 
 def split(values: Sequence[str] | None) -> tuple[str, ...]:
@@ -118,11 +118,13 @@ def train(
         from bench.progress import TrainingProgress
         from bench.recipes import train_spec
         from bench.spec import parse_settings
+        from bench.store import ensure_writable
         from bench.training import train as run_training
         from models.checkpoints import read_header
 
         data = open_dataset(dataset)
         spec = train_spec(variant, data, threat_model(data, norm, eps), recipe, parse_settings(settings or ()), seed)
+        ensure_writable(checkpoints)
         with TrainingProgress(spec) as progress:
             path = run_training(spec, data_root, checkpoints, device, resume, progress.on_step, progress.on_epoch)
         header = read_header(path)
@@ -282,18 +284,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_dispatch(app, arguments, TyperException))
 
 
+def _parser_message(error: Any) -> str:
+    """The parser's own message, and the value that it does not name where a number is none."""
+    message: str = error.format_message().rstrip(".").replace("Value error, ", "")
+    named = [f"'{wrong['input']}'" for wrong in getattr(error.__cause__, "errors", list)()]
+    message += "".join(f" (got {value})" for value in named if value not in message)
+    return message if message.endswith("?") else f"{message}."
+
+
 def _dispatch(application: typer.Typer, arguments: Sequence[str] | None, parser_error: type[Exception]) -> Any:
     try:
-        return application(arguments, standalone_mode=False) or DONE
+        status = application(arguments, standalone_mode=False) or DONE
+        if status == INTERRUPTED:
+            say("stopped: `bench run` goes on where it was, `bench train` does with --resume")
+        return status
     except UnusableInput as error:
         say(f"error: {error}")
         return UNUSABLE
     except parser_error as error:
-        say(f"error: {error.format_message()} See `bench --help`.")  # type: ignore[attr-defined]
+        say(f"error: {_parser_message(error)} See `bench --help`.")
         return UNUSABLE
-    except (typer.Abort, KeyboardInterrupt):
-        say("stopped; the same command goes on where it was")
-        return 130
     except RuntimeError as error:
         if type(error).__name__ != "TrainingFailed":  # importing its class would import torch
             raise

@@ -58,7 +58,8 @@ _install()
 def zoo_model(name: str, dataset: str, norm: str, model_dir: Path) -> nn.Module:
     """RobustBench's zoo model from `model_dir/<dataset>/<norm>/<name>.pt`; nothing is downloaded, nor unpickled.
 
-    UnusableInput for a data set or a name that the zoo has not, and for a checkpoint that is not on disk.
+    An ensemble's files are `<name>.pt_m0.pt`, `<name>.pt_m1.pt` … UnusableInput for a data set or a name that the zoo
+    has not, and for a checkpoint that is not on disk.
     """
     from robustbench.model_zoo import model_dicts
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
@@ -73,12 +74,18 @@ def zoo_model(name: str, dataset: str, norm: str, model_dir: Path) -> nn.Module:
         hint = did_you_mean(name, names) if names else f"it has none for {norm}"
         raise UnusableInput(f"RobustBench's zoo has no '{name}' for {dataset} {norm}: {hint}")
     path = model_dir / dataset / norm / f"{name}.pt"
-    if not path.is_file():
-        raise UnusableInput(
-            f"no checkpoint at '{path}': download it as RobustBench's model zoo says, or pass --checkpoints"
-        )
+    ids = model_dicts[BenchmarkDataset(dataset)][ThreatModel(norm)][name]["gdrive_id"]
+    if ids is None:
+        raise UnusableInput(f"RobustBench has no file of '{name}': it takes its weights from timm's hub")
+    parts = [path] if isinstance(ids, str) else [Path(f"{path}_m{i}.pt") for i in range(len(ids))]
+    for part in parts:  # what is not there, robustbench would download
+        if not part.is_file():
+            raise UnusableInput(
+                f"no checkpoint at '{part}': download it as RobustBench's model zoo says, or pass --checkpoints"
+            )
     try:
         model: nn.Module = load_model(name, model_dir=model_dir, dataset=dataset, threat_model=norm)
     except Exception as error:  # torch's unpickler and robustbench's key surgery fail in many ways
-        raise UnusableInput(f"'{path}' is not the checkpoint of '{name}': {str(error).splitlines()[0]}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnusableInput(f"'{path}' is not the checkpoint of '{name}': {reason}") from None
     return model.eval()

@@ -21,9 +21,9 @@ def examine(data_root: Path, checkpoints: Sequence[Path]) -> Iterator[tuple[str,
     yield "threads", str(torch.get_num_threads()), True
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield "CUDA devices", ", ".join(cuda) or "none: models run on the CPU", True
-    importlib.import_module("bench.compat")
     for module in ("autoattack", "robustbench"):
         try:
+            importlib.import_module("bench.compat")
             importlib.import_module(module)
             yield f"import {module}", "works, mended by bench.compat", True
         except ImportError as error:

@@ -33,8 +33,11 @@ OnBlock = Callable[[int, int, int], None]
 
 
 def block_seed(seed: int, block: int) -> int:
-    """A block's own seed. Block 0 has the run's, so a run of one block is what the suite gives for that seed."""
-    return seed + 1_000_003 * block
+    """A block's own seed. Block 0 has the run's, so a run of one block is what the suite gives for that seed.
+
+    It has 32 bits, since numpy takes no more, and attacks seed numpy.
+    """
+    return (seed + 1_000_003 * block) % 2**32
 
 
 @contextmanager
@@ -43,7 +46,7 @@ def seeded(seed: int) -> Iterator[None]:
     numpy_state, python_state = np.random.get_state(), random.getstate()  # attacks use the global state
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed)
         random.seed(seed)
         try:
             yield
@@ -97,8 +100,7 @@ def evaluate(
         setattr(model, "alpha", spec.alpha)  # noqa: B010  # nn.Module's attributes have no type of their own
     examiner = _Examiner(spec, model, subject.info, suite, num_classes)
     starts = range(0, len(data), spec.batch_size)
-    done = folder.blocks()
-    standing = 0
+    done = {block.index: int(robust_by_example(block.verdicts).sum()) for block in folder.read_blocks()}
     for number, start in enumerate(starts):
         if number not in done:
             chosen = slice(start, start + spec.batch_size)
@@ -106,8 +108,8 @@ def evaluate(
             with attacking(model), full_float32(), seeded(block_seed(spec.seed, number)):
                 rows, side = examiner.run(number, x, y, data.idx[chosen])
             folder.write_block(number, rows, side)
-            standing += int(robust_by_example(rows).sum())
-        on_block(number + 1, len(starts), standing)
+            done[number] = int(robust_by_example(rows).sum())
+        on_block(len(done), len(starts), sum(done.values()))
     return _finish(folder, spec, subject, data, device)
 
 
@@ -174,6 +176,7 @@ class _Examiner:
     def _judge(self, attempt: Attempt, block: Block) -> Judgement:
         x, y = block.x[attempt.rows], block.y[attempt.rows]
         visible = self.info.routing_visible
+        self.model.eval()  # the attack may have left it in another mode
         verdict = judge(
             self.model, x, y, attempt.x_adv, block.threat_model, attempt.bounded, attempt.claimed, visible
         )  # fmt: skip

@@ -12,14 +12,17 @@ from bench.training import Epoch
 
 
 class _Bar:
+    """A bar where a person is looking, and lines that stay; a file gets the lines alone."""
+
     def __init__(self) -> None:
+        # no markup, no emoji: a model called `zoo:ok` must not come out as a picture
+        console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=Console(stderr=True, highlight=False, soft_wrap=True),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
 
     def __enter__(self) -> Self:
-        self._progress.start()
         return self
 
     def __exit__(
@@ -38,6 +41,7 @@ class TrainingProgress(_Bar):
         self._scores = ""
 
     def on_step(self, epoch: int, done: int, steps: int, loss: float) -> None:
+        self._progress.start()  # at the first step: an error before it leaves no empty bar behind
         epochs = self._spec.recipe.epochs
         description = f"{self._spec.variant} epoch {epoch + 1}/{epochs} loss {loss:.3f}{self._scores}"
         self._progress.update(self._task, completed=epoch * steps + done, total=epochs * steps, description=description)
@@ -54,14 +58,16 @@ class RunProgress(_Bar):
     def __init__(self, runs: int) -> None:
         super().__init__()
         self._runs, self._number = runs, 0
-        self._task = self._progress.add_task("", total=None)
 
     def start(self, spec: RunSpec) -> None:
+        self._progress.start()
         self._number += 1
         self._label = f"[{self._number}/{self._runs}] {spec.suite} on {spec.model}"
         if spec.alpha is not None:
             self._label += f" (α {spec.alpha:g})"
-        self._progress.update(self._task, description=self._label, completed=0, total=None)
+        for finished in self._progress.task_ids:  # a task cannot go back to an unknown total
+            self._progress.remove_task(finished)
+        self._task = self._progress.add_task(self._label, total=None)
 
     def on_block(self, done: int, blocks: int, standing: int) -> None:
         description = f"{self._label}: {standing} standing"
@@ -69,4 +75,4 @@ class RunProgress(_Bar):
 
     def finish(self, result: Result) -> None:
         accuracy = f"SA {result.clean_accuracy.value:.2%} RA {result.robust_accuracy.value:.2%}"
-        self._progress.console.print(f"{self._label}: {accuracy} in {result.seconds:.1f} s", markup=False)
+        self._progress.console.print(f"{self._label}: {accuracy} in {result.seconds:.1f} s")

@@ -21,9 +21,9 @@ class UnusableInput(ValueError):
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
     """`did you mean 'x'? ` where a known name is near to `value`, otherwise the whole list of known names."""
-    known = list(known)
-    nearest = get_close_matches(value.lower(), known, n=1, cutoff=0.5)
-    return f"did you mean '{nearest[0]}'?" if nearest else f"there are: {', '.join(known)}"
+    by_lower = {name.lower(): name for name in known}
+    nearest = get_close_matches(value.lower(), by_lower, n=1, cutoff=0.5)
+    return f"did you mean '{by_lower[nearest[0]]}'?" if nearest else f"there are: {', '.join(by_lower.values())}"
 
 
 class Registry(Mapping[str, T], Generic[T]):

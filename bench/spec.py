@@ -6,6 +6,7 @@ of them: where something is computed does not change what is asked for.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, TypeVar
@@ -45,7 +46,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def __hash__(self) -> int:
-        return hash(self.model_dump_json())
+        return hash(digest(self.model_dump(mode="json")))
 
 
 S = TypeVar("S", bound=Spec)
@@ -109,7 +110,7 @@ class ThreatModel(Spec):
     def eps_text(self) -> str:
         """ε as people write it: '0.2', '8/255'."""
         pixels = round(self.eps * 255, 6)
-        if len(repr(self.eps)) > 6 and abs(pixels / 255 - self.eps) < 1e-12:
+        if len(repr(self.eps)) > 6 and math.isclose(float(f"{pixels:g}") / 255, self.eps, rel_tol=1e-12):
             return f"{pixels:g}/255"
         return f"{self.eps:g}" if float(f"{self.eps:g}") == self.eps else repr(self.eps)
 

@@ -2,17 +2,20 @@
 
 import hashlib
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from bench.datasets.base import Dataset
 from bench.registry import UnusableInput
 from bench.spec import ModelInfo, ThreatModel
 from models.checkpoints import available, find_checkpoint, load_checkpoint
+from models.variants import get_variant
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def weights_sha256(model: nn.Module) -> str:
     sha = hashlib.sha256(type(model).__qualname__.encode())
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -73,7 +76,12 @@ def load_subject(word: str, dataset: Dataset, threat_model: ThreatModel, folders
         visible = routing_visible(model)
         flags = () if visible else ("routing not visible",)
         return Subject(model, _foreign_info(word, model, None), flags)
-    return _from_checkpoint(find_checkpoint(word, dataset.name, threat_model.norm, list(folders)), dataset)
+    try:
+        path = find_checkpoint(word, dataset.name, threat_model.norm, list(folders))
+    except UnusableInput:
+        get_variant(re.sub(r"-s[0-9]+$", "", word))  # a name that is no variant's is told so, with the nearest
+        raise
+    return _from_checkpoint(path, dataset)
 
 
 def _from_checkpoint(path: Path, dataset: Dataset) -> Subject:
@@ -95,7 +103,8 @@ def _call_factory(word: str) -> nn.Module:
         factory = getattr(importlib.import_module(module_name), attribute)
         model = factory()
     except Exception as error:  # a user's own code may fail in any way, and that is the user's to mend
-        raise UnusableInput(f"--model '{word}' cannot be made: {type(error).__name__}: {error}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnusableInput(f"--model '{word}' cannot be made: {reason}") from None
     finally:
         sys.path.pop(0)
     if not isinstance(model, nn.Module):

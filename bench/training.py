@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from models.variants import get_variant
 
 
 class TrainingFailed(RuntimeError):
-    """The loss stopped being finite; the message says at which step and what was kept."""
+    """The loss or its gradient stopped being finite; the message says at which step and what was kept."""
 
 
 class Engine(nn.Module):
@@ -90,7 +91,7 @@ def train(
 
     Raises:
         UnusableInput: data missing or too few, or the path holds a checkpoint that another spec has made.
-        TrainingFailed: the loss is not finite; the best checkpoint so far is kept.
+        TrainingFailed: the loss or its gradient is not finite; the best checkpoint so far is kept.
     """
     path = checkpoint_path(checkpoints, spec.dataset, spec.threat_model.norm, spec.checkpoint_name)
     if path.is_file():
@@ -118,6 +119,11 @@ def _put_together(spec: TrainSpec, path: Path) -> Path:
     for role, file in files.items():
         _, headers[role], sha256 = load_checkpoint(file)
         parts[role] = {"file": file.name, "sha256": sha256}
+    if headers["robust"].threat_model != spec.threat_model:
+        raise UnusableInput(
+            f"'{files['robust']}' was trained for {headers['robust'].threat_model}, not for {spec.threat_model}: pass"
+            " its --eps"
+        )
     dual = Dual(
         standard=headers["standard"].architecture,
         robust=headers["robust"].architecture,
@@ -173,6 +179,8 @@ class _Run:
         recipe = spec.recipe
         accelerator, _, index = torch_device(device).partition(":")
         devices = [int(index)] if index else 1
+        if accelerator == "cpu" and recipe.precision == "16-mixed":
+            raise UnusableInput("precision 16-mixed needs a GPU: on a CPU take --set precision=bf16-mixed, or 32")
         self.fabric = Fabric(accelerator=accelerator, devices=devices, precision=recipe.precision)
         self.objective = objective_class(get_variant(spec.variant)).model_validate(spec.objective_params)
         self.architecture = architecture(spec, dataset)
@@ -239,18 +247,25 @@ class _Run:
             loss = torch.stack(list(terms.values())).sum()
             values |= {name: term.item() for name, term in terms.items()}
             if not math.isfinite(sum(values.values())):
-                self._keep_best()
-                where = f"epoch {epoch + 1}, step {done}"
-                kept = f"; the best epoch so far is kept at '{self.path}'" if self.best else ""
-                raise TrainingFailed(f"the loss is not finite at {where} ({values}): lower lr{kept}")
+                self._stop(f"the loss is not finite at epoch {epoch + 1}, step {done} ({values})")
             self.fabric.backward(loss)
-            optimizer = self.optimizers[step.part]
-            if self.spec.recipe.clip_grad_norm is not None:
-                self.fabric.clip_gradients(self.parts[step.part], optimizer, max_norm=self.spec.recipe.clip_grad_norm)
+            part, optimizer = self.parts[step.part], self.optimizers[step.part]
+            limit = self.spec.recipe.clip_grad_norm or math.inf
+            norm = self.fabric.clip_gradients(part, optimizer, max_norm=limit, error_if_nonfinite=False)
+            # In fp16 a gradient may overflow: the scaler then skips the step and lowers its scale.
+            if norm is not None and not norm.isfinite() and self.spec.recipe.precision != "16-mixed":
+                self._stop(f"the gradient is not finite at epoch {epoch + 1}, step {done} ({values})")
             optimizer.step()
             self.schedules[step.part].step()
             self.model.zero_grad(set_to_none=True)
         return values
+
+    def _stop(self, reason: str) -> NoReturn:
+        # Under another name than the finished training's, which it must not pass for.
+        path = self.path.with_suffix(".stopped.safetensors")
+        self._save_best(path)
+        kept = f"; the best epoch so far is kept at '{path}'" if self.best else ""
+        raise TrainingFailed(f"{reason}: lower lr{kept}")
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, float]:
@@ -300,8 +315,12 @@ class _Run:
     def _restore(self) -> None:
         if not self._state_path.is_file():
             return
-        state = torch.load(self._state_path, map_location=self.fabric.device, weights_only=True)
-        if state["key"] != self.spec.key:
+        try:
+            state = torch.load(self._state_path, map_location=self.fabric.device, weights_only=True)
+            key = state["key"]
+        except (UnpicklingError, RuntimeError, EOFError, LookupError, TypeError):
+            raise UnusableInput(f"'{self._state_path}' is damaged or none of ours: drop --resume") from None
+        if key != self.spec.key:
             raise UnusableInput(
                 f"'{self._state_path}' belongs to another spec: pass the same options, or drop --resume"
             )
@@ -313,7 +332,7 @@ class _Run:
         self.epochs = [Epoch(**record) for record in state["epochs"]]
         self.best, self.best_weights = tuple(state["best"]), state["best_weights"]
 
-    def _keep_best(self) -> None:
+    def _save_best(self, path: Path) -> None:
         if self.best is None:
             return
         self.model.load_state_dict(self.best_weights)
@@ -330,10 +349,10 @@ class _Run:
             validation={"sa": sa, "ra": ra, "epoch": self.best[2], "images": len(self.validation.indices)},
             seconds=round(sum(record.seconds for record in self.epochs), 1),
         )
-        save_checkpoint(self.path, self.model, header)
+        save_checkpoint(path, self.model, header)
 
     def _finish(self) -> Path:
-        self._keep_best()
+        self._save_best(self.path)
         self._state_path.unlink(missing_ok=True)
         return self.path
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -26,12 +26,12 @@ _METADATA_KEY = "bench"
 class Header(Spec):
     """What a checkpoint says of itself.
 
-    `training` is the whole TrainSpec that made it (None: put together, not trained) and `training_key` its key;
+    `training` is the whole TrainSpec that made it and `training_key` its key;
     `train_fingerprint` the hash of the training images and labels; `parts`, of a model that is put together, the file
     name and SHA-256 of each part, which lie in the same folder.
     """
 
-    format: int = 1
+    format: Literal[1] = 1
     variant: str
     architecture: Architecture
     dataset: str
@@ -61,7 +61,7 @@ class Header(Spec):
         routed = arch.robust if isinstance(arch, Dual) else arch if arch.kind == "moe" else None
         trained = (
             f"{self.train_images:,} images × {self.epochs} epochs"
-            if self.training
+            if not self.parts
             else ", ".join(
                 f"{part}: {entry['file'].removesuffix('.safetensors')}" for part, entry in self.parts.items()
             )
@@ -124,14 +124,20 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, Header, str]:
     header = read_header(path)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     # Weights come from the file: the random initialisation must not move the caller's random state.
-    with torch.random.fork_rng(devices=[]):
-        model = header.architecture.build()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = header.architecture.build()
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UnusableInput(f"'{path}' describes a model that this version cannot build: {error}") from None
     if header.parts:
         for part, entry in header.parts.items():
             part_path = path.with_name(entry["file"])
             module, _, part_sha256 = load_checkpoint(part_path)
             if part_sha256 != entry["sha256"]:
-                raise UnusableInput(f"'{part_path}' is not the file that '{path}' was put together from: train again")
+                raise UnusableInput(
+                    f"'{part_path}' is not the file that '{path}' was put together from: remove '{path}', and make it"
+                    " again with `bench train`"
+                )
             setattr(model, part, module)
     else:
         try:

@@ -101,15 +101,25 @@ class ResizedViT(VisionTransformer):  # type: ignore[misc]  # timm has no types
         return super().forward(x)
 
 
+def _vit(
+    input_shape: Shape, num_classes: int, depth: int, heads: int, image_size: int, patch_size: int, width: int
+) -> nn.Module:
+    if image_size % patch_size:
+        raise UnusableInput(f"image_size {image_size} must be a multiple of patch_size {patch_size}")
+    if width % heads:
+        raise UnusableInput(f"width {width} must be a multiple of {heads}, the ViT's number of heads")
+    return ResizedViT(
+        img_size=image_size, patch_size=patch_size, in_chans=input_shape[0], num_classes=num_classes,
+        embed_dim=width, depth=depth, num_heads=heads,
+    )  # fmt: skip
+
+
 @EXPERTS.register("vit_small")
 def vit_small(
     input_shape: Shape, num_classes: int, *, image_size: int = 224, patch_size: int = 16, width: int = 384
 ) -> nn.Module:
     """ViT-small/16 at 224 px (Touvron et al. 2021): the paper's Tiny-ImageNet expert."""
-    return ResizedViT(
-        img_size=image_size, patch_size=patch_size, in_chans=input_shape[0], num_classes=num_classes,
-        embed_dim=width, depth=12, num_heads=6,
-    )  # fmt: skip
+    return _vit(input_shape, num_classes, 12, 6, image_size, patch_size, width)
 
 
 @EXPERTS.register("vit_mini")
@@ -117,7 +127,4 @@ def vit_mini(
     input_shape: Shape, num_classes: int, *, image_size: int = 64, patch_size: int = 8, width: int = 96
 ) -> nn.Module:
     """A ViT of four blocks for 64 px, which a CPU can train."""
-    return ResizedViT(
-        img_size=image_size, patch_size=patch_size, in_chans=input_shape[0], num_classes=num_classes,
-        embed_dim=width, depth=4, num_heads=3,
-    )  # fmt: skip
+    return _vit(input_shape, num_classes, 4, 3, image_size, patch_size, width)

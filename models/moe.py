@@ -56,7 +56,10 @@ class MoE(nn.Module):
         """The logits (B, C) and how the batch was routed."""
         trace = route(self.router(x), self.num_selected_experts, self.gate)
         outputs = dispatch(list(self.experts), x, trace.selected_experts)
-        weights = trace.combine_weights.gather(1, trace.selected_experts).unsqueeze(2)
         if self.combine == "logits":
+            weights = trace.combine_weights.gather(1, trace.selected_experts).unsqueeze(2)
             return (weights * outputs).sum(dim=1), trace
-        return torch.logsumexp(weights.log() + outputs.log_softmax(dim=2), dim=1), trace
+        # The weights' logarithms, from the scores: a weight that underflows to 0 would make every gradient NaN.
+        scores = trace.gate_logits.gather(1, trace.selected_experts)
+        log_weights = (scores if self.gate == "softmax" else torch.zeros_like(scores)).log_softmax(dim=1).unsqueeze(2)
+        return torch.logsumexp(log_weights + outputs.log_softmax(dim=2), dim=1), trace

@@ -1,7 +1,9 @@
 """What every test may use."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,3 +18,196 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"no data at {root}: set BENCH_DATA_ROOT to a folder that holds the archives")
     return root
+
+
+@pytest.fixture(scope="session")
+def malicious() -> Callable[[Path], object]:
+    """malicious(path): a thing that makes that file when it is unpickled."""
+
+    class Malicious:
+        def __init__(self, path: Path) -> None:
+            self.path = path
+
+        def __reduce__(self) -> Any:
+            return Path.touch, (self.path,)
+
+    return Malicious
+
+
+@pytest.fixture(scope="session")
+def linear_net() -> Callable[..., Any]:
+    """linear_net([[1, 0], [0, 2]]): images (B, 1, 1, D) → those C rows of weights times the D pixels, no bias."""
+    import torch
+    from torch import nn
+
+    def build(rows: list[list[float]]) -> nn.Module:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(len(rows[0]), len(rows), bias=False))
+        net[1].weight.data = torch.tensor(rows, dtype=torch.float32)
+        return net
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def linear_moe(linear_net: Callable[..., Any]) -> Callable[..., Any]:
+    """linear_moe(experts, router, K, gate, combine): an MoE of such networks, each given by its rows."""
+    from models.moe import MoE
+
+    def build(experts: list[list[list[float]]], router: list[list[float]], *options: Any, **more: Any) -> MoE:
+        return MoE([linear_net(rows) for rows in experts], linear_net(router), *options, **more)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_spec() -> Callable[..., Any]:
+    """tiny_spec("moe-at", seed=1, lr=0.5): the spec of a training on 200 digits that takes under a second."""
+    from bench.datasets.base import open_dataset
+    from bench.recipes import objective_class, train_spec
+    from models.variants import get_variant
+
+    def build(variant: str, seed: int = 0, **settings: Any) -> Any:
+        digits = open_dataset("digits")
+        tiny = {"n_train": 200, "n_val": 50, "epochs": 2, "val_steps": 1, "width": 4}
+        if objective_class(get_variant(variant)).adversarial:
+            tiny["inner_steps"] = 1
+        return train_spec(variant, digits, digits.threat_model, settings={**tiny, **settings}, seed=seed)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def planted() -> Any:
+    """Images whose class is written into them twice, loudly and quietly, and MoEs that read one of the two.
+
+    The codes c_k are orthogonal rows of ±1, so ‖c_k − c_j‖ is D in L1, 2 √(D/2) in L2, 2 in L∞, for D = 192 pixels, and
+    an image ½ + A c_y + noise has the margin ⟨c_y − c_j, x − ½⟩ = A D ± noise, the noise being at most 0.01 D. What a
+    ball can take of it is ε times the dual norm:
+
+    - `robust()` reads A = 0.35, a margin above 65; `balls` take at most 38.4 (Linf), 29.4 (L2), 16 (L1): it is safe;
+    - `broken()` reads A = 0.02, a margin below 6, and every step along c_j − c_y ends it.
+
+    Each is a softmax MoE of experts that differ by a positive factor alone, so no route changes the class. The last
+    image has a wrong label: SA is 23/24, so RA = SA is not RA = 1.
+    """
+    from types import SimpleNamespace
+
+    import torch
+    from scipy.linalg import hadamard
+    from torch import nn
+
+    from bench.datasets.base import EvalSet, fingerprint
+    from models.dual import DualModel
+    from models.moe import MoE
+
+    rows = torch.from_numpy(hadamard(64)).float().repeat(1, 3)
+    codes = {"loud": rows[1:11], "quiet": rows[32:42]}
+
+    class Reader(nn.Module):
+        def __init__(self, weight: torch.Tensor) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x - 0.5).flatten(1) @ self.weight.T
+
+    def data(n: int = 24, num_classes: int = 10) -> EvalSet:
+        y = torch.arange(n) % num_classes
+        noise = 0.02 * torch.rand(n, 192, generator=torch.Generator().manual_seed(0)) - 0.01
+        x = (0.5 + 0.35 * codes["loud"][y] + 0.02 * codes["quiet"][y] + noise).view(n, 3, 8, 8)
+        y[-1] = (y[-1] + 1) % num_classes
+        return EvalSet(x, y, torch.arange(n), fingerprint(x, y), "")
+
+    def moe(code: str, scale: float, num_classes: int) -> MoE:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            router = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+        return MoE([Reader(scale * factor * codes[code][:num_classes]) for factor in (1, 2, 3)], router).eval()
+
+    def robust(num_classes: int = 10) -> MoE:
+        return moe("loud", 0.5, num_classes)
+
+    def broken(num_classes: int = 10) -> MoE:
+        return moe("quiet", 2.0, num_classes)
+
+    def dual(alpha: float) -> DualModel:
+        return DualModel(broken(), robust(), alpha).eval()
+
+    balls = {"Linf": 0.2, "L2": 1.5, "L1": 8.0}
+    return SimpleNamespace(data=data, robust=robust, broken=broken, dual=dual, balls=balls)
+
+
+@pytest.fixture
+def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
+    """score(model, "pgd", data): the suite's Result and rows; `spec` fields, settings and evaluate's options by name.
+
+    The suite is a name, or a Suite of the test's own.
+    """
+    from bench.evaluate import evaluate
+    from bench.spec import ModelInfo, RunSpec, ThreatModel
+    from bench.store import Run, run_folder
+    from bench.subjects import Subject, routing_visible, weights_sha256
+    from bench.suites.base import open_suites
+
+    def run(
+        model: Any,
+        suite: Any,
+        data: Any = None,
+        *,
+        norm: Any = "Linf",
+        eps: float | None = None,
+        settings: dict[str, Any] | None = None,
+        num_classes: int = 10,
+        results: Path = tmp_path / "results",
+        on_block: Callable[[int, int, int], None] = lambda *_: None,
+        **fields: Any,
+    ) -> Any:
+        data = planted.data() if data is None else data
+        name, opened = ("planted", suite) if not isinstance(suite, str) else (suite, None)
+        opened = opened or open_suites([name], settings or {})[name]
+        visible = routing_visible(model)
+        info = ModelInfo(
+            name="m", architecture="planted", checkpoint_sha256=weights_sha256(model), routing_visible=visible
+        )
+        spec = RunSpec(
+            model="m",
+            dataset="planted",
+            threat_model=ThreatModel(norm=norm, eps=eps or planted.balls[norm]),
+            suite=name,
+            suite_version=opened.version,
+            suite_params=opened.params,
+            n_examples=len(data),
+            **fields,
+        )
+        opened.check(name, spec.threat_model)
+        result = evaluate(spec, Subject(model, info), opened, data, num_classes, results, on_block=on_block)
+        return result, Run(result, run_folder(results, spec, result.run)).verdicts()
+
+    return run
+
+
+@pytest.fixture
+def shelve() -> Callable[..., None]:
+    """shelve(folder, "moe-at", "dual-jtdmoe"): checkpoints of these variants for digits, with random weights."""
+    import torch
+
+    from bench.spec import ThreatModel
+    from models.architecture import Dense, Dual, Routed
+    from models.checkpoints import Header, checkpoint_path, save_checkpoint
+    from models.variants import get_variant
+
+    shape: dict[str, Any] = {"input_shape": (1, 8, 8), "num_classes": 10, "mean": (0.3,), "std": (0.4,)}
+    network: dict[str, Any] = {"expert": "small_cnn", "expert_params": {"width": 2}, **shape}
+    routed = Routed(**network, num_experts=2)
+    kinds = {"dense": Dense(**network), "moe": routed, "dual": Dual(standard=routed, robust=routed)}
+
+    def put(folder: Path, *names: str) -> None:
+        for name in names:
+            architecture = kinds[get_variant(name).kind]
+            threat = ThreatModel(norm="Linf", eps=0.2)
+            header = Header(variant=name, architecture=architecture, dataset="digits", threat_model=threat)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                save_checkpoint(checkpoint_path(folder, "digits", "Linf", name), architecture.build(), header)
+
+    return put

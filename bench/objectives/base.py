@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -45,7 +46,10 @@ class Step:
 
 def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """Σ over rows of KL(softmax p ‖ softmax q), both (B, C); the first is the target."""
-    return F.kl_div(q_logits.log_softmax(1), p_logits.log_softmax(1), reduction="sum", log_target=True)
+    # CPU autocast would take these logarithms in bfloat16, which is coarser than the divergence
+    dtype = torch.promote_types(p_logits.dtype, torch.float32)
+    log_p, log_q = p_logits.log_softmax(1, dtype=dtype), q_logits.log_softmax(1, dtype=dtype)
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 def load_balance(gate_logits: Tensor) -> Tensor:

@@ -1,0 +1,334 @@
+"""AutoAttack: what we store is what pyautoattack says, and what it leaves behind is cleared away."""
+
+import logging
+import sys
+from typing import Any
+
+import pytest
+import torch
+from pyautoattack import AutoAttack, checks
+from torch import Tensor, nn
+
+from bench.datasets.base import EvalSet, fingerprint
+from bench.evaluate import block_seed
+from bench.spec import Norm
+from bench.suites.autoattack import AutoAttackSuite, standard
+from models.architecture import Routed
+
+NAMES = ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+class InDouble(nn.Module):
+    """float32 in and out, double inside; the model is out of reach of `.float()`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.hidden = (model.double(),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden[0](x.double()).float()
+
+
+def routed(gate: str, **options: Any) -> nn.Module:
+    """An untrained MoE for 8×8 images, whose router sends them to different experts."""
+    arch = Routed(
+        expert="small_cnn",
+        expert_params={"width": 4},
+        input_shape=(1, 8, 8),
+        num_classes=10,
+        mean=(0.3,),
+        std=(0.4,),
+        num_experts=3,
+        gate=gate,
+        **options,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = arch.build()
+    model.router.linear.weight.data *= 10
+    return model.eval().requires_grad_(False)
+
+
+def images(n: int = 24, channels: int = 1) -> Tensor:
+    from sklearn.datasets import load_digits
+
+    x = torch.from_numpy(load_digits().images[-n:] / 16).float().unsqueeze(1)
+    return x.repeat(1, channels, 1, 1)
+
+
+def labelled(model: nn.Module, x: Tensor, wrong: tuple[int, ...] = (3, 17)) -> EvalSet:
+    """The images with the model's own classes as labels, but for the `wrong` ones."""
+    y = model(x).argmax(1)
+    for i in wrong:
+        y[i] = (y[i] + 1) % 10
+    return EvalSet(x, y, torch.arange(len(x)), fingerprint(x, y), "")
+
+
+def directly(
+    model: nn.Module, data: EvalSet, norm: Norm, eps: float, seed: int, attacks: list[str] = NAMES
+) -> list[tuple[list[bool], list[int]]]:
+    """(robust, class of what is returned) per example, from pyautoattack alone: after 1, 2 … of the attacks."""
+    found = []
+    for k in range(1, len(attacks) + 1):
+        attack = AutoAttack(model, norm=norm, eps=eps, seed=seed)
+        attack.attacks_to_run = attacks[:k]
+        x_adv, y_adv = attack.run_standard_evaluation(data.x, data.y, batch_size=len(data))
+        found.append(((model(x_adv).argmax(1) == data.y).tolist(), y_adv.tolist()))
+    return found
+
+
+def assert_parity(rows: Any, data: EvalSet, reference: list[tuple[list[bool], list[int]]]) -> None:
+    """The rows of each attack are of those that stood before it, and say what the reference says."""
+    clean = rows[rows["attack"] == "clean"]
+    standing = clean["robust"].tolist()
+    for name, (robust, predicted) in zip(NAMES, reference, strict=True):
+        mine = rows[rows["attack"] == name].set_index("idx")
+        assert sorted(mine.index) == [i for i, stands in enumerate(standing) if stands], name
+        assert mine["robust"].to_dict() == {i: robust[i] for i in mine.index}, name
+        broken = mine[~mine["robust"]]
+        assert broken["adv_pred"].to_dict() == {i: predicted[i] for i in broken.index}, name
+        standing = robust
+    final = rows.groupby("idx")["robust"].all()
+    assert final.tolist() == reference[-1][0]
+
+
+# Linf 0.02 and L2 0.1: each attack but Square breaks some examples, and some withstand all of them.
+BUDGET = {"Linf": (1, 1, 400), "L2": (1, 1, 400), "L1": (6, 1, 100)}
+EPS: dict[Norm, float] = {"Linf": 0.02, "L2": 0.1, "L1": 0.5}
+
+
+@pytest.mark.parametrize("wrapper", [nn.Sequential, InDouble], ids=["float32", "double"])
+@pytest.mark.parametrize("gate", ["softmax", "argmax"])
+@pytest.mark.parametrize("norm", EPS)
+def test_rows_are_what_pyautoattack_says_of_the_block(
+    norm: Norm, gate: str, wrapper: Any, score: Any, cut_autoattack: Any
+):
+    cut_autoattack(*BUDGET[norm])
+    model = wrapper(routed(gate)).eval()
+    data = labelled(model, images())
+    result, rows = score(model, "autoattack", data, norm=norm, eps=EPS[norm], seed=3)
+    reference = directly(model, data, norm, EPS[norm], seed=3)
+    assert_parity(rows, data, reference)
+    assert result.errors == 0
+    assert 0 < sum(reference[-1][0]) < sum(reference[0][0]) < 22
+    assert list(result.accuracy_after) == ["clean", *NAMES]
+
+
+@pytest.mark.slow
+def test_verdicts_are_what_pyautoattack_says_with_its_whole_budget(planted: Any, score: Any):
+    model, data, eps = planted.broken(), planted.data(), 0.02  # the margin, but for the noise
+    result, rows = score(model, "autoattack", data, eps=eps, seed=1)
+    attack = AutoAttack(model, norm="Linf", eps=eps, seed=1)
+    x_adv, _ = attack.run_standard_evaluation(data.x, data.y, batch_size=24)
+    robust = (model(x_adv).argmax(1) == data.y).tolist()
+    assert rows.groupby("idx")["robust"].all().tolist() == robust
+    assert 0 < sum(robust) < 23
+    assert result.passes["square"]["forwards"] > 5000
+
+
+def test_second_block_is_attacked_as_if_it_were_alone(score: Any, cut_autoattack: Any):
+    cut_autoattack(*BUDGET["Linf"])
+    model = routed("softmax")
+    data = labelled(model, images())
+    _, rows = score(model, "autoattack", data, eps=0.02, seed=3, batch_size=12)
+    half = EvalSet(data.x[12:], data.y[12:], torch.arange(12), "half", "")
+    second = rows[rows["idx"] >= 12].assign(idx=lambda frame: frame["idx"] - 12)
+    assert_parity(second, half, directly(model, half, "Linf", 0.02, block_seed(3, 1)))
+
+
+@pytest.mark.parametrize("case", ["batches of one", "one stands", "one image"])
+def test_few_examples_are_judged_as_pyautoattack_does(case: str, score: Any, cut_autoattack: Any):
+    cut_autoattack(*BUDGET["Linf"])
+    model = routed("softmax")
+    wrong = tuple(range(1, 8)) if case == "one stands" else ()
+    data = labelled(model, images(1 if case == "one image" else 8), wrong)
+    size = 1 if case == "batches of one" else 8
+    _, rows = score(model, "autoattack", data, eps=0.01, batch_size=size)
+    for start in range(0, len(data), size):
+        chosen = slice(start, start + size)
+        part = EvalSet(data.x[chosen], data.y[chosen], data.idx[chosen], "part", "")
+        mine = rows[rows["idx"].isin(part.idx.tolist())].assign(idx=lambda frame, start=start: frame["idx"] - start)
+        assert_parity(mine, part, directly(model, part, "Linf", 0.01, block_seed(0, start // size)))
+
+
+def test_no_example_stands_and_nothing_is_attacked(planted: Any, score: Any):
+    data = planted.data()
+    wrong = EvalSet(data.x, (data.y + 5) % 10, data.idx, "wrong", "")
+    result, rows = score(planted.robust(), "autoattack", wrong)
+    assert (result.clean_accuracy.value, result.robust_accuracy.value, result.errors) == (0, 0, 0)
+    assert set(rows["attack"]) == {"clean"}
+
+
+def test_attacks_that_find_nobody_standing_have_no_row_but_a_place(planted: Any, score: Any):
+    result, rows = score(planted.broken(), "autoattack")
+    assert list(rows["attack"].unique()) == ["clean", "apgd-ce"]
+    assert result.accuracy_after == {"clean": 23 / 24, **dict.fromkeys(NAMES, 0.0)}
+    assert result.flags == ()
+
+
+def test_standard_is_the_published_version(planted: Any, block_of: Any):
+    block = block_of(planted.robust(), planted.data(), seed=7)
+    attack = standard(block)
+    assert (attack.version, attack.attacks_to_run, attack.seed, attack.epsilon) == ("standard", NAMES, 7, 0.2)
+    assert (attack.apgd.n_iter, attack.apgd.n_restarts) == (100, 1)
+    assert (attack.apgd_targeted.n_iter, attack.apgd_targeted.n_target_classes) == (100, 9)
+    assert (attack.fab.n_iter, attack.fab.n_target_classes, attack.fab.n_restarts) == (100, 9, 1)
+    assert attack.square.n_queries == 5000
+    assert block.flags == []
+    one = standard(block_of(planted.robust(), planted.data(), norm="L1"))
+    assert (one.apgd.n_restarts, one.apgd_targeted.n_target_classes, one.fab.n_target_classes) == (5, 5, 9)
+
+
+@pytest.mark.parametrize(
+    ("classes", "norm", "attacks", "targets"),
+    [(9, "Linf", NAMES, 8), (4, "Linf", NAMES, 3), (3, "Linf", ["apgd-ce", "fab-t", "square"], 2), (7, "L1", NAMES, 5)],
+)
+def test_targets_are_capped_with_fewer_than_ten_classes(
+    classes: int, norm: Norm, attacks: list[str], targets: int, planted: Any, block_of: Any
+):
+    block = block_of(planted.robust(classes), planted.data(classes * 2, classes), num_classes=classes, norm=norm)
+    attack = standard(block)
+    assert (attack.version, attack.attacks_to_run) == ("standard-few-classes", attacks)
+    assert (attack.apgd_targeted.n_target_classes, attack.fab.n_target_classes) == (targets, classes - 1)
+    assert block.flags == ["AutoAttack: standard-few-classes"]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_few_classes_run_and_are_flagged(classes: int, planted: Any, score: Any, cut_autoattack: Any):
+    cut_autoattack(10, 9, 100)
+    data = planted.data(12, classes)
+    broken, _ = score(planted.broken(classes), "autoattack", data, num_classes=classes)
+    robust, rows = score(planted.robust(classes), "autoattack", data, num_classes=classes)
+    assert (broken.robust_accuracy.value, robust.robust_accuracy.value) == (0, 11 / 12)
+    assert broken.flags == robust.flags == ("AutoAttack: standard-few-classes",)
+    ran = NAMES if classes > 3 else ["apgd-ce", "fab-t", "square"]
+    assert list(rows["attack"].unique()) == ["clean", *ran]
+    assert list(broken.accuracy_after) == ["clean", *ran]
+
+
+class Probabilities(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).softmax(1)
+
+
+class Noisy(Probabilities):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) + 0.01 * torch.randn(len(x), 10)
+
+
+class Rounded(Probabilities):
+    """Its gradient is zero wherever there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model((x * 100).round() / 100)
+
+
+class Defended(Probabilities):
+    """Takes gradients of its own while it predicts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            probe = x.detach().clone().requires_grad_()
+            torch.autograd.grad(self.model(probe).sum(), probe)
+        return self.model(x)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "flag"),
+    [
+        (Probabilities, "AutoAttack: the outputs are probabilities"),
+        (Noisy, "AutoAttack: the outputs are random"),
+        (Rounded, "AutoAttack: points with zero gradient"),
+        (Rounded, "AutoAttack: Square beats the white-box attacks"),
+        (Defended, "AutoAttack: the model computes gradients in its forward pass"),
+    ],
+)
+def test_warnings_become_flags_and_nothing_is_printed(
+    wrapper: Any,
+    flag: str,
+    planted: Any,
+    score: Any,
+    cut_autoattack: Any,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+):
+    cut_autoattack(5, 2, 100)
+    inside = planted.broken() if wrapper is Rounded else planted.robust()
+    result, _ = score(wrapper(inside).eval(), "autoattack")
+    assert flag in result.flags
+    assert (caplog.records, *capfd.readouterr()) == ([], "", "")
+    assert logging.getLogger("auto-attack").propagate
+
+
+def test_a_warning_that_is_not_known_is_kept_in_its_words(
+    planted: Any, block_of: Any, monkeypatch: pytest.MonkeyPatch, cut_autoattack: Any
+):
+    cut_autoattack(1, 1, 1)
+    monkeypatch.setattr(checks, "check_n_classes", lambda *_, logger: logger.warning("three moons tonight"))
+    block = block_of(planted.broken(), planted.data())
+    list(AutoAttackSuite().attack(block))
+    assert block.flags == ["AutoAttack: three moons tonight"]
+
+
+def test_one_models_gradients_are_not_held_against_the_next(planted: Any, score: Any, cut_autoattack: Any):
+    cut_autoattack(1, 1, 1)
+    first, _ = score(Defended(planted.broken()).eval(), "autoattack")
+    second, _ = score(planted.broken(), "autoattack")
+    assert first.flags == ("AutoAttack: the model computes gradients in its forward pass",)
+    assert second.flags == ()
+
+
+def test_tracing_goes_on_after_the_attack(planted: Any, block_of: Any, cut_autoattack: Any):
+    cut_autoattack(1, 1, 1)
+
+    def tracer(*_: Any) -> None:
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        list(AutoAttackSuite().attack(block_of(planted.broken(), planted.data())))
+        found = sys.gettrace()
+    finally:
+        sys.settrace(before)
+    assert found is tracer
+
+
+class FailsLate(nn.Module):
+    """Raises when it is called for the n-th time."""
+
+    def __init__(self, model: nn.Module, calls: int) -> None:
+        super().__init__()
+        self.model, self.left = model, calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("out of memory")
+        return self.model(x)
+
+
+def test_what_was_found_before_a_failure_counts(score: Any, cut_autoattack: Any):
+    cut_autoattack(*BUDGET["Linf"])
+    whole = routed("softmax")
+    data = labelled(whole, images())
+    reference = directly(whole, data, "Linf", 0.02, 0)
+    _, all_rows = score(whole, "autoattack", data, eps=0.02)
+    result, rows = score(FailsLate(whole, 40), "autoattack", data, eps=0.02)
+    done = [name for name in NAMES if name in set(rows["attack"])]
+    assert 0 < len(done) < 4
+    found = rows[rows["attack"].isin(done)].reset_index(drop=True)
+    expected = all_rows[all_rows["attack"].isin(done)].reset_index(drop=True)
+    assert found.drop(columns=["clean_expert", "adv_expert"]).equals(
+        expected.drop(columns=["clean_expert", "adv_expert"])
+    )
+    failed = rows[rows["status"] == "error"]
+    standing = [i for i, stands in enumerate(reference[len(done) - 1][0]) if stands]
+    assert (failed["idx"].tolist(), set(failed["attack"])) == (standing, {"autoattack"})
+    assert result.errors == len(standing)
+    assert result.error_messages == ("autoattack: RuntimeError: out of memory",)
+    assert result.robust_accuracy.value == 0

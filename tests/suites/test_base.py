@@ -1,0 +1,133 @@
+"""What every suite has to do: tell a broken model from a robust one, and keep to the contract."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bench.registry import UnusableInput
+from bench.spec import Norm, ThreatModel
+from bench.suites.base import SUITES, CaughtWarnings, PassCounter, open_suites
+from bench.suites.clean import Clean
+from bench.suites.pgd import PGD
+
+LINF = "APGD APGDT BIM DIFGSM EOTPGD FAB FFGSM FGSM Jitter MIFGSM NIFGSM PGD PGDRS PIFGSM PIFGSMPP RFGSM SINIFGSM SPSA"
+LINF += " Square TIFGSM UPGD VMIFGSM VNIFGSM"
+L2 = "APGD APGDT CW DeepFool EADEN FAB PGDL2 PGDRSL2 Square"
+#: Every suite that attacks, in each of its norms. Of torchattacks, those that are an attack in a ball: not the noise
+#: (VANILA, GN), those that change a few pixels without a bound, and TPGD, which climbs away from the label by chance.
+ATTACKS: list[tuple[str, Norm]] = [
+    (name, norm) for name in SUITES if name not in ("clean", "torchattacks") for norm in SUITES[name].norms
+]
+ATTACKS += [(f"torchattacks:{name}", "Linf") for name in LINF.split()]
+ATTACKS += [(f"torchattacks:{name}", "L2") for name in L2.split()]
+ATTACKS += [("torchattacks:EADL1", "L1")]
+#: One step of SPSA is shorter than the planted margin; 5,000 queries of Square take seconds and prove no more.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "torchattacks:SPSA": {"nb_iter": 20},
+    "torchattacks:Square": {"n_queries": 500},
+}
+
+
+@pytest.mark.parametrize(("suite", "norm"), ATTACKS)
+def test_suite_tells_the_broken_from_the_robust_model(
+    suite: str, norm: Norm, planted: Any, score: Any, cut_autoattack: Any
+):
+    if norm != "Linf":  # once with its whole budget is enough
+        cut_autoattack(10, 4, 200)
+    broken, rows = score(planted.broken(), suite, norm=norm, settings=SETTINGS.get(suite))
+    robust, _ = score(planted.robust(), suite, norm=norm, settings=SETTINGS.get(suite))
+    assert broken.errors == robust.errors == 0, broken.error_messages + robust.error_messages
+    assert broken.clean_accuracy.value == robust.clean_accuracy.value == 23 / 24
+    assert broken.robust_accuracy.value <= 0.1
+    assert robust.robust_accuracy.value == 23 / 24
+    assert set(rows["target"]) == {"F"}
+
+
+@pytest.mark.parametrize("suite", ["pgd", "autoattack", "torchattacks:APGD", "torchattacks:Square"])
+def test_suite_tells_a_dual_by_its_alpha(suite: str, planted: Any, score: Any, cut_autoattack: Any):
+    # R keeps a margin of 26 · ½ · ⅓ at the least, so p_R(y) > 0.9 and α p_R(y) > ½ at α = 0.7, whatever S says. At
+    # α = 0.3 the branch that an attack owns has 0.7 of the say.
+    cut_autoattack(10, 4, 200)
+    robust, _ = score(planted.dual(0.7), suite, alpha=0.7, settings=SETTINGS.get(suite))
+    broken, _ = score(planted.dual(0.3), suite, alpha=0.3, settings=SETTINGS.get(suite))
+    assert (robust.clean_accuracy.value, robust.robust_accuracy.value) == (23 / 24, 23 / 24)
+    assert broken.clean_accuracy.value == 23 / 24
+    assert broken.robust_accuracy.value <= 0.1
+
+
+def test_planted_models_have_logits_that_vary(planted: Any):
+    for model in (planted.robust(), planted.broken(), planted.dual(0.7)):
+        assert model(planted.data().x).std(dim=0).min() > 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in SUITES if name != "torchattacks"])
+def test_suite_keeps_to_the_contract(name: str):
+    suite = open_suites([name], {})[name]
+    assert suite.version >= 1
+    assert suite.norms
+    assert suite.params == {}  # a default is not recorded, so that it can be written out without a new run key
+    with pytest.raises(UnusableInput, match="takes nothing behind its name"):
+        open_suites([f"{name}:x"], {})
+    for norm in {"Linf", "L2", "L1"} - set(suite.norms):
+        with pytest.raises(UnusableInput, match=f"'{name}' has no {norm} attack: it has"):
+            suite.check(name, ThreatModel.parse(norm, 1.0))
+
+
+def test_settings_go_to_the_suites_that_have_them():
+    suites = open_suites(["clean", "pgd", "torchattacks:PGD"], {"steps": 3, "step_size": 0.1})
+    assert suites["clean"] == Clean()
+    assert suites["pgd"] == PGD(steps=3, step_size=0.1)
+    assert suites["torchattacks:PGD"].params == {"steps": 3}
+    assert open_suites(["pgd"], {"steps": 50})["pgd"].params == {}
+
+
+def test_what_no_suite_has_is_refused_with_the_nearest():
+    for names, settings, message in [
+        (["pdg"], {}, "unknown suite 'pdg': did you mean 'pgd'"),
+        (["clean", "pgd"], {"stepz": 3}, "--set stepz: clean, pgd has no such parameter: did you mean 'steps'"),
+        (["clean"], {"steps": 3}, "--set steps: clean has no such parameter: there is nothing to set"),
+        (["pgd"], {"steps": "many"}, "steps: .*'many'"),
+        (["pgd"], {"steps": 0}, "steps: .*0"),
+    ]:
+        with pytest.raises(UnusableInput, match=message):
+            open_suites(names, settings)
+
+
+def test_passes_are_counted_while_entered():
+    model = nn.Linear(2, 3)
+    model(torch.ones(9, 2))
+    with PassCounter(model) as counter:
+        model(torch.ones(4, 2)).sum().backward()
+        with torch.no_grad():
+            model(torch.ones(3, 2))
+        assert counter.lap() == (7, 4)
+        logits = model(torch.ones(2, 2))
+        logits[:, 0].sum().backward(retain_graph=True)
+        logits[:, 1].sum().backward()
+        assert counter.lap() == (2, 4)
+    model(torch.ones(5, 2)).sum().backward()
+    assert counter.lap() == (0, 0)
+
+
+def test_block_remembers_the_attacks_on_the_whole_model(planted: Any, block_of: Any):
+    data = planted.data()
+    block = block_of(planted.robust(), data)
+    assert block.standing.tolist() == list(range(23))
+    for attack, target in [("b", "F"), ("a", "F"), ("part", "expert:0"), ("b", "F")]:
+        attempt = block.attempt(attack, block.standing, data.x[:23].requires_grad_(), target=target)
+        assert not attempt.x_adv.requires_grad
+    assert block.attacks == ["b", "a"]
+
+
+def test_warnings_are_caught_instead_of_printed(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]):
+    logger = logging.getLogger("planted")
+    with CaughtWarnings("planted") as caught:
+        logger.warning("%s gradients", "zero")
+        logger.info("a detail")
+    assert caught.messages == ["zero gradients"]
+    assert (caplog.records, *capfd.readouterr()) == ([], "", "")
+    logger.warning("after")
+    assert (len(caught.messages), len(caplog.records)) == (1, 1)

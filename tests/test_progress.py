@@ -1,0 +1,71 @@
+"""What a person sees while a command works."""
+
+from typing import Any
+
+import pytest
+
+from bench.progress import RunProgress, TrainingProgress
+from bench.spec import ModelInfo, RunSpec, ThreatModel
+from bench.store import Accuracy, Result
+from bench.training import Epoch
+
+SPEC = RunSpec(
+    model="zoo:ok[b]",
+    alpha=0.5,
+    dataset="digits",
+    threat_model=ThreatModel(norm="Linf", eps=0.2),
+    suite="torchattacks:CW",
+    suite_version=1,
+    n_examples=4,
+)
+RESULT = Result(
+    spec=SPEC,
+    model_info=ModelInfo(name="m", architecture="a", checkpoint_sha256="c"),
+    fingerprint="f",
+    run="r",
+    work="w",
+    subject="s",
+    clean_accuracy=Accuracy(value=0.75, low=0.3, high=0.95, n=4),
+    robust_accuracy=Accuracy(value=0.5, low=0.15, high=0.85, n=4),
+    accuracy_after={},
+    errors=0,
+    environment={},
+    git_hash=None,
+    seconds=1.25,
+    finished="2030-01-01",
+)
+
+
+def test_a_run_leaves_one_line_where_nobody_watches(capsys: pytest.CaptureFixture[str]):
+    with RunProgress(2) as progress:
+        progress.start(SPEC)
+        progress.on_block(1, 3, 7)
+        (task,) = progress._progress.tasks
+        assert task.description == "[1/2] torchattacks:CW on zoo:ok[b] (α 0.5): 7 standing"
+        assert (task.completed, task.total) == (1, 3)
+        progress.finish(RESULT)
+        progress.start(SPEC.model_copy(update={"alpha": None}))
+        (task,) = progress._progress.tasks
+        assert (task.description, task.completed, task.total) == ("[2/2] torchattacks:CW on zoo:ok[b]", 0, None)
+    # as it is written: neither markup nor an emoji, and no bar in a file
+    line = "[1/2] torchattacks:CW on zoo:ok[b] (α 0.5): SA 75.00% RA 50.00% in 1.2 s\n"
+    assert capsys.readouterr() == ("", line)
+
+
+def test_a_run_that_does_not_finish_leaves_no_bar_behind(capsys: pytest.CaptureFixture[str]):
+    with RunProgress(1) as progress:
+        progress.start(SPEC)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_training_leaves_a_line_an_epoch(tiny_spec: Any, capsys: pytest.CaptureFixture[str]):
+    with TrainingProgress(tiny_spec("moe-at")) as progress:
+        progress.on_step(0, 1, 2, 2.5)
+        (task,) = progress._progress.tasks
+        assert task.description == "moe-at epoch 1/2 loss 2.500"
+        assert (task.completed, task.total) == (1, 4)
+        progress.on_epoch(Epoch(1, 2.0, {"ce": 2.0}, 0.5, 0.25, 0.1, 1.0, 200.0))
+        progress.on_step(1, 1, 2, 1.5)
+        assert task.description == "moe-at epoch 2/2 loss 1.500 SA 50.0% RA 25.0%"
+        assert task.completed == 3
+    assert capsys.readouterr() == ("", "epoch 1/2 loss 2.000 SA 50.0% RA 25.0% 200 images/s\n")

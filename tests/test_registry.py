@@ -1,0 +1,74 @@
+"""Names: unique, looked up with a hint, and found by the file that registers them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.registry import Registry, UnusableInput, did_you_mean
+
+
+@pytest.fixture
+def filled() -> Registry[int]:
+    registry: Registry[int] = Registry("fruit")
+    registry.register("pear")(1)
+    registry.register("apple")(2)
+    return registry
+
+
+def test_an_unusable_input_is_a_value_error():
+    assert issubclass(UnusableInput, ValueError)
+
+
+def test_the_nearest_name_is_proposed_and_otherwise_all_are_listed():
+    assert did_you_mean("peer", ["pear", "apple"]) == "did you mean 'pear'?"
+    assert did_you_mean("PEAR", ["pear", "apple"]) == "did you mean 'pear'?"
+    assert did_you_mean("zzz", ["pear", "apple"]) == "there are: pear, apple"
+
+
+def test_a_registry_is_a_sorted_mapping(filled: Registry[int]):
+    assert dict(filled) == {"apple": 2, "pear": 1}
+    assert list(filled) == ["apple", "pear"]
+    assert len(filled) == 2
+    assert "pear" in filled
+    assert "plum" not in filled
+
+
+def test_register_returns_what_it_was_given(filled: Registry[int]):
+    item = 3
+    assert filled.register("plum")(item) is item
+
+
+def test_a_name_is_registered_once(filled: Registry[int]):
+    with pytest.raises(ValueError, match="fruit 'pear' is registered twice"):
+        filled.register("pear")(3)
+    assert filled["pear"] == 1
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(filled: Registry[int]):
+    with pytest.raises(UnusableInput, match=r"^unknown fruit 'aple': did you mean 'apple'\?$"):
+        filled["aple"]
+
+
+def test_a_new_file_in_the_folder_is_found_by_existing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "orchard_for_tests"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "base.py").write_text(
+        "from bench.registry import Registry\nTREES = Registry('tree', 'orchard_for_tests')\n"
+    )
+    for name in ("oak", "elm"):
+        (folder / f"{name}.py").write_text(
+            f"from orchard_for_tests.base import TREES\nTREES.register('{name}')('{name}!')\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    from orchard_for_tests.base import TREES
+
+    assert "orchard_for_tests.oak" not in sys.modules  # nothing is imported before the first look-up
+    assert dict(TREES) == {"elm": "elm!", "oak": "oak!"}
+
+
+def test_names_and_specs_are_read_without_torch():
+    code = "import bench.registry, bench.spec, bench.environment, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,239 @@
+"""The specs: what they accept, what identifies them, and how a threat is written."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from bench.registry import UnusableInput
+from bench.spec import Recipe, RunSpec, ThreatModel, TrainSpec, build, digest, parse_number, parse_settings, path_safe
+
+LINF = ThreatModel(norm="Linf", eps=0.2)
+RUN: dict[str, Any] = {
+    "model": "moe-at", "alpha": None, "combine": None, "dataset": "digits", "threat_model": LINF, "suite": "pgd",
+    "suite_version": 1, "suite_params": {"steps": 50}, "n_examples": 200, "seed": 0, "batch_size": 128,
+}  # fmt: skip
+#: another value for each of its fields
+OTHER: dict[str, Any] = {
+    "model": "dual", "alpha": 0.5, "combine": "logits", "dataset": "cifar10",
+    "threat_model": ThreatModel(norm="L2", eps=0.2), "suite": "clean", "suite_version": 2,
+    "suite_params": {"steps": 51}, "n_examples": 201, "seed": 1, "batch_size": 64,
+}  # fmt: skip
+TRAIN: dict[str, Any] = {
+    "variant": "moe-at", "dataset": "digits", "threat_model": LINF, "recipe_name": "digits", "recipe": Recipe(),
+    "objective_params": {"inner_steps": 7}, "seed": 0,
+}  # fmt: skip
+
+
+# --- threat models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "expected"),
+    [
+        ("Linf", "8/255", ("Linf", 8 / 255)),
+        ("linf", "0.2", ("Linf", 0.2)),
+        ("l2", "1e-1", ("L2", 0.1)),
+        ("L1", 12, ("L1", 12.0)),
+    ],
+)
+def test_a_threat_as_a_user_writes_it(norm: str, eps: str | float, expected: tuple[str, float]):
+    threat = ThreatModel.parse(norm, eps)
+    assert (threat.norm, threat.eps) == expected
+
+
+@pytest.mark.parametrize("eps", ["0", "-1", "nan", "inf", "-8/255", "1/inf", 0.0, -0.5, float("nan")])
+def test_eps_that_is_not_above_zero_and_finite(eps: str | float):
+    with pytest.raises(UnusableInput, match=f"^ε '{eps}' must be above 0 and finite: write it as 8/255"):
+        ThreatModel.parse("Linf", eps)
+
+
+@pytest.mark.parametrize("eps", ["abc", "1/0", "8/", "/255", "", "1/2/3"])
+def test_eps_that_is_no_number(eps: str):
+    with pytest.raises(UnusableInput, match=f"^ε '{eps}' is not a number: write it as 8/255"):
+        ThreatModel.parse("Linf", eps)
+
+
+def test_an_unknown_norm_is_refused_with_the_nearest():
+    with pytest.raises(UnusableInput, match=r"^unknown norm 'Linff': did you mean 'Linf'\?$"):
+        ThreatModel.parse("Linff", "0.1")
+    with pytest.raises(UnusableInput, match=r"^unknown norm 'max': there are: Linf, L2, L1$"):
+        ThreatModel.parse("max", "0.1")
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_threat_cannot_be_made_with_such_an_eps_either(eps: float):
+    with pytest.raises(ValidationError):
+        ThreatModel(norm="Linf", eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "text", "folder"),
+    [
+        ("Linf", 8 / 255, "8/255", "Linf-8_255"),
+        ("Linf", 0.5 / 255, "0.5/255", "Linf-0.5_255"),
+        ("Linf", 0.2, "0.2", "Linf-0.2"),
+        ("L2", 0.5, "0.5", "L2-0.5"),
+        ("L2", 128 / 255, "128/255", "L2-128_255"),
+        ("L1", 12.0, "12", "L1-12"),
+        ("Linf", 0.03, "0.03", "Linf-0.03"),
+    ],
+)
+def test_eps_is_written_as_people_write_it(norm: Any, eps: float, text: str, folder: str):
+    threat = ThreatModel(norm=norm, eps=eps)
+    assert (threat.eps_text, threat.folder, str(threat)) == (text, folder, f"{norm} {text}")
+
+
+numbers = st.floats(1e-9, 1e4) | st.floats(1e-6, 255).map(lambda pixels: round(pixels, 6) / 255)
+
+
+@settings(deadline=None)
+@given(numbers)
+def test_the_written_eps_is_read_back(eps: float):
+    text = ThreatModel(norm="Linf", eps=eps).eps_text
+    assert parse_number(text, "ε") == pytest.approx(eps, rel=1e-12, abs=0)
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def keys(checkpoint: str = "c", fingerprint: str = "f", **changed: Any) -> dict[str, str]:
+    spec = RunSpec(**{**RUN, **changed})
+    return {
+        "run": spec.run_key(checkpoint, fingerprint),
+        "work": spec.work_key(fingerprint),
+        "subject": spec.subject_key(checkpoint, fingerprint),
+    }
+
+
+#: which keys a change of each field changes; the work is what is paired over seeds, the subject who was attacked
+SENSITIVE: dict[str, set[str]] = {
+    "model": {"run", "work", "subject"},
+    "alpha": {"run", "work", "subject"},
+    "combine": {"run", "work", "subject"},
+    "dataset": {"run", "work", "subject"},
+    "threat_model": {"run", "work", "subject"},
+    "suite": {"run", "work"},
+    "suite_version": {"run", "work"},
+    "suite_params": {"run", "work"},
+    "n_examples": {"run", "work"},
+    "batch_size": {"run", "work"},
+    "seed": {"run"},
+}
+
+
+def changed_keys(**changed: Any) -> set[str]:
+    before, after = keys(), keys(**changed)
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_every_field_of_a_run_is_judged():
+    # the device is none of them: where a thing is computed does not change what is asked for
+    assert set(RunSpec.model_fields) == set(RUN) == set(OTHER) == set(SENSITIVE)
+
+
+@pytest.mark.parametrize("field", list(SENSITIVE))
+def test_what_changes_which_key_of_a_run(field: str):
+    assert changed_keys(**{field: OTHER[field]}) == SENSITIVE[field]
+
+
+def test_a_retrained_model_is_the_same_work_and_other_pixels_are_not():
+    assert changed_keys(checkpoint="d") == {"run", "subject"}
+    assert changed_keys(fingerprint="g") == {"run", "work", "subject"}
+
+
+def test_the_keys_of_one_run_differ_among_themselves():
+    assert len(set(keys().values())) == 3
+
+
+def test_keys_do_not_depend_on_the_order_of_parameters():
+    assert keys(suite_params={"a": 1, "b": 2}) == keys(suite_params={"b": 2, "a": 1})
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 2, "b": 1})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"variant": "moe-rt_er"},
+        {"dataset": "cifar10"},
+        {"threat_model": ThreatModel(norm="Linf", eps=0.1)},
+        {"recipe_name": "cpu-cifar10"},
+        {"recipe": Recipe(lr=0.2)},
+        {"objective_params": {"inner_steps": 8}},
+        {"seed": 1},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_every_field_of_a_training_is_in_its_key(changed: dict[str, Any]):
+    assert TrainSpec(**TRAIN).key == TrainSpec(**TRAIN).key != TrainSpec(**{**TRAIN, **changed}).key
+
+
+def test_a_checkpoint_is_named_by_variant_and_seed():
+    assert TrainSpec(**TRAIN).checkpoint_name == "moe-at"
+    assert TrainSpec(**{**TRAIN, "seed": 3}).checkpoint_name == "moe-at-s3"
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def test_equal_specs_are_one_in_a_set():
+    same = [RunSpec(**RUN), RunSpec(**RUN), RunSpec(**{**RUN, "suite_params": dict(RUN["suite_params"])})]
+    assert len({*same, RunSpec(**{**RUN, "seed": 1})}) == 2
+
+
+def test_specs_that_differ_in_the_order_of_parameters_are_one_in_a_set():
+    one, other = (RunSpec(**{**RUN, "suite_params": params}) for params in ({"a": 1, "b": 2}, {"b": 2, "a": 1}))
+    assert one == other
+    assert len({one, other}) == 1
+
+
+def test_a_spec_is_frozen_and_knows_its_fields():
+    with pytest.raises(ValidationError, match="frozen"):
+        LINF.eps = 0.3
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        RunSpec(**RUN, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"epoch": 3}, "x has no parameter 'epoch': did you mean 'epochs'?"),
+        ({"epochs": "many"}, "x: epochs: Input should be a valid integer"),
+        ({"epochs": 0}, "x: epochs: Input should be greater than 0 (got 0)"),
+        ({"schedule": "steps"}, "x: schedule: Input should be 'one_cycle', 'cyclic', 'cosine' or 'constant'"),
+        ({"num_experts": 3, "num_selected_experts": 4}, "x: num_selected_experts 4 is more than num_experts 3"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(values: dict[str, Any], said: str):
+    with pytest.raises(UnusableInput) as refused:
+        build(Recipe, "x", values)
+    assert str(refused.value).startswith(said)
+    assert "\n" not in str(refused.value)
+
+
+def test_settings_have_the_types_that_were_meant():
+    pairs = ["a=3", "b=0.5", "c=true", "d=null", "e=word", "f=2/255", "g=1e-3", "h=a=b", " i =1", "j=[1, 2]", "k={x"]
+    found = parse_settings(pairs)
+    assert found == {
+        "a": 3, "b": 0.5, "c": True, "d": None, "e": "word", "f": 2 / 255, "g": 0.001, "h": "a=b", "i": 1,
+        "j": [1, 2], "k": "{x",
+    }  # fmt: skip
+    assert [type(found[key]) for key in "abcf"] == [int, float, bool, float]
+
+
+@pytest.mark.parametrize("pair", ["steps", "=3", ""])
+def test_a_setting_that_is_no_pair(pair: str):
+    with pytest.raises(UnusableInput, match=f"^--set '{pair}' is not of the form key=value$"):
+        parse_settings([pair])
+
+
+def test_a_setting_that_divides_by_zero():
+    with pytest.raises(UnusableInput, match=r"^--set eps '1/0' is not a number"):
+        parse_settings(["eps=1/0"])
+
+
+def test_names_as_files():
+    assert path_safe("imagefolder:/a b") == "imagefolder__a_b"
+    assert path_safe("moe-rt_er-s1.2") == "moe-rt_er-s1.2"
