@@ -26,7 +26,7 @@ from bench.spec import ModelInfo, RunSpec
 from bench.store import VERDICT_COLUMNS, Result, RunFolder, run_folder
 from bench.subjects import Subject
 from bench.suites.base import Attempt, Block, PassCounter, Suite
-from bench.verdicts import Judgement, Prediction, judge, predict
+from bench.verdicts import Judgement, Prediction, first_expert, judge, predict
 
 #: Called after each block with (blocks done, blocks in all, examples still standing in the finished ones).
 OnBlock = Callable[[int, int, int], None]
@@ -97,7 +97,7 @@ def evaluate(
         return finished
     model = subject.model.to(device).float()
     if spec.alpha is not None:
-        setattr(model, "alpha", spec.alpha)  # noqa: B010  # nn.Module's attributes have no type of their own
+        _set_alpha(model, spec.alpha)
     examiner = _Examiner(spec, model, subject.info, suite, num_classes)
     starts = range(0, len(data), spec.batch_size)
     done = {block.index: int(robust_by_example(block.verdicts).sum()) for block in folder.read_blocks()}
@@ -113,6 +113,14 @@ def evaluate(
     return _finish(folder, spec, subject, data, device)
 
 
+def _set_alpha(model: Any, alpha: float) -> None:
+    """A dual's α is a number; in a user's own it may be a tensor, which nn.Module does not let a number replace."""
+    if isinstance(model.alpha, Tensor):
+        model.alpha.data.fill_(alpha)
+    else:
+        model.alpha = alpha
+
+
 class _Examiner:
     """Turns blocks into verdict rows."""
 
@@ -123,7 +131,7 @@ class _Examiner:
         """The rows of one block, and what else is to be known of it: flags, errors, passes, seconds, threads."""
         started = time.perf_counter()
         if number == 0:
-            _first_look(self.model, x, self.num_classes, self.info.name)
+            _first_look(self.model, x, self.num_classes, self.info)
         clean = predict(self.model, x, self.info.routing_visible)
         if number == 0 and not clean.finite.all():
             bad = f"{int((~clean.finite).sum())} of the first {len(x)} clean images"
@@ -192,14 +200,16 @@ def _unknown(count: int) -> Judgement:
     return Judgement(Prediction(nobody, yes, nobody), far, far, yes, ~yes, ~yes)
 
 
-def _first_look(model: nn.Module, x: Tensor, num_classes: int, name: str) -> None:
+def _first_look(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -> None:
     """UnusableInput for a model that cannot be scored at all, found out on the first clean block."""
-    shape = "×".join(map(str, x.shape[1:]))
+    name, shape = info.name, "×".join(map(str, x.shape[1:]))
     try:
         logits = model(x)
+        if info.routing_visible:
+            first_expert(model, x)
     except Exception as error:  # a user's model may fail in any way
-        reason = str(error).partition("\n")[0]
-        raise UnusableInput(f"'{name}' cannot take {shape} images: {type(error).__name__}: {reason}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnusableInput(f"'{name}' cannot take {shape} images: {reason}") from None
     if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise UnusableInput(
@@ -229,6 +239,10 @@ def _finish(folder: RunFolder, spec: RunSpec, subject: Subject, data: EvalSet, d
             total = passes.setdefault(attack, {"forwards": 0, "backwards": 0})
             for kind, count in counts.items():
                 total[kind] += count
+    flags = {flag for side in sides for flag in side["flags"]} | set(subject.flags)
+    threads = sorted({side["threads"] for side in sides})
+    if len(threads) > 1:  # the order of a sum depends on it, and with that a verdict at the edge
+        flags.add(f"attack blocks ran with {' and '.join(map(str, threads))} threads")
     result = Result.from_rows(
         spec,
         subject.info,
@@ -236,10 +250,10 @@ def _finish(folder: RunFolder, spec: RunSpec, subject: Subject, data: EvalSet, d
         verdicts,
         dict.fromkeys(attack for side in sides for attack in side["attacks"]),
         error_messages=tuple(dict.fromkeys(message for side in sides for message in side["errors"])),
-        flags=tuple(sorted({flag for side in sides for flag in side["flags"]} | set(subject.flags))),
+        flags=tuple(sorted(flags)),
         data_note=data.note,
         passes=passes,
-        environment=environment(device, max(side["threads"] for side in sides)),
+        environment=environment(device, threads[-1]),
         git_hash=git_hash(),
         seconds=round(sum(side["seconds"] for side in sides), 3),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),

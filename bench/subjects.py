@@ -38,9 +38,9 @@ def routing_visible(model: nn.Module) -> bool:
     )
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of the state dict: who a model is that came without a file of ours."""
-    sha = hashlib.sha256(type(model).__qualname__.encode())
+def weights_sha256(model: nn.Module, code: str = "") -> str:
+    """SHA-256 over layers, weights and the code that they run: who a model is that came without a file of ours."""
+    sha = hashlib.sha256(f"{model}\n{code}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -72,10 +72,10 @@ def load_subject(word: str, dataset: Dataset, threat_model: ThreatModel, folders
     if word.endswith(".safetensors"):
         return _from_checkpoint(Path(word), dataset)
     if ":" in word:
-        model = _call_factory(word)
+        model, code = _call_factory(word)
         visible = routing_visible(model)
         flags = () if visible else ("routing not visible",)
-        return Subject(model, _foreign_info(word, model, None), flags)
+        return Subject(model, _foreign_info(word, model, None, code), flags)
     try:
         path = find_checkpoint(word, dataset.name, threat_model.norm, list(folders))
     except UnusableInput:
@@ -96,12 +96,13 @@ def _from_checkpoint(path: Path, dataset: Dataset) -> Subject:
     return Subject(model, header.info(sha256))
 
 
-def _call_factory(word: str) -> nn.Module:
+def _call_factory(word: str) -> tuple[nn.Module, str]:
+    """The model, and the text of the module that made it: edited code with the same weights is another model."""
     module_name, _, attribute = word.partition(":")
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it, so that a module in the current folder is found
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-        model = factory()
+        module = importlib.import_module(module_name)
+        model = getattr(module, attribute)()
     except Exception as error:  # a user's own code may fail in any way, and that is the user's to mend
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UnusableInput(f"--model '{word}' cannot be made: {reason}") from None
@@ -109,10 +110,11 @@ def _call_factory(word: str) -> nn.Module:
         sys.path.pop(0)
     if not isinstance(model, nn.Module):
         raise UnusableInput(f"--model '{word}' gave a {type(model).__name__}: it must return a torch.nn.Module")
-    return model.eval()
+    file = getattr(module, "__file__", None)
+    return model.eval(), Path(file).read_text(errors="replace") if file else ""
 
 
-def _foreign_info(word: str, model: nn.Module, dataset: str | None) -> ModelInfo:
+def _foreign_info(word: str, model: nn.Module, dataset: str | None, code: str = "") -> ModelInfo:
     routed = getattr(model, "robust", model)
     experts = getattr(routed, "experts", None)
     alpha = getattr(model, "alpha", None)
@@ -123,6 +125,6 @@ def _foreign_info(word: str, model: nn.Module, dataset: str | None) -> ModelInfo
         num_experts=len(experts) if visible and isinstance(experts, nn.ModuleList) else None,
         alpha=float(alpha) if visible and alpha is not None else None,
         dataset=dataset,
-        checkpoint_sha256=weights_sha256(model),
+        checkpoint_sha256=weights_sha256(model, code),
         routing_visible=visible,
     )

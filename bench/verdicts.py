@@ -4,6 +4,7 @@ Axes: m = examples judged. Distances and ε are in pixels of [0, 1].
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,22 @@ class Prediction:
     expert: Tensor
 
 
+def first_expert(model: Any, x: Tensor) -> Tensor:
+    """The first selected expert (m,) of a model whose routing is visible.
+
+    A dual without a `trace` shows its branch R's; −1 where neither has one.
+    """
+    for routed in (model, getattr(model, "robust", None)):
+        if hasattr(routed, "trace"):
+            return routed.trace(x)[1].selected_experts[:, 0]
+    return torch.full((len(x),), -1, device=x.device)
+
+
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, routing_visible: bool) -> Prediction:
     """What the deployed model says of x (m, C, H, W), in float32; results on the CPU."""
     logits = model(x)
-    expert = torch.full((len(x),), -1, device=x.device)
-    if routing_visible:
-        trace = model.trace(x)[1]  # type: ignore[operator]
-        expert = trace.selected_experts[:, 0]
+    expert = first_expert(model, x) if routing_visible else torch.full((len(x),), -1)
     return Prediction(logits.argmax(1).cpu(), logits.isfinite().all(1).cpu(), expert.cpu())
 
 

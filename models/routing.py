@@ -92,12 +92,14 @@ def route(gate_logits: Tensor, k: int, gate: Gate) -> RoutingTrace:
 def dispatch(experts: Sequence[nn.Module], x: Tensor, selected: Tensor) -> Tensor:
     """The outputs of the selected experts, (B, K, C), each expert run once on the rows that chose it.
 
-    x (B, …), selected (B, K). An expert that nobody chose is not run. One host–device synchronisation, for the counts.
+    x (B, …), selected (B, K). An expert that nobody chose is not run, unless the batch is empty: then one is asked for
+    the number of classes. One host–device synchronisation, for the counts.
     """
     rows, k = selected.shape
     order = selected.flatten().argsort(stable=True)
     counts = selected.flatten().bincount(minlength=len(experts)).tolist()
     parts = torch.split(x[order // k], counts)
     outputs = [expert(part) for expert, part in zip(experts, parts, strict=True) if len(part)]
+    outputs = outputs or [experts[0](x)]
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return torch.cat(outputs)[back].view(rows, k, -1)
+    return torch.cat(outputs)[back].unflatten(0, (rows, k))

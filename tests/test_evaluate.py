@@ -129,6 +129,19 @@ def test_attack_that_raises_makes_errors_of_what_still_stands(run: Any, tmp_path
         check(tmp_path / "results", tmp_path / "results")
 
 
+def test_attack_that_raises_after_an_error_leaves_one_error_row_an_example(run: Any):
+    def attack(block: Block) -> Iterator[Attempt]:
+        rows, x_adv = move(block, 0.12)
+        x_adv[0] = float("nan")
+        yield block.attempt("push", rows, x_adv)
+        raise RuntimeError("no more memory")
+
+    result, rows = run(attack, images([0.4, 0.65, 0.8]))
+    assert column(rows, "push", "status") == ["error", "ok", "ok"]
+    assert column(rows, "planted", "idx") == [1, 2]
+    assert result.errors == 3
+
+
 @pytest.mark.parametrize("step", [0.21, float("nan")])
 def test_illegal_answer_is_an_error_and_its_neighbours_are_judged(step: float, run: Any):
     def attack(block: Block) -> Iterator[Attempt]:
@@ -229,7 +242,8 @@ def test_model_that_is_not_finite_on_the_first_block_is_refused(run: Any, tmp_pa
 
 
 def test_logits_that_are_not_finite_in_a_later_block_are_errors(run: Any):
-    result, rows = run(push(0.12), images([0.4, 0.65, 0.8, 0.8], last={2: 0.99}), batch_size=2)
+    # the third is of class 0, which is what argmax makes of NaN
+    result, rows = run(push(0.12), images([0.4, 0.65, 0.2, 0.8], last={2: 0.99}), batch_size=2)
     assert column(rows, "clean", "status") == ["ok", "ok", "error", "ok"]
     assert column(rows, "clean", "clean_correct") == [True, True, False, True]
     assert column(rows, "push", "idx") == [0, 1, 3]
@@ -373,6 +387,45 @@ def test_alpha_of_the_spec_is_that_of_the_model(planted: Any, score: Any):
     assert shares[0.3] < 0.5
 
 
+@pytest.mark.parametrize("kind", ["buffer", "parameter"])
+def test_alpha_may_be_a_tensor_of_a_users_own_dual(kind: str, planted: Any, score: Any):
+    model = planted.dual(0.7)
+    del model.alpha
+    alpha = torch.tensor(0.5)
+    if kind == "buffer":
+        model.register_buffer("alpha", alpha)
+    else:
+        model.alpha = nn.Parameter(alpha)
+    model.mix = lambda s, r: ((1 - model.alpha) * s.softmax(1) + model.alpha * r.softmax(1)).log()
+    shares = {alpha: score(model, "pgd", alpha=alpha)[0].robust_accuracy.value for alpha in (0.75, 0.25)}
+    assert shares[0.75] == 23 / 24
+    assert shares[0.25] < 0.5
+
+
+def test_a_users_dual_without_a_trace_shows_its_robust_branchs_route_or_none(planted: Any, score: Any):
+    class Dual(nn.Module):
+        def __init__(self, standard: nn.Module, robust: nn.Module) -> None:
+            super().__init__()
+            self.standard, self.robust, self.alpha = standard, robust, 0.7
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.3 * self.standard(x) + 0.7 * self.robust(x)
+
+    robust, data = planted.robust(), planted.data()
+    _, rows = score(Dual(planted.broken(), robust), "clean", data)
+    assert rows["clean_expert"].tolist() == robust.router(data.x).argmax(1).tolist()
+    _, rows = score(Dual(planted.broken(), robust.experts[0]), "clean", data)
+    assert set(rows["clean_expert"]) == {-1}
+
+
+@pytest.mark.parametrize("answer", [None, (None, {}), (None, torch.zeros(2))])
+def test_trace_that_tells_no_routing_is_refused(answer: Any, planted: Any, score: Any):
+    model = planted.robust()
+    model.trace, model.forward = (lambda _: answer), model.experts[0].forward
+    with pytest.raises(UnusableInput, match=r"'m' cannot take 3×8×8 images: (Type|Attribute)Error"):
+        score(model, "clean")
+
+
 def test_routing_is_in_the_rows_where_it_is_visible(planted: Any, score: Any):
     model, data = planted.robust(), planted.data()
     _, rows = score(model, "pgd", data)
@@ -450,6 +503,20 @@ def test_damaged_block_is_attacked_again(run: Any, tmp_path: Path):
     block.write_bytes(block.read_bytes()[:-20])
     run(attack, data, batch_size=2)
     assert calls == [0, 0, block_seed(0, 1)]
+
+
+def test_a_run_resumed_with_another_number_of_threads_says_so(run: Any, monkeypatch: pytest.MonkeyPatch):
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    data = images([0.45, 0.55])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(push(0.12), data, batch_size=1, on_block=stop)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    resumed, _ = run(push(0.12), data, batch_size=1)
+    assert resumed.flags == ("attack blocks ran with 1 and 2 threads",)
+    assert resumed.environment["threads"] == "2"
 
 
 def test_retrained_model_and_other_pixels_never_resume_into_old_rows(run: Any, tmp_path: Path):

@@ -10,7 +10,7 @@ from bench.store import Accuracy, Result
 from bench.training import Epoch
 
 SPEC = RunSpec(
-    model="zoo:ok[b]",
+    model="zoo[b]:ok",
     alpha=0.5,
     dataset="digits",
     threat_model=ThreatModel(norm="Linf", eps=0.2),
@@ -41,15 +41,17 @@ def test_a_run_leaves_one_line_where_nobody_watches(capsys: pytest.CaptureFixtur
         progress.start(SPEC)
         progress.on_block(1, 3, 7)
         (task,) = progress._progress.tasks
-        assert task.description == "[1/2] torchattacks:CW on zoo:ok[b] (α 0.5): 7 standing"
+        assert task.description == "[1/2] torchattacks:CW on zoo[b]:ok (α 0.5): 7 standing"
         assert (task.completed, task.total) == (1, 3)
         progress.finish(RESULT)
         progress.start(SPEC.model_copy(update={"alpha": None}))
         (task,) = progress._progress.tasks
-        assert (task.description, task.completed, task.total) == ("[2/2] torchattacks:CW on zoo:ok[b]", 0, None)
+        assert (task.description, task.completed, task.total) == ("[2/2] torchattacks:CW on zoo[b]:ok", 0, None)
+        progress.finish(RESULT)
     # as it is written: neither markup nor an emoji, and no bar in a file
-    line = "[1/2] torchattacks:CW on zoo:ok[b] (α 0.5): SA 75.00% RA 50.00% in 1.2 s\n"
-    assert capsys.readouterr() == ("", line)
+    first = "[1/2] torchattacks:CW on zoo[b]:ok (α 0.5): SA 75.00% RA 50.00% in 1.2 s\n"
+    second = "[2/2] torchattacks:CW on zoo[b]:ok: SA 75.00% RA 50.00% in 1.2 s\n"
+    assert capsys.readouterr() == ("", first + second)
 
 
 def test_a_run_that_does_not_finish_leaves_no_bar_behind(capsys: pytest.CaptureFixture[str]):

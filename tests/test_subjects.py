@@ -150,7 +150,6 @@ def test_plain_module_is_loaded_in_eval_mode_and_flagged(user_module: Any, digit
     assert (subject.info.name, subject.info.architecture) == ("planted_plain:make", "Sequential")
     assert (subject.info.num_experts, subject.info.alpha, subject.info.dataset) == (None, None, None)
     assert not subject.model.training
-    assert subject.info.checkpoint_sha256 == weights_sha256(subject.model)
     assert sys.path == path
 
 
@@ -232,6 +231,21 @@ def test_weights_tell_models_apart_in_any_precision():
     assert weights_sha256(linear()) == weights_sha256(linear())
     kinds = [linear(), linear(value=1), linear(torch.double), linear(torch.bfloat16), linear(torch.half), nn.Identity()]
     assert len({weights_sha256(model) for model in kinds}) == len(kinds)
+
+
+def test_edited_code_with_the_same_weights_is_another_model(user_module: Any, digits: Dataset):
+    text = """
+        def make():
+            return nn.Sequential(nn.Flatten(), nn.Softmax(1), nn.Linear(64, 10, bias=False))[:{}]
+    """
+    found = []
+    for layers in (2, 1, 2):  # none of which has weights
+        sys.modules.pop("planted_edited", None)
+        user_module("planted_edited", text.format(layers))
+        found.append(load("planted_edited:make", digits).info.checkpoint_sha256)
+    assert found[0] == found[2] != found[1]
+    model = nn.Linear(2, 2)
+    assert weights_sha256(model, "return x") != weights_sha256(model, "return -x")
 
 
 # --- RobustBench -----------------------------------------------------------------------------------------------------

@@ -156,3 +156,8 @@ def test_every_router_normalises_inside(name: str):
     x = torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(router(x), plain(router.normalize(x)))
     assert not torch.allclose(router(x), plain(x))
+
+
+def test_an_empty_batch_has_empty_outputs():
+    experts = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)) for _ in range(2)]
+    assert dispatch(experts, torch.rand(0, 1, 2, 2), torch.zeros(0, 2, dtype=torch.int64)).shape == (0, 2, 3)
