@@ -33,7 +33,7 @@ def first_expert(model: Any, x: Tensor) -> Tensor:
     A dual without a `trace` shows its branch R's; −1 where neither has one.
     """
     for routed in (model, getattr(model, "robust", None)):
-        if hasattr(routed, "trace"):
+        if routed is not None and hasattr(routed, "trace"):
             return routed.trace(x)[1].selected_experts[:, 0]
     return torch.full((len(x),), -1, device=x.device)
 

@@ -102,4 +102,5 @@ def dispatch(experts: Sequence[nn.Module], x: Tensor, selected: Tensor) -> Tenso
     outputs = [expert(part) for expert, part in zip(experts, parts, strict=True) if len(part)]
     outputs = outputs or [experts[0](x)]
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return torch.cat(outputs)[back].unflatten(0, (rows, k))
+    flat = torch.cat(outputs)[back]
+    return flat.view(rows, k, flat.shape[1])
