@@ -3,6 +3,7 @@
 Axes: B = batch; images (B, c, H, W) in [0, 1]. ε and step sizes are in pixels of [0, 1].
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -53,24 +54,34 @@ def project(x_adv: Tensor, x: Tensor, threat_model: ThreatModel) -> Tensor:
     return (x + delta).clamp(0, 1)
 
 
+def random_start(x: Tensor, threat_model: ThreatModel, noise: Tensor) -> Tensor:
+    """A point of the ball ∩ [0, 1] around x from `noise`, which is uniform in [−1, 1] and of x's shape.
+
+    Linf: ε times the noise, so uniform in the ball; L2: the noise's direction, with length ε.
+    """
+    eps = threat_model.eps
+    return project(x + (eps * noise if threat_model.norm == "Linf" else eps * noise / _norms(noise)), x, threat_model)
+
+
+def near_start(x: Tensor, threat_model: ThreatModel, noise: Tensor) -> Tensor:
+    """x + 0.001 · N(0, 1), from uniform `noise`: where TRADES starts, since the KL's gradient is zero at x itself."""
+    normal = math.sqrt(2) * torch.erfinv(noise.clamp(-1 + 1e-6, 1 - 1e-6))
+    return project(x + 0.001 * normal, x, threat_model)
+
+
 def pgd(
     loss: Callable[[Tensor], Tensor],
     x: Tensor,
     threat_model: ThreatModel,
     steps: int,
     step_size: float,
-    noise: Tensor | None,
+    start: Tensor,
 ) -> Tensor:
-    """Projected gradient ascent on `loss` (images → one value each, or their sum) from x, inside the ball ∩ [0, 1].
+    """Projected gradient ascent on `loss` (images → one value each, or their sum), inside the ball around x ∩ [0, 1].
 
-    noise: (B, c, H, W) uniform in [−1, 1] for the random start (None: start at x). It is scaled by ε for Linf; for L2
-    its direction is taken, with length ε. Returns the last iterate, as PGD is in Madry et al. (2018).
+    It begins at `start`, a point of that set, and returns the last iterate, as PGD is in Madry et al. (2018).
     """
-    eps = threat_model.eps
-    x_adv = x
-    if noise is not None:
-        start = eps * noise if threat_model.norm == "Linf" else eps * noise / _norms(noise)
-        x_adv = project(x + start, x, threat_model)
+    x_adv = start
     for _ in range(steps):
         x_adv = x_adv.detach().requires_grad_()
         with torch.enable_grad():

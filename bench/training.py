@@ -23,8 +23,8 @@ import bench
 from bench.datasets.base import Dataset, Images, fingerprint, open_dataset
 from bench.environment import git_hash, torch_device
 from bench.files import write_atomically
-from bench.inner import attacking, default_step_size, pgd
-from bench.objectives.base import Batch, Terms
+from bench.inner import attacking, default_step_size, pgd, random_start
+from bench.objectives.base import Batch, Terms, TrainingFailed
 from bench.recipes import architecture, objective_class
 from bench.registry import UnusableInput
 from bench.sampling import Sampler, hold_out
@@ -33,10 +33,6 @@ from models.architecture import Dense, Dual, Routed
 from models.checkpoints import Header, checkpoint_path, load_checkpoint, read_header, save_checkpoint
 from models.moe import MoE
 from models.variants import get_variant
-
-
-class TrainingFailed(RuntimeError):
-    """The loss or its gradient stopped being finite; the message says at which step and what was kept."""
 
 
 class Engine(nn.Module):
@@ -236,10 +232,14 @@ class _Run:
     def _step(self, batch: Batch, epoch: int, done: int) -> dict[str, float]:
         """All optimiser steps of one batch; the value of each term of their losses."""
         values: dict[str, float] = {}
+        where = f"at epoch {epoch + 1}, step {done}"
         steps = self.objective.steps(self.model, batch)
         while True:
-            with self.fabric.autocast():  # the inner attacks run when the generator is advanced
-                step = next(steps, None)
+            try:
+                with self.fabric.autocast():  # the inner attacks run when the generator is advanced
+                    step = next(steps, None)
+            except TrainingFailed as failure:
+                self._stop(f"{failure} {where}")
             if step is None:
                 break
             self.model.zero_grad(set_to_none=True)
@@ -247,14 +247,14 @@ class _Run:
             loss = torch.stack(list(terms.values())).sum()
             values |= {name: term.item() for name, term in terms.items()}
             if not math.isfinite(sum(values.values())):
-                self._stop(f"the loss is not finite at epoch {epoch + 1}, step {done} ({values})")
+                self._stop(f"the loss is not finite {where} ({values})")
             self.fabric.backward(loss)
             part, optimizer = self.parts[step.part], self.optimizers[step.part]
             limit = self.spec.recipe.clip_grad_norm or math.inf
             norm = self.fabric.clip_gradients(part, optimizer, max_norm=limit, error_if_nonfinite=False)
             # In fp16 a gradient may overflow: the scaler then skips the step and lowers its scale.
             if norm is not None and not norm.isfinite() and self.spec.recipe.precision != "16-mixed":
-                self._stop(f"the gradient is not finite at epoch {epoch + 1}, step {done} ({values})")
+                self._stop(f"the gradient is not finite {where} ({values})")
             optimizer.step()
             self.schedules[step.part].step()
             self.model.zero_grad(set_to_none=True)
@@ -276,7 +276,8 @@ class _Run:
             for batch in self.validation.epoch(0):
                 loss = partial(self._summed_loss, batch.y)
                 step_size = default_step_size(threat.eps, steps)
-                x_adv = pgd(loss, batch.x, threat, steps, step_size, batch.noise("validation"))
+                start = random_start(batch.x, threat, batch.noise("validation"))
+                x_adv = pgd(loss, batch.x, threat, steps, step_size, start)
                 clean += int((self.model(batch.x).argmax(1) == batch.y).sum())
                 robust += int((self.model(x_adv).argmax(1) == batch.y).sum())
         n = len(self.validation.indices)

@@ -23,7 +23,10 @@ class Variant:
 def _routed(gate: Gate, suffix: str) -> list[Variant]:
     parts = (f"moe-standard{suffix}", f"moe-rt_er{suffix}")
     return [
-        *(Variant(f"moe-{o}{suffix}", "moe", o, gate, "logits") for o in ("standard", "at", "rt_er")),
+        *(
+            Variant(f"moe-{o}{suffix}", "moe", o, gate, "logits")
+            for o in ("standard", "at", "trades", "advmoe", "rt_er")
+        ),
         Variant(f"dual-jtdmoe{suffix}", "dual", "jtdmoe", gate, "probs"),
         Variant(f"dual{suffix}", "dual", None, gate, "probs", parts),
         Variant(f"dual-logits{suffix}", "dual", None, gate, "logits", parts),

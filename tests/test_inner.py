@@ -10,11 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bench.inner import attacking, default_step_size, pgd, project
+from bench.inner import attacking, default_step_size, near_start, pgd, project, random_start
 from bench.registry import UnusableInput
 from bench.spec import ThreatModel
 
 LINF, L2 = ThreatModel(norm="Linf", eps=0.1), ThreatModel(norm="L2", eps=0.5)
+
+
+def ascend(
+    loss: Callable[[Tensor], Tensor], x: Tensor, threat: ThreatModel, steps: int, size: float, noise: Any
+) -> Tensor:
+    """pgd from a random start by `noise`, or from x where there is none."""
+    return pgd(loss, x, threat, steps, size, x if noise is None else random_start(x, threat, noise))
 
 
 def radii(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
@@ -74,7 +81,7 @@ def test_an_attack_leaves_no_gradient_and_does_not_change_the_images_or_statisti
     x, before = rand(4, 1, 8, 8), {key: value.clone() for key, value in model.state_dict().items()}
     original = x.clone()
     with attacking(model):
-        x_adv = pgd(lambda z: F.cross_entropy(model(z), torch.zeros(4).long()), x, LINF, 3, 0.05, None)
+        x_adv = ascend(lambda z: F.cross_entropy(model(z), torch.zeros(4).long()), x, LINF, 3, 0.05, None)
     assert torch.equal(x, original)
     assert not x.requires_grad
     assert not x_adv.requires_grad
@@ -85,13 +92,13 @@ def test_an_attack_leaves_no_gradient_and_does_not_change_the_images_or_statisti
 
 def test_parameters_get_no_gradient_even_when_they_are_not_frozen():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    pgd(lambda z: model(z), rand(3, 1, 2, 2), LINF, 2, 0.05, None)
+    ascend(lambda z: model(z), rand(3, 1, 2, 2), LINF, 2, 0.05, None)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_it_works_where_gradients_are_switched_off():
     with torch.no_grad():
-        x_adv = pgd(lambda z: z.flatten(1).sum(1), torch.full((1, 1, 2, 2), 0.5), LINF, 1, 0.1, None)
+        x_adv = ascend(lambda z: z.flatten(1).sum(1), torch.full((1, 1, 2, 2), 0.5), LINF, 1, 0.1, None)
     torch.testing.assert_close(x_adv, torch.full((1, 1, 2, 2), 0.6))
 
 
@@ -126,7 +133,7 @@ def test_projection_by_hand():
 def test_an_attack_stays_in_ball_and_box(norm: Any, eps: float, steps: int, factor: float, seed: int, start: bool):
     threat, x = ThreatModel(norm=norm, eps=eps), rand(3, 1, 4, 4, seed=seed).round(decimals=1)
     weights, noise = rand(16, seed=seed + 1) - 0.5, 2 * rand(3, 1, 4, 4, seed=seed + 2) - 1
-    x_adv = pgd(lambda z: (z.flatten(1) @ weights).tanh(), x, threat, steps, factor * eps, noise if start else None)
+    x_adv = ascend(lambda z: (z.flatten(1) @ weights).tanh(), x, threat, steps, factor * eps, noise if start else None)
     assert x_adv.isfinite().all()
     assert (radii(x_adv, x, norm) <= eps * (1 + 1e-5) + 1e-6).all()
     assert x_adv.min() >= 0
@@ -135,7 +142,15 @@ def test_an_attack_stays_in_ball_and_box(norm: Any, eps: float, steps: int, fact
 
 def test_an_l1_ball_is_refused():
     with pytest.raises(UnusableInput, match=r"^no training inside an L1 ball: train for Linf or L2$"):
-        pgd(lambda z: z.sum(), rand(1, 1, 2, 2), ThreatModel(norm="L1", eps=1), 1, 0.1, None)
+        ascend(lambda z: z.sum(), rand(1, 1, 2, 2), ThreatModel(norm="L1", eps=1), 1, 0.1, None)
+
+
+def test_the_near_start_is_a_thousandth_of_a_normal_number_away():
+    x = torch.full((50, 1, 20, 20), 0.5)
+    near = near_start(x, LINF, 2 * rand(*x.shape) - 1) - x
+    assert near.std().item() == pytest.approx(0.001, rel=0.02)
+    assert (near.abs() < 0.002).float().mean().item() == pytest.approx(0.9545, abs=0.01)  # two standard deviations
+    assert near_start(x, LINF, -torch.ones_like(x)).isfinite().all()  # erfinv(−1) is −∞
 
 
 # --- the random start -------------------------------------------------------------------------------------------------
@@ -143,7 +158,7 @@ def test_an_l1_ball_is_refused():
 
 def start_of(threat: ThreatModel, x: Tensor) -> Tensor:
     """Where an attack begins: no step is long enough to move."""
-    return pgd(lambda z: z.sum(), x, threat, 1, 0.0, 2 * rand(*x.shape) - 1) - x
+    return ascend(lambda z: z.sum(), x, threat, 1, 0.0, 2 * rand(*x.shape) - 1) - x
 
 
 def test_the_linf_start_is_uniform_in_the_ball():
@@ -164,9 +179,9 @@ def test_the_l2_start_is_on_the_sphere_in_every_direction():
 
 def test_the_start_depends_on_the_noise_and_is_x_without_it():
     x = torch.full((2, 1, 2, 2), 0.5)
-    assert torch.equal(pgd(lambda z: z.sum(), x, LINF, 1, 0.0, None), x)
+    assert torch.equal(ascend(lambda z: z.sum(), x, LINF, 1, 0.0, None), x)
     noise = torch.ones(2, 1, 2, 2)
-    torch.testing.assert_close(pgd(lambda z: z.sum(), x, LINF, 1, 0.0, -noise), x - 0.1)
+    torch.testing.assert_close(ascend(lambda z: z.sum(), x, LINF, 1, 0.0, -noise), x - 0.1)
 
 
 # --- what is found ----------------------------------------------------------------------------------------------------
@@ -180,14 +195,14 @@ def test_linf_pgd_on_a_linear_model_reaches_the_optimum(linear_net: Callable[...
     weights = net[1].weight
     best = (x + 0.1 * (weights[1] - weights[0]).sign().view(1, 1, 4, 4)).clamp(0, 1)
     steps = 10
-    x_adv = pgd(lambda z: F.cross_entropy(net(z), y), x, LINF, steps, default_step_size(0.1, steps), noise)
+    x_adv = ascend(lambda z: F.cross_entropy(net(z), y), x, LINF, steps, default_step_size(0.1, steps), noise)
     torch.testing.assert_close(x_adv, best)
 
 
 def test_l2_pgd_on_a_linear_loss_reaches_the_optimum():
     # inside the box the best is x + ε w/‖w‖
     x, w = torch.full((3, 1, 4, 4), 0.5), rand(16, seed=1) - 0.5
-    x_adv = pgd(lambda z: z.flatten(1) @ w, x, L2, 5, 0.25, None)
+    x_adv = ascend(lambda z: z.flatten(1) @ w, x, L2, 5, 0.25, None)
     torch.testing.assert_close(x_adv, x + 0.5 * (w / w.norm()).view(1, 1, 4, 4))
 
 
@@ -196,7 +211,7 @@ def test_images_are_attacked_independently_of_each_other():
     weights = rand(16, seed=2) - 0.5
 
     def attack(rows: slice) -> Tensor:
-        return pgd(lambda z: (z.flatten(1) @ weights).sin().sum(), x[rows], L2, 3, 0.2, noise[rows])
+        return ascend(lambda z: (z.flatten(1) @ weights).sin().sum(), x[rows], L2, 3, 0.2, noise[rows])
 
     torch.testing.assert_close(attack(slice(1, 3)), attack(slice(None))[1:3])
 

@@ -84,6 +84,8 @@ def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 TERMS = {
     "standard": ["ce", "balance"],
     "at": ["ce", "balance"],
+    "trades": ["ce", "balance", "kl"],
+    "advmoe": ["ce", "kl", "router_ce", "router_kl"],
     "rt_er": ["ce", "balance", "kl"],
     "jtdmoe": ["ce", "balance", "kl", "standard_ce", "standard_balance"],
 }

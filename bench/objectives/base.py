@@ -13,11 +13,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from bench.inner import attacking, default_step_size, pgd
+from bench.inner import attacking, default_step_size, pgd, random_start
 from bench.registry import Registry
 from bench.spec import Spec, ThreatModel
 from models.moe import MoE
-from models.routing import RoutingTrace
+
+
+class TrainingFailed(RuntimeError):
+    """The loss, its gradient or the router's scores stopped being finite; the message says at which step."""
+
 
 #: Named terms of a loss, already weighted: the loss is their sum.
 Terms = dict[str, Tensor]
@@ -85,18 +89,23 @@ class Objective(Spec):
         """The optimiser steps of one batch; the loop takes each before it asks for the next."""
         raise NotImplementedError
 
-    def cross_entropy(self, model: Any, x: Tensor, y: Tensor) -> Terms:
-        """CE(F(x), y), and the load-balance term of an MoE whose router trains."""
+    def clean_terms(self, model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Terms]:
+        """F(x) (B, C), and its cross-entropy with the load-balance term of an MoE whose router trains."""
         if not isinstance(model, MoE):
-            return {"ce": F.cross_entropy(model(x), y)}
+            logits = model(x)
+            return logits, {"ce": F.cross_entropy(logits, y)}
         logits, trace = model.trace(x)
-        return {"ce": F.cross_entropy(logits, y), **self.balance_term(model, trace)}
+        return logits, {"ce": F.cross_entropy(logits, y), **self.balance_term(model, trace.gate_logits)}
 
-    def balance_term(self, moe: MoE, trace: RoutingTrace) -> Terms:
+    def cross_entropy(self, model: Any, x: Tensor, y: Tensor) -> Terms:
+        """The terms of CE(F(x), y)."""
+        return self.clean_terms(model, x, y)[1]
+
+    def balance_term(self, moe: MoE, gate_logits: Tensor) -> Terms:
         """The weighted load-balance loss; nothing for `gate=argmax`, whose router is never trained."""
         if moe.gate != "softmax" or not self.balance:
             return {}
-        return {"balance": self.balance * load_balance(trace.gate_logits)}
+        return {"balance": self.balance * load_balance(gate_logits)}
 
 
 class Adversarial(Objective):
@@ -107,13 +116,15 @@ class Adversarial(Objective):
     inner_steps: int = Field(default=10, gt=0)
     step_size: float | None = Field(default=None, gt=0, description="in pixels of [0, 1]; None: 2.5 ε / inner_steps")
 
-    def attack(self, f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch: Batch, noise: Tensor) -> Tensor:
-        """PGD on the cross-entropy of f (images → logits); x may repeat the batch's images."""
+    def ascend(self, loss: Callable[[Tensor], Tensor], x: Tensor, batch: Batch, start: Tensor) -> Tensor:
+        """PGD on `loss` from `start`, inside the ball around x, which may repeat the batch's images."""
         step_size = self.step_size or default_step_size(batch.threat_model.eps, self.inner_steps)
-        return pgd(
-            lambda x_adv: F.cross_entropy(f(x_adv), y, reduction="sum"),
-            x, batch.threat_model, self.inner_steps, step_size, noise,
-        )  # fmt: skip
+        return pgd(loss, x, batch.threat_model, self.inner_steps, step_size, start)
+
+    def attack(self, f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch: Batch, noise: Tensor) -> Tensor:
+        """PGD on the cross-entropy of f (images → logits), from a random start."""
+        start = random_start(x, batch.threat_model, noise)
+        return self.ascend(lambda x_adv: F.cross_entropy(f(x_adv), y, reduction="sum"), x, batch, start)
 
     def attack_model(self, model: Any, batch: Batch) -> Tensor:
         """x', PGD on the whole model in eval mode."""

