@@ -5,8 +5,10 @@ Axes: B = batch, C = classes. Accuracies are fractions in [0, 1].
 
 import csv
 import io
+import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,10 +31,13 @@ from bench.recipes import architecture, objective_class
 from bench.registry import UnusableInput
 from bench.sampling import Sampler, hold_out
 from bench.spec import Recipe, TrainSpec
+from bench.telemetry import dead_experts, flips, routing
 from models.architecture import Dense, Dual, Routed
 from models.checkpoints import Header, checkpoint_path, load_checkpoint, read_header, save_checkpoint
 from models.moe import MoE
 from models.variants import get_variant
+
+logger = logging.getLogger("bench")
 
 
 class Engine(nn.Module):
@@ -48,21 +53,28 @@ class Engine(nn.Module):
 
 @dataclass(frozen=True)
 class Epoch:
-    """A line of the metrics file: what an epoch of training gave, on the training and the held-out data."""
+    """A line of the metrics file.
+
+    loss, its terms and the routing's load and margin are of the training images; sa, ra (fractions) and the share of
+    routes that PGD flips, of the held-out ones. seconds are those of the training steps, data_seconds those of them
+    that were spent waiting for a batch.
+    """
 
     epoch: int
     loss: float
     terms: dict[str, float]
     sa: float
     ra: float
+    routing: dict[str, float]
     lr: float
     seconds: float
+    data_seconds: float
     images_per_second: float
 
     def row(self) -> dict[str, float]:
         terms = {f"loss_{name}": value for name, value in self.terms.items()}
-        measured = {"val_sa": self.sa, "val_ra": self.ra, "lr": self.lr}
-        speed = {"seconds": self.seconds, "images_per_second": self.images_per_second}
+        measured = {"val_sa": self.sa, "val_ra": self.ra, **self.routing, "lr": self.lr}
+        speed = {name: getattr(self, name) for name in ("seconds", "data_seconds", "images_per_second")}
         return {"epoch": self.epoch, "loss": self.loss, **terms, **measured, **speed}
 
 
@@ -83,7 +95,8 @@ def train(
     """Train by `spec` and return the checkpoint's path; the model of the best held-out epoch is kept.
 
     Beside it lie `<name>.csv`, a line an epoch, and while training is under way `<name>.state.pt`, from which `resume`
-    goes on at the last finished epoch. A checkpoint that this very spec has made is returned without training.
+    goes on at the last finished epoch, and the state before that one, in case the newest is damaged. A checkpoint that
+    this very spec has made is returned without training.
 
     Raises:
         UnusableInput: data missing or too few, or the path holds a checkpoint that another spec has made.
@@ -205,19 +218,25 @@ class _Run:
         if resume:
             self._restore()
         for epoch in range(len(self.epochs), self.spec.recipe.epochs):
-            start, losses, terms = time.perf_counter(), 0.0, dict[str, float]()
+            start, waited, losses, terms = time.perf_counter(), 0.0, 0.0, dict[str, float]()
             self.model.train()
-            for done, batch in enumerate(self.sampler.epoch(epoch), start=1):
+            batches = self.sampler.epoch(epoch)
+            for done in range(1, len(self.sampler) + 1):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
                 values = self._step(batch, epoch, done)
                 losses += sum(values.values())
                 for name, value in values.items():
                     terms[name] = terms.get(name, 0.0) + value / len(self.sampler)
                 on_step(epoch, done, len(self.sampler), losses / done)
             seconds = time.perf_counter() - start
-            sa, ra = self._validate()
+            sa, ra, routing_metrics = self._validate()
             lr = max(group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups)
             speed = len(self.sampler.indices) / seconds
-            record = Epoch(epoch + 1, sum(terms.values()), terms, sa, ra, lr, seconds, speed)
+            record = Epoch(
+                epoch + 1, sum(terms.values()), terms, sa, ra, routing_metrics, lr, seconds, waited, speed
+            )  # fmt: skip
             self.epochs.append(record)
             score = (ra, sa, epoch + 1) if self.objective.adversarial else (sa, ra, epoch + 1)
             if self.best is None or score[:2] > self.best[:2]:
@@ -227,6 +246,8 @@ class _Run:
                 }
             self._save_state()
             on_epoch(record)
+            for line in dead_experts(routing_metrics):
+                logger.warning("epoch %d: %s; a larger balance or a smaller router_lr may wake it", epoch + 1, line)
         return self._finish()
 
     def _step(self, batch: Batch, epoch: int, done: int) -> dict[str, float]:
@@ -268,9 +289,10 @@ class _Run:
         raise TrainingFailed(f"{reason}: lower lr{kept}")
 
     @torch.no_grad()
-    def _validate(self) -> tuple[float, float]:
-        """SA and PGD accuracy on the held-out images, of the deployed model in float32."""
+    def _validate(self) -> tuple[float, float, dict[str, float]]:
+        """SA and PGD accuracy on the held-out images, of the deployed model in float32, and how it routes."""
         clean = robust = 0
+        flipped: Counter[str] = Counter()
         threat, steps = self.spec.threat_model, self.spec.recipe.val_steps
         with attacking(self.model):
             for batch in self.validation.epoch(0):
@@ -280,8 +302,11 @@ class _Run:
                 x_adv = pgd(loss, batch.x, threat, steps, step_size, start)
                 clean += int((self.model(batch.x).argmax(1) == batch.y).sum())
                 robust += int((self.model(x_adv).argmax(1) == batch.y).sum())
+                flipped.update(flips(self.model, batch.x, x_adv))
+            images, chunks = self.sampler.images, torch.split(self.sampler.indices, 1000)
+            metrics = routing(self.model, (images.floats(chunk).to(self.fabric.device) for chunk in chunks))
         n = len(self.validation.indices)
-        return clean / n, robust / n
+        return clean / n, robust / n, {**metrics, **{name: count / n for name, count in flipped.items()}}
 
     def _summed_loss(self, y: Tensor, x: Tensor) -> Tensor:
         return F.cross_entropy(self.model(x), y, reduction="sum")
@@ -289,8 +314,9 @@ class _Run:
     # --- what is written ----------------------------------------------------------------------------------------------
 
     @property
-    def _state_path(self) -> Path:
-        return self.path.with_suffix(".state.pt")
+    def _state_paths(self) -> tuple[Path, Path]:
+        """The newest state, and the one before it, for the case that the newest is damaged."""
+        return self.path.with_suffix(".state.pt"), self.path.with_suffix(".state-before.pt")
 
     def _save_state(self) -> None:
         """After each epoch: all that the next epoch depends on. Randomness is keyed, so no random state is needed."""
@@ -306,25 +332,35 @@ class _Run:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_atomically(self._state_path, buffer.getvalue())
+        newest, before = self._state_paths
+        if newest.is_file():
+            newest.replace(before)
+        write_atomically(newest, buffer.getvalue())
         table = io.StringIO()
         writer = csv.DictWriter(table, list(self.epochs[0].row()), lineterminator="\n")
         writer.writeheader()
         writer.writerows(record.row() for record in self.epochs)
         write_atomically(self.path.with_suffix(".csv"), table.getvalue().encode())
 
+    def _read_state(self) -> dict[str, Any] | None:
+        """The newest state that can be read, None where there is none; UnusableInput if all are damaged."""
+        paths = [path for path in self._state_paths if path.is_file()]
+        for path in paths:
+            try:
+                state: dict[str, Any] = torch.load(path, map_location=self.fabric.device, weights_only=True)
+                if state["key"] != self.spec.key:
+                    raise UnusableInput(f"'{path}' belongs to another spec: pass the same options, or drop --resume")
+                return state
+            except (UnpicklingError, RuntimeError, EOFError, LookupError, TypeError):
+                logger.warning("'%s' is damaged or none of ours: going on from the state before it", path)
+        if paths:
+            raise UnusableInput(f"'{paths[0]}' is damaged or none of ours: drop --resume")
+        return None
+
     def _restore(self) -> None:
-        if not self._state_path.is_file():
+        state = self._read_state()
+        if state is None:
             return
-        try:
-            state = torch.load(self._state_path, map_location=self.fabric.device, weights_only=True)
-            key = state["key"]
-        except (UnpicklingError, RuntimeError, EOFError, LookupError, TypeError):
-            raise UnusableInput(f"'{self._state_path}' is damaged or none of ours: drop --resume") from None
-        if key != self.spec.key:
-            raise UnusableInput(
-                f"'{self._state_path}' belongs to another spec: pass the same options, or drop --resume"
-            )
         self.model.load_state_dict(state["model"])
         for name in self.parts:
             self.optimizers[name].load_state_dict(state["optimizers"][name])
@@ -354,7 +390,8 @@ class _Run:
 
     def _finish(self) -> Path:
         self._save_best(self.path)
-        self._state_path.unlink(missing_ok=True)
+        for path in self._state_paths:
+            path.unlink(missing_ok=True)
         return self.path
 
 

@@ -66,7 +66,7 @@ def test_a_training_leaves_a_line_an_epoch(tiny_spec: Any, capsys: pytest.Captur
         (task,) = progress._progress.tasks
         assert task.description == "moe-at epoch 1/2 loss 2.500"
         assert (task.completed, task.total) == (1, 4)
-        progress.on_epoch(Epoch(1, 2.0, {"ce": 2.0}, 0.5, 0.25, 0.1, 1.0, 200.0))
+        progress.on_epoch(Epoch(1, 2.0, {"ce": 2.0}, 0.5, 0.25, {}, 0.1, 1.0, 0.0, 200.0))
         progress.on_step(1, 1, 2, 1.5)
         assert task.description == "moe-at epoch 2/2 loss 1.500 SA 50.0% RA 25.0%"
         assert task.completed == 3

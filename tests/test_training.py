@@ -75,7 +75,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "data_seconds", "images_per_second")} for row in rows]
 
 
 # --- every variant ----------------------------------------------------------------------------------------------------
@@ -109,9 +109,18 @@ def test_every_trained_variant_leaves_a_model_a_table_and_a_header(variant: str,
 
     rows = table(path)
     terms = [term for term in TERMS[header.objective or ""] if VARIANTS[variant].gate == "softmax" or "bal" not in term]
+    branches = {"dense": [], "moe": [""], "dual": ["robust_", "standard_"]}[VARIANTS[variant].kind]
+    loads = [f"load_{i}" for i in range(4)]
+    routing = [f"{branch}{name}" for branch in branches for name in [*loads, "load_entropy", "router_margin"]]
+    routing += [f"{branch}route_flip_rate" for branch in branches]
     assert list(rows[0]) == [
-        "epoch", "loss", *(f"loss_{term}" for term in terms), "val_sa", "val_ra", "lr", "seconds", "images_per_second",
+        "epoch", "loss", *(f"loss_{term}" for term in terms), "val_sa", "val_ra", *routing, "lr",
+        "seconds", "data_seconds", "images_per_second",
     ]  # fmt: skip
+    for row in rows:
+        assert 0 < float(row["data_seconds"]) < float(row["seconds"])
+        for branch in branches:
+            assert sum(float(row[branch + load]) for load in loads) == pytest.approx(1)
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert [float(row["val_sa"]) for row in rows] == [epoch.sa for epoch in trained.epochs]
     for row in rows:
@@ -295,6 +304,30 @@ def test_a_damaged_or_planted_state_is_refused_and_not_executed(
     assert not executed.exists()
 
 
+def test_a_damaged_newest_state_falls_back_to_the_one_before(
+    trained: Training, tiny_spec: Specs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    spec = tiny_spec("dense-at", epochs=3)
+    undisturbed = loaded(trained(spec))
+
+    def stop_after_two(epoch: Epoch) -> None:
+        if epoch.epoch == 2:
+            raise Stop
+
+    trained.folder = tmp_path / "again"
+    with pytest.raises(Stop):
+        trained(spec, on_epoch=stop_after_two)
+    (newest,) = trained.folder.rglob("*.state.pt")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    trained.epochs.clear()
+    path = trained(spec, resume=True)
+    assert "is damaged or none of ours: going on from the state before it" in caplog.text
+    assert [epoch.epoch for epoch in trained.epochs] == [2, 3]
+    weights = loaded(path)
+    assert all(torch.equal(value, undisturbed[key]) for key, value in weights.items())
+    assert [file.suffix for file in path.parent.iterdir() if file.suffix == ".pt"] == []
+
+
 # --- inside a step ----------------------------------------------------------------------------------------------------
 
 
@@ -381,14 +414,17 @@ def test_validation_counts_the_held_out_images_of_the_deployed_model(
     run.train(False, lambda *_: None, lambda _: None)
     run.model.train()
     before = weights(run.model)
-    sa, ra = run._validate()
+    sa, ra, routing = run._validate()
     assert all(module.training for module in run.model.modules())
     assert equal(weights(run.model), before)
     images = DIGITS.read("train", NONE, 250)
-    _, held_out = hold_out(250, 200, 50)
+    train_set, held_out = hold_out(250, 200, 50)
     predicted = run.model.eval()(images.floats(held_out)).argmax(1)
     assert sa == (predicted == images.y[held_out]).sum().item() / 50
     assert 0 <= ra < sa
+    best = run.model.router(images.floats(train_set)).argmax(1)
+    assert [routing[f"load_{i}"] for i in range(4)] == pytest.approx((best.bincount(minlength=4) / 200).tolist())
+    assert 0 <= routing["route_flip_rate"] <= 1
 
 
 def test_a_seed_draws_the_weights_and_the_batches_and_validation_is_the_same_for_all(
@@ -415,7 +451,7 @@ def test_a_seed_draws_the_weights_and_the_batches_and_validation_is_the_same_for
 )
 def test_the_best_held_out_epoch_is_kept(variant: str, best: int, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs):
     run, after = loop(tiny_spec(variant, epochs=4)), []
-    measured = iter([(0.9, 0.1), (0.5, 0.3), (0.7, 0.3), (0.7, 0.3)])
+    measured = iter([(0.9, 0.1, {}), (0.5, 0.3, {}), (0.7, 0.3, {}), (0.7, 0.3, {})])
     run._validate = lambda: next(measured)
     path = run.train(False, lambda *_: None, lambda _: after.append(weights(run.model)))
     kept = [equal(loaded(path), epoch) for epoch in after]
