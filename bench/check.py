@@ -81,8 +81,8 @@ def check(baseline_root: Path, results_root: Path, max_drop: float = 0.01, alpha
     if not 0 < alpha < 1:
         raise UnusableInput(f"--alpha {alpha} is not in (0, 1): write five percent as 0.05")
     warnings: list[str] = []
-    baseline = _latest(baseline_root, "baseline", warnings)
-    results = _latest(results_root, "results", warnings)
+    baseline = _only(baseline_root, "baseline")
+    results = _only(results_root, "results")
     for run in (results[key] for key in results if key not in baseline):
         raise _refusal(run, list(baseline.values()), "baseline", baseline_root)
     for run in (baseline[key] for key in baseline if key not in results):
@@ -90,10 +90,14 @@ def check(baseline_root: Path, results_root: Path, max_drop: float = 0.01, alpha
 
     pairs = [(baseline[key], results[key]) for key in results]
     rows = [row for measure in ("robust", "clean_correct") for row in _compare(pairs, measure, max_drop, alpha)]
-    for _, run in pairs:
-        n = run.result.spec.n_examples
-        if 0.5**n * len(pairs) >= alpha:
-            warnings.append(f"{run}: {n} examples are too few to show any regression at alpha {alpha:g}")
+    for row in rows:
+        # At most what the baseline has right can be lost.
+        right = round(row.baseline * row.n)
+        if 0.5**right * len(pairs) >= alpha or right <= max_drop * row.n:
+            warnings.append(
+                f"{row.suite} on {row.model}: {row.measure} of the baseline is {right} of {row.n},"
+                f" too few to show any regression at alpha {alpha:g}"
+            )
     return Report(rows, warnings)
 
 
@@ -122,8 +126,11 @@ def render(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _latest(root: Path, side: str, warnings: list[str]) -> dict[tuple[str, int], Run]:
-    """The runs of one side by work and seed; of several checkpoints' the one that finished last, and a warning."""
+def _only(root: Path, side: str) -> dict[tuple[str, int], Run]:
+    """The runs of one side by work and seed; UnusableInput where there are several, of several checkpoints.
+
+    Which of them is deployed the folder does not say: the one that finished last need not be.
+    """
     found: dict[tuple[str, int], list[Run]] = {}
     for run in read_runs(root):
         if run.result.errors:
@@ -131,11 +138,13 @@ def _latest(root: Path, side: str, warnings: list[str]) -> dict[tuple[str, int],
         found.setdefault((run.result.work, run.result.spec.seed), []).append(run)
     if not found:
         raise UnusableInput(f"there is no finished run in the {side} folder '{root}': make one with: bench run")
-    latest = {key: max(runs, key=lambda run: (run.result.finished, run.result.run)) for key, runs in found.items()}
-    for key, run in latest.items():
-        if len(found[key]) > 1:
-            warnings.append(f"{run}: the latest of {len(found[key])} such runs in the {side} is the one compared")
-    return latest
+    for runs in found.values():
+        if len(runs) > 1:
+            folders = " and ".join(str(run.path) for run in runs)
+            raise UnusableInput(
+                f"{runs[0]}: the {side} have {len(runs)} such runs, of other checkpoints: keep one of {folders}"
+            )
+    return {key: run for key, (run,) in found.items()}
 
 
 def _refusal(run: Run, others: list[Run], side: str, root: Path) -> UnusableInput:

@@ -62,8 +62,10 @@ def say(message: str) -> None:
 
 def split(values: Sequence[str] | None) -> tuple[str, ...]:
     """Repeated options, each of which may hold several values separated by commas; each value once."""
-    parts = (part.strip() for value in values or () for part in value.split(","))
-    return tuple(dict.fromkeys(part for part in parts if part))
+    parts = tuple(dict.fromkeys(part.strip() for value in values or () for part in value.split(",")))
+    if "" in parts:
+        raise UnusableInput(f"'{','.join(values or ())}' holds an empty value: name one, or leave the option out")
+    return parts
 
 
 @app.command("list")
@@ -133,7 +135,7 @@ def train(
         scores = f"SA {held_out['sa']:.2%}, RA {held_out['ra']:.2%} on {held_out['images']:.0f} held-out images"
         print(f"{path}: {scores} (epoch {held_out['epoch']:.0f} of {header.epochs})")
     else:
-        print(f"{path}: put together from {' and '.join(part['file'] for part in header.parts.values())}")
+        print(f"{path}: put together from {' and '.join(part.file for part in header.parts.values())}")
 
 
 @app.command()
@@ -166,7 +168,7 @@ def run(
         from bench.plan import RunRequest, plan
         from bench.progress import RunProgress
         from bench.spec import parse_number, parse_settings
-        from bench.store import ensure_writable
+        from bench.store import ensure_writable, run_folder
         from models.checkpoints import ZOO
 
         request = RunRequest(
@@ -201,7 +203,9 @@ def run(
     failed = [result for result in done if result.errors]
     for result in failed:
         reasons = "; ".join(result.error_messages)
-        say(f"error: {result.spec.suite} on {result.spec.model}: {result.errors} rows are errors ({reasons})")
+        folder = run_folder(results, result.spec, result.run)
+        what = f"{result.spec.suite} on {result.spec.model}: {result.errors} rows are errors ({reasons})"
+        say(f"error: {what}; remove {folder} to run it again")
     if failed:
         raise typer.Exit(FAILED)
 
@@ -303,6 +307,9 @@ def _dispatch(application: typer.Typer, arguments: Sequence[str] | None, parser_
         return UNUSABLE
     except parser_error as error:
         say(f"error: {_parser_message(error)} See `bench --help`.")
+        return UNUSABLE
+    except OSError as error:  # a folder where a file should be, a full disk: nothing that a traceback would explain
+        say(f"error: {error}")
         return UNUSABLE
     except RuntimeError as error:
         if type(error).__name__ != "TrainingFailed":  # importing its class would import torch

@@ -6,7 +6,8 @@ Axes: n = examples of the run, B = examples of a block.
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,7 +96,7 @@ def evaluate(
     finished = folder.finished()
     if finished is not None:
         return finished
-    model = subject.model.to(device).float()
+    model = subject.model.to(device)
     if spec.alpha is not None:
         _set_alpha(model, spec.alpha)
     examiner = _Examiner(spec, model, subject.info, suite, num_classes)
@@ -118,7 +119,12 @@ def _set_alpha(model: Any, alpha: float) -> None:
     if isinstance(model.alpha, Tensor):
         model.alpha.data.fill_(alpha)
     else:
-        model.alpha = alpha
+        try:
+            model.alpha = alpha
+        except AttributeError as error:
+            raise UnusableInput(
+                f"the dual's α cannot be set ({error}): let `alpha` be an attribute, or drop --alpha"
+            ) from None
 
 
 class _Examiner:
@@ -130,9 +136,10 @@ class _Examiner:
     def run(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> tuple[pd.DataFrame, dict[str, Any]]:
         """The rows of one block, and what else is to be known of it: flags, errors, passes, seconds, threads."""
         started = time.perf_counter()
+        self.unconfirmed: dict[str, int] = {}
         if number == 0:
             _first_look(self.model, x, self.num_classes, self.info)
-        clean = predict(self.model, x, self.info.routing_visible)
+        clean = self._look(x)
         if number == 0 and not clean.finite.all():
             bad = f"{int((~clean.finite).sum())} of the first {len(x)} clean images"
             raise UnusableInput(f"'{self.info.name}' gives logits that are not finite for {bad}: train it again")
@@ -176,10 +183,20 @@ class _Examiner:
             "errors": errors,
             "attacks": block.attacks,
             "passes": passes,
+            "unconfirmed": self.unconfirmed,
             "seconds": time.perf_counter() - started,
             "threads": torch.get_num_threads(),
         }
         return pd.concat(frames, ignore_index=True).astype(VERDICT_COLUMNS), side
+
+    def _look(self, x: Tensor) -> Prediction:
+        """The clean prediction; nothing of it is finite where the model cannot take this block."""
+        try:
+            return predict(self.model, x, self.info.routing_visible)
+        except Exception:  # a user's model may fail on a block of another size: its rows are errors
+            return Prediction(
+                torch.full((len(x),), -1), torch.zeros(len(x), dtype=torch.bool), torch.full((len(x),), -1)
+            )
 
     def _judge(self, attempt: Attempt, block: Block) -> Judgement:
         x, y = block.x[attempt.rows], block.y[attempt.rows]
@@ -189,8 +206,17 @@ class _Examiner:
             self.model, x, y, attempt.x_adv, block.threat_model, attempt.bounded, attempt.claimed, visible
         )  # fmt: skip
         if verdict.unconfirmed.any():
-            block.flags.append(f"{attempt.attack}: successes that the re-check does not confirm")
+            count = int(verdict.unconfirmed.sum())
+            self.unconfirmed[attempt.attack] = self.unconfirmed.get(attempt.attack, 0) + count
         return verdict
+
+
+def _summed(sides: Iterable[dict[str, Any]], counts: Callable[[dict[str, Any]], dict[str, int]]) -> dict[str, int]:
+    """The counts by name, added up over the blocks."""
+    total: Counter[str] = Counter()
+    for side in sides:
+        total.update(counts(side))
+    return dict(total)
 
 
 def _unknown(count: int) -> Judgement:
@@ -231,6 +257,9 @@ def _frame(shared: dict[str, Any], rows: Tensor, attack: str, target: str, verdi
 
 def _finish(folder: RunFolder, spec: RunSpec, subject: Subject, data: EvalSet, device: str) -> Result:
     blocks = folder.read_blocks()
+    finished = folder.finished()  # by another process, which then has taken the blocks away
+    if finished is not None:
+        return finished
     sides = [block.side for block in blocks]
     verdicts = pd.concat([block.verdicts for block in blocks], ignore_index=True)
     passes: dict[str, dict[str, int]] = {}
@@ -240,6 +269,12 @@ def _finish(folder: RunFolder, spec: RunSpec, subject: Subject, data: EvalSet, d
             for kind, count in counts.items():
                 total[kind] += count
     flags = {flag for side in sides for flag in side["flags"]} | set(subject.flags)
+    if data.note:
+        flags.add(data.note)
+    unconfirmed = _summed(sides, lambda side: side["unconfirmed"])
+    flags |= {
+        f"{attack}: {count} successes that the re-check does not confirm" for attack, count in unconfirmed.items()
+    }
     threads = sorted({side["threads"] for side in sides})
     if len(threads) > 1:  # the order of a sum depends on it, and with that a verdict at the edge
         flags.add(f"attack blocks ran with {' and '.join(map(str, threads))} threads")

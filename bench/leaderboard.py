@@ -47,8 +47,9 @@ _LAST = {
 }
 _LEGEND = (
     "RA is the accuracy under AutoAttack with its default parameters, RA-worst the accuracy under all attacks that "
-    "ran, example by example; both are upper bounds of the true robust accuracy. A routed or dual model is ranked "
-    "once suite `adaptive` has run on it with its default parameters. Percent; RA with its 95 % Wilson interval."
+    "ran, example by example; both are upper bounds of the true robust accuracy. A row is ranked once AutoAttack has "
+    "run on it, and on a routed or dual model suite `adaptive` as well, both with their default parameters. Percent; "
+    "RA with its 95 % Wilson interval."
 )
 _LONG_FLAG = 30  # characters; a longer one is a footnote
 
@@ -241,13 +242,13 @@ def _row(covering: list[Run], worst: float, n: int, one: Run, scores: _Scores) -
         "ra_worst": _percent(worst) if attacked else "",
         "seeds": ", ".join(map(str, sorted({run.result.spec.seed for run in covering}))),
         "suite_version": ", ".join(sorted({_versioned(run) for run in covering})),
-        "trained": info.trained,
+        "trained": f"{info.dataset}, {info.threat_model}: {info.trained}" if info.dataset else info.trained,
         "run": ", ".join(run.result.run[:8] for run in covering),
         "fingerprint": one.result.fingerprint[:12],
         "checkpoint": info.checkpoint_sha256[:12],
     }
     return _Row(
-        ranked=attacked and not unproven,
+        ranked="autoattack" in labels and not unproven,
         worst=worst if attacked else -1.0,
         fingerprint=one.result.fingerprint,
         n=n,

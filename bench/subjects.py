@@ -14,7 +14,7 @@ from torch import nn
 from bench.datasets.base import Dataset
 from bench.registry import UnusableInput
 from bench.spec import ModelInfo, ThreatModel
-from models.checkpoints import available, find_checkpoint, load_checkpoint
+from models.checkpoints import available, checkpoint_path, find_checkpoint, load_checkpoint
 from models.variants import get_variant
 
 
@@ -49,14 +49,14 @@ def weights_sha256(model: nn.Module, code: str = "") -> str:
 
 def find_models(dataset: Dataset, threat_model: ThreatModel, folders: Sequence[Path]) -> list[str]:
     """Every variant with a checkpoint for the data set; UnusableInput if there is none."""
-    names = available(dataset.name, threat_model.norm, list(folders))
+    names = [name for norm in _norms(dataset, threat_model) for name in available(dataset.name, norm, list(folders))]
     if not names:
         places = " nor ".join(f"'{folder}'" for folder in folders)
         raise UnusableInput(
             f"no {threat_model.norm} checkpoint for {dataset.name} in {places}: make one with"
             f" `bench train moe-at --dataset {dataset.name}`, or name a model with --model"
         )
-    return names
+    return list(dict.fromkeys(names))
 
 
 def load_subject(word: str, dataset: Dataset, threat_model: ThreatModel, folders: Sequence[Path]) -> Subject:
@@ -70,21 +70,26 @@ def load_subject(word: str, dataset: Dataset, threat_model: ThreatModel, folders
         model = zoo_model(word.partition(":")[2], dataset.name, threat_model.norm, folders[0])
         return Subject(model, _foreign_info(word, model, dataset.name), ())
     if word.endswith(".safetensors"):
-        return _from_checkpoint(Path(word), dataset)
+        return _from_checkpoint(Path(word), dataset, threat_model)
     if ":" in word:
         model, code = _call_factory(word)
         visible = routing_visible(model)
         flags = () if visible else ("routing not visible",)
         return Subject(model, _foreign_info(word, model, None, code), flags)
-    try:
-        path = find_checkpoint(word, dataset.name, threat_model.norm, list(folders))
-    except UnusableInput:
+    places = [(norm, folder) for norm in _norms(dataset, threat_model) for folder in folders]
+    there = [norm for norm, folder in places if checkpoint_path(folder, dataset.name, norm, word).is_file()]
+    if not there:
         get_variant(re.sub(r"-s[0-9]+$", "", word))  # a name that is no variant's is told so, with the nearest
-        raise
-    return _from_checkpoint(path, dataset)
+    norm = there[0] if there else threat_model.norm
+    return _from_checkpoint(find_checkpoint(word, dataset.name, norm, list(folders)), dataset, threat_model)
 
 
-def _from_checkpoint(path: Path, dataset: Dataset) -> Subject:
+def _norms(dataset: Dataset, threat_model: ThreatModel) -> list[str]:
+    """Where checkpoints are looked for: the norm of the attack, then the data set's own, which most are trained for."""
+    return list(dict.fromkeys((threat_model.norm, dataset.threat_model.norm)))
+
+
+def _from_checkpoint(path: Path, dataset: Dataset, threat_model: ThreatModel) -> Subject:
     model, header, sha256 = load_checkpoint(path)
     found = (header.architecture.input_shape, header.architecture.num_classes)
     if found != (dataset.input_shape, dataset.num_classes):
@@ -93,25 +98,33 @@ def _from_checkpoint(path: Path, dataset: Dataset) -> Subject:
             f"'{path}' takes {'×'.join(map(str, shape))} images of {classes} classes, but {dataset.name} has"
             f" {'×'.join(map(str, want))} images of {num_classes}: it was trained on {header.dataset}"
         )
-    return Subject(model, header.info(sha256))
+    other = header.threat_model.norm != threat_model.norm
+    return Subject(model, header.info(sha256), (f"trained for {header.threat_model}",) if other else ())
 
 
 def _call_factory(word: str) -> tuple[nn.Module, str]:
-    """The model, and the text of the module that made it: edited code with the same weights is another model."""
+    """The model, and the text of the modules that it is made of: edited code with the same weights is another model."""
     module_name, _, attribute = word.partition(":")
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it, so that a module in the current folder is found
     try:
         module = importlib.import_module(module_name)
         model = getattr(module, attribute)()
-    except Exception as error:  # a user's own code may fail in any way, and that is the user's to mend
+    except (Exception, SystemExit) as error:  # a user's own code may fail in any way, and that is the user's to mend
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UnusableInput(f"--model '{word}' cannot be made: {reason}") from None
     finally:
         sys.path.pop(0)
     if not isinstance(model, nn.Module):
         raise UnusableInput(f"--model '{word}' gave a {type(model).__name__}: it must return a torch.nn.Module")
-    file = getattr(module, "__file__", None)
-    return model.eval(), Path(file).read_text(errors="replace") if file else ""
+    files = {getattr(module, "__file__", None), *(_source(type(part)) for part in model.modules())}
+    return model.eval(), "\n".join(Path(file).read_text(errors="replace") for file in sorted(filter(None, files)))
+
+
+def _source(kind: type) -> str | None:
+    """The file that defines a class, but for torch's own, whose release the environment states."""
+    if kind.__module__.partition(".")[0] == "torch":
+        return None
+    return getattr(sys.modules.get(kind.__module__), "__file__", None)
 
 
 def _foreign_info(word: str, model: nn.Module, dataset: str | None, code: str = "") -> ModelInfo:

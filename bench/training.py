@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
@@ -33,7 +33,7 @@ from bench.sampling import Sampler, hold_out
 from bench.spec import Recipe, TrainSpec
 from bench.telemetry import dead_experts, flips, routing
 from models.architecture import Dense, Dual, Routed
-from models.checkpoints import Header, checkpoint_path, load_checkpoint, read_header, save_checkpoint
+from models.checkpoints import Header, Part, checkpoint_path, load_checkpoint, read_header, save_checkpoint
 from models.moe import MoE
 from models.variants import get_variant
 
@@ -103,17 +103,25 @@ def train(
         TrainingFailed: the loss or its gradient is not finite; the best checkpoint so far is kept.
     """
     path = checkpoint_path(checkpoints, spec.dataset, spec.threat_model.norm, spec.checkpoint_name)
-    if path.is_file():
-        if read_header(path).training_key == spec.key:
-            return path
-        raise UnusableInput(
-            f"'{path}' was made by another spec and is not overwritten: move it, or pass --checkpoints DIR"
-        )
-    dataset = open_dataset(spec.dataset)
     if get_variant(spec.variant).parts is not None:
-        return _put_together(spec, path)
-    images, train_set, val_set = _read(spec, dataset, data_root)
-    return _Run(spec, dataset, images, train_set, val_set, path, device).train(resume, on_step, on_epoch)
+        return path if _is_there(path, spec, None) else _put_together(spec, path)
+    dataset = open_dataset(spec.dataset)
+    data = _read(spec, dataset, data_root)
+    if _is_there(path, spec, data.fingerprint):
+        return path
+    return _Run(spec, dataset, data, path, device).train(resume, on_step, on_epoch)
+
+
+def _is_there(path: Path, spec: TrainSpec, train_fingerprint: str | None) -> bool:
+    """Whether the checkpoint is there already, which is said; UnusableInput if another spec or other data made it."""
+    if not path.is_file():
+        return False
+    header = read_header(path)
+    if (header.training_key, header.train_fingerprint) != (spec.key, train_fingerprint):
+        what = "another spec" if header.training_key != spec.key else "other training images"
+        raise UnusableInput(f"'{path}' was made by {what} and is not overwritten: move it, or pass --checkpoints DIR")
+    logger.warning("'%s' is there already, of this very training: nothing was trained", path)
+    return True
 
 
 def _put_together(spec: TrainSpec, path: Path) -> Path:
@@ -127,7 +135,7 @@ def _put_together(spec: TrainSpec, path: Path) -> Path:
     headers, parts = {}, {}
     for role, file in files.items():
         _, headers[role], sha256 = load_checkpoint(file)
-        parts[role] = {"file": file.name, "sha256": sha256}
+        parts[role] = Part(file=file.name, sha256=sha256)
     if headers["robust"].threat_model != spec.threat_model:
         raise UnusableInput(
             f"'{files['robust']}' was trained for {headers['robust'].threat_model}, not for {spec.threat_model}: pass"
@@ -159,7 +167,20 @@ def _header(spec: TrainSpec, arch: Dense | Routed | Dual, **more: Any) -> Header
     )
 
 
-def _read(spec: TrainSpec, dataset: Dataset, root: Path) -> tuple[Images, Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Data:
+    """Training images, and which of them are trained on and held out; the fingerprint is of those trained on."""
+
+    images: Images
+    train: Tensor
+    held_out: Tensor
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.images.x[self.train], self.images.y[self.train])
+
+
+def _read(spec: TrainSpec, dataset: Dataset, root: Path) -> _Data:
     recipe = spec.recipe
     wanted = None if recipe.n_train is None else recipe.n_train + recipe.n_val
     images = dataset.read("train", root, wanted)
@@ -168,22 +189,15 @@ def _read(spec: TrainSpec, dataset: Dataset, root: Path) -> tuple[Images, Tensor
             f"{spec.dataset} has {len(images.y):,} training images at '{root}', fewer than the n_train + n_val ="
             f" {wanted or recipe.n_val + 1:,} asked for: lower them with --set n_train=… or --set n_val=…"
         )
-    return images, *hold_out(len(images.y), recipe.n_train, recipe.n_val)
+    if 0 < images.available < images.published:
+        logger.warning("%s: partial copy: %d of %d training images", spec.dataset, images.available, images.published)
+    return _Data(images, *hold_out(len(images.y), recipe.n_train, recipe.n_val))
 
 
 class _Run:
     """One training under way."""
 
-    def __init__(
-        self,
-        spec: TrainSpec,
-        dataset: Dataset,
-        images: Images,
-        train_set: Tensor,
-        val_set: Tensor,
-        path: Path,
-        device: str,
-    ) -> None:
+    def __init__(self, spec: TrainSpec, dataset: Dataset, data: _Data, path: Path, device: str) -> None:
         self.spec, self.path = spec, path
         recipe = spec.recipe
         accelerator, _, index = torch_device(device).partition(":")
@@ -198,10 +212,10 @@ class _Run:
             self.model = self.architecture.build()
         self.engine = self.fabric.setup_module(Engine(self.model))
         self.sampler = Sampler(
-            images, train_set, recipe.batch_size, spec.threat_model, recipe.augment, spec.seed, self.fabric.device
+            data.images, data.train, recipe.batch_size, spec.threat_model, recipe.augment, spec.seed, self.fabric.device
         )
-        self.validation = Sampler(images, val_set, 500, spec.threat_model, False, 0, self.fabric.device)
-        self.train_fingerprint = fingerprint(images.x[train_set], images.y[train_set])
+        self.validation = Sampler(data.images, data.held_out, 500, spec.threat_model, False, 0, self.fabric.device)
+        self.train_fingerprint = data.fingerprint
         total = recipe.epochs * len(self.sampler)
         self.parts = self.objective.parts(self.model)
         self.optimizers: dict[str, Any] = {}
@@ -321,7 +335,7 @@ class _Run:
     def _save_state(self) -> None:
         """After each epoch: all that the next epoch depends on. Randomness is keyed, so no random state is needed."""
         state = {
-            "key": self.spec.key,
+            "key": [self.spec.key, self.train_fingerprint],
             "model": self.model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
@@ -348,8 +362,10 @@ class _Run:
         for path in paths:
             try:
                 state: dict[str, Any] = torch.load(path, map_location=self.fabric.device, weights_only=True)
-                if state["key"] != self.spec.key:
-                    raise UnusableInput(f"'{path}' belongs to another spec: pass the same options, or drop --resume")
+                if state["key"] != [self.spec.key, self.train_fingerprint]:
+                    raise UnusableInput(
+                        f"'{path}' belongs to another spec or other data: pass the same options, or drop --resume"
+                    )
                 return state
             except (UnpicklingError, RuntimeError, EOFError, LookupError, TypeError):
                 logger.warning("'%s' is damaged or none of ours: going on from the state before it", path)

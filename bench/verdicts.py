@@ -41,7 +41,7 @@ def first_expert(model: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, routing_visible: bool) -> Prediction:
     """What the deployed model says of x (m, C, H, W), in float32; results on the CPU."""
-    logits = model(x)
+    logits = model(x).float()  # of a model that computes in double, what it says in single precision
     expert = first_expert(model, x) if routing_visible else torch.full((len(x),), -1)
     return Prediction(logits.argmax(1).cpu(), logits.isfinite().all(1).cpu(), expert.cpu())
 

@@ -23,6 +23,13 @@ USER_CHECKPOINTS = Path("checkpoints")
 _METADATA_KEY = "bench"
 
 
+class Part(Spec):
+    """A checkpoint in the same folder, and the SHA-256 that it must have."""
+
+    file: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
+    sha256: str
+
+
 class Header(Spec):
     """What a checkpoint says of itself.
 
@@ -48,7 +55,7 @@ class Header(Spec):
     seconds: float = 0.0
     bench_version: str = ""
     git_hash: str | None = None
-    parts: dict[str, dict[str, str]] = Field(default_factory=dict)
+    parts: dict[str, Part] = Field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -62,9 +69,7 @@ class Header(Spec):
         trained = (
             f"{self.train_images:,} images × {self.epochs} epochs"
             if not self.parts
-            else ", ".join(
-                f"{part}: {entry['file'].removesuffix('.safetensors')}" for part, entry in self.parts.items()
-            )
+            else ", ".join(f"{part}: {entry.file.removesuffix('.safetensors')}" for part, entry in self.parts.items())
         )
         return ModelInfo(
             name=self.name,
@@ -127,13 +132,13 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, Header, str]:
     try:
         with torch.random.fork_rng(devices=[]):
             model = header.architecture.build()
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UnusableInput(f"'{path}' describes a model that this version cannot build: {error}") from None
     if header.parts:
         for part, entry in header.parts.items():
-            part_path = path.with_name(entry["file"])
+            part_path = path.with_name(entry.file)
             module, _, part_sha256 = load_checkpoint(part_path)
-            if part_sha256 != entry["sha256"]:
+            if part_sha256 != entry.sha256:
                 raise UnusableInput(
                     f"'{part_path}' is not the file that '{path}' was put together from: remove '{path}', and make it"
                     " again with `bench train`"

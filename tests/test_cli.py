@@ -19,6 +19,7 @@ from bench.cli import main, split
 from bench.datasets.base import DATASETS
 from bench.objectives.base import OBJECTIVES
 from bench.recipes import recipes
+from bench.registry import UnusableInput
 from bench.store import Result, RunFolder, read_runs, run_folder
 from bench.suites.base import SUITES, Attempt, Block, Suite
 from models.variants import VARIANTS
@@ -151,7 +152,10 @@ def test_doctor_tells_what_it_found(bench: Bench, monkeypatch: pytest.MonkeyPatc
 
 def test_values_are_repeated_or_separated_by_commas():
     assert split(["a,b", "c", "a, d"]) == ("a", "b", "c", "d")
-    assert split(None) == split([""]) == ()
+    assert split(None) == ()
+    for empty in ([""], [","], ["a,"]):  # an unset variable of a script must not come to mean everything
+        with pytest.raises(UnusableInput, match="holds an empty value"):
+            split(empty)
 
 
 # --- the job ---------------------------------------------------------------------------------------------------------
@@ -284,9 +288,9 @@ def test_error_rows_make_status_1_and_check_and_boards_refuse_them(bench: Bench,
     assert right > 0
     assert (status, result.errors, result.robust_accuracy.value) == (1, right, 0)
     *_, line = err.splitlines()
-    assert line == (
-        f"error: fails on {user_model}:Linear: {right} rows are errors (fails: RuntimeError: out of memory)"
-    )
+    what = f"error: fails on {user_model}:Linear: {right} rows are errors (fails: RuntimeError: out of memory)"
+    assert line.startswith(f"{what}; remove results/digits/")
+    assert line.endswith(f"{result.run} to run it again")
     status, out, _ = bench(*words, "--json")
     assert (status, json.loads(out)[0]["errors"]) == (1, right)
 

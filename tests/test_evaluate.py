@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -23,7 +25,7 @@ from bench.check import check
 from bench.datasets.base import EvalSet, fingerprint
 from bench.evaluate import block_seed, input_hash
 from bench.registry import UnusableInput
-from bench.store import read_runs
+from bench.store import read_runs, run_folder
 from bench.suites.base import Attempt, Block, Suite
 
 Attack = Callable[[Block], Iterator[Attempt]]
@@ -195,7 +197,7 @@ def test_success_is_that_of_the_deployed_model(run: Any):
 
     result, rows = run(attack, images([0.65, 0.4]))
     assert column(rows, "surrogate", "robust") == [True, False]
-    assert result.flags == ("surrogate: successes that the re-check does not confirm",)
+    assert result.flags == ("surrogate: 1 successes that the re-check does not confirm",)
 
 
 def test_attack_that_leaves_the_model_in_training_mode_changes_no_verdict(run: Any):
@@ -517,6 +519,52 @@ def test_a_run_resumed_with_another_number_of_threads_says_so(run: Any, monkeypa
     resumed, _ = run(push(0.12), data, batch_size=1)
     assert resumed.flags == ("attack blocks ran with 1 and 2 threads",)
     assert resumed.environment["threads"] == "2"
+
+
+def test_two_processes_that_finish_the_same_run_agree(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = images([0.45, 0.55, 0.4])
+    first, rows = run(push(0.12), data, batch_size=1)
+    folder = run_folder(tmp_path / "results", first.spec, first.run)
+    kept = {file: file.read_bytes() for file in folder.iterdir()}
+    for file in kept:
+        file.unlink()
+
+    def the_other_finishes(done: int, blocks: int, standing: int) -> None:
+        if done == blocks:
+            shutil.rmtree(folder / "blocks")
+            for file, content in kept.items():
+                file.write_bytes(content)
+
+    again, same = run(push(0.12), data, batch_size=1, on_block=the_other_finishes)
+    assert again == first
+    pd.testing.assert_frame_equal(rows, same)
+
+
+def test_a_model_that_fails_on_a_later_block_has_error_rows(planted: Any, score: Any):
+    class Squeezes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return planted.robust()(x).squeeze()  # of one image: no rows are left
+
+    result, rows = score(Squeezes(), "pgd", batch_size=23)
+    assert result.errors == 1
+    assert rows.loc[rows["status"] == "error", ["idx", "robust"]].to_numpy().tolist() == [[23, False]]
+
+
+def test_a_model_in_double_behind_a_float32_wrapper_is_scored(planted: Any, score: Any):
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = planted.robust().double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inside(x.double()).float()
+
+    assert score(Wrapped(), "pgd")[0].robust_accuracy.value == 23 / 24
+
+
+def test_a_partial_copy_is_a_flag(planted: Any, score: Any):
+    data = replace(planted.data(), note="partial copy: 24 of 10,000 test images")
+    assert score(planted.robust(), "clean", data)[0].flags == ("partial copy: 24 of 10,000 test images",)
 
 
 def test_retrained_model_and_other_pixels_never_resume_into_old_rows(run: Any, tmp_path: Path):

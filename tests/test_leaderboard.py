@@ -179,13 +179,13 @@ def test_an_older_version_counts_in_the_worst_case_alone(tmp_path: Path):
 )
 def test_routed_rows_are_ranked_with_adaptive_only(tmp_path: Path, info: dict[str, Any], fields: dict[str, Any]):
     routed = {"info": info, "model": "routed", **fields}
-    save(tmp_path, "pgd", {"clean": "1111", "pgd": "1000"})
-    save(tmp_path, "pgd", {"clean": "1111", "pgd": "1110"}, **routed)
+    save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1000"})
+    save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1110"}, **routed)
     save(tmp_path, "adaptive", {"clean": "1111", "routes": "1110"}, suite_params={"steps": 1}, **routed)
     rows = table(tmp_path)
     assert list(rows["rank"]) == ["1", ""]
     assert list(rows["ra_worst"]) == ["25.00", "75.00"]  # the routed row stands below, however high
-    assert rows["flags"].iloc[1] == "no adaptive attack; no autoattack"
+    assert rows["flags"].iloc[1] == "no adaptive attack"
     save(tmp_path, "adaptive", {"clean": "1111", "routes": "1010"}, **routed)
     rows = table(tmp_path)
     assert list(rows["rank"]) == ["1", "2"]
@@ -196,7 +196,7 @@ def test_routed_rows_are_ranked_with_adaptive_only(tmp_path: Path, info: dict[st
 def test_order_by_worst_then_clean_then_name(tmp_path: Path):
     marks = {"d": ("1111", "1000"), "a": ("1100", "1100"), "c": ("1110", "110."), "b": ("1110", "1100")}
     for model, (clean, pgd) in marks.items():
-        save(tmp_path, "pgd", {"clean": clean, "pgd": pgd}, model=model)
+        save(tmp_path, "autoattack", {"clean": clean, "apgd-ce": pgd}, model=model)
         save(tmp_path, "clean", {"clean": clean}, model=model)
     save(tmp_path, "clean", {"clean": "1111"}, model="unattacked")
     rows = table(tmp_path)
@@ -205,10 +205,22 @@ def test_order_by_worst_then_clean_then_name(tmp_path: Path):
     assert rows.loc["unattacked", ["sa", "ra_worst"]].to_list() == ["100.00", ""]  # SA is no robustness
 
 
+def test_a_weak_attack_alone_earns_no_rank_and_neither_does_an_autoattack_that_failed(tmp_path: Path):
+    save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1000"}, model="attacked")
+    save(tmp_path, "torchattacks:GN", {"clean": "1111", "GN": "1111"}, model="noise")
+    save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "111e"}, model="noise")
+    rows = table(tmp_path)
+    assert list(zip(rows["model"], rows["rank"], rows["ra_worst"], strict=True)) == [
+        ("attacked", "1", "25.00"),
+        ("noise", "", "100.00"),
+    ]
+    assert rows.loc["noise", "flags"] == "no autoattack"
+
+
 def test_unlike_examples_are_not_ranked_together(tmp_path: Path):
-    save(tmp_path, "pgd", {"clean": "11", "pgd": "11"}, model="few", fingerprint="2" * 16)
-    save(tmp_path, "pgd", {"clean": "1111", "pgd": "1000"}, model="many", fingerprint="4" * 16)
-    save(tmp_path, "pgd", {"clean": "1111", "pgd": "1110"}, model="other", fingerprint="5" * 16)
+    save(tmp_path, "autoattack", {"clean": "11", "apgd-ce": "11"}, model="few", fingerprint="2" * 16)
+    save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1000"}, model="many", fingerprint="4" * 16)
+    save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1110"}, model="other", fingerprint="5" * 16)
     rows = table(tmp_path)
     assert list(zip(rows["model"], rows["rank"], rows["n"], strict=True)) == [
         ("many", "1", "4"),

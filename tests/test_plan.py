@@ -79,7 +79,7 @@ def test_settings_go_to_the_suites_that_have_them(planned: Any):
         ({"norm": "L1", "eps": "3", "suites": ("clean", "pgd")}, "suite 'pgd' has no L1 attack: it has Linf, L2"),
         ({"dataset": "digit"}, "unknown data set 'digit': did you mean 'digits'"),
         ({"models": ("moe-att",)}, "unknown variant 'moe-att': did you mean 'moe-at'"),
-        ({"norm": "L2", "eps": "1", "models": ("moe-at",)}, "no L2 checkpoint of 'moe-at'"),
+        ({"norm": "L2", "eps": "1", "models": ("moe-trades",)}, "no L2 checkpoint of 'moe-trades'"),
         ({"settings": {"steps": 3}}, "--set steps: clean has no such parameter"),
     ],
 )

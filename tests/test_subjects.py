@@ -342,3 +342,11 @@ def test_robustbench_names_are_checked(tmp_path: Path, cifar10: Dataset, digits:
     assert f"did you mean '{NAME}'" in refused("robustbench:Adepalli2021Toward_RN18", cifar10, tmp_path)
     l1 = ThreatModel(norm="L1", eps=1)
     assert "it has none for L1" in refused(f"robustbench:{NAME}", cifar10, tmp_path, threat=l1)
+
+
+def test_a_model_trained_for_another_norm_is_found_by_name_and_says_so(tmp_path: Path, digits: Dataset, shelve: Any):
+    shelve(tmp_path, "dense-at")
+    l2 = ThreatModel(norm="L2", eps=1.0)
+    assert find_models(digits, l2, [tmp_path]) == ["dense-at"]
+    assert load_subject("dense-at", digits, l2, [tmp_path]).flags == ("trained for Linf 0.2",)
+    assert load_subject("dense-at", digits, digits.threat_model, [tmp_path]).flags == ()

@@ -3,7 +3,7 @@
 import csv
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,7 @@ def loop(tmp_path: Path) -> Callable[[TrainSpec], _Run]:
     """The loop of a spec before its first step, with its model in reach."""
 
     def build(spec: TrainSpec) -> _Run:
-        images, train_set, val_set = training._read(spec, DIGITS, NONE)
-        return _Run(spec, DIGITS, images, train_set, val_set, tmp_path / "run.safetensors", "cpu")
+        return _Run(spec, DIGITS, training._read(spec, DIGITS, NONE), tmp_path / "run.safetensors", "cpu")
 
     return build
 
@@ -280,7 +279,7 @@ def test_resume_without_a_state_starts_at_the_beginning(trained: Training, tiny_
 
 
 def test_a_state_of_another_spec_is_not_resumed(trained: Training, tiny_spec: Specs, stopped: Path):
-    with pytest.raises(UnusableInput, match=f"^'{stopped}' belongs to another spec: "):
+    with pytest.raises(UnusableInput, match=f"^'{stopped}' belongs to another spec or other data: "):
         trained(tiny_spec("dense-at", lr=0.05), resume=True)
 
 
@@ -510,6 +509,22 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
     spoil(monkeypatch, 3, lambda ce: ce + (ce * 0).sqrt())  # finite, with a slope of 0 · ∞
     with pytest.raises(TrainingFailed, match=r"^the gradient is not finite at epoch 2, step 1 .* is kept at "):
         trained(tiny_spec("dense-standard", clip_grad_norm=clip))
+
+
+def test_the_same_spec_on_other_images_is_neither_done_nor_resumed(
+    trained: Training, tiny_spec: Specs, monkeypatch: pytest.MonkeyPatch
+):
+    spec = tiny_spec("dense-standard")
+    trained(spec)
+    read = type(DIGITS).read
+
+    def darker(self: Any, *arguments: Any) -> Any:
+        images = read(self, *arguments)
+        return replace(images, x=images.x // 2)
+
+    monkeypatch.setattr(type(DIGITS), "read", darker)
+    with pytest.raises(UnusableInput, match="was made by other training images and is not overwritten"):
+        trained(spec)
 
 
 def test_fp16_is_refused_on_a_cpu(trained: Training, tiny_spec: Specs):

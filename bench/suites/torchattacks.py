@@ -45,6 +45,12 @@ class TorchAttacks(Suite):
 
     @classmethod
     def open(cls, argument: str | None, settings: Mapping[str, Any]) -> Self:
+        for key, value in settings.items():
+            default = _signature(argument)[key].default
+            if isinstance(default, int | float) and not isinstance(value, int | float):
+                raise UnusableInput(
+                    f"torchattacks:{argument}: --set {key}={value} is not a number (by default {default})"
+                )
         return build(cls, f"suite 'torchattacks:{argument}'", {"name": argument, "settings": dict(settings)})
 
     @property
