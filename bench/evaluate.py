@@ -155,7 +155,8 @@ class _Examiner:
         zero = torch.zeros(len(x), dtype=torch.double)
         nothing = Judgement(clean, zero, zero, ~clean.finite, ~correct, torch.zeros_like(correct))
         frames = [_frame(shared, torch.arange(len(x)), "clean", "F", nothing)]
-        errors: list[str] = []
+        failed = int((~clean.finite).sum())
+        errors = [f"clean: the model failed, or gave logits that are not finite, on {failed} images"] if failed else []
         passes: dict[str, dict[str, int]] = {}
         standing = correct.clone()
         with PassCounter(self.model) as counter:

@@ -547,6 +547,7 @@ def test_a_model_that_fails_on_a_later_block_has_error_rows(planted: Any, score:
 
     result, rows = score(Squeezes(), "pgd", batch_size=23)
     assert result.errors == 1
+    assert result.error_messages == ("clean: the model failed, or gave logits that are not finite, on 1 images",)
     assert rows.loc[rows["status"] == "error", ["idx", "robust"]].to_numpy().tolist() == [[23, False]]
 
 
