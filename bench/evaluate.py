@@ -7,7 +7,7 @@ import hashlib
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,7 +136,6 @@ class _Examiner:
     def run(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> tuple[pd.DataFrame, dict[str, Any]]:
         """The rows of one block, and what else is to be known of it: flags, errors, passes, seconds, threads."""
         started = time.perf_counter()
-        self.unconfirmed: dict[str, int] = {}
         if number == 0:
             _first_look(self.model, x, self.num_classes, self.info)
         clean = self._look(x)
@@ -158,6 +157,7 @@ class _Examiner:
         failed = int((~clean.finite).sum())
         errors = [f"clean: the model failed, or gave logits that are not finite, on {failed} images"] if failed else []
         passes: dict[str, dict[str, int]] = {}
+        unconfirmed: Counter[str] = Counter()
         standing = correct.clone()
         with PassCounter(self.model) as counter:
             threat, seed = self.spec.threat_model, block_seed(self.spec.seed, number)
@@ -169,6 +169,7 @@ class _Examiner:
                     rows = attempt.rows.cpu()
                     standing[rows] &= ~verdict.broken & ~verdict.error
                     frames.append(_frame(shared, rows, attempt.attack, attempt.target, verdict))
+                    unconfirmed[attempt.attack] += int(verdict.unconfirmed.sum())
                     passes[attempt.attack] = {"forwards": attempt.forwards, "backwards": attempt.backwards}
                     if verdict.error.any():
                         count = int(verdict.error.sum())
@@ -184,7 +185,7 @@ class _Examiner:
             "errors": errors,
             "attacks": block.attacks,
             "passes": passes,
-            "unconfirmed": self.unconfirmed,
+            "unconfirmed": unconfirmed,
             "seconds": time.perf_counter() - started,
             "threads": torch.get_num_threads(),
         }
@@ -203,21 +204,9 @@ class _Examiner:
         x, y = block.x[attempt.rows], block.y[attempt.rows]
         visible = self.info.routing_visible
         self.model.eval()  # the attack may have left it in another mode
-        verdict = judge(
+        return judge(
             self.model, x, y, attempt.x_adv, block.threat_model, attempt.bounded, attempt.claimed, visible
         )  # fmt: skip
-        if verdict.unconfirmed.any():
-            count = int(verdict.unconfirmed.sum())
-            self.unconfirmed[attempt.attack] = self.unconfirmed.get(attempt.attack, 0) + count
-        return verdict
-
-
-def _summed(sides: Iterable[dict[str, Any]], counts: Callable[[dict[str, Any]], dict[str, int]]) -> dict[str, int]:
-    """The counts by name, added up over the blocks."""
-    total: Counter[str] = Counter()
-    for side in sides:
-        total.update(counts(side))
-    return dict(total)
 
 
 def _unknown(count: int) -> Judgement:
@@ -272,9 +261,11 @@ def _finish(folder: RunFolder, spec: RunSpec, subject: Subject, data: EvalSet, d
     flags = {flag for side in sides for flag in side["flags"]} | set(subject.flags)
     if data.note:
         flags.add(data.note)
-    unconfirmed = _summed(sides, lambda side: side["unconfirmed"])
+    unconfirmed: Counter[str] = Counter()
+    for side in sides:
+        unconfirmed.update(side["unconfirmed"])
     flags |= {
-        f"{attack}: {count} successes that the re-check does not confirm" for attack, count in unconfirmed.items()
+        f"{attack}: {count} successes that the re-check does not confirm" for attack, count in (+unconfirmed).items()
     }
     threads = sorted({side["threads"] for side in sides})
     if len(threads) > 1:  # the order of a sum depends on it, and with that a verdict at the edge
