@@ -116,6 +116,7 @@ def train(
     """Train a variant; its checkpoint goes to CHECKPOINTS/<dataset>/<norm>/."""
     with redirect_stdout(sys.stderr):
         from bench.datasets.base import open_dataset
+        from bench.environment import World
         from bench.plan import threat_model
         from bench.progress import TrainingProgress
         from bench.recipes import train_spec
@@ -131,6 +132,8 @@ def train(
             path = run_training(spec, data_root, checkpoints, device, resume, progress.on_step, progress.on_epoch)
         header = read_header(path)
     held_out = header.validation
+    if World.here().rank > 0:
+        return
     if held_out:
         scores = f"SA {held_out['sa']:.2%}, RA {held_out['ra']:.2%} on {held_out['images']:.0f} held-out images"
         print(f"{path}: {scores} (epoch {held_out['epoch']:.0f} of {header.epochs})")

@@ -1,10 +1,12 @@
 """Where a number was measured: versions, device, commit."""
 
+import os
 import platform
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple, Self
 
 from bench.registry import UnusableInput
 
@@ -44,6 +46,20 @@ def environment(device: str, threads: int) -> dict[str, str]:
     """Versions, machine, device and the threads of a process, all as text."""
     machine = f"{platform.system()} {platform.machine()}"
     return {**versions(), "machine": machine, "device": device, "threads": str(threads)}
+
+
+class World(NamedTuple):
+    """Which of several processes this is, as torchrun says it; one alone where it was not started by torchrun."""
+
+    rank: int
+    processes: int
+    machines: int
+
+    @classmethod
+    def here(cls) -> Self:
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        own = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        return cls(int(os.environ.get("RANK", 0)), processes, processes // own)
 
 
 def torch_device(device: str) -> str:

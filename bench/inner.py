@@ -33,9 +33,9 @@ def attacking(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def default_step_size(eps: float, steps: int) -> float:
-    """2.5 ε / steps, at most ε (Madry et al. 2018, appendix): a quarter of ε at 10 steps, as the paper has it."""
-    return min(2.5 / steps, 1.0) * eps
+def default_step_size(eps: float, steps: int, reach: float = 2.5) -> float:
+    """reach · ε / steps, at most ε; 2.5 as in Madry et al. (2018), so a quarter of ε at the paper's 10 steps."""
+    return min(reach / steps, 1.0) * eps
 
 
 def _norms(delta: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bench.registry import UnusableInput, did_you_mean
 
 Norm = Literal["Linf", "L2", "L1"]
+Precision = Literal["32", "bf16-mixed", "16-mixed"]
 NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")
 
 
@@ -72,6 +73,13 @@ def build(kind: type[S], what: str, values: Mapping[str, Any]) -> S:
         raise UnusableInput(f"{what}: {message.removeprefix('Value error, ')}{got}") from None
 
 
+def parse_value(value: Any, name: str) -> Any:
+    """A YAML scalar; a text such as 2/255 or 1e-3, which YAML leaves a text, becomes the number that it means."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9.]+/[0-9.]+|[0-9.]+[eE][-+]?[0-9]+", value):
+        return parse_number(value, name)
+    return value
+
+
 def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     """`--set k=v` options as a dict; values are YAML scalars, and fractions such as 2/255 become numbers."""
     settings: dict[str, Any] = {}
@@ -83,9 +91,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        if isinstance(value, str) and re.fullmatch(r"[0-9.]+/[0-9.]+|[0-9.]+[eE][-+]?[0-9]+", value):
-            value = parse_number(value, f"--set {key}")
-        settings[key.strip()] = value
+        settings[key.strip()] = parse_value(value, f"--set {key}")
     return settings
 
 
@@ -155,7 +161,8 @@ class RunSpec(Spec):
 class Recipe(Spec):
     """How to train, whatever the objective: the model's size, the data, the optimiser and its schedule.
 
-    Parameters of the objectives themselves (inner steps, β …) are fields of the objectives; `objective` presets them.
+    Parameters of the objectives themselves (inner steps, β …) are fields of the objectives. `objective` presets them:
+    a field's name for every objective that has it, or an objective's name with fields of its own, which go over those.
     """
 
     # model
@@ -163,6 +170,13 @@ class Recipe(Spec):
     width: int | None = Field(default=None, gt=0, description="the expert's width; None: its own default")
     image_size: int | None = Field(default=None, gt=0, description="a ViT's, the resize is inside the model")
     patch_size: int | None = Field(default=None, gt=0)
+    norm: Literal["batch", "group"] | None = Field(
+        default=None, description="a CNN's normalisation; group has no statistics of the batch; None: its own default"
+    )
+    pretrained: bool | str = Field(default=False, description="timm's ImageNet weights of a ViT, or a file of weights")
+    gate: Literal["softmax", "argmax"] | None = Field(
+        default=None, description="the gate that the recipe is made for, which the variant's name decides; None: any"
+    )
     num_experts: int = Field(default=4, ge=2)
     num_selected_experts: int = Field(default=1, ge=1)
     router: Literal["affine", "conv"] = "affine"
@@ -171,18 +185,21 @@ class Recipe(Spec):
     # data
     n_train: int | None = Field(default=None, gt=0, description="training images used; None: all")
     n_val: int = Field(default=500, gt=0, description="held out of the training data to choose the checkpoint")
-    augment: bool = Field(default=False, description="horizontal flip and a translation of up to 1/8")
+    flip: bool = Field(default=False, description="horizontally, every other time")
+    translate: int = Field(default=0, ge=0, description="up to so many pixels each way, black outside")
+    cutout: int = Field(default=0, ge=0, description="a black square of so many pixels a side")
     # optimisation
     epochs: int = Field(default=10, gt=0)
-    batch_size: int = Field(default=128, gt=1)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    batch_size: int = Field(default=128, gt=1, description="of each process, where there are several")
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(default=0.1, gt=0, description="the schedule's peak")
     router_lr: float = Field(default=0.1, ge=0, description="the router's learning rate, as a fraction of lr")
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
     schedule: Literal["one_cycle", "cyclic", "cosine", "constant"] = "one_cycle"
     clip_grad_norm: float | None = Field(default=1.0, gt=0)
-    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    precision: Precision = "32"
+    channels_last: bool = Field(default=False, description="images and convolutions in memory as (B, H, W, C)")
     val_steps: int = Field(default=10, gt=0, description="PGD steps of the validation's robust accuracy")
     # presets of the objectives' own parameters
     objective: dict[str, Any] = Field(default_factory=dict)

@@ -19,21 +19,24 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
 import bench
 from bench.datasets.base import Dataset, Images, fingerprint, open_dataset
-from bench.environment import git_hash, torch_device
+from bench.environment import World, git_hash, torch_device
 from bench.files import write_atomically
 from bench.inner import attacking, default_step_size, pgd, random_start
 from bench.objectives.base import Batch, Terms, TrainingFailed
 from bench.recipes import architecture, objective_class
 from bench.registry import UnusableInput
-from bench.sampling import Sampler, hold_out
-from bench.spec import Recipe, TrainSpec
+from bench.sampling import Augmentation, Sampler, ahead, hold_out
+from bench.spec import Precision, Recipe, TrainSpec
 from bench.telemetry import dead_experts, flips, routing
 from models.architecture import Dense, Dual, Routed
+from models.base import Classifier
 from models.checkpoints import Header, Part, checkpoint_path, load_checkpoint, read_header, save_checkpoint
+from models.experts import pretrained_weights
 from models.moe import MoE
 from models.variants import get_variant
 
@@ -117,8 +120,12 @@ def _is_there(path: Path, spec: TrainSpec, train_fingerprint: str | None) -> boo
     if not path.is_file():
         return False
     header = read_header(path)
-    if (header.training_key, header.train_fingerprint) != (spec.key, train_fingerprint):
-        what = "another spec" if header.training_key != spec.key else "other training images"
+    wanted = {
+        "another spec": (header.training_key, spec.key),
+        "other training images": (header.train_fingerprint, train_fingerprint),
+        "another number of processes": (header.processes, 1 if train_fingerprint is None else World.here().processes),
+    }
+    for what in [what for what, (found, asked) in wanted.items() if found != asked]:
         raise UnusableInput(f"'{path}' was made by {what} and is not overwritten: move it, or pass --checkpoints DIR")
     logger.warning("'%s' is there already, of this very training: nothing was trained", path)
     return True
@@ -147,7 +154,8 @@ def _put_together(spec: TrainSpec, path: Path) -> Path:
         alpha=spec.recipe.alpha,
         combine=spec.recipe.combine or variant.combine or "probs",
     )
-    save_checkpoint(path, None, _header(spec, dual, parts=parts))
+    if World.here().rank == 0:
+        save_checkpoint(path, None, _header(spec, dual, parts=parts))
     return path
 
 
@@ -200,21 +208,32 @@ class _Run:
     def __init__(self, spec: TrainSpec, dataset: Dataset, data: _Data, path: Path, device: str) -> None:
         self.spec, self.path = spec, path
         recipe = spec.recipe
-        accelerator, _, index = torch_device(device).partition(":")
-        devices = [int(index)] if index else 1
-        if accelerator == "cpu" and recipe.precision == "16-mixed":
-            raise UnusableInput("precision 16-mixed needs a GPU: on a CPU take --set precision=bf16-mixed, or 32")
-        self.fabric = Fabric(accelerator=accelerator, devices=devices, precision=recipe.precision)
         self.objective = objective_class(get_variant(spec.variant)).model_validate(spec.objective_params)
         self.architecture = architecture(spec, dataset)
+        self.fabric = _fabric(device, recipe.precision, routed=not isinstance(self.architecture, Dense))
+        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
-            self.model = self.architecture.build()
+            self.model: nn.Module = self.architecture.build().to(memory_format=memory_format)
+        if recipe.pretrained:
+            load_pretrained(self.model, recipe)
         self.engine = self.fabric.setup_module(Engine(self.model))
-        self.sampler = Sampler(
-            data.images, data.train, recipe.batch_size, spec.threat_model, recipe.augment, spec.seed, self.fabric.device
+        deal = partial(
+            Sampler,
+            images=data.images,
+            threat_model=spec.threat_model,
+            device=self.fabric.device,
+            memory_format=memory_format,
+            rank=self.fabric.global_rank,
+            processes=self.fabric.world_size,
         )
-        self.validation = Sampler(data.images, data.held_out, 500, spec.threat_model, False, 0, self.fabric.device)
+        self.sampler = deal(
+            indices=data.train,
+            batch_size=recipe.batch_size,
+            seed=spec.seed,
+            augmentation=Augmentation(recipe.flip, recipe.translate, recipe.cutout),
+        )
+        self.validation = deal(indices=data.held_out, batch_size=500, seed=0)
         self.train_fingerprint = data.fingerprint
         total = recipe.epochs * len(self.sampler)
         self.parts = self.objective.parts(self.model)
@@ -234,7 +253,7 @@ class _Run:
         for epoch in range(len(self.epochs), self.spec.recipe.epochs):
             start, waited, losses, terms = time.perf_counter(), 0.0, 0.0, dict[str, float]()
             self.model.train()
-            batches = self.sampler.epoch(epoch)
+            batches = ahead(self.sampler.epoch(epoch))
             for done in range(1, len(self.sampler) + 1):
                 asked = time.perf_counter()
                 batch = next(batches)
@@ -243,8 +262,12 @@ class _Run:
                 losses += sum(values.values())
                 for name, value in values.items():
                     terms[name] = terms.get(name, 0.0) + value / len(self.sampler)
-                on_step(epoch, done, len(self.sampler), losses / done)
+                if self.fabric.is_global_zero:
+                    on_step(epoch, done, len(self.sampler), losses / done)
             seconds = time.perf_counter() - start
+            if self.fabric.world_size > 1:  # batch statistics are each process's own: the first one's are kept
+                for buffer in self.model.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
             sa, ra, routing_metrics = self._validate()
             lr = max(group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups)
             speed = len(self.sampler.indices) / seconds
@@ -258,6 +281,8 @@ class _Run:
                 self.best_weights = {
                     key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()
                 }
+            if not self.fabric.is_global_zero:
+                continue
             self._save_state()
             on_epoch(record)
             for line in dead_experts(routing_metrics):
@@ -270,17 +295,23 @@ class _Run:
         where = f"at epoch {epoch + 1}, step {done}"
         steps = self.objective.steps(self.model, batch)
         while True:
+            step, failure = None, ""
             try:
                 with self.fabric.autocast():  # the inner attacks run when the generator is advanced
                     step = next(steps, None)
-            except TrainingFailed as failure:
-                self._stop(f"{failure} {where}")
+            except TrainingFailed as error:
+                failure = str(error)
+            if failures := self._everywhere(failure):  # what stops one process stops all
+                self._stop(f"{failures[0]} {where}")
             if step is None:
                 break
             self.model.zero_grad(set_to_none=True)
             terms = self.engine(step.loss)
-            loss = torch.stack(list(terms.values())).sum()
-            values |= {name: term.item() for name, term in terms.items()}
+            weighted = batch.weight * torch.stack(list(terms.values()))
+            loss = weighted.sum()
+            means = self.fabric.all_reduce(weighted.detach(), reduce_op="mean")
+            assert isinstance(means, Tensor)
+            values |= dict(zip(terms, means.tolist(), strict=True))
             if not math.isfinite(sum(values.values())):
                 self._stop(f"the loss is not finite {where} ({values})")
             self.fabric.backward(loss)
@@ -295,35 +326,50 @@ class _Run:
             self.model.zero_grad(set_to_none=True)
         return values
 
+    def _everywhere(self, text: str) -> list[str]:
+        """What the processes say, of those that say something."""
+        if self.fabric.world_size == 1:
+            return [text] if text else []
+        texts: list[str | None] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(texts, text)
+        return [text for text in texts if text]
+
     def _stop(self, reason: str) -> NoReturn:
         # Under another name than the finished training's, which it must not pass for.
         path = self.path.with_suffix(".stopped.safetensors")
         self._save_best(path)
+        self.fabric.barrier()
         kept = f"; the best epoch so far is kept at '{path}'" if self.best else ""
         raise TrainingFailed(f"{reason}: lower lr{kept}")
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, float, dict[str, float]]:
         """SA and PGD accuracy on the held-out images, of the deployed model in float32, and how it routes."""
-        clean = robust = 0
-        flipped: Counter[str] = Counter()
-        threat, steps = self.spec.threat_model, self.spec.recipe.val_steps
+        counts = self._attack_held_out(self.model)
         with attacking(self.model):
-            for batch in self.validation.epoch(0):
-                loss = partial(self._summed_loss, batch.y)
-                step_size = default_step_size(threat.eps, steps)
-                start = random_start(batch.x, threat, batch.noise("validation"))
-                x_adv = pgd(loss, batch.x, threat, steps, step_size, start)
-                clean += int((self.model(batch.x).argmax(1) == batch.y).sum())
-                robust += int((self.model(x_adv).argmax(1) == batch.y).sum())
-                flipped.update(flips(self.model, batch.x, x_adv))
             images, chunks = self.sampler.images, torch.split(self.sampler.indices, 1000)
             metrics = routing(self.model, (images.floats(chunk).to(self.fabric.device) for chunk in chunks))
-        n = len(self.validation.indices)
-        return clean / n, robust / n, {**metrics, **{name: count / n for name, count in flipped.items()}}
+        return counts.pop("sa"), counts.pop("ra"), metrics | counts
 
-    def _summed_loss(self, y: Tensor, x: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(x), y, reduction="sum")
+    @torch.no_grad()
+    def _attack_held_out(self, model: nn.Module) -> dict[str, float]:
+        """sa, ra under PGD, and the share of routes that PGD flips: fractions of the held-out images."""
+        counts: Counter[str] = Counter()
+        threat, steps = self.spec.threat_model, self.spec.recipe.val_steps
+        step_size = default_step_size(threat.eps, steps)
+        with attacking(model):
+            for batch in self.validation.epoch(0):
+                start = random_start(batch.x, threat, batch.noise("validation"))
+                x_adv = pgd(partial(_cross_entropy, model, batch.y), batch.x, threat, steps, step_size, start)
+                counted = {
+                    "sa": int((model(batch.x).argmax(1) == batch.y).sum()),
+                    "ra": int((model(x_adv).argmax(1) == batch.y).sum()),
+                    **flips(model, batch.x, x_adv),
+                }
+                counts.update({name: count if batch.weight else 0 for name, count in counted.items()})
+        sums = self.fabric.all_reduce(torch.tensor(list(counts.values()), device=self.fabric.device), reduce_op="sum")
+        assert isinstance(sums, Tensor)
+        return {name: count / len(self.validation.indices) for name, count in zip(counts, sums.tolist(), strict=True)}
 
     # --- what is written ----------------------------------------------------------------------------------------------
 
@@ -332,10 +378,14 @@ class _Run:
         """The newest state, and the one before it, for the case that the newest is damaged."""
         return self.path.with_suffix(".state.pt"), self.path.with_suffix(".state-before.pt")
 
+    @property
+    def _key(self) -> list[str | int]:
+        return [self.spec.key, self.train_fingerprint, self.fabric.world_size]
+
     def _save_state(self) -> None:
         """After each epoch: all that the next epoch depends on. Randomness is keyed, so no random state is needed."""
         state = {
-            "key": [self.spec.key, self.train_fingerprint],
+            "key": self._key,
             "model": self.model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
@@ -362,9 +412,10 @@ class _Run:
         for path in paths:
             try:
                 state: dict[str, Any] = torch.load(path, map_location=self.fabric.device, weights_only=True)
-                if state["key"] != [self.spec.key, self.train_fingerprint]:
+                if state["key"] != self._key:
                     raise UnusableInput(
-                        f"'{path}' belongs to another spec or other data: pass the same options, or drop --resume"
+                        f"'{path}' belongs to another spec, other data or another number of processes: pass the same"
+                        " options, or drop --resume"
                     )
                 return state
             except (UnpicklingError, RuntimeError, EOFError, LookupError, TypeError):
@@ -389,6 +440,10 @@ class _Run:
         if self.best is None:
             return
         self.model.load_state_dict(self.best_weights)
+        experts = list(self.model.experts) if isinstance(self.model, MoE) else []
+        alone = [self._attack_held_out(expert) for expert in experts]
+        if not self.fabric.is_global_zero:
+            return
         last = len(self.epochs)
         adversarial = self.objective.adversarial
         ra, sa = self.best[:2] if adversarial else self.best[1::-1]
@@ -400,19 +455,56 @@ class _Run:
             epochs=last,
             examples_seen=last * len(self.sampler.indices),
             validation={"sa": sa, "ra": ra, "epoch": self.best[2], "images": len(self.validation.indices)},
+            experts=alone,
+            processes=self.fabric.world_size,
             seconds=round(sum(record.seconds for record in self.epochs), 1),
         )
         save_checkpoint(path, self.model, header)
 
     def _finish(self) -> Path:
         self._save_best(self.path)
-        for path in self._state_paths:
-            path.unlink(missing_ok=True)
+        if self.fabric.is_global_zero:
+            for path in self._state_paths:
+                path.unlink(missing_ok=True)
+        self.fabric.barrier()
         return self.path
 
 
+def _fabric(device: str, precision: Precision, routed: bool) -> Fabric:
+    """One process on one device, or, started by torchrun, one of several that share each batch."""
+    accelerator, _, index = torch_device(device).partition(":")
+    world = World.here()
+    if accelerator == "cpu" and precision == "16-mixed":
+        raise UnusableInput("precision 16-mixed needs a GPU: on a CPU take --set precision=bf16-mixed, or 32")
+    if world.processes == 1:
+        return Fabric(accelerator=accelerator, devices=[int(index)] if index else 1, precision=precision)
+    if device not in ("auto", "cpu", "cuda"):
+        raise UnusableInput(f"--device {device} is one device, and torchrun has started several processes: pass cuda")
+    # An expert that no image of the batch was sent to has no gradient, and a step may train one part alone.
+    strategy = DDPStrategy(find_unused_parameters=routed)
+    devices = world.processes // world.machines
+    fabric = Fabric(
+        accelerator=accelerator, devices=devices, num_nodes=world.machines, strategy=strategy, precision=precision
+    )
+    fabric.launch()
+    return fabric
+
+
+def _cross_entropy(model: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def load_pretrained(model: nn.Module, recipe: Recipe) -> None:
+    """Put timm's weights into each expert of the model; all start alike, but for their heads."""
+    backbones = [part.backbone for part in model.modules() if isinstance(part, Classifier)]
+    source = recipe.pretrained if isinstance(recipe.pretrained, str) else None
+    weights = pretrained_weights(recipe.expert, backbones[0], source)
+    for backbone in backbones:
+        backbone.load_state_dict(weights, strict=False)  # the head's are not among them
+
+
 def _optimizer(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD or AdamW; a router's parameters are a group of their own, with their own peak learning rate."""
+    """SGD, Adam or AdamW; a router's parameters are a group of their own, with their own peak learning rate."""
     routers = [p for module in part.modules() if isinstance(module, MoE) for p in module.router.parameters()]
     ids = {id(parameter) for parameter in routers}
     others = [parameter for parameter in part.parameters() if id(parameter) not in ids]
@@ -421,7 +513,8 @@ def _optimizer(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         groups.append({"params": routers, "lr": recipe.lr * recipe.router_lr})
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    adam = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return adam(groups, weight_decay=recipe.weight_decay)
 
 
 def _schedule(

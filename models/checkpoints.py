@@ -52,6 +52,10 @@ class Header(Spec):
     epochs: int = 0
     examples_seen: int = 0
     validation: dict[str, float] = Field(default_factory=dict, description="sa and ra (fractions) and epoch")
+    experts: list[dict[str, float]] = Field(
+        default_factory=list, description="sa and ra of each expert of an MoE alone, on the held-out images"
+    )
+    processes: int = 1
     seconds: float = 0.0
     bench_version: str = ""
     git_hash: str | None = None

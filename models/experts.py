@@ -5,9 +5,14 @@ an nn.Module from normalised images (B, c, H, W) to logits (B, C).
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
+import timm
+import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -16,6 +21,7 @@ from torchvision.models.resnet import BasicBlock, conv1x1
 from bench.registry import Registry, UnusableInput, did_you_mean
 
 Shape = tuple[int, int, int]
+Norm = Literal["batch", "group"]
 EXPERTS: Registry[Callable[..., nn.Module]] = Registry("expert")
 
 
@@ -30,45 +36,52 @@ def build_expert(name: str, input_shape: Shape, num_classes: int, params: Mappin
 
 
 def expert_label(name: str, params: Mapping[str, Any]) -> str:
-    """`resnet10-w16`, `vit_mini-i64-p8`: the name and what was set, as boards show it."""
-    return "-".join([name, *(f"{key[0]}{value}" for key, value in sorted(params.items()))])
+    """`resnet10-w16`, `vit_mini-i64-p8`, `small_cnn-group`: the name and what was set, as boards show it."""
+    return "-".join([name, *(v if isinstance(v, str) else f"{k[0]}{v}" for k, v in sorted(params.items()))])
+
+
+def _norm(norm: Norm) -> Callable[[int], nn.Module]:
+    """From a number of channels to their normalisation; group: up to 8 groups, and no statistics of the batch."""
+    if norm == "batch":
+        return nn.BatchNorm2d
+    return lambda channels: nn.GroupNorm(math.gcd(8, channels), channels)
 
 
 @EXPERTS.register("small_cnn")
-def small_cnn(input_shape: Shape, num_classes: int, *, width: int = 12) -> nn.Module:
+def small_cnn(input_shape: Shape, num_classes: int, *, width: int = 12, norm: Norm = "batch") -> nn.Module:
     """Two convolutions and a linear layer, for images of about 8×8."""
     channels, height, side = input_shape
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
+        _norm(norm)(width),
         nn.ReLU(),
         nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(2 * width),
+        _norm(norm)(2 * width),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(2 * width * ((height + 1) // 2) * ((side + 1) // 2), num_classes),
     )
 
 
-def _stage(inplanes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+def _stage(inplanes: int, planes: int, blocks: int, stride: int, norm: Norm) -> nn.Sequential:
     downsample = None
     if stride != 1 or inplanes != planes:
-        downsample = nn.Sequential(conv1x1(inplanes, planes, stride), nn.BatchNorm2d(planes))
-    first = BasicBlock(inplanes, planes, stride, downsample)
-    return nn.Sequential(first, *(BasicBlock(planes, planes) for _ in range(blocks - 1)))
+        downsample = nn.Sequential(conv1x1(inplanes, planes, stride), _norm(norm)(planes))
+    first = BasicBlock(inplanes, planes, stride, downsample, norm_layer=_norm(norm))
+    return nn.Sequential(first, *(BasicBlock(planes, planes, norm_layer=_norm(norm)) for _ in range(blocks - 1)))
 
 
-def _resnet(input_shape: Shape, num_classes: int, blocks: int, width: int) -> nn.Module:
+def _resnet(input_shape: Shape, num_classes: int, blocks: int, width: int, norm: Norm) -> nn.Module:
     # The CIFAR stem (3×3, no max-pooling); above 32 px it halves the image, as the ImageNet stem would.
     stem = nn.Conv2d(input_shape[0], width, 3, stride=1 if input_shape[1] <= 32 else 2, padding=1, bias=False)
     net = nn.Sequential(
         stem,
-        nn.BatchNorm2d(width),
+        _norm(norm)(width),
         nn.ReLU(),
-        _stage(width, width, blocks, 1),
-        _stage(width, 2 * width, blocks, 2),
-        _stage(2 * width, 4 * width, blocks, 2),
-        _stage(4 * width, 8 * width, blocks, 2),
+        _stage(width, width, blocks, 1, norm),
+        _stage(width, 2 * width, blocks, 2, norm),
+        _stage(2 * width, 4 * width, blocks, 2, norm),
+        _stage(4 * width, 8 * width, blocks, 2, norm),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(8 * width, num_classes),
@@ -80,15 +93,15 @@ def _resnet(input_shape: Shape, num_classes: int, blocks: int, width: int) -> nn
 
 
 @EXPERTS.register("resnet10")
-def resnet10(input_shape: Shape, num_classes: int, *, width: int = 16) -> nn.Module:
+def resnet10(input_shape: Shape, num_classes: int, *, width: int = 16, norm: Norm = "batch") -> nn.Module:
     """ResNet with one basic block a stage; at width 16 it is what a CPU can train."""
-    return _resnet(input_shape, num_classes, 1, width)
+    return _resnet(input_shape, num_classes, 1, width, norm)
 
 
 @EXPERTS.register("resnet18")
-def resnet18(input_shape: Shape, num_classes: int, *, width: int = 64) -> nn.Module:
+def resnet18(input_shape: Shape, num_classes: int, *, width: int = 64, norm: Norm = "batch") -> nn.Module:
     """ResNet18 (He et al. 2016) for 32 and 64 px; the paper's CIFAR-10 expert at width 64."""
-    return _resnet(input_shape, num_classes, 2, width)
+    return _resnet(input_shape, num_classes, 2, width, norm)
 
 
 class ResizedViT(VisionTransformer):  # type: ignore[misc]  # timm has no types
@@ -128,3 +141,52 @@ def vit_mini(
 ) -> nn.Module:
     """A ViT of four blocks for 64 px, which a CPU can train."""
     return _vit(input_shape, num_classes, 4, 3, image_size, patch_size, width)
+
+
+#: timm's name of the expert whose ImageNet weights it has.
+TIMM_NAMES = {"vit_small": "vit_small_patch16_224"}
+
+
+def pretrained_weights(name: str, network: nn.Module, source: str | None = None) -> dict[str, Tensor]:
+    """timm's ImageNet weights for `network`, the expert called `name`, all but those of its head.
+
+    They come from the Hugging Face hub, or from the file `source` (safetensors, or the npz in which they were first
+    published); position embeddings are resampled to the network's own image size.
+
+    Raises:
+        UnusableInput: there are none for this expert, the hub is out of reach, or the file does not hold them.
+    """
+    instead = "train from random weights with --set pretrained=false"
+    if name not in TIMM_NAMES:
+        raise UnusableInput(f"timm has no weights of expert '{name}', but of {', '.join(TIMM_NAMES)}: {instead}")
+    if source is not None and not source.endswith((".safetensors", ".npz")):  # timm would unpickle it
+        raise UnusableInput(f"--set pretrained={source} must be a .safetensors or .npz file; or {instead}")
+    assert isinstance(network, ResizedViT)
+    embed = network.patch_embed
+    overlay = None if source is None else {"file": source, "custom_load": source.endswith(".npz")}
+    try:
+        with torch.random.fork_rng(devices=[]), _quiet("huggingface_hub"):
+            vit = timm.create_model(
+                TIMM_NAMES[name], pretrained=True, pretrained_cfg_overlay=overlay, img_size=embed.img_size,
+                patch_size=embed.patch_size, embed_dim=network.embed_dim, in_chans=embed.proj.in_channels,
+            )  # fmt: skip
+    except Exception as error:  # the hub's, the file's and timm's own, of many kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        where = f"from '{source}'" if source else "from the Hugging Face hub"
+        raise UnusableInput(
+            f"the weights of timm's {TIMM_NAMES[name]} could not be loaded {where} ({reason}): {instead}, or name a"
+            " file that holds them with --set pretrained=FILE.safetensors"
+        ) from None
+    return {key: value for key, value in vit.state_dict().items() if not key.startswith("head.")}
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Nothing below an error is logged: the hub tells of each of its many attempts."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -54,12 +54,19 @@ class MoE(nn.Module):
 
     def trace(self, x: Tensor) -> tuple[Tensor, RoutingTrace]:
         """The logits (B, C) and how the batch was routed."""
-        trace = route(self.router(x), self.num_selected_experts, self.gate)
-        outputs = dispatch(list(self.experts), x, trace.selected_experts)
+        trace = self.route(x)
+        return self.mix(trace, dispatch(list(self.experts), x, trace.selected_experts)), trace
+
+    def route(self, x: Tensor) -> RoutingTrace:
+        """Which experts the images (B, c, H, W) go to, and with what weight."""
+        return route(self.router(x), self.num_selected_experts, self.gate)
+
+    def mix(self, trace: RoutingTrace, outputs: Tensor) -> Tensor:
+        """The logits (B, C) from the selected experts' outputs (B, K, C)."""
         if self.combine == "logits":
             weights = trace.combine_weights.gather(1, trace.selected_experts).unsqueeze(2)
-            return (weights * outputs).sum(dim=1), trace
+            return (weights * outputs).sum(dim=1)
         # The weights' logarithms, from the scores: a weight that underflows to 0 would make every gradient NaN.
         scores = trace.gate_logits.gather(1, trace.selected_experts)
         log_weights = (scores if self.gate == "softmax" else torch.zeros_like(scores)).log_softmax(dim=1).unsqueeze(2)
-        return torch.logsumexp(log_weights + outputs.log_softmax(dim=2), dim=1), trace
+        return torch.logsumexp(log_weights + outputs.log_softmax(dim=2), dim=1)

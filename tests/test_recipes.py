@@ -27,13 +27,21 @@ def spec(variant: str = "moe-at", recipe: str | None = None, seed: int = 0, **se
 def test_every_preset_is_valid(name: str):
     recipe = read_recipe(name)
     assert recipe.expert in EXPERTS
-    known = {field for objective in OBJECTIVES.values() for field in objective.model_fields}
-    assert set(recipe.objective) <= known  # a misspelt one would be passed over in silence
+    fields = {name: set(objective.model_fields) for name, objective in OBJECTIVES.items()}
+    for key, value in recipe.objective.items():  # a misspelt one would be passed over in silence
+        assert set(value) <= fields[key] if isinstance(value, dict) else any(key in known for known in fields.values())
 
 
 @pytest.mark.parametrize("name", recipes())
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_every_preset_serves_every_variant(name: str, variant: str):
+    gate = read_recipe(name).gate
+    if gate and get_variant(variant).gate not in (None, gate):
+        with pytest.raises(
+            UnusableInput, match=rf"^recipe '{name}' is for gate={gate}, and '{variant}' has .*: train "
+        ):
+            spec(variant, name)
+        return
     made = spec(variant, name)
     assert (made.recipe_name, made.variant) == (name, variant)
     assert architecture(made, DIGITS).num_classes == 10
@@ -64,7 +72,8 @@ def test_the_data_sets_own_preset_is_the_default_and_settings_go_over_it():
 def test_the_objectives_parameters_are_all_stated_defaults_included():
     made = spec("moe-rt_er", beta=3, inner_steps=2)
     assert made.objective_params == {
-        "balance": 0.5, "inner_steps": 2, "step_size": None, "beta": 3.0, "expert_term": "second",
+        "balance": 0.5, "inner_steps": 2, "step_size": None, "restarts": 1, "beta": 3.0, "expert_term": "second",
+        "one_dispatch": None,
     }  # fmt: skip
     assert "beta" not in made.recipe.model_dump()
 
@@ -73,6 +82,20 @@ def test_the_presets_objective_parameters_go_to_the_objectives_that_have_them():
     steps = read_recipe("digits").objective["inner_steps"]
     assert spec("moe-at").objective_params["inner_steps"] == steps
     assert "inner_steps" not in spec("moe-standard").objective_params
+
+
+def test_what_a_preset_says_of_one_objective_goes_over_what_it_says_of_all():
+    objective = read_recipe("cpu-cifar10").objective
+    assert (objective["inner_steps"], objective["advmoe"]["inner_steps"]) == (5, 2)
+    steps = {name: spec(name, "cpu-cifar10").objective_params["inner_steps"] for name in ("moe-trades", "moe-advmoe")}
+    assert steps == {"moe-trades": 5, "moe-advmoe": 2}
+    assert spec("moe-advmoe", "cpu-cifar10", inner_steps=3).objective_params["inner_steps"] == 3
+
+
+def test_fractions_in_a_preset_are_numbers():
+    for name in ("paper-cifar10", "released-code-cifar10", "paper-tinyimagenet"):
+        assert read_recipe(name).objective["step_size"] == 2 / 255
+    assert read_recipe("paper-cifar10").lr == 1e-4
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.datasets.base import Images
-from bench.sampling import Sampler, augment, generator, hold_out, uniform
+from bench.sampling import Augmentation, Sampler, ahead, generator, hold_out, uniform
 from bench.spec import ThreatModel
 
 N = 20
+ALL = Augmentation(flip=True, translate=1, cutout=2)
+MOVE = Augmentation(flip=True, translate=1)
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def sampler() -> Sampler:
     x = torch.arange(N, dtype=torch.uint8).view(N, 1, 1, 1).expand(N, 1, 8, 8).contiguous()
     images = Images(x, torch.arange(N), N, N, N)
     threat, cpu = ThreatModel(norm="Linf", eps=0.1), torch.device("cpu")
-    return Sampler(images, torch.arange(0, N, 2), 4, threat, augment=False, seed=0, device=cpu)
+    return Sampler(images, torch.arange(0, N, 2), 4, threat, seed=0, device=cpu)
 
 
 def order(sampler: Sampler, epoch: int) -> list[int]:
@@ -68,49 +70,67 @@ def image() -> Tensor:
     return torch.arange(1.0, 65.0).view(1, 1, 8, 8)
 
 
-def shifted(draws: tuple[float, float, float]) -> Tensor:
-    return augment(image(), torch.tensor([draws]))[0, 0]
+def changed(draws: tuple[float, ...], augmentation: Augmentation = MOVE) -> Tensor:
+    return augmentation(image(), torch.tensor([[*draws, 0.0, 0.0][:5]]))[0, 0]
 
 
 def test_the_identity_draws_change_nothing():
-    assert torch.equal(shifted((KEEP, SAME, SAME)), image()[0, 0])
+    assert torch.equal(changed((KEEP, SAME, SAME)), image()[0, 0])
 
 
 def test_a_flip_mirrors_left_and_right():
-    assert torch.equal(shifted((FLIP, SAME, SAME)), image()[0, 0].flip(1))
+    assert torch.equal(changed((FLIP, SAME, SAME)), image()[0, 0].flip(1))
 
 
-def test_a_translation_moves_by_an_eighth_and_leaves_black():
+def test_a_translation_leaves_black():
     rows = image()[0, 0]
-    down = shifted((KEEP, LEFT, SAME))  # row 0 shows what lies above the image
+    down = changed((KEEP, LEFT, SAME))  # row 0 shows what lies above the image
     assert torch.equal(down[1:], rows[:-1])
     assert not down[0].any()
-    left = shifted((KEEP, SAME, RIGHT))
+    left = changed((KEEP, SAME, RIGHT))
     assert torch.equal(left[:, :-1], rows[:, 1:])
     assert not left[:, -1].any()
 
 
 def test_flip_and_translation_together():
-    both = shifted((FLIP, RIGHT, LEFT))
+    both = changed((FLIP, RIGHT, LEFT))
     assert torch.equal(both[:-1, 1:], image()[0, 0].flip(1)[1:, :-1])
     assert not both[-1].any()
     assert not both[:, 0].any()
 
 
+def test_what_is_not_asked_for_is_left_out():
+    draws = (FLIP, LEFT, RIGHT, 0.5, 0.5)
+    assert torch.equal(changed(draws, Augmentation()), image()[0, 0])
+    assert torch.equal(changed(draws, Augmentation(flip=True)), image()[0, 0].flip(1))
+    assert torch.equal(changed(draws, Augmentation(translate=1)), changed((KEEP, LEFT, RIGHT)))
+
+
 def test_each_image_has_its_own_draws():
-    pair = augment(image().repeat(2, 1, 1, 1), torch.tensor([[KEEP, SAME, SAME], [FLIP, SAME, RIGHT]]))
-    assert torch.equal(pair[0, 0], shifted((KEEP, SAME, SAME)))
-    assert torch.equal(pair[1, 0], shifted((FLIP, SAME, RIGHT)))
+    augmentation = MOVE
+    draws = torch.tensor([[KEEP, SAME, SAME, 0, 0], [FLIP, SAME, RIGHT, 0, 0]])
+    pair = augmentation(image().repeat(2, 1, 1, 1), draws)
+    assert torch.equal(pair[0, 0], changed((KEEP, SAME, SAME)))
+    assert torch.equal(pair[1, 0], changed((FLIP, SAME, RIGHT)))
 
 
-def test_every_translation_of_up_to_an_eighth_occurs():
+def test_every_translation_of_up_to_two_pixels_occurs():
     x = torch.zeros(2000, 3, 16, 16)
     x[:, :, 8, 8] = 1
-    moved = augment(x, uniform((3,), torch.arange(2000), "all"))
+    moved = Augmentation(flip=True, translate=2)(x, uniform((5,), torch.arange(2000), "all"))
     places = {(int(r), int(c)) for r, c in zip(*moved[:, 0].nonzero(as_tuple=True)[1:], strict=True)}
-    # 16 / 8 = 2 in each direction; a flip takes column 8 to 7
+    # two in each direction; a flip takes column 8 to 7
     assert places == {(r, c) for r in range(6, 11) for c in range(5, 11)}
     assert torch.equal(moved[:, 0], moved[:, 2])
+
+
+def test_cutout_is_a_black_square_whose_centre_is_in_the_image():
+    # centre (0.5 · 8, 0.25 · 8) = (4, 2): rows 3 and 4, columns 1 and 2
+    cut = changed((KEEP, SAME, SAME, 0.5, 0.25), Augmentation(cutout=2)) == 0
+    assert cut.nonzero().tolist() == [[3, 1], [3, 2], [4, 1], [4, 2]]
+    # centre (0, 7): of rows -1 and 0, columns 6 and 7, those that exist
+    corner = changed((KEEP, SAME, SAME, 0.0, 0.99), Augmentation(cutout=2)) == 0
+    assert corner.nonzero().tolist() == [[0, 6], [0, 7]]
 
 
 # --- the held-out examples --------------------------------------------------------------------------------------------
@@ -188,7 +208,7 @@ def test_the_noise_is_uniform_between_minus_one_and_one(sampler: Sampler):
 
 def test_an_example_is_augmented_by_itself_and_by_the_epoch(sampler: Sampler):
     gradient = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(N, 1, 8, 8)
-    sampler = replace(sampler, images=Images(gradient, torch.arange(N), 64, N, N), augment=True)
+    sampler = replace(sampler, images=Images(gradient, torch.arange(N), 64, N, N), augmentation=ALL)
 
     def images(sampler: Sampler, epoch: int) -> dict[int, Tensor]:
         return {int(y): x for batch in sampler.epoch(epoch) for x, y in zip(batch.x, batch.y, strict=True)}
@@ -199,9 +219,44 @@ def test_an_example_is_augmented_by_itself_and_by_the_epoch(sampler: Sampler):
     assert len({tuple(row.flatten().tolist()) for row in before.values()}) > 5
 
 
-@pytest.mark.parametrize("change", [lambda s: replace(s, batch_size=7), lambda s: replace(s, augment=True)])
+@pytest.mark.parametrize("change", [lambda s: replace(s, batch_size=7), lambda s: replace(s, augmentation=ALL)])
 def test_dealing_leaves_torchs_own_random_state_alone(sampler: Sampler, change: Callable[[Sampler], Sampler]):
     before = torch.random.get_rng_state()
     for batch in change(sampler).epoch(0):
         batch.noise("model")
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 6))
+def test_the_processes_parts_make_up_the_batches_of_one_process(n: int, processes: int, batch_size: int):
+    x = torch.zeros(n, 1, 1, 1, dtype=torch.uint8)
+    threat, cpu = ThreatModel(norm="Linf", eps=0.1), torch.device("cpu")
+    one = Sampler(Images(x, torch.arange(n), 1, n, n), torch.arange(n), batch_size * processes, threat, 0, cpu)
+    ranks = [replace(one, batch_size=batch_size, rank=r, processes=processes) for r in range(processes)]
+    assert {len(sampler) for sampler in ranks} == {len(one)}
+    for whole, *parts in zip(one.epoch(0), *(sampler.epoch(0) for sampler in ranks), strict=True):
+        dealt = [int(y) for part in parts for y in part.y if part.weight]
+        assert sorted(dealt) == sorted(whole.y.tolist())
+        # the mean over processes of weighted means is the mean over the batch
+        means = [part.weight * part.y.double().mean() for part in parts]
+        assert float(sum(means)) / processes == pytest.approx(float(whole.y.double().mean()))
+
+
+def test_batches_made_ahead_are_the_same_and_an_error_in_making_one_is_raised(sampler: Sampler):
+    assert [batch.y.tolist() for batch in ahead(sampler.epoch(0))] == [batch.y.tolist() for batch in sampler.epoch(0)]
+    broken = replace(sampler, indices=torch.tensor([0, 99]))
+    with pytest.raises(IndexError):
+        list(ahead(broken.epoch(0)))
+
+
+def test_channels_last_changes_the_memory_and_not_the_images(sampler: Sampler):
+    three = Images(sampler.images.x.repeat(1, 3, 1, 1), sampler.images.y, N, N, N)
+    plain = replace(sampler, images=three, augmentation=ALL)
+    batch = next(replace(plain, memory_format=torch.channels_last).epoch(0))
+    assert torch.equal(batch.x, next(plain.epoch(0)).x)
+    assert batch.x.is_contiguous(memory_format=torch.channels_last)
+    assert not batch.x.is_contiguous()

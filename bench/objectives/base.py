@@ -23,6 +23,9 @@ class TrainingFailed(RuntimeError):
     """The loss, its gradient or the router's scores stopped being finite; the message says at which step."""
 
 
+#: From the suffix of a salt to a tensor of the images' shape.
+Start = Callable[[str], Tensor]
+
 #: Named terms of a loss, already weighted: the loss is their sum.
 Terms = dict[str, Tensor]
 
@@ -31,13 +34,16 @@ Terms = dict[str, Tensor]
 class Batch:
     """x (B, c, H, W) in [0, 1], y (B,); `noise(salt)` is uniform in [−1, 1], of x's shape.
 
-    The noise of an example depends on (seed, epoch, example, salt) alone, not on the batch that it is in.
+    The noise of an example depends on (seed, epoch, example, salt) alone, not on the batch that it is in. `weight` is
+    what the batch's loss counts where several processes share one batch: a mean over the processes is then one over
+    its images.
     """
 
     x: Tensor
     y: Tensor
     threat_model: ThreatModel
     noise: Callable[[str], Tensor]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,11 @@ class Step:
 
 
 def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """Σ over rows of KL(softmax p ‖ softmax q), both (B, C); the first is the target."""
+    """KL(softmax p ‖ softmax q) of each row, (B,), from two (B, C); the first is the target."""
     # CPU autocast would take these logarithms in bfloat16, which is coarser than the divergence
     dtype = torch.promote_types(p_logits.dtype, torch.float32)
     log_p, log_q = p_logits.log_softmax(1, dtype=dtype), q_logits.log_softmax(1, dtype=dtype)
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
 def load_balance(gate_logits: Tensor) -> Tensor:
@@ -63,7 +69,12 @@ def load_balance(gate_logits: Tensor) -> Tensor:
     and E for one that sends everything to one expert; its gradient flows through P alone.
     """
     num_experts = gate_logits.shape[1]
-    share = F.one_hot(gate_logits.argmax(1), num_experts).float().mean(0)
+    counts = F.one_hot(gate_logits.argmax(1), num_experts).sum(0)
+    if (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    ):  # f_i is the whole batch's, also where several processes share it
+        torch.distributed.all_reduce(counts)
+    share = counts / counts.sum()
     return num_experts * (share * gate_logits.softmax(1).mean(0)).sum()
 
 
@@ -113,20 +124,38 @@ class Adversarial(Objective):
 
     adversarial: ClassVar[bool] = True
 
+    reach: ClassVar[float] = 2.5
+
     inner_steps: int = Field(default=10, gt=0)
-    step_size: float | None = Field(default=None, gt=0, description="in pixels of [0, 1]; None: 2.5 ε / inner_steps")
+    step_size: float | None = Field(
+        default=None, gt=0, description="in pixels of [0, 1]; None: reach · ε / inner_steps"
+    )
+    restarts: int = Field(default=1, gt=0, description="random starts; of each image the end of highest loss is taken")
 
-    def ascend(self, loss: Callable[[Tensor], Tensor], x: Tensor, batch: Batch, start: Tensor) -> Tensor:
-        """PGD on `loss` from `start`, inside the ball around x, which may repeat the batch's images."""
-        step_size = self.step_size or default_step_size(batch.threat_model.eps, self.inner_steps)
-        return pgd(loss, x, batch.threat_model, self.inner_steps, step_size, start)
+    def ascend(self, loss: Callable[[Tensor], Tensor], x: Tensor, batch: Batch, start: Start) -> Tensor:
+        """PGD on `loss` (images → a value each) inside the ball around x, which may repeat the batch's images.
 
-    def attack(self, f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch: Batch, noise: Tensor) -> Tensor:
-        """PGD on the cross-entropy of f (images → logits), from a random start."""
-        start = random_start(x, batch.threat_model, noise)
-        return self.ascend(lambda x_adv: F.cross_entropy(f(x_adv), y, reduction="sum"), x, batch, start)
+        start(suffix) is a starting point, drawn from the batch's noise under a salt that ends in `suffix`.
+        """
+        threat, steps = batch.threat_model, self.inner_steps
+        step_size = self.step_size or default_step_size(threat.eps, steps, self.reach)
+        suffixes = ["", *(f", start {number}" for number in range(2, self.restarts + 1))]
+        ends = torch.stack([pgd(loss, x, threat, steps, step_size, start(suffix)) for suffix in suffixes])
+        if self.restarts == 1:
+            return ends[0]
+        with torch.no_grad():
+            strongest = torch.stack([loss(end) for end in ends]).argmax(0)
+        return ends[strongest, torch.arange(len(x), device=x.device)]
+
+    def attack(self, f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch: Batch, noise: Start) -> Tensor:
+        """PGD on the cross-entropy of f (images → logits) from random starts; noise(suffix) is uniform in [−1, 1]."""
+
+        def start(suffix: str) -> Tensor:
+            return random_start(x, batch.threat_model, noise(suffix))
+
+        return self.ascend(lambda x_adv: F.cross_entropy(f(x_adv), y, reduction="none"), x, batch, start)
 
     def attack_model(self, model: Any, batch: Batch) -> Tensor:
         """x', PGD on the whole model in eval mode."""
         with attacking(model):
-            return self.attack(model, batch.x, batch.y, batch, batch.noise("model"))
+            return self.attack(model, batch.x, batch.y, batch, lambda suffix: batch.noise(f"model{suffix}"))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from bench.inner import attacking, near_start
 from bench.objectives.base import OBJECTIVES, Adversarial, Batch, Step, Terms, kl
@@ -20,11 +21,14 @@ class TRADES(Adversarial):
         with attacking(model):
             with torch.no_grad():
                 clean = model(batch.x)
-            start = near_start(batch.x, batch.threat_model, batch.noise("model"))
+
+            def start(suffix: str) -> Tensor:
+                return near_start(batch.x, batch.threat_model, batch.noise(f"model{suffix}"))
+
             x_adv = self.ascend(lambda x: kl(clean, model(x)), batch.x, batch, start)
 
         def loss(m: Any) -> Terms:
             logits, terms = self.clean_terms(m, batch.x, batch.y)
-            return {**terms, "kl": self.beta * kl(logits, m(x_adv)) / len(batch.y)}
+            return {**terms, "kl": self.beta * kl(logits, m(x_adv)).mean()}
 
         yield Step("model", loss)

@@ -9,7 +9,7 @@ import yaml
 from bench.datasets.base import Dataset
 from bench.objectives.base import OBJECTIVES, Objective
 from bench.registry import UnusableInput, did_you_mean
-from bench.spec import Recipe, ThreatModel, TrainSpec, build
+from bench.spec import Recipe, ThreatModel, TrainSpec, build, parse_value
 from models.architecture import Dense, Dual, Network, Routed
 from models.variants import Variant, get_variant
 
@@ -25,7 +25,14 @@ def read_recipe(name: str) -> Recipe:
     """The preset called `name`; UnusableInput with the nearest name where there is none."""
     if name not in recipes():
         raise UnusableInput(f"unknown recipe '{name}': {did_you_mean(name, recipes())}")
-    return build(Recipe, f"recipe '{name}'", yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
+    return build(Recipe, f"recipe '{name}'", _numbers(yaml.safe_load((FOLDER / f"{name}.yaml").read_text())))
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with fractions such as 2/255 as numbers."""
+    return {
+        key: _numbers(value) if isinstance(value, dict) else parse_value(value, key) for key, value in values.items()
+    }
 
 
 def train_spec(
@@ -43,7 +50,8 @@ def train_spec(
     objective = objective_class(get_variant(variant))
     name = recipe or dataset.recipe
     preset = read_recipe(name)
-    own = {key: value for key, value in preset.objective.items() if key in objective.model_fields}
+    presets = preset.objective | preset.objective.get(get_variant(variant).objective or "", {})
+    own = {key: value for key, value in presets.items() if key in objective.model_fields}
     changed: dict[str, Any] = {}
     for key, value in (settings or {}).items():
         if key in objective.model_fields:
@@ -55,6 +63,10 @@ def train_spec(
             raise UnusableInput(f"--set {key}: '{variant}' has no such parameter: {did_you_mean(key, known)}")
     params = build(objective, f"objective of '{variant}'", own)
     merged = build(Recipe, f"recipe '{name}'", {**preset.model_dump(exclude={"objective"}), **changed})
+    gate = get_variant(variant).gate
+    if gate and merged.gate not in (None, gate):
+        other = f"{variant}-argmax" if merged.gate == "argmax" else variant.removesuffix("-argmax")
+        raise UnusableInput(f"recipe '{name}' is for gate={merged.gate}, and '{variant}' has {gate}: train {other}")
     if threat_model.norm == "L1":
         raise UnusableInput("no training inside an L1 ball: take --norm Linf or L2, and evaluate the file under L1")
     return TrainSpec(
@@ -76,7 +88,8 @@ def objective_class(variant: Variant) -> type[Objective]:
 def architecture(spec: TrainSpec, dataset: Dataset) -> Dense | Routed | Dual:
     """What the spec's variant is made of, for the given data set."""
     variant, recipe = get_variant(spec.variant), spec.recipe
-    sizes = {"width": recipe.width, "image_size": recipe.image_size, "patch_size": recipe.patch_size}
+    names = ("width", "image_size", "patch_size", "norm")
+    sizes = {name: getattr(recipe, name) for name in names}
     network = Network(
         expert=recipe.expert,
         expert_params={key: value for key, value in sizes.items() if value is not None},
