@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
+from bench.baselines import baseline
 from bench.datasets.base import Dataset, EvalSet, open_dataset
 from bench.registry import UnusableInput
 from bench.spec import RunSpec, Spec, ThreatModel
@@ -56,6 +57,14 @@ def threat_model(dataset: Dataset, norm: str | None, eps: str | None) -> ThreatM
     return chosen
 
 
+def _subject(word: str, dataset: Dataset, threat: ThreatModel, checkpoints: Sequence[Path]) -> Subject:
+    """The model that `word` names, or what `<model>@<baseline>` is compared with it."""
+    whole, at, name = word.rpartition("@")
+    if not at or name.endswith(".safetensors"):
+        return load_subject(word, dataset, threat, checkpoints)
+    return baseline(load_subject(whole, dataset, threat, checkpoints), name)
+
+
 def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path]) -> Plan:
     """The runs that the request asks for; UnusableInput for the first thing in it that cannot be used."""
     suites = open_suites(request.suites, request.settings)
@@ -71,7 +80,7 @@ def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path]) -> P
             raise UnusableInput(f"--alpha {value:g} must be in [0, 1]")
     data = dataset.evaluation_set(data_root, request.n_examples)
     words = request.models or find_models(dataset, threat, checkpoints)
-    subjects = [load_subject(word, dataset, threat, checkpoints) for word in words]
+    subjects = [_subject(word, dataset, threat, checkpoints) for word in words]
     if request.alphas and all(subject.info.alpha is None for subject in subjects):
         raise UnusableInput(f"--alpha sets a dual's α, and {', '.join(words)} is none: name one with --model dual")
     jobs = []

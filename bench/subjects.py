@@ -20,11 +20,12 @@ from models.variants import get_variant
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in eval mode, and what is known of it."""
+    """A model in eval mode, and what is known of it; expert_scores: sa and ra of an MoE's experts, held-out images."""
 
     model: nn.Module
     info: ModelInfo
     flags: tuple[str, ...] = ()
+    expert_scores: tuple[dict[str, float], ...] = ()
 
 
 def routing_visible(model: nn.Module) -> bool:
@@ -99,7 +100,8 @@ def _from_checkpoint(path: Path, dataset: Dataset, threat_model: ThreatModel) ->
             f" {'×'.join(map(str, want))} images of {num_classes}: it was trained on {header.dataset}"
         )
     other = header.threat_model.norm != threat_model.norm
-    return Subject(model, header.info(sha256), (f"trained for {header.threat_model}",) if other else ())
+    flags = (f"trained for {header.threat_model}",) if other else ()
+    return Subject(model, header.info(sha256), flags, tuple(header.experts))
 
 
 def _call_factory(word: str) -> tuple[nn.Module, str]:
