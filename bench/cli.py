@@ -147,7 +147,10 @@ def run(
     dataset: DatasetOption = "digits",
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", help="a variant, a .safetensors file, robustbench:NAME or package.module:callable"),
+        typer.Option(
+            "--model",
+            help="a variant, a .safetensors file, robustbench:NAME, package.module:callable, or MODEL@baseline",
+        ),
     ] = None,
     alpha: Annotated[list[str] | None, typer.Option("--alpha", help="a dual's α; several make a sweep")] = None,
     n_examples: Annotated[

@@ -41,6 +41,7 @@ from models.moe import MoE
 from models.variants import get_variant
 
 logger = logging.getLogger("bench")
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each precision and process
 
 
 class Engine(nn.Module):
