@@ -222,6 +222,8 @@ def _table(results: "Sequence[Result]") -> str:
     rows = []
     for result in results:
         spec, robust = result.spec, result.robust_accuracy
+        attacked = any(attack != "clean" for attack in result.accuracy_after)
+        accuracy = f"{100 * robust.value:.2f} [{100 * robust.low:.1f}, {100 * robust.high:.1f}]"
         rows.append({
             "model": spec.model,
             "α": "" if spec.alpha is None else f"{spec.alpha:g}",
@@ -229,10 +231,19 @@ def _table(results: "Sequence[Result]") -> str:
             "threat": str(spec.threat_model),
             "n": spec.n_examples,
             "SA %": f"{result.clean_accuracy.value:.2%}".rstrip("%"),
-            "RA % [95 %]": f"{100 * robust.value:.2f} [{100 * robust.low:.1f}, {100 * robust.high:.1f}]",
+            "RA % [95 %]": accuracy if attacked else "–",
             "flags": "; ".join(result.flags),
         })  # fmt: skip
-    return tabulate(rows, headers="keys", disable_numparse=True)
+    tables = [tabulate(rows, headers="keys", disable_numparse=True)]
+    for result in results:
+        if result.components:
+            lines = [
+                [name, f"{100 * rate.value:.2f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"]
+                for name, rate in result.components.items()
+            ]
+            headers = [f"{result.spec.model}: {result.spec.suite}", "% [95 %]"]
+            tables.append(tabulate(lines, headers=headers, disable_numparse=True))
+    return "\n\n".join(tables)
 
 
 @app.command()

@@ -6,7 +6,7 @@ Axes: n = examples of the run, B = examples of a block.
 import hashlib
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from bench.datasets.base import EvalSet
 from bench.environment import environment, git_hash
 from bench.inner import attacking
 from bench.metrics import robust_by_example
+from bench.parts import parts
 from bench.registry import UnusableInput
 from bench.spec import ModelInfo, RunSpec
 from bench.store import VERDICT_COLUMNS, Result, RunFolder, run_folder
@@ -156,21 +157,27 @@ class _Examiner:
         frames = [_frame(shared, torch.arange(len(x)), "clean", "F", nothing)]
         failed = int((~clean.finite).sum())
         errors = [f"clean: the model failed, or gave logits that are not finite, on {failed} images"] if failed else []
-        passes: dict[str, dict[str, int]] = {}
+        passes: defaultdict[str, Counter[str]] = defaultdict(lambda: Counter(forwards=0, backwards=0))
         unconfirmed: Counter[str] = Counter()
         standing = correct.clone()
-        with PassCounter(self.model) as counter:
+        model = self.model
+        with PassCounter(model) as counter:
             threat, seed = self.spec.threat_model, block_seed(self.spec.seed, number)
-            block = Block(self.model, x, y, correct.to(x.device), self.num_classes, threat, seed, counter)
+            block = Block(model, x, y, correct.to(x.device), self.num_classes, threat, seed, counter)
             try:
                 for attempt in self.suite.attack(block) if correct.any() else ():
-                    verdict = self._judge(attempt, block)
-                    counter.lap()  # the re-check's own passes are not the attack's
+                    whole = attempt.target == "F"
+                    judged = model if whole else parts(model)[attempt.target]
+                    verdict = self._judge(judged, attempt, block)
                     rows = attempt.rows.cpu()
-                    standing[rows] &= ~verdict.broken & ~verdict.error
-                    frames.append(_frame(shared, rows, attempt.attack, attempt.target, verdict))
+                    seen = shared if whole else shared | self._clean(judged, x, y)
+                    counter.lap()  # the re-check's own passes are not the attack's
+                    if whole:
+                        standing[rows] &= ~verdict.broken & ~verdict.error
+                    frames.append(_frame(seen, rows, attempt.attack, attempt.target, verdict))
                     unconfirmed[attempt.attack] += int(verdict.unconfirmed.sum())
-                    passes[attempt.attack] = {"forwards": attempt.forwards, "backwards": attempt.backwards}
+                    passes[attempt.attack]["forwards"] += attempt.forwards
+                    passes[attempt.attack]["backwards"] += attempt.backwards
                     if verdict.error.any():
                         count = int(verdict.error.sum())
                         errors.append(f"{attempt.attack}: {count} answers are outside the ball or not finite")
@@ -200,13 +207,20 @@ class _Examiner:
                 torch.full((len(x),), -1), torch.zeros(len(x), dtype=torch.bool), torch.full((len(x),), -1)
             )
 
-    def _judge(self, attempt: Attempt, block: Block) -> Judgement:
+    def _clean(self, part: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+        """What a part says of the clean images, in the columns of the rows that are about it."""
+        clean = predict(part, x, self.info.routing_visible)
+        return {
+            "clean_pred": clean.classes.numpy(),
+            "clean_correct": (clean.finite & (clean.classes == y.cpu())).numpy(),
+            "clean_expert": clean.expert.numpy(),
+        }
+
+    def _judge(self, model: nn.Module, attempt: Attempt, block: Block) -> Judgement:
         x, y = block.x[attempt.rows], block.y[attempt.rows]
         visible = self.info.routing_visible
         self.model.eval()  # the attack may have left it in another mode
-        return judge(
-            self.model, x, y, attempt.x_adv, block.threat_model, attempt.bounded, attempt.claimed, visible
-        )  # fmt: skip
+        return judge(model, x, y, attempt.x_adv, block.threat_model, attempt.bounded, attempt.claimed, visible)
 
 
 def _unknown(count: int) -> Judgement:

@@ -14,7 +14,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from bench.files import write_atomically
-from bench.metrics import accuracy_after, clean_by_example, robust_by_example
+from bench.metrics import accuracy_after, clean_by_example, component_rates, robust_by_example
 from bench.registry import UnusableInput
 from bench.spec import path_safe
 from bench.store import Accuracy, Run, ensure_writable, read_runs, suite_label
@@ -34,7 +34,8 @@ _FIRST = {
     "ra": "RA",
 }
 _LAST = {
-    "ra_e": "RA-E",
+    "ra_e_fixed": "RA-E-fixed",
+    "ra_e_any": "RA-E-any",
     "ra_r": "RA-R",
     "ra_worst": "RA-worst",
     "route_flip_rate": "route-flip rate",
@@ -49,8 +50,13 @@ _LEGEND = (
     "RA is the accuracy under AutoAttack with its default parameters, RA-worst the accuracy under all attacks that "
     "ran, example by example; both are upper bounds of the true robust accuracy. A row is ranked once AutoAttack has "
     "run on it, and on a routed or dual model suite `adaptive` as well, both with their default parameters. Percent; "
-    "RA with its 95 % Wilson interval."
+    "each RA with its 95 % Wilson interval. RA-E-fixed: F under PGD on the expert that the clean image is routed to; "
+    "RA-E-any: under PGD on every expert, worst case; RA-R: under PGD on the router, for a change of route; the "
+    "route-flip rate is how often that changes it."
 )
+#: Columns that carry their interval, and what suite `components` has a column for.
+_INTERVALS = {"ra", "ra_e_fixed", "ra_e_any", "ra_r", "route_flip_rate"}
+_COMPONENTS = {"RA-E-fixed", "RA-E-any", "RA-R", "route-flip rate"}
 _LONG_FLAG = 30  # characters; a longer one is a footnote
 
 T = TypeVar("T")
@@ -154,7 +160,8 @@ def _board(stem: str, runs: list[Run]) -> Board:
     markdown += [
         f"Left out: {run}, for its {run.result.errors} rows with status `error`." for run in runs if run.result.errors
     ]
-    columns = [*_FIRST, "ra_low", "ra_high", *attacks, *_LAST, "fingerprint", "checkpoint"]
+    bounds = [f"{key}_{bound}" for key in _FIRST | _LAST if key in _INTERVALS for bound in ("low", "high")]
+    columns = [*_FIRST, *attacks, *_LAST, *bounds, "fingerprint", "checkpoint"]
     csv = pd.DataFrame(records, columns=columns).to_csv(index=False, lineterminator="\n")
     return Board(stem, "\n\n".join(markdown) + "\n", csv)
 
@@ -173,8 +180,8 @@ def _markdown(table: list[_Row], lines: list[dict[str, str]], titles: dict[str, 
     body = []
     for row, line in zip(table, lines, strict=True):
         shown = {**line, "flags": "; ".join(mark.get(flag, flag) for flag in row.flags)}
-        if "ra" in line:
-            shown["ra"] = f"{line['ra']} [{line['ra_low']}, {line['ra_high']}]"
+        for key in _INTERVALS.intersection(line):
+            shown[key] = f"{line[key]} [{line[f'{key}_low']}, {line[f'{key}_high']}]"
         body.append([_escaped(shown.get(key, "")) or "–" for key in titles])
     headers = [_escaped(title) for title in titles.values()]
     text = tabulate(body, headers=headers, tablefmt="pipe", disable_numparse=True)
@@ -188,6 +195,11 @@ def _escaped(text: str) -> str:
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
+
+
+def _interval(key: str, accuracy: Accuracy) -> dict[str, str]:
+    values = {key: accuracy.value, f"{key}_low": accuracy.low, f"{key}_high": accuracy.high}
+    return {name: _percent(value) for name, value in values.items()}
 
 
 def _subject(run: Run) -> str:
@@ -271,11 +283,14 @@ def _scores(own: list[Run], rows_of: dict[Path, pd.DataFrame]) -> _Scores:
         rows = pd.concat([rows_of[run.path] for run in runs])
         robust = Accuracy.of(robust_by_example(rows))
         if label == "autoattack":
-            scores.cells |= {"ra": _percent(robust.value)}
-            scores.cells |= {"ra_low": _percent(robust.low), "ra_high": _percent(robust.high)}
+            scores.cells |= _interval("ra", robust)
             names = dict.fromkeys(name for run in runs for name in run.result.accuracy_after if name != "clean")
             after = accuracy_after(rows, names)
             scores.after = {name: _percent(after[name]) for name in names}
+        elif label == "components":
+            rates = {name: Accuracy.of(rate) for name, rate in component_rates(rows).items()}
+            for name in _COMPONENTS.intersection(rates):
+                scores.cells |= _interval(name.lower().replace("-", "_").replace(" ", "_"), rates[name])
         elif any(_attacked(run) for run in runs):  # attacks on the parts alone say nothing of the whole
             scores.under[label] = _percent(robust.value)
     return scores

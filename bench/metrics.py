@@ -60,3 +60,25 @@ def accuracy_after(verdicts: pd.DataFrame, attacks: Iterable[str] | None = None)
     table = rows.groupby(["idx", "attack"])["robust"].all().unstack(fill_value=True)
     standing = np.logical_and.accumulate(table.reindex(columns=names, fill_value=True).to_numpy(dtype=bool), axis=1)
     return dict(zip(names, standing.mean(axis=0).tolist(), strict=True))
+
+
+def component_rates(verdicts: pd.DataFrame) -> dict[str, "pd.Series[bool]"]:
+    """What the rows of suite `components` tell, each as one truth value per example, indexed by idx.
+
+    RA-E-fixed, RA-E-any, RA-R and `route-flip rate` (whether the route was changed), then `<part> SA` and `<part> RA`
+    of each part. What the rows have no attack for is not there.
+    """
+    found: dict[str, pd.Series[bool]] = {}
+    whole = verdicts[verdicts["target"] == "F"]
+    kinds = whole["attack"].str.partition(":")[0]
+    for name, kind in {"RA-E-fixed": "expert-fixed", "RA-E-any": "expert-any", "RA-R": "route"}.items():
+        rows = whole[kinds == kind]
+        if len(rows):
+            found[name] = rows.groupby("idx")["robust"].all()
+    route = whole[whole["attack"] == "route"].set_index("idx")
+    if len(route):
+        found["route-flip rate"] = (route["clean_expert"] != route["adv_expert"]) & (route["status"] == "ok")
+    for part, rows in verdicts[verdicts["target"] != "F"].groupby("target", sort=False):
+        found[f"{part} SA"] = rows.groupby("idx")["clean_correct"].all()
+        found[f"{part} RA"] = rows.groupby("idx")["robust"].all()
+    return found

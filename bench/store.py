@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from bench.files import write_atomically
-from bench.metrics import accuracy_after, clean_by_example, robust_by_example, wilson
+from bench.metrics import accuracy_after, clean_by_example, component_rates, robust_by_example, wilson
 from bench.registry import UnusableInput
 from bench.spec import ModelInfo, RunSpec, Spec, path_safe
 
@@ -28,7 +28,7 @@ VERDICT_COLUMNS: dict[str, str] = {
     "input_hash": "str",  # of the clean image, 16 hex digits
     "label": "int64",
     "attack": "str",  # "clean" for the unattacked image, which every run has for every example
-    "target": "str",  # what was attacked: F | expert:i | S | R; only F counts in robust accuracy
+    "target": "str",  # whose prediction it is: F | expert:i | S | R | R.expert:i …; only F counts in robust accuracy
     "clean_pred": "int64",
     "adv_pred": "int64",  # -1 where there is none (status error)
     "clean_correct": "bool",
@@ -73,6 +73,9 @@ class Result(Spec):
     clean_accuracy: Accuracy
     robust_accuracy: Accuracy
     accuracy_after: dict[str, float] = Field(description="after each attack and all before it, in the order they ran")
+    components: dict[str, Accuracy] = Field(
+        default_factory=dict, description="RA-E-fixed, RA-E-any, RA-R, route-flip rate, and each part's own SA and RA"
+    )
     errors: int = Field(description="rows with status error")
     error_messages: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
@@ -118,6 +121,7 @@ def _derived(
         "clean_accuracy": Accuracy.of(clean),
         "robust_accuracy": Accuracy.of(robust_by_example(verdicts)),
         "accuracy_after": accuracy_after(verdicts, attacks),
+        "components": {name: Accuracy.of(rows) for name, rows in component_rates(verdicts).items()},
         "errors": int((verdicts["status"] == "error").sum()),
     }
 
@@ -298,6 +302,7 @@ def _claims(result: Result) -> dict[str, Any]:
         "robust accuracy's n": result.robust_accuracy.n,
         "robust accuracy": result.robust_accuracy.value,
         **{f"accuracy after {attack}": value for attack, value in result.accuracy_after.items()},
+        **{name: accuracy.value for name, accuracy in result.components.items()},
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bench.datasets.base import Dataset
+from bench.parts import is_dual, is_moe
 from bench.registry import UnusableInput
 from bench.spec import ModelInfo, ThreatModel
 from models.checkpoints import available, checkpoint_path, find_checkpoint, load_checkpoint
@@ -30,13 +31,7 @@ class Subject:
 
 def routing_visible(model: nn.Module) -> bool:
     """Whether a model shows its routing: `router`, `experts` (a ModuleList) and `trace`, or a dual's branches and α."""
-    if all(hasattr(model, name) for name in ("standard", "robust", "alpha")):
-        return True
-    return (
-        hasattr(model, "router")
-        and isinstance(getattr(model, "experts", None), nn.ModuleList)
-        and hasattr(model, "trace")
-    )
+    return is_dual(model) or (is_moe(model) and hasattr(model, "trace"))
 
 
 def weights_sha256(model: nn.Module, code: str = "") -> str:

@@ -213,14 +213,29 @@ def test_attack_that_leaves_the_model_in_training_mode_changes_no_verdict(run: A
     assert result.robust_accuracy.value == pytest.approx(2 / 3)
 
 
-def test_attacks_on_parts_count_in_no_accuracy(run: Any):
+def test_a_parts_rows_are_about_the_part_and_count_in_no_accuracy(run: Any):
+    class Two(Threshold):
+        """Routed by nothing to expert 0, this threshold; expert 1 gives the opposite answer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            opposite = Threshold()
+            opposite.scale.data.neg_()
+            self.experts, self.router = nn.ModuleList([Threshold(), opposite]), nn.Identity()
+
     def attack(block: Block) -> Iterator[Attempt]:
-        yield block.attempt("push", *move(block, 0.2), target="expert:0")
+        rows, x_adv = move(block, 0.2)
+        yield block.attempt("push", rows, x_adv, target="expert:0")
+        yield block.attempt("push", rows, x_adv, target="expert:1")
         yield block.attempt("nudge", *move(block, 0.12))
 
-    result, rows = run(attack, images([0.4, 0.65]))
-    assert column(rows, "push", "robust") == [False, False]
-    assert set(rows.loc[rows["attack"] == "push", "target"]) == {"expert:0"}
+    result, rows = run(attack, images([0.4, 0.65]), model=Two())
+    parts = rows[rows["attack"] == "push"]
+    assert parts["target"].tolist() == ["expert:0"] * 2 + ["expert:1"] * 2
+    assert parts["clean_pred"].tolist() == [0, 1, 1, 0]
+    assert parts["adv_pred"].tolist() == [1, 0, 0, 1]
+    assert parts["clean_correct"].tolist() == [True, True, False, False]
+    assert parts["robust"].tolist() == [False] * 4
     assert result.accuracy_after == {"clean": 1, "nudge": 0.5}
     assert result.robust_accuracy.value == 0.5
 

@@ -58,6 +58,13 @@ def table(root: Path) -> pd.DataFrame:
     return pd.read_csv(StringIO(board.csv), dtype="str", keep_default_na=False).set_index("model", drop=False)
 
 
+#: what suite `components` fills in
+COMPONENTS = [
+    *[key + bound for key in ("ra_e_fixed", "ra_e_any", "ra_r") for bound in ("", "_low", "_high")],
+    *["route_flip_rate_low", "route_flip_rate_high"],
+]
+
+
 def test_every_column_by_hand(tmp_path: Path):
     info = {
         **MOE,
@@ -99,8 +106,7 @@ def test_every_column_by_hand(tmp_path: Path):
         "after_apgd-ce": "70.00",
         "after_apgd-t": "60.00",
         "after_square": "60.00",  # it ran last and has no rows here: nothing changed
-        "ra_e": "",
-        "ra_r": "",
+        **dict.fromkeys(COMPONENTS, ""),
         "ra_worst": "60.00",
         "route_flip_rate": "",
         "certified_accuracy": "",
@@ -116,7 +122,7 @@ def test_every_column_by_hand(tmp_path: Path):
     assert text.startswith("# digits, Linf 0.2\n\nRA is the accuracy under AutoAttack")
     assert "## n = 10: the first 10 examples of the archive (fingerprint ffffffffffff)" in text
     assert "| 60.00 [31.27, 83.18] |" in text
-    assert text.count("| –") == 1 + 4  # rank, RA-E, RA-R, route-flip rate, certified accuracy
+    assert text.count("| –") == 1 + 5  # rank, RA-E-fixed, RA-E-any, RA-R, route-flip rate, certified accuracy
     assert "- [1] autoattack: square broke more than apgd" in text  # longer than a cell is wide
     assert "no adaptive attack; [1]" in text
 
@@ -152,8 +158,9 @@ def test_other_parameters_have_their_own_column(tmp_path: Path):
     rows = table(tmp_path)
     row = rows.loc["dense-at"]
     assert [column for column in rows if column.startswith(("ra_", "after"))] == [
-        *["ra_low", "ra_high", "ra_autoattack[version=rand]", "ra_pgd[steps=10]", "ra_torchattacks:FGSM"],
-        *["ra_e", "ra_r", "ra_worst"],
+        *["ra_autoattack[version=rand]", "ra_pgd[steps=10]", "ra_torchattacks:FGSM"],
+        *["ra_e_fixed", "ra_e_any", "ra_r", "ra_worst", "ra_low", "ra_high"],
+        *[f"{key}_{bound}" for key in ("ra_e_fixed", "ra_e_any", "ra_r") for bound in ("low", "high")],
     ]
     assert (row["ra"], row["ra_autoattack[version=rand]"], row["ra_worst"]) == ("", "25.00", "25.00")
     assert row["flags"] == "no autoattack"

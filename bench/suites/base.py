@@ -5,6 +5,7 @@ Axes: B = examples of an attack block, m = examples that an attack was run on; i
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -19,8 +20,9 @@ class Attempt:
     """One attack's answer: x_adv (m, C, H, W) for the block's examples `rows` (m,).
 
     bounded: the attack was told ε and must keep to it. claimed (m,): where it says itself that it succeeded (None: it
-    does not say). target: what was attacked; only F, the whole model, counts in robust accuracy. forwards, backwards:
-    examples sent through the model, and gradients taken, since the block's previous attempt.
+    does not say). target: whose prediction is judged, `F` or the name of a part (`bench.parts.parts`); only F, the
+    whole model, counts in robust accuracy. forwards, backwards: examples sent through the model or the part under
+    attack, and gradients taken, since the block's previous attempt.
     """
 
     attack: str
@@ -54,6 +56,15 @@ class PassCounter:
 
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
+
+    @contextmanager
+    def also(self, part: nn.Module) -> Iterator[None]:
+        """Counts a part's own passes too, while the whole model is at rest."""
+        handle = part.register_forward_hook(self._forward)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def lap(self) -> tuple[int, int]:
         """(forwards, backwards) since the last lap."""

@@ -1,0 +1,33 @@
+"""A routed model's parts, of ours or of a user's own class: what attacks on routing act on.
+
+An MoE has `router` (x → (B, E)) and `experts` (a ModuleList); a dual has branches `standard` (S) and `robust` (R).
+"""
+
+from typing import Any
+
+from torch import nn
+
+
+def is_dual(model: Any) -> bool:
+    """Whether the model shows its branches and α."""
+    return all(hasattr(model, name) for name in ("standard", "robust", "alpha"))
+
+
+def is_moe(model: Any) -> bool:
+    """Whether the model shows its router and its experts."""
+    return hasattr(model, "router") and isinstance(getattr(model, "experts", None), nn.ModuleList)
+
+
+def routed_branch(model: Any) -> Any:
+    """The MoE whose routes matter: the model itself, a dual's R; None where there is none to be seen."""
+    branch = model.robust if is_dual(model) else model
+    return branch if is_moe(branch) else None
+
+
+def parts(model: Any) -> dict[str, nn.Module]:
+    """The classifiers inside a model by name: `expert:i` of an MoE; `S`, `R`, and `R.expert:i` … of a dual."""
+    if is_dual(model):
+        branches = {"S": model.standard, "R": model.robust}
+        inner = {f"{name}.{key}": part for name, branch in branches.items() for key, part in parts(branch).items()}
+        return branches | inner
+    return {f"expert:{i}": expert for i, expert in enumerate(model.experts)} if is_moe(model) else {}

@@ -1,0 +1,80 @@
+"""`components`: what attacks on the experts and on the router do to F, and what each part withstands alone.
+
+The paper reports RA-E and RA-R without a definition that could be repeated; these are ours, each by PGD:
+
+- RA-E-fixed: on the expert f_i* that the clean image is routed to, scored on F;
+- RA-E-any: on every expert, worst case, scored on F;
+- RA-R: on the router, for a change of route, scored on F; the share of routes that it changes stands beside it;
+- each expert's and branch's own accuracy, clean and under PGD on that part alone.
+
+Of a dual, i* and the route are those of its robust branch R, and the experts those of both branches.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from bench.inner import pgd, random_start
+from bench.parts import is_dual, parts, routed_branch
+from bench.spec import Norm
+from bench.suites.base import SUITES, Attempt, Block, Suite
+
+
+@SUITES.register("components")
+class Components(Suite):
+    """`step_size` is in pixels of [0, 1]; unset, it is ε/4. All examples are attacked, not only those F gets right."""
+
+    norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
+
+    steps: int = Field(default=50, gt=0)
+    step_size: float | None = Field(default=None, gt=0)
+
+    def attack(self, block: Block) -> Iterator[Attempt]:
+        model, every = block.model, torch.arange(len(block.y), device=block.y.device)
+        classifiers = parts(model)
+        if not classifiers:
+            block.flags.append("routing not visible")
+            return
+        found: dict[str, Tensor] = {}
+        for name, part in classifiers.items():
+            with block.passes.also(part):
+                found[name] = self._pgd(block, _cross_entropy(part, block.y))
+            yield block.attempt("pgd", every, found[name], target=name)
+            if "expert" in name:
+                yield block.attempt(f"expert-any:{name}", every, found[name])
+        moe = routed_branch(model)
+        if moe is None:
+            return
+        with torch.no_grad():
+            chosen = moe.router(block.x).argmax(1)
+        prefix = "R." if is_dual(model) else ""
+        experts = torch.stack([found[f"{prefix}expert:{i}"] for i in range(len(moe.experts))])
+        yield block.attempt("expert-fixed", every, experts[chosen, every])
+        with block.passes.also(moe.router):
+            x_route = self._pgd(block, _flip(moe.router, chosen))
+        yield block.attempt("route", every, x_route)
+
+    def _pgd(self, block: Block, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        threat = block.threat_model
+        noise = 2 * torch.rand(block.x.shape).to(block.x.device) - 1
+        start = random_start(block.x, threat, noise)
+        return pgd(loss, block.x, threat, self.steps, self.step_size or threat.eps / 4, start)
+
+
+def _cross_entropy(part: nn.Module, y: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.cross_entropy(part(x), y, reduction="none")
+
+
+def _flip(router: nn.Module, chosen: Tensor) -> Callable[[Tensor], Tensor]:
+    """By how much the best other expert's score exceeds that of the chosen one."""
+
+    def loss(x: Tensor) -> Tensor:
+        scores = router(x)
+        own = F.one_hot(chosen, scores.shape[1]).bool()
+        return scores.masked_fill(own, -torch.inf).amax(1) - scores[own]
+
+    return loss
