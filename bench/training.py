@@ -286,8 +286,10 @@ class _Run:
                 continue
             self._save_state()
             on_epoch(record)
+            softmax = get_variant(self.spec.variant).gate == "softmax"  # under argmax there is no balance loss
+            hint = "; a larger balance or a smaller router_lr may wake it" if softmax else ""
             for line in dead_experts(routing_metrics):
-                logger.warning("epoch %d: %s; a larger balance or a smaller router_lr may wake it", epoch + 1, line)
+                logger.warning("epoch %d: %s%s", epoch + 1, line, hint)
         return self._finish()
 
     def _step(self, batch: Batch, epoch: int, done: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -161,6 +162,8 @@ def pretrained_weights(name: str, network: nn.Module, source: str | None = None)
         raise UnusableInput(f"timm has no weights of expert '{name}', but of {', '.join(TIMM_NAMES)}: {instead}")
     if source is not None and not source.endswith((".safetensors", ".npz")):  # timm would unpickle it
         raise UnusableInput(f"--set pretrained={source} must be a .safetensors or .npz file; or {instead}")
+    if source is not None and not Path(source).is_file():
+        raise UnusableInput(f"--set pretrained={source}: there is no such file: correct the path, or {instead}")
     assert isinstance(network, ResizedViT)
     embed = network.patch_embed
     overlay = None if source is None else {"file": source, "custom_load": source.endswith(".npz")}

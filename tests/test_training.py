@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench import training
 from bench.datasets.base import fingerprint, open_dataset
 from bench.datasets.digits import Digits
 from bench.objectives.base import Objective, Terms
-from bench.recipes import train_spec
+from bench.recipes import read_recipe, train_spec
 from bench.registry import UnusableInput
 from bench.sampling import hold_out
 from bench.spec import Recipe, ThreatModel, TrainSpec
@@ -604,6 +606,75 @@ def test_a_rate_of_zero_leaves_the_router_where_it_was(loop: Callable[[TrainSpec
     before = weights(run.model.router)
     run.train(False, lambda *_: None, lambda _: None)
     assert equal(weights(run.model.router), before)
+
+
+# --- the published recipes --------------------------------------------------------------------------------------------
+
+PUBLISHED = ["paper-cifar10", "released-code-cifar10", "paper-tinyimagenet"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_rate_goes_from_half_its_peak_to_the_peak_in_500_steps_and_back(name: str):
+    experts = [rate for rate, _ in rates(read_recipe(name), 1000)]
+    assert [experts[step] for step in (0, 250, 500, 1000)] == pytest.approx([5e-5, 7.5e-5, 1e-4, 5e-5])
+    assert max(experts) == pytest.approx(1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dataset", "name", "variant", "settings"),
+    [
+        ("cifar10", "paper-cifar10", "moe-rt_er", {}),
+        ("cifar10", "released-code-cifar10", "moe-rt_er-argmax", {}),
+        ("cifar10", "released-code-cifar10", "dual-jtdmoe-argmax", {}),
+        ("tinyimagenet", "paper-tinyimagenet", "moe-rt_er", {"pretrained": False}),
+    ],
+)
+def test_a_published_recipe_takes_its_first_step(
+    dataset: str, name: str, variant: str, settings: dict[str, Any], tmp_path: Path, data_root: Path
+):
+    data = open_dataset(dataset)
+    cut = {"n_train": 2, "n_val": 1, "batch_size": 2, "inner_steps": 1, "val_steps": 1, "epochs": 1, **settings}
+    spec = train_spec(variant, data, data.threat_model, name, cut)
+    run = _Run(spec, data, training._read(spec, data, data_root), tmp_path / "run.safetensors", "cpu")
+    stepped = []
+    for optimizer in run.optimizers.values():
+        optimizer.optimizer.register_step_pre_hook(lambda o, *_: stepped.append((type(o), o.param_groups[0]["lr"])))
+    path = run.train(False, lambda *_: None, lambda _: None)
+    assert stepped == [(torch.optim.Adam, pytest.approx(5e-5))] * len(run.parts)
+    (epoch,) = run.epochs
+    assert epoch.lr == pytest.approx(5e-5 + 5e-5 / 500)
+
+    model, header, _ = load_checkpoint(path)
+    path.unlink()  # hundreds of megabytes
+    assert equal(weights(model), weights(run.model))
+    robust = model.robust if VARIANTS[variant].kind == "dual" else model
+    sizes = [sum(p.numel() for p in expert.parameters()) for expert in robust.experts]
+    # ResNet18 for 10 classes; ViT-small/16 at 224 px for 200: the published 22,050,664 without 800 · 385 of its head
+    assert sizes == [11_173_962 if dataset == "cifar10" else 21_742_664] * 4
+    assert header.architecture.label == ("resnet18" if dataset == "cifar10" else "vit_small")
+    assert model(torch.rand(1, *data.input_shape)).shape == (1, data.num_classes)
+
+
+def test_a_training_starts_from_a_file_of_pretrained_weights(trained: Training, tiny_spec: Specs, tmp_path: Path):
+    file = tmp_path / "vit.safetensors"
+    tensors = timm.create_model("vit_small_patch16_224", embed_dim=12).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {key: torch.randn(value.shape, generator=generator) for key, value in tensors.items()}
+    save_file(tensors, file)
+    tiny = {"expert": "vit_small", "width": 12, "image_size": 16, "num_experts": 2, "n_train": 10, "n_val": 5}
+    # at such a rate the weights stay as they were read
+    path = trained(tiny_spec("moe-standard", **tiny, pretrained=str(file), lr=1e-12, epochs=1))
+    found = loaded(path)
+    for key in ("blocks.0.attn.qkv.weight", "blocks.11.mlp.fc2.bias", "norm.weight"):
+        for expert in range(2):
+            torch.testing.assert_close(found[f"experts.{expert}.backbone.{key}"], tensors[key], atol=1e-6, rtol=0)
+    # digits are grey: the three colours' weights are summed
+    grey = tensors["patch_embed.proj.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(found["experts.0.backbone.patch_embed.proj.weight"], grey, atol=1e-5, rtol=0)
+    header = read_header(path)
+    assert header.training is not None
+    assert header.training["recipe"]["pretrained"] == str(file)
 
 
 # --- models that are put together -------------------------------------------------------------------------------------

@@ -81,6 +81,8 @@ class TorchAttacks(Suite):
         return {key: value for key, value in filled.items() if key in signature} | self.settings
 
     def attack(self, block: Block) -> Iterator[Attempt]:
+        if self.name == "AutoAttack":
+            block.flags.append("torchattacks:AutoAttack: 10 steps of APGD and FAB, not the 100 of suite autoattack")
         rows = block.standing
         attack = getattr(torchattacks, self.name)(block.model, **self.arguments(block))
         yield block.attempt(self.name, rows, attack(block.x[rows], block.y[rows]), bounded=self.bounded)

@@ -90,3 +90,20 @@ def test_the_load_balance_loss_reaches_the_router_where_it_is_asked_for(linear_m
     assert "balance" not in values(experts, moe)
     # E · f · P with everything on expert 1: 2 · σ(0.5)
     assert values(router, moe)["balance"] == pytest.approx(0.5 * 2 / (1 + exp(-0.5)))
+
+
+def test_the_published_attack_is_the_default(moe: MoE):
+    # 2 steps of 5/255 in a ball of 8/255: 0.5 → 5/255 away → cut at 8/255
+    objective, seen = AdvMoE(), []
+    assert (objective.inner_steps, objective.step_size, objective.restarts) == (2, None, 1)
+    moe.register_forward_pre_hook(lambda _, inputs: seen.append(255 * (inputs[0].detach() - 0.5).flatten()))
+    x, zero = torch.full((1, 1, 1, 3), 0.5), torch.zeros(1, 1, 1, 3)
+    steps = objective.steps(
+        moe, Batch(x, torch.tensor([0]), ThreatModel(norm="Linf", eps=8 / 255), lambda _: NOISE / 9)
+    )
+    next(steps).loss(moe)
+    clean, start, after, again, x_adv = seen  # two of the attack's steps between the clean image, twice, and x'
+    assert clean.tolist() == again.tolist() == zero.flatten().tolist()
+    moved = (after - start).tolist()
+    assert moved == pytest.approx([5, -5, 5], abs=1e-3)
+    assert x_adv.tolist() == pytest.approx([8, -8, 8], abs=1e-3)

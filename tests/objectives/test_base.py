@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bench.objectives.base import OBJECTIVES, Adversarial, Batch, Objective, kl, load_balance
 from bench.spec import ThreatModel
 from models.architecture import Dual, Routed
+from models.dual import DualModel
 from models.moe import MoE
 
 LINF = ThreatModel(norm="Linf", eps=0.1)
@@ -138,6 +139,80 @@ def test_the_step_size_is_the_recipes_or_the_default(step_size: float | None, ex
     objective = Adversarial(inner_steps=2, step_size=step_size)
     x_adv = objective.attack_model(Watched(), batch(lambda salt: torch.zeros(1, 1, 1, 1)))
     assert x_adv.item() == pytest.approx(expected)
+
+
+# --- restarts ---------------------------------------------------------------------------------------------------------
+
+
+class Basins(nn.Module):
+    """Logits (0, v) of one pixel: v is 0 at 0.5, and grows to the left by 1 a pixel and to the right by 2.
+
+    So every attack, on the cross-entropy of class 0 or on a divergence from 0.5, ends from the left at 0.4 with v = 0.1
+    and from the right at 0.6 with v = 0.2. It remembers what it saw in train mode.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[float] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.flatten(1) - 0.5
+        if self.training:
+            self.seen |= {round(pixel, 4) for pixel in x.flatten().tolist()}
+        return torch.cat([0 * z, torch.maximum(-z, 2 * z)], 1)
+
+
+def test_of_each_image_the_start_that_ends_highest_is_kept():
+    # images 0 and 1 end higher on the right, image 2 on the left; the starts lie left, right, left, and then opposite
+    side, slope = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1, 1, 1), torch.tensor([1.0, 1.0, -1.0])
+    images = Batch(torch.full((3, 1, 1, 1), 0.5), torch.zeros(3).long(), LINF, lambda salt: torch.zeros(3, 1, 1, 1))
+
+    def loss(x: Tensor) -> Tensor:
+        z = slope * (x.flatten() - 0.5)
+        return torch.maximum(-z, 2 * z)
+
+    def end(restarts: int) -> list[float]:
+        x_adv = Adversarial(inner_steps=3, restarts=restarts).ascend(
+            loss, images.x, images, lambda suffix: images.x + (-0.05 if suffix == ", start 2" else 0.05) * side
+        )
+        assert not x_adv.requires_grad
+        return x_adv.flatten().tolist()
+
+    assert end(1) == pytest.approx([0.4, 0.6, 0.4])
+    assert end(2) == pytest.approx([0.6, 0.6, 0.4])
+    assert end(3) == end(2)  # the third starts where the first did
+
+
+#: the salts of each objective's attacks on an MoE of two experts
+SALTS = {
+    "at": ["model"],
+    "trades": ["model"],
+    "advmoe": ["experts", "router"],
+    "rt_er": ["model", "expert0"],
+    "jtdmoe": ["model", "expert0", "expert1"],
+}
+
+
+@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if objective.adversarial])
+def test_every_attack_has_its_restarts_and_the_first_starts_as_the_only_one_does(name: str):
+    found: dict[int, tuple[list[str], set[float]]] = {}
+    for restarts in (1, 2):
+        asked: list[str] = []
+
+        def noise(salt: str, asked: list[str] = asked) -> Tensor:
+            asked.append(salt)
+            return torch.full((1, 1, 1, 1), 0.5 if salt.endswith(", start 2") else -0.5)
+
+        experts, router = [Basins(), Basins()], Basins()
+        moe = MoE(experts, router, 2, "softmax").train()  # at 0.5 the router weighs both alike
+        model = DualModel(MoE([Basins(), Basins()], Basins()), moe).train() if name == "jtdmoe" else moe
+        x, y = torch.full((1, 1, 1, 1), 0.5), torch.tensor([0])
+        for step in OBJECTIVES[name](restarts=restarts, inner_steps=4).steps(model, Batch(x, y, LINF, noise)):
+            step.loss(model)
+        found[restarts] = asked, set.union(*(net.seen for net in [*experts, router]))
+    assert found[1] == (SALTS[name], {0.4, 0.5} if name != "at" else {0.4})
+    assert sorted(found[2][0]) == sorted([*SALTS[name], *(f"{salt}, start 2" for salt in SALTS[name])])
+    assert found[2][1] == ({0.5, 0.6} if name != "at" else {0.6})
 
 
 # --- every objective --------------------------------------------------------------------------------------------------

@@ -5,8 +5,11 @@ attack ends at a = 0.4, b = 0.6, and KL(½, ½ ‖ softmax of logits d apart) = 
 The router looks at t alone: for t = 0 it ranks the experts 0, 2, 1, and for t = 1 it ranks them 1, 0, 2.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from math import cosh, exp, log
+from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from bench.objectives.base import Batch
 from bench.objectives.rt_er import RTER
 from bench.spec import ThreatModel
+from models.architecture import Routed
 from models.moe import MoE
 
 EXPERTS = [[[s, 0, 0, 0], [0, s, 0, 0]] for s in (1.0, 2.0, 3.0)]
@@ -113,3 +117,63 @@ def test_the_attacks_do_not_touch_batch_statistics_and_the_loss_does():
     assert not any(mean.any() for mean in means)
     step.loss(moe)
     assert all(mean.any() for mean in means)
+
+
+# --- one dispatch for both attacks ------------------------------------------------------------------------------------
+
+
+def run_of(
+    one_dispatch: bool | None, k: int = 1, gate: Any = "softmax", steps: int = 3, **options: Any
+) -> tuple[list[Tensor], Counter[int], Tensor]:
+    """What the experts see in the loss (clean images, x'_s, x'), how often the attacks call each, and the clean x."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        moe = Routed(
+            expert="small_cnn", expert_params={"width": 3}, input_shape=(1, 8, 8), num_classes=3, mean=(0.5,),
+            std=(0.5,), num_experts=3, num_selected_experts=k, gate=gate,
+        ).build().double()  # fmt: skip
+    x = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    seen: list[Tensor] = []
+    calls: Counter[int] = Counter()
+
+    def noise(salt: str) -> Tensor:
+        numbers = torch.rand(x.shape, generator=torch.Generator().manual_seed(crc32(salt.encode())))
+        return (2 * numbers - 1).double()
+
+    for i, expert in enumerate(moe.experts):
+        expert.register_forward_pre_hook(
+            lambda module, inputs, i=i: seen.append(inputs[0]) if module.training else calls.update([i])
+        )
+    objective = RTER(one_dispatch=one_dispatch, inner_steps=steps, **options)
+    (step,) = objective.steps(moe.train(), Batch(x, torch.arange(12) % 3, ThreatModel(norm="Linf", eps=0.1), noise))
+    step.loss(moe)
+    return seen, calls, x
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+@pytest.mark.parametrize("expert_term", ["second", "all"])
+@pytest.mark.parametrize("gate", ["softmax", "argmax"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_one_dispatch_finds_the_same_images(k: int, gate: str, expert_term: Any, restarts: int):
+    options = {"k": k, "gate": gate, "expert_term": expert_term, "restarts": restarts}
+    (apart, _, x), (together, _, _) = (run_of(one, **options) for one in (False, True))
+    assert len(apart) == len(together) > 2
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+    clean = {tuple(image) for image in x.flatten(1).tolist()}
+    assert any(tuple(image) not in clean for part in together for image in part.flatten(1).tolist())
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("expert_term", ["second", "all"])
+def test_one_dispatch_runs_each_expert_at_most_once_a_step(k: int, expert_term: Any):
+    _, calls, _ = run_of(True, k=k, expert_term=expert_term, steps=5)
+    assert set(calls.values()) == {5}
+    _, apart, _ = run_of(False, k=k, expert_term=expert_term, steps=5)
+    assert max(apart.values()) == 10  # once for F and once for itself
+
+
+def test_on_a_cpu_the_attacks_run_apart_unless_they_are_asked_to_run_together():
+    assert RTER().one_dispatch is None
+    apart, together, default = (run_of(one, expert_term="all")[1] for one in (False, True, None))
+    assert default == apart != together
