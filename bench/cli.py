@@ -165,12 +165,16 @@ def run(
     data_root: DataRootOption = Path("data"),
     checkpoints: CheckpointsOption = Path("checkpoints"),
     results: ResultsOption = Path("results"),
+    warm_start: Annotated[
+        bool,
+        typer.Option("--warm-start", help="try the adversarial examples of earlier runs of the same subject first"),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Attack models and store the verdicts; a run that is already finished is reported, not repeated."""
     with redirect_stdout(sys.stderr):
         from bench.environment import torch_device
-        from bench.evaluate import evaluate
+        from bench.evaluate import earlier_witnesses, evaluate
         from bench.plan import RunRequest, plan
         from bench.progress import RunProgress
         from bench.spec import parse_number, parse_settings
@@ -188,6 +192,7 @@ def run(
             seed=seed,
             batch_size=batch_size,
             settings=parse_settings(settings or ()),
+            warm_start=warm_start,
         )
         where = torch_device(device)
         ensure_writable(results)
@@ -198,8 +203,10 @@ def run(
         with RunProgress(len(todo.jobs)) as progress:
             for job in todo.jobs:
                 progress.start(job.spec)
+                known = earlier_witnesses(results, job.spec, job.subject, todo.data) if warm_start else None
                 done.append(evaluate(
-                    job.spec, job.subject, job.suite, todo.data, todo.num_classes, results, where, progress.on_block
+                    job.spec, job.subject, job.suite, todo.data, todo.num_classes, results, where, progress.on_block,
+                    known,
                 ))  # fmt: skip
                 progress.finish(done[-1])
     if as_json:
@@ -277,6 +284,32 @@ def check(
     report = compare(baseline, results, max_drop, alpha)
     print(render(report))
     if report.regressed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(help="the folder of a finished run, with its result.json")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="the run's model, if its own name does not find it")
+    ] = None,
+    device: DeviceOption = "auto",
+    data_root: DataRootOption = Path("data"),
+    checkpoints: CheckpointsOption = Path("checkpoints"),
+) -> None:
+    """Re-verify the adversarial examples that a run kept, on a freshly loaded model; exit status 1 if one fails."""
+    with redirect_stdout(sys.stderr):
+        from bench.environment import torch_device
+        from bench.replay import replay as verify
+        from models.checkpoints import ZOO
+
+        report = verify(run_dir, data_root, [checkpoints, ZOO], torch_device(device), model)
+    for idx, attack, why in report.failures:
+        print(f"example {idx}, {attack}: {why}")
+    print(
+        f"{report.run}: {report.witnesses - len(report.failures)} of {report.witnesses} adversarial examples verified"
+    )
+    if report.failures:
         raise typer.Exit(FAILED)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench.datasets.base import EvalSet
@@ -25,10 +26,11 @@ from bench.metrics import robust_by_example
 from bench.parts import parts
 from bench.registry import UnusableInput
 from bench.spec import ModelInfo, RunSpec
-from bench.store import VERDICT_COLUMNS, Result, RunFolder, run_folder
+from bench.store import VERDICT_COLUMNS, Result, RunFolder, read_runs, run_folder
 from bench.subjects import Subject
 from bench.suites.base import Attempt, Block, PassCounter, Suite
 from bench.verdicts import Judgement, Prediction, first_expert, judge, predict
+from bench.witnesses import Witnesses, read_all
 
 #: Called after each block with (blocks done, blocks in all, examples still standing in the finished ones).
 OnBlock = Callable[[int, int, int], None]
@@ -85,8 +87,11 @@ def evaluate(
     results: Path,
     device: str = "cpu",
     on_block: OnBlock = lambda *_: None,
+    known: Witnesses | None = None,
 ) -> Result:
     """Score the subject by the spec's suite and store it; a run that is already finished is only read.
+
+    `known` are adversarial examples of this subject from earlier runs: they are tried before the suite attacks.
 
     Raises:
         UnusableInput: the model cannot take the data's images, gives another number of classes, or logits that are not
@@ -99,8 +104,8 @@ def evaluate(
         return finished
     model = subject.model.to(device)
     if spec.alpha is not None:
-        _set_alpha(model, spec.alpha)
-    examiner = _Examiner(spec, model, subject.info, suite, num_classes)
+        set_alpha(model, spec.alpha)
+    examiner = _Examiner(spec, model, subject.info, suite, num_classes, known)
     starts = range(0, len(data), spec.batch_size)
     done = {block.index: int(robust_by_example(block.verdicts).sum()) for block in folder.read_blocks()}
     for number, start in enumerate(starts):
@@ -108,14 +113,22 @@ def evaluate(
             chosen = slice(start, start + spec.batch_size)
             x, y = data.x[chosen].to(device), data.y[chosen].to(device)
             with attacking(model), full_float32(), seeded(block_seed(spec.seed, number)):
-                rows, side = examiner.run(number, x, y, data.idx[chosen])
-            folder.write_block(number, rows, side)
+                rows, side, witnesses = examiner.run(number, x, y, data.idx[chosen])
+            folder.write_block(number, rows, side, witnesses)
             done[number] = int(robust_by_example(rows).sum())
         on_block(len(done), len(starts), sum(done.values()))
     return _finish(folder, spec, subject, data, device)
 
 
-def _set_alpha(model: Any, alpha: float) -> None:
+def earlier_witnesses(results: Path, spec: RunSpec, subject: Subject, data: EvalSet) -> Witnesses | None:
+    """The adversarial examples that finished runs of the same subject, on the same images, have found."""
+    sha256 = subject.info.checkpoint_sha256
+    wanted = spec.subject_key(sha256, data.fingerprint)
+    runs = read_runs(results) if results.is_dir() else []
+    return read_all(run.path for run in runs if run.result.subject == wanted)
+
+
+def set_alpha(model: Any, alpha: float) -> None:
     """A dual's α is a number; in a user's own it may be a tensor, which nn.Module does not let a number replace."""
     if isinstance(model.alpha, Tensor):
         model.alpha.data.fill_(alpha)
@@ -131,11 +144,22 @@ def _set_alpha(model: Any, alpha: float) -> None:
 class _Examiner:
     """Turns blocks into verdict rows."""
 
-    def __init__(self, spec: RunSpec, model: nn.Module, info: ModelInfo, suite: Suite, num_classes: int) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        model: nn.Module,
+        info: ModelInfo,
+        suite: Suite,
+        num_classes: int,
+        known: Witnesses | None,
+    ) -> None:
         self.spec, self.model, self.info, self.suite, self.num_classes = spec, model, info, suite, num_classes
+        self.known = known
 
-    def run(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> tuple[pd.DataFrame, dict[str, Any]]:
-        """The rows of one block, and what else is to be known of it: flags, errors, passes, seconds, threads."""
+    def run(
+        self, number: int, x: Tensor, y: Tensor, idx: Tensor
+    ) -> tuple[pd.DataFrame, dict[str, Any], Witnesses | None]:
+        """The rows of one block, what else is to be known of it (flags, errors, passes …), and its witnesses."""
         started = time.perf_counter()
         if number == 0:
             _first_look(self.model, x, self.num_classes, self.info)
@@ -155,6 +179,7 @@ class _Examiner:
         zero = torch.zeros(len(x), dtype=torch.double)
         nothing = Judgement(clean, zero, zero, ~clean.finite, ~correct, torch.zeros_like(correct))
         frames = [_frame(shared, torch.arange(len(x)), "clean", "F", nothing)]
+        witnesses: list[Witnesses] = []
         failed = int((~clean.finite).sum())
         errors = [f"clean: the model failed, or gave logits that are not finite, on {failed} images"] if failed else []
         passes: defaultdict[str, Counter[str]] = defaultdict(lambda: Counter(forwards=0, backwards=0))
@@ -165,7 +190,7 @@ class _Examiner:
             threat, seed = self.spec.threat_model, block_seed(self.spec.seed, number)
             block = Block(model, x, y, correct.to(x.device), self.num_classes, threat, seed, counter)
             try:
-                for attempt in self.suite.attack(block) if correct.any() else ():
+                for attempt in self._attempts(block, idx) if correct.any() else ():
                     whole = attempt.target == "F"
                     judged = model if whole else parts(model)[attempt.target]
                     verdict = self._judge(judged, attempt, block)
@@ -174,6 +199,7 @@ class _Examiner:
                     counter.lap()  # the re-check's own passes are not the attack's
                     if whole:
                         standing[rows] &= ~verdict.broken & ~verdict.error
+                        witnesses.append(_witnesses(attempt, verdict.broken, idx))
                     frames.append(_frame(seen, rows, attempt.attack, attempt.target, verdict))
                     unconfirmed[attempt.attack] += int(verdict.unconfirmed.sum())
                     passes[attempt.attack]["forwards"] += attempt.forwards
@@ -196,7 +222,24 @@ class _Examiner:
             "seconds": time.perf_counter() - started,
             "threads": torch.get_num_threads(),
         }
-        return pd.concat(frames, ignore_index=True).astype(VERDICT_COLUMNS), side
+        kept = Witnesses.joined([found for found in witnesses if len(found)])
+        return pd.concat(frames, ignore_index=True).astype(VERDICT_COLUMNS), side, kept
+
+    def _attempts(self, block: Block, idx: Tensor) -> Iterator[Attempt]:
+        """The known witnesses of the block's examples, then the suite on what they leave standing."""
+        if self.known is not None:
+            known = self.known.of(np.isin(self.known.idx, idx.numpy()))
+            position = {int(example): row for row, example in enumerate(idx)}
+            for first in range(len(known)):  # the first of each example, then the second …
+                turn = _occurrence(known.idx) == first
+                rows = torch.tensor([position[int(example)] for example in known.idx[turn]], device=block.x.device)
+                if not len(rows):
+                    break
+                x_adv = torch.from_numpy(known.x_adv[turn]).to(block.x.device)
+                with torch.no_grad():
+                    block.correct[rows] &= block.model(x_adv).argmax(1) == block.y[rows]
+                yield block.attempt("warm-start", rows, x_adv)
+        yield from self.suite.attack(block)
 
     def _look(self, x: Tensor) -> Prediction:
         """The clean prediction; nothing of it is finite where the model cannot take this block."""
@@ -221,6 +264,17 @@ class _Examiner:
         visible = self.info.routing_visible
         self.model.eval()  # the attack may have left it in another mode
         return judge(model, x, y, attempt.x_adv, block.threat_model, attempt.bounded, attempt.claimed, visible)
+
+
+def _witnesses(attempt: Attempt, broken: Tensor, idx: Tensor) -> Witnesses:
+    """What an attempt broke, by the examples' indices idx (B,) in the data."""
+    found = attempt.x_adv.cpu()[broken].float().numpy()
+    return Witnesses(idx[attempt.rows.cpu()[broken]].numpy(), (attempt.attack,) * len(found), found)
+
+
+def _occurrence(idx: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often the same value stood before each."""
+    return pd.Series(idx).groupby(idx).cumcount().to_numpy()
 
 
 def _unknown(count: int) -> Judgement:

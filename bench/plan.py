@@ -28,6 +28,7 @@ class RunRequest(Spec):
     seed: int = 0
     batch_size: int = 128
     settings: dict[str, Any] = Field(default_factory=dict)
+    warm_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def threat_model(dataset: Dataset, norm: str | None, eps: str | None) -> ThreatM
     return chosen
 
 
-def _subject(word: str, dataset: Dataset, threat: ThreatModel, checkpoints: Sequence[Path]) -> Subject:
+def named_subject(word: str, dataset: Dataset, threat: ThreatModel, checkpoints: Sequence[Path]) -> Subject:
     """The model that `word` names, or what `<model>@<baseline>` is compared with it."""
     whole, at, name = word.rpartition("@")
     if not at or name.endswith(".safetensors"):
@@ -80,7 +81,7 @@ def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path]) -> P
             raise UnusableInput(f"--alpha {value:g} must be in [0, 1]")
     data = dataset.evaluation_set(data_root, request.n_examples)
     words = request.models or find_models(dataset, threat, checkpoints)
-    subjects = [_subject(word, dataset, threat, checkpoints) for word in words]
+    subjects = [named_subject(word, dataset, threat, checkpoints) for word in words]
     if request.alphas and all(subject.info.alpha is None for subject in subjects):
         raise UnusableInput(f"--alpha sets a dual's α, and {', '.join(words)} is none: name one with --model dual")
     jobs = []
@@ -98,7 +99,7 @@ def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path]) -> P
                     threat_model=threat,
                     suite=name,
                     suite_version=suite.version,
-                    suite_params=suite.params,
+                    suite_params=suite.params | ({"warm_start": True} if request.warm_start else {}),
                     n_examples=len(data),
                     seed=request.seed,
                     batch_size=request.batch_size,

@@ -1,4 +1,5 @@
-"""The results folder: `<dataset>/<norm>-<eps>/<suite>-v<N>/<model>/<run>/{result.json, verdicts.parquet}`.
+"""The results folder: `<dataset>/<norm>-<eps>/<suite>-v<N>/<model>/<run>/{result.json, verdicts.parquet}`,
+and `witnesses.safetensors` where the run broke an example.
 
 Paths are an index; `result.json` is the truth. A run's folder is written once: blocks of rows while it is under way,
 `verdicts.parquet` and last of all `result.json` when it is finished. Never imports torch.
@@ -21,6 +22,7 @@ from bench.files import write_atomically
 from bench.metrics import accuracy_after, clean_by_example, component_rates, robust_by_example, wilson
 from bench.registry import UnusableInput
 from bench.spec import ModelInfo, RunSpec, Spec, path_safe
+from bench.witnesses import FILE, Witnesses
 
 #: The columns of `verdicts.parquet`, one row per (example, attack), and their pandas types.
 VERDICT_COLUMNS: dict[str, str] = {
@@ -214,8 +216,12 @@ class RunFolder:
             return None
         return read_run(self.path).result
 
-    def write_block(self, index: int, verdicts: pd.DataFrame, side: Mapping[str, Any]) -> None:
-        """Stores a block's rows and side data; ValueError for rows that no run can have."""
+    def write_block(
+        self, index: int, verdicts: pd.DataFrame, side: Mapping[str, Any], witnesses: Witnesses | None = None
+    ) -> None:
+        """Stores a block's rows, side data and adversarial examples; ValueError for rows that no run can have."""
+        if witnesses is not None:  # before the rows: a block that is done has its witnesses
+            write_atomically(self._blocks / f"block-{index:05d}.safetensors", witnesses.to_bytes())
         write_atomically(self._blocks / f"block-{index:05d}.parquet", _to_parquet(verdicts, side))
 
     def read_blocks(self) -> list[Block]:
@@ -233,8 +239,11 @@ class RunFolder:
         return {block.index for block in self.read_blocks()}
 
     def finish(self, result: Result, verdicts: pd.DataFrame) -> None:
-        """Writes the rows, then the result, and drops the blocks; ValueError if the two do not fit."""
+        """Writes the witnesses, the rows, then the result, and drops the blocks; ValueError if they do not fit."""
         _check_fit(result, verdicts)
+        found = [Witnesses.read(path) for path in sorted(self._blocks.glob("block-*.safetensors"))]
+        if witnesses := Witnesses.joined(found):
+            write_atomically(self.path / FILE, witnesses.to_bytes())
         write_atomically(self.path / "verdicts.parquet", _to_parquet(verdicts, {}))
         write_atomically(self.path / "result.json", (result.model_dump_json(indent=1) + "\n").encode())
         shutil.rmtree(self._blocks, ignore_errors=True)
@@ -302,7 +311,7 @@ def _claims(result: Result) -> dict[str, Any]:
         "robust accuracy's n": result.robust_accuracy.n,
         "robust accuracy": result.robust_accuracy.value,
         **{f"accuracy after {attack}": value for attack, value in result.accuracy_after.items()},
-        **{name: accuracy.value for name, accuracy in result.components.items()},
+        "components": {name: round(accuracy.value, 9) for name, accuracy in result.components.items()},
     }
 
 
