@@ -105,11 +105,14 @@ class Sampler:
         """This process's batches of one epoch, in an order of its own."""
         order = self.indices[torch.randperm(len(self.indices), generator=generator(self.seed, epoch))]
         for whole in torch.split(order, self.batch_size * self.processes):
-            own = whole[self.rank :: self.processes]
             # The mean over processes of weighted means is the whole batch's mean. Where there are more processes than
-            # images left, one without any takes part with a weight of nothing, since all have to take the step.
-            weight = len(own) * self.processes / len(whole)
-            yield self.batch(own if len(own) else whole[:1], epoch, weight)
+            # images left, the first has them all; the others take part with the same images, so that shares of the
+            # load come out right, and a weight of nothing, since all have to take the step.
+            if len(whole) < self.processes:
+                yield self.batch(whole, epoch, 0.0 if self.rank else self.processes)
+            else:
+                own = whole[self.rank :: self.processes]
+                yield self.batch(own, epoch, len(own) * self.processes / len(whole))
 
     def batch(self, indices: Tensor, epoch: int, weight: float = 1.0) -> Batch:
         """The batch of the given examples, as it would be dealt in `epoch`."""

@@ -155,8 +155,8 @@ def _put_together(spec: TrainSpec, path: Path) -> Path:
         alpha=spec.recipe.alpha,
         combine=spec.recipe.combine or variant.combine or "probs",
     )
-    if World.here().rank == 0:
-        save_checkpoint(path, None, _header(spec, dual, parts=parts))
+    # Every process writes the same: one that did not would have to wait for the one that does.
+    save_checkpoint(path, None, _header(spec, dual, parts=parts))
     return path
 
 
@@ -387,6 +387,12 @@ class _Run:
 
     def _save_state(self) -> None:
         """After each epoch: all that the next epoch depends on. Randomness is keyed, so no random state is needed."""
+        # The table goes first: after the last epoch's state, a resumed training writes none.
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(self.epochs[0].row()), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(record.row() for record in self.epochs)
+        write_atomically(self.path.with_suffix(".csv"), table.getvalue().encode())
         state = {
             "key": self._key,
             "model": self.model.state_dict(),
@@ -403,11 +409,6 @@ class _Run:
         if newest.is_file():
             newest.replace(before)
         write_atomically(newest, buffer.getvalue())
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(self.epochs[0].row()), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(record.row() for record in self.epochs)
-        write_atomically(self.path.with_suffix(".csv"), table.getvalue().encode())
 
     def _read_state(self) -> dict[str, Any] | None:
         """The newest state that can be read, None where there is none; UnusableInput if all are damaged."""
