@@ -291,7 +291,7 @@ def check(
 def replay(
     run_dir: Annotated[Path, typer.Argument(help="the folder of a finished run, with its result.json")],
     model: Annotated[
-        str | None, typer.Option("--model", help="the run's model, if its own name does not find it")
+        str | None, typer.Option("--model", help="its model, if the run's own name does not find it")
     ] = None,
     device: DeviceOption = "auto",
     data_root: DataRootOption = Path("data"),
@@ -306,9 +306,8 @@ def replay(
         report = verify(run_dir, data_root, [checkpoints, ZOO], torch_device(device), model)
     for idx, attack, why in report.failures:
         print(f"example {idx}, {attack}: {why}")
-    print(
-        f"{report.run}: {report.witnesses - len(report.failures)} of {report.witnesses} adversarial examples verified"
-    )
+    verified = report.witnesses - len(report.failures)
+    print(f"{report.run}: {verified} of {report.witnesses} adversarial examples verified")
     if report.failures:
         raise typer.Exit(FAILED)
 

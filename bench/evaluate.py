@@ -230,14 +230,14 @@ class _Examiner:
         if self.known is not None:
             known = self.known.of(np.isin(self.known.idx, idx.numpy()))
             position = {int(example): row for row, example in enumerate(idx)}
-            for first in range(len(known)):  # the first of each example, then the second …
-                turn = _occurrence(known.idx) == first
-                rows = torch.tensor([position[int(example)] for example in known.idx[turn]], device=block.x.device)
-                if not len(rows):
+            for turn in range(len(known)):  # one of each example, then another of those that still stand …
+                every = torch.tensor([position[int(example)] for example in known.idx], device=block.x.device)
+                chosen = (_occurrence(known.idx) == turn) & block.correct[every].cpu().numpy()
+                if not chosen.any():
                     break
-                x_adv = torch.from_numpy(known.x_adv[turn]).to(block.x.device)
+                rows, x_adv = every[torch.from_numpy(chosen)], torch.from_numpy(known.x_adv[chosen]).to(block.x.device)
                 with torch.no_grad():
-                    block.correct[rows] &= block.model(x_adv).argmax(1) == block.y[rows]
+                    block.correct[rows] = block.model(x_adv).argmax(1) == block.y[rows]
                 yield block.attempt("warm-start", rows, x_adv)
         yield from self.suite.attack(block)
 
@@ -274,7 +274,7 @@ def _witnesses(attempt: Attempt, broken: Tensor, idx: Tensor) -> Witnesses:
 
 def _occurrence(idx: NDArray[np.int64]) -> NDArray[np.int64]:
     """How often the same value stood before each."""
-    return pd.Series(idx).groupby(idx).cumcount().to_numpy()
+    return np.asarray(pd.Series(idx).groupby(idx).cumcount(), dtype=np.int64)
 
 
 def _unknown(count: int) -> Judgement:

@@ -44,16 +44,16 @@ def replay(
     witnesses = _read(run)
     dataset = open_dataset(spec.dataset)
     subject = named_subject(model or spec.model, dataset, spec.threat_model, checkpoints)
-    if subject.info.checkpoint_sha256 != result.model_info.checkpoint_sha256:
+    found, asked = subject.info.checkpoint_sha256, result.model_info.checkpoint_sha256
+    if found != asked:
         raise UnusableInput(
-            f"'{model or spec.model}' is not the model of {run}: its SHA-256 is {subject.info.checkpoint_sha256[:12]}, not"
-            f" {result.model_info.checkpoint_sha256[:12]}; name the file with --model"
+            f"'{model or spec.model}' is not the model of {run}: its SHA-256 is {found[:12]}, not {asked[:12]}; name"
+            " the file with --model"
         )
     data = dataset.evaluation_set(data_root, spec.n_examples)
     if data.fingerprint != result.fingerprint:
-        raise UnusableInput(
-            f"the images of {spec.dataset} at '{data_root}' are not those of {run}: pass its --data-root"
-        )
+        where = f"the images of {spec.dataset} at '{data_root}'"
+        raise UnusableInput(f"{where} are not those of {run}: pass its --data-root")
     if spec.alpha is not None:
         set_alpha(subject.model, spec.alpha)
     position = {int(idx): row for row, idx in enumerate(data.idx)}

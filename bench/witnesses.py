@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,11 @@ class Witnesses:
         """A safetensors file."""
         names = list(dict.fromkeys(self.attack))
         numbers = np.array([names.index(name) for name in self.attack], dtype=np.int64)
-        tensors = {"idx": self.idx, "attack": numbers, "x_adv": np.ascontiguousarray(self.x_adv, dtype=np.float32)}
+        tensors: dict[str, NDArray[Any]] = {
+            "idx": self.idx,
+            "attack": numbers,
+            "x_adv": np.ascontiguousarray(self.x_adv, dtype=np.float32),
+        }
         return save(tensors, metadata={"attacks": json.dumps(names)})
 
     @classmethod
