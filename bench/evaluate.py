@@ -29,11 +29,14 @@ from bench.spec import ModelInfo, RunSpec
 from bench.store import VERDICT_COLUMNS, Result, RunFolder, read_runs, run_folder
 from bench.subjects import Subject
 from bench.suites.base import Attempt, Block, PassCounter, Suite
-from bench.verdicts import Judgement, Prediction, first_expert, judge, predict
-from bench.witnesses import Witnesses, read_all
+from bench.verdicts import Judgement, Prediction, first_expert, judge, legal, predict
+from bench.witnesses import FILE, Witnesses
 
 #: Called after each block with (blocks done, blocks in all, examples still standing in the finished ones).
 OnBlock = Callable[[int, int, int], None]
+
+#: What known witnesses are called as an attack; it comes before the suite's own.
+WARM_START = "warm-start"
 
 
 def block_seed(seed: int, block: int) -> int:
@@ -125,7 +128,13 @@ def earlier_witnesses(results: Path, spec: RunSpec, subject: Subject, data: Eval
     sha256 = subject.info.checkpoint_sha256
     wanted = spec.subject_key(sha256, data.fingerprint)
     runs = read_runs(results) if results.is_dir() else []
-    return read_all(run.path for run in runs if run.result.subject == wanted)
+    paths = [run.path / FILE for run in runs if run.result.subject == wanted]
+    shape = tuple(data.x.shape[1:])
+    try:
+        found = [Witnesses.read_for(path, data.idx.numpy(), shape) for path in paths if path.is_file()]
+    except ValueError as error:
+        raise UnusableInput(f"{error}: remove the folder it is in, and make that run again") from None
+    return Witnesses.joined(found)
 
 
 def set_alpha(model: Any, alpha: float) -> None:
@@ -188,9 +197,10 @@ class _Examiner:
         model = self.model
         with PassCounter(model) as counter:
             threat, seed = self.spec.threat_model, block_seed(self.spec.seed, number)
-            block = Block(model, x, y, correct.to(x.device), self.num_classes, threat, seed, counter)
+            # a copy, as known witnesses change it
+            block = Block(model, x, y, correct.to(x.device, copy=True), self.num_classes, threat, seed, counter)
             try:
-                for attempt in self._attempts(block, idx) if correct.any() else ():
+                for attempt in self._attempts(block, idx, standing) if correct.any() else ():
                     whole = attempt.target == "F"
                     judged = model if whole else parts(model)[attempt.target]
                     verdict = self._judge(judged, attempt, block)
@@ -225,8 +235,12 @@ class _Examiner:
         kept = Witnesses.joined([found for found in witnesses if len(found)])
         return pd.concat(frames, ignore_index=True).astype(VERDICT_COLUMNS), side, kept
 
-    def _attempts(self, block: Block, idx: Tensor) -> Iterator[Attempt]:
-        """The known witnesses of the block's examples, then the suite on what they leave standing."""
+    def _attempts(self, block: Block, idx: Tensor, standing: Tensor) -> Iterator[Attempt]:
+        """The known witnesses of the block's examples, then the suite on what they leave standing.
+
+        `standing` (B,) says what does, once an attempt is judged. A witness that is not legal is left out: what it is
+        about can still be judged by the suite. One that is legal and breaks nothing is flagged, as any such claim.
+        """
         if self.known is not None:
             known = self.known.of(np.isin(self.known.idx, idx.numpy()))
             position = {int(example): row for row, example in enumerate(idx)}
@@ -236,9 +250,13 @@ class _Examiner:
                 if not chosen.any():
                     break
                 rows, x_adv = every[torch.from_numpy(chosen)], torch.from_numpy(known.x_adv[chosen]).to(block.x.device)
-                with torch.no_grad():
-                    block.correct[rows] = block.model(x_adv).argmax(1) == block.y[rows]
-                yield block.attempt("warm-start", rows, x_adv)
+                fine = legal(block.x[rows], x_adv, block.threat_model).to(rows.device)
+                if not fine.all():
+                    block.flags.append(f"{WARM_START}: adversarial examples outside the ball or not finite, left out")
+                if fine.any():
+                    claimed = torch.ones(int(fine.sum()), dtype=torch.bool)
+                    yield block.attempt(WARM_START, rows[fine], x_adv[fine], claimed=claimed)
+                    block.correct.copy_(standing)
         yield from self.suite.attack(block)
 
     def _look(self, x: Tensor) -> Prediction:
@@ -319,6 +337,7 @@ def _finish(folder: RunFolder, spec: RunSpec, subject: Subject, data: EvalSet, d
     if finished is not None:
         return finished
     sides = [block.side for block in blocks]
+    attacks = dict.fromkeys(attack for side in sides for attack in side["attacks"])
     verdicts = pd.concat([block.verdicts for block in blocks], ignore_index=True)
     passes: dict[str, dict[str, int]] = {}
     for side in sides:
@@ -343,7 +362,7 @@ def _finish(folder: RunFolder, spec: RunSpec, subject: Subject, data: EvalSet, d
         subject.info,
         data.fingerprint,
         verdicts,
-        dict.fromkeys(attack for side in sides for attack in side["attacks"]),
+        sorted(attacks, key=lambda attack: attack != WARM_START),  # the first blocks may have no known witness
         error_messages=tuple(dict.fromkeys(message for side in sides for message in side["errors"])),
         flags=tuple(sorted(flags)),
         data_note=data.note,
@@ -353,5 +372,6 @@ def _finish(folder: RunFolder, spec: RunSpec, subject: Subject, data: EvalSet, d
         seconds=round(sum(side["seconds"] for side in sides), 3),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    folder.finish(result, verdicts)
+    kept = [block.witnesses for block in blocks if block.witnesses is not None]
+    folder.finish(result, verdicts, Witnesses.joined(kept))
     return result

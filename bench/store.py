@@ -44,6 +44,8 @@ VERDICT_COLUMNS: dict[str, str] = {
 
 #: Where a block's side data lies in its file's schema metadata: one file, so that rows and side data come together.
 _SIDE = b"bench.side"
+#: In a block's side data: how many witnesses it has, in a file beside its own.
+_KEPT = "bench.witnesses"
 
 
 class Accuracy(Spec):
@@ -192,6 +194,7 @@ class Block:
     index: int
     verdicts: pd.DataFrame
     side: dict[str, Any]
+    witnesses: Witnesses | None = None
 
 
 def run_folder(root: Path, spec: RunSpec, run_key: str) -> Path:
@@ -220,16 +223,25 @@ class RunFolder:
         self, index: int, verdicts: pd.DataFrame, side: Mapping[str, Any], witnesses: Witnesses | None = None
     ) -> None:
         """Stores a block's rows, side data and adversarial examples; ValueError for rows that no run can have."""
-        if witnesses is not None:  # before the rows: a block that is done has its witnesses
-            write_atomically(self._blocks / f"block-{index:05d}.safetensors", witnesses.to_bytes())
-        write_atomically(self._blocks / f"block-{index:05d}.parquet", _to_parquet(verdicts, side))
+        path = self._blocks / f"block-{index:05d}.parquet"
+        if witnesses is None:
+            rows = _to_parquet(verdicts, side)
+            path.with_suffix(".safetensors").unlink(missing_ok=True)
+        else:  # before the rows, which say how many there are: a block that is done has its witnesses
+            rows = _to_parquet(verdicts, {**side, _KEPT: len(witnesses)})
+            write_atomically(path.with_suffix(".safetensors"), witnesses.to_bytes())
+        write_atomically(path, rows)
 
     def read_blocks(self) -> list[Block]:
         """The blocks written so far, in their order; a file that cannot be read counts as not written."""
         found = []
         for path in sorted(self._blocks.glob("block-*.parquet")):
             try:
-                found.append(Block(int(path.stem.removeprefix("block-")), *_from_parquet(path)))
+                rows, side = _from_parquet(path)
+                witnesses = Witnesses.read(path.with_suffix(".safetensors")) if _KEPT in side else None
+                if witnesses is not None and side.pop(_KEPT) != len(witnesses):
+                    continue
+                found.append(Block(int(path.stem.removeprefix("block-")), rows, side, witnesses))
             except (ValueError, OSError):
                 continue  # what killed the writer also loses its block: it is attacked again
         return found
@@ -238,11 +250,10 @@ class RunFolder:
         """The numbers of the blocks written so far."""
         return {block.index for block in self.read_blocks()}
 
-    def finish(self, result: Result, verdicts: pd.DataFrame) -> None:
+    def finish(self, result: Result, verdicts: pd.DataFrame, witnesses: Witnesses | None = None) -> None:
         """Writes the witnesses, the rows, then the result, and drops the blocks; ValueError if they do not fit."""
         _check_fit(result, verdicts)
-        found = [Witnesses.read(path) for path in sorted(self._blocks.glob("block-*.safetensors"))]
-        if witnesses := Witnesses.joined(found):
+        if witnesses is not None:
             write_atomically(self.path / FILE, witnesses.to_bytes())
         write_atomically(self.path / "verdicts.parquet", _to_parquet(verdicts, {}))
         write_atomically(self.path / "result.json", (result.model_dump_json(indent=1) + "\n").encode())

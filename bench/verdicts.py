@@ -69,6 +69,19 @@ def inside(linf: Tensor, l2: Tensor, l1: Tensor, threat_model: ThreatModel) -> T
     return (l2 if threat_model.norm == "L2" else l1) <= threat_model.eps * (1 + RELATIVE_L1_L2)
 
 
+def _distances(x: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L∞, L2 and L1, (m,) each, on the CPU."""
+    delta = (x_adv.detach().double() - x.double()).flatten(1).abs()
+    return delta.amax(1).cpu(), delta.square().sum(1).sqrt().cpu(), delta.sum(1).cpu()
+
+
+def legal(x: Tensor, x_adv: Tensor, threat_model: ThreatModel) -> Tensor:
+    """Whether x_adv (m, C, H, W) is finite, in the box, and in the ball around x: (m,), on the CPU."""
+    finite = x_adv.isfinite().flatten(1).all(1).cpu()
+    box = ((x_adv >= -ABSOLUTE_BOX) & (x_adv <= 1 + ABSOLUTE_BOX)).flatten(1).all(1).cpu()
+    return finite & box & inside(*_distances(x, x_adv), threat_model)
+
+
 def judge(
     model: nn.Module,
     x: Tensor,
@@ -89,15 +102,13 @@ def judge(
     """
     if x_adv.shape != x.shape:
         raise ValueError(f"the attack returned images of shape {tuple(x_adv.shape)} for {tuple(x.shape)}")
-    delta = (x_adv.detach().double() - x.double()).flatten(1).abs()
-    linf, l2, l1 = delta.amax(1).cpu(), delta.square().sum(1).sqrt().cpu(), delta.sum(1).cpu()
+    linf, l2, _ = _distances(x, x_adv)
     finite = x_adv.isfinite().flatten(1).all(1).cpu()
-    box = ((x_adv >= -ABSOLUTE_BOX) & (x_adv <= 1 + ABSOLUTE_BOX)).flatten(1).all(1).cpu()
-    legal = finite & box & inside(linf, l2, l1, threat_model)
+    allowed = legal(x, x_adv, threat_model)
     # A row that is not finite must not reach the model: through its batch it could spoil its neighbours.
     usable = torch.where(finite.to(x.device).view(-1, 1, 1, 1), x_adv.detach(), x).float()
     prediction = predict(model, usable, routing_visible)
-    error = ~finite | ~prediction.finite | (~legal if bounded else torch.zeros_like(legal))
-    broken = legal & ~error & (prediction.classes != y.cpu())
+    error = ~finite | ~prediction.finite | (~allowed if bounded else torch.zeros_like(allowed))
+    broken = allowed & ~error & (prediction.classes != y.cpu())
     unconfirmed = torch.zeros_like(broken) if claimed is None else claimed.cpu() & ~broken & ~error
     return Judgement(prediction, linf, l2, error, broken, unconfirmed)

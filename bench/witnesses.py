@@ -4,7 +4,7 @@ Axes: m = witnesses, C, H, W = channels, height, width. Pixels are float32 in [0
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -58,17 +58,20 @@ class Witnesses:
         try:
             with safe_open(path, framework="np") as file:
                 names = json.loads((file.metadata() or {})["attacks"])
-                numbers = file.get_tensor("attack").tolist()
-                idx, x_adv = file.get_tensor("idx"), file.get_tensor("x_adv")
-            attack = tuple(str(names[number]) for number in numbers)
-        except (SafetensorError, LookupError, TypeError, json.JSONDecodeError) as error:
+                idx, numbers, x_adv = (file.get_tensor(name) for name in ("idx", "attack", "x_adv"))
+        except (SafetensorError, LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            # numpy has no such type: TypeError or AttributeError
             raise ValueError(f"'{path}' is no whole file of witnesses ({error})") from None
-        if not len(idx) == len(attack) == len(x_adv) or x_adv.ndim != 4:
+        types = (idx.dtype, numbers.dtype, x_adv.dtype) == (np.int64, np.int64, np.float32)
+        sizes = x_adv.ndim == 4 and idx.shape == numbers.shape == x_adv.shape[:1]
+        if not (types and sizes and isinstance(names, list) and np.isin(numbers, np.arange(len(names))).all()):
             raise ValueError(f"'{path}' is no whole file of witnesses (its tensors do not fit)")
-        return cls(idx, attack, x_adv)
+        return cls(idx, tuple(str(names[number]) for number in numbers), x_adv)
 
-
-def read_all(folders: Iterable[Path]) -> Witnesses | None:
-    """The witnesses of every run folder that has some; None where none has."""
-    paths = [folder / FILE for folder in folders]
-    return Witnesses.joined([Witnesses.read(path) for path in paths if path.is_file()])
+    @classmethod
+    def read_for(cls, path: Path, idx: NDArray[np.int64], shape: tuple[int, ...]) -> Self:
+        """The file at `path`; ValueError also for one about others than the examples idx (n,), of `shape` (C, H, W)."""
+        found = cls.read(path)
+        if found.x_adv.shape[1:] != shape or not np.isin(found.idx, idx).all():
+            raise ValueError(f"'{path}' is about other images")
+        return found

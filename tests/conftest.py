@@ -143,7 +143,7 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
 
     The suite is a name, or a Suite of the test's own.
     """
-    from bench.evaluate import evaluate
+    from bench.evaluate import earlier_witnesses, evaluate
     from bench.spec import ModelInfo, RunSpec, ThreatModel
     from bench.store import Run, run_folder
     from bench.subjects import Subject, routing_visible, weights_sha256
@@ -158,6 +158,7 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
         eps: float | None = None,
         settings: dict[str, Any] | None = None,
         num_classes: int = 10,
+        warm_start: bool = False,
         results: Path = tmp_path / "results",
         on_block: Callable[[int, int, int], None] = lambda *_: None,
         **fields: Any,
@@ -175,12 +176,14 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
             threat_model=ThreatModel(norm=norm, eps=eps or planted.balls[norm]),
             suite=name,
             suite_version=opened.version,
-            suite_params=opened.params,
+            suite_params=opened.params | ({"warm_start": True} if warm_start else {}),
             n_examples=len(data),
             **fields,
         )
         opened.check(name, spec.threat_model)
-        result = evaluate(spec, Subject(model, info), opened, data, num_classes, results, on_block=on_block)
+        subject = Subject(model, info)
+        known = earlier_witnesses(results, spec, subject, data) if warm_start else None
+        result = evaluate(spec, subject, opened, data, num_classes, results, on_block=on_block, known=known)
         return result, Run(result, run_folder(results, spec, result.run)).verdicts()
 
     return run
@@ -211,3 +214,21 @@ def shelve() -> Callable[..., None]:
                 save_checkpoint(checkpoint_path(folder, "digits", "Linf", name), architecture.build(), header)
 
     return put
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """bench("run", …): a command in an empty folder; its exit status and what it printed on each stream."""
+    from bench.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BENCH_DATA_ROOT", raising=False)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        return (stopped.value.code, *capsys.readouterr())
+
+    return call

@@ -28,20 +28,6 @@ Bench = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
-    """bench("run", …): a command in an empty folder; its exit status and what it printed on each stream."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("BENCH_DATA_ROOT", raising=False)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            main(words)
-        return (stopped.value.code, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
 def refused(bench: Bench) -> Callable[..., str]:
     """refused("run", …): the one line that is said of unusable input, without its `error: `."""
 
@@ -133,7 +119,7 @@ def test_every_registered_data_set_is_listed(bench: Bench):
 def test_help_is_printed_for_every_command(bench: Bench):
     status, out, err = bench("--help")
     assert (status, err) == (0, "")
-    for command in ("list", "train", "run", "leaderboard", "check", "doctor"):
+    for command in ("list", "train", "run", "leaderboard", "check", "replay", "doctor"):
         assert command in out
         status, told, err = bench(command, "--help")
         assert (status, err) == (0, "")

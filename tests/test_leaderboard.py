@@ -329,3 +329,24 @@ def test_nothing_to_show(tmp_path: Path):
 def test_boards_and_the_gate_do_without_torch():
     program = "import sys, bench.leaderboard, bench.check; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], check=True)
+
+
+def test_a_warm_started_run_has_its_own_column_counts_in_the_worst_case_and_is_no_default(tmp_path: Path):
+    warm = {"suite_params": {"warm_start": True}}
+    save(tmp_path, "pgd", {"clean": "1110", "pgd": "111."})
+    save(tmp_path, "pgd", {"clean": "1110", "warm-start": "0...", "pgd": ".11."}, **warm)
+    row = table(tmp_path).loc["dense-at"]
+    assert (row["ra_pgd"], row["ra_pgd[warm_start=True]"], row["ra_worst"]) == ("75.00", "50.00", "50.00")
+    save(tmp_path, "autoattack", {"clean": "1110", "warm-start": "00..", "apgd-ce": "..1."}, **warm)
+    row = table(tmp_path).loc["dense-at"]
+    assert (row["ra"], row["ra_autoattack[warm_start=True]"], row["ra_worst"]) == ("", "25.00", "25.00")
+    assert (row["rank"], row["flags"]) == ("", "no autoattack")
+
+
+def test_a_routed_row_is_not_ranked_for_an_adaptive_run_that_was_warm_started(tmp_path: Path):
+    save(tmp_path, "autoattack", {"clean": "111", "apgd-ce": "011"}, info=MOE)
+    save(tmp_path, "adaptive", {"clean": "111", "warm-start": "00."}, info=MOE, suite_params={"warm_start": True})
+    row = table(tmp_path).loc["dense-at"]
+    assert (row["rank"], row["flags"], row["ra_worst"]) == ("", "no adaptive attack", "33.33")
+    save(tmp_path, "adaptive", {"clean": "111", "adaptive": "011"}, info=MOE)
+    assert table(tmp_path).loc["dense-at"]["rank"] == "1"
