@@ -1,5 +1,6 @@
 """Re-verifies the adversarial examples that a run kept, on a freshly loaded model."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from bench.plan import named_subject
 from bench.registry import UnusableInput
 from bench.spec import RunSpec
 from bench.store import Run, read_run
-from bench.verdicts import judge
+from bench.verdicts import Judgement, judge
 from bench.witnesses import FILE, Witnesses
 
 
@@ -33,7 +34,8 @@ def replay(
     """Judge every witness of the run in `folder` again, as the run did: ball, box, and F's prediction.
 
     `model` is the word that names the model, where it is not found by the run's own name for it. A witness that fails
-    in its batch is judged alone as well, since the last bit of a sum depends on the batch.
+    in its batch is judged alone as well, since the last bit of a sum depends on the batch. What the run's rows call
+    broken and has no witness has failed, too.
 
     Raises:
         UnusableInput: no finished run there, no witnesses (with the command that makes them), or the model or the data
@@ -41,14 +43,20 @@ def replay(
     """
     run = read_run(folder)
     spec, result = run.result.spec, run.result
-    witnesses = _read(run)
+    remake = f"remove the folder, and run `{command(spec, folder, data_root, checkpoints[0], model)}`"
+    path, broken = folder / FILE, _broken(run)
+    if not path.is_file():
+        if not broken:
+            raise UnusableInput(f"{run} broke no example: there is nothing to replay")
+        raise UnusableInput(f"there is no '{path}': {remake}")
     dataset = open_dataset(spec.dataset)
     subject = named_subject(model or spec.model, dataset, spec.threat_model, checkpoints)
     found, asked = subject.info.checkpoint_sha256, result.model_info.checkpoint_sha256
-    if found != asked:
+    _, at, part = spec.model.partition("@")  # a baseline is made of the same file
+    if found != asked or subject.info.name.partition("@")[2] != part:
         raise UnusableInput(
-            f"'{model or spec.model}' is not the model of {run}: its SHA-256 is {found[:12]}, not {asked[:12]}; name"
-            " the file with --model"
+            f"'{model or spec.model}' (SHA-256 {found[:12]}) is not the model of {run} (SHA-256 {asked[:12]}): name"
+            f" its file with --model FILE{at}{part}"
         )
     data = dataset.evaluation_set(data_root, spec.n_examples)
     if data.fingerprint != result.fingerprint:
@@ -56,45 +64,49 @@ def replay(
         raise UnusableInput(f"{where} are not those of {run}: pass its --data-root")
     if spec.alpha is not None:
         set_alpha(subject.model, spec.alpha)
+    try:
+        witnesses = Witnesses.read_for(path, data.idx.numpy(), tuple(data.x.shape[1:]))
+    except ValueError as error:
+        raise UnusableInput(f"{error}: {remake}") from None
     position = {int(idx): row for row, idx in enumerate(data.idx)}
-    rows = torch.tensor([position[int(idx)] for idx in witnesses.idx])
+    rows = torch.tensor([position[int(idx)] for idx in witnesses.idx], dtype=torch.int64)
     x_adv, network = torch.from_numpy(witnesses.x_adv), subject.model.to(device)
 
-    def failed(chosen: torch.Tensor) -> torch.Tensor:
+    def judged(chosen: torch.Tensor) -> Judgement:
         x, y = data.x[rows[chosen]].to(device), data.y[rows[chosen]].to(device)
-        verdict = judge(network, x, y, x_adv[chosen].to(device), spec.threat_model, True, None, False)
-        return chosen[~verdict.broken]
+        return judge(network, x, y, x_adv[chosen].to(device), spec.threat_model, True, None, False)
 
     failures = []
     with attacking(network), full_float32():
         for chosen in torch.split(torch.arange(len(rows)), spec.batch_size):
-            for one in failed(chosen).tolist():
-                if len(failed(torch.tensor([one]))):
-                    why = "outside the ball or the box, or classified correctly"
+            for one in chosen[~judged(chosen).broken].tolist():
+                alone = judged(torch.tensor([one]))
+                if not alone.broken:
+                    why = "not finite, or outside the ball or the box" if alone.error else "classified correctly"
                     failures.append((int(witnesses.idx[one]), witnesses.attack[one], why))
-    return Replay(run, len(rows), tuple(failures))
+    missing = sorted(broken - set(zip(witnesses.idx.tolist(), witnesses.attack, strict=True)))
+    failures += [(idx, attack, f"broken, says the run, but not in {FILE}") for idx, attack in missing]
+    return Replay(run, len(rows) + len(missing), tuple(failures))
 
 
-def _read(run: Run) -> Witnesses:
-    path = run.path / FILE
-    if not path.is_file():
-        if run.result.robust_accuracy.value == run.result.clean_accuracy.value:
-            raise UnusableInput(f"{run} broke no example: there is nothing to replay")
-        raise UnusableInput(f"there is no '{path}': remove the folder, and run `{command(run.result.spec, run.path)}`")
-    try:
-        return Witnesses.read(path)
-    except ValueError as error:
-        raise UnusableInput(f"{error}: remove the folder, and run `{command(run.result.spec, run.path)}`") from None
+def _broken(run: Run) -> set[tuple[int, str]]:
+    """The examples that the run broke, each with the attack that did; those wrong without an attack are none."""
+    rows = run.verdicts()
+    attacked = rows[(rows["target"] == "F") & (rows["attack"] != "clean") & (rows["status"] == "ok")]
+    found = attacked[attacked["clean_correct"] & ~attacked["robust"]]
+    return set(zip(found["idx"].tolist(), found["attack"].tolist(), strict=True))
 
 
-def command(spec: RunSpec, folder: Path) -> str:
+def command(spec: RunSpec, folder: Path, data_root: Path, checkpoints: Path, model: str | None = None) -> str:
     """The `bench run` that makes the run in `folder`, below its results folder, again."""
-    results = folder.parents[4] if len(folder.parents) > 4 else Path("results")
-    words = ["bench", "run", "--suite", spec.suite, "--dataset", spec.dataset, "--model", spec.model]
-    words += [] if spec.alpha is None else ["--alpha", f"{spec.alpha:g}"]
+    deep = folder if len(folder.parents) > 4 else folder.resolve()
+    results = deep.parents[4] if len(deep.parents) > 4 else Path("results")
+    words = ["bench", "run", "--suite", spec.suite, "--dataset", spec.dataset, "--model", model or spec.model]
+    words += [] if spec.alpha is None else ["--alpha", repr(spec.alpha)]
     words += ["--n-examples", str(spec.n_examples), "--norm", spec.threat_model.norm]
     words += ["--eps", spec.threat_model.eps_text, "--seed", str(spec.seed), "--batch-size", str(spec.batch_size)]
     settings = {key: value for key, value in spec.suite_params.items() if key != "warm_start"}
-    words += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    words += [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     words += ["--warm-start"] if "warm_start" in spec.suite_params else []
-    return shlex.join([*words, "--results", str(results)])
+    folders = {"--data-root": data_root, "--checkpoints": checkpoints, "--results": results}
+    return shlex.join([*words, *(word for option, path in folders.items() for word in (option, str(path)))])
