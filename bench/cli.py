@@ -173,7 +173,7 @@ def run(
 ) -> None:
     """Attack models and store the verdicts; a run that is already finished is reported, not repeated."""
     with redirect_stdout(sys.stderr):
-        from bench.environment import torch_device
+        from bench.environment import World, torch_device
         from bench.evaluate import earlier_witnesses, evaluate
         from bench.plan import RunRequest, plan
         from bench.progress import RunProgress
@@ -204,11 +204,15 @@ def run(
             for job in todo.jobs:
                 progress.start(job.spec)
                 known = earlier_witnesses(results, job.spec, job.subject, todo.data) if warm_start else None
-                done.append(evaluate(
+                result = evaluate(
                     job.spec, job.subject, job.suite, todo.data, todo.num_classes, results, where, progress.on_block,
                     known,
-                ))  # fmt: skip
-                progress.finish(done[-1])
+                )  # fmt: skip
+                if result is not None:
+                    done.append(result)
+                    progress.finish(result)
+    if World.here().rank > 0:
+        return
     if as_json:
         print(json.dumps([result.model_dump(mode="json") for result in done], indent=1))
     else:

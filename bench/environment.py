@@ -54,21 +54,26 @@ class World(NamedTuple):
     rank: int
     processes: int
     machines: int
+    local_rank: int
 
     @classmethod
     def here(cls) -> Self:
         processes = int(os.environ.get("WORLD_SIZE", 1))
         own = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        return cls(int(os.environ.get("RANK", 0)), processes, processes // own)
+        rank = int(os.environ.get("RANK", 0))
+        return cls(rank, processes, processes // own, int(os.environ.get("LOCAL_RANK", rank)))
 
 
 def torch_device(device: str) -> str:
-    """`auto`, `cpu`, `cuda` or `cuda:i` as torch's name of a device; UnusableInput for what is not there."""
+    """`auto`, `cpu`, `cuda` or `cuda:i` as torch's name of a device; UnusableInput for what is not there.
+
+    Without a number, each of a machine's processes takes its own.
+    """
     import torch  # here, since boards and checks must not import it
 
     kind, _, index = device.partition(":")
     if kind == "auto" and not index:
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
+        return f"cuda:{World.here().local_rank}" if torch.cuda.is_available() else "cpu"
     if kind == "cpu" and not index:
         return "cpu"
     if kind != "cuda" or not (index or "0").isdigit():
@@ -77,4 +82,4 @@ def torch_device(device: str) -> str:
         raise UnusableInput(
             f"device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices, take cpu"
         )
-    return f"cuda:{index or 0}"
+    return f"cuda:{index or World.here().local_rank}"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench.datasets.base import EvalSet
-from bench.environment import environment, git_hash
+from bench.environment import World, environment, git_hash
 from bench.inner import attacking
 from bench.metrics import robust_by_example
 from bench.parts import parts
@@ -31,6 +31,9 @@ from bench.subjects import Subject
 from bench.suites.base import Attempt, Block, PassCounter, Suite
 from bench.verdicts import Judgement, Prediction, first_expert, judge, legal, predict
 from bench.witnesses import FILE, Witnesses
+
+#: Seconds between two looks whether the other processes' blocks are there.
+_POLL = 0.5
 
 #: Called after each block with (blocks done, blocks in all, examples still standing in the finished ones).
 OnBlock = Callable[[int, int, int], None]
@@ -91,10 +94,12 @@ def evaluate(
     device: str = "cpu",
     on_block: OnBlock = lambda *_: None,
     known: Witnesses | None = None,
-) -> Result:
+) -> Result | None:
     """Score the subject by the spec's suite and store it; a run that is already finished is only read.
 
     `known` are adversarial examples of this subject from earlier runs: they are tried before the suite attacks.
+    Of several processes that torchrun has started, each attacks its share of the blocks, and goes on; the first waits
+    for the others' and gives the result, which is None for them.
 
     Raises:
         UnusableInput: the model cannot take the data's images, gives another number of classes, or logits that are not
@@ -109,9 +114,12 @@ def evaluate(
     if spec.alpha is not None:
         set_alpha(model, spec.alpha)
     examiner = _Examiner(spec, model, subject.info, suite, num_classes, known)
-    starts = range(0, len(data), spec.batch_size)
+    starts, world = range(0, len(data), spec.batch_size), World.here()
     done = {block.index: int(robust_by_example(block.verdicts).sum()) for block in folder.read_blocks()}
+    first = int(key, 16)  # not always the same process has the run with a block more
     for number, start in enumerate(starts):
+        if (number + first) % world.processes != world.rank:
+            continue
         if number not in done:
             chosen = slice(start, start + spec.batch_size)
             x, y = data.x[chosen].to(device), data.y[chosen].to(device)
@@ -120,6 +128,12 @@ def evaluate(
             folder.write_block(number, rows, side, witnesses)
             done[number] = int(robust_by_example(rows).sum())
         on_block(len(done), len(starts), sum(done.values()))
+    if world.rank > 0:
+        while "warm_start" in spec.suite_params and folder.finished() is None:  # the next run starts from this one
+            time.sleep(_POLL)
+        return None
+    while folder.finished() is None and len(folder.blocks()) < len(starts):
+        time.sleep(_POLL)
     return _finish(folder, spec, subject, data, device)
 
 

@@ -69,6 +69,12 @@ def near_start(x: Tensor, threat_model: ThreatModel, noise: Tensor) -> Tensor:
     return project(x + 0.001 * normal, x, threat_model)
 
 
+def ascend_once(x_adv: Tensor, gradient: Tensor, x: Tensor, threat_model: ThreatModel, step_size: float) -> Tensor:
+    """A step of `step_size` from x_adv in the steepest direction of the norm, then back into the ball around x."""
+    direction = gradient.sign() if threat_model.norm == "Linf" else gradient / _norms(gradient)
+    return project(x_adv + step_size * direction, x, threat_model)
+
+
 def pgd(
     loss: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -86,6 +92,5 @@ def pgd(
         x_adv = x_adv.detach().requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss(x_adv).sum(), x_adv)
-        direction = gradient.sign() if threat_model.norm == "Linf" else gradient / _norms(gradient)
-        x_adv = project(x_adv.detach() + step_size * direction, x, threat_model)
+        x_adv = ascend_once(x_adv.detach(), gradient, x, threat_model, step_size)
     return x_adv.detach()

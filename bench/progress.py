@@ -75,4 +75,6 @@ class RunProgress(_Bar):
 
     def finish(self, result: Result) -> None:
         accuracy = f"SA {result.clean_accuracy.value:.2%} RA {result.robust_accuracy.value:.2%}"
-        self._progress.console.print(f"{self._label}: {accuracy} in {result.seconds:.1f} s")
+        forwards = sum(counts["forwards"] for counts in result.passes.values())
+        cost = f" and {forwards:,} forward passes" if forwards else ""
+        self._progress.console.print(f"{self._label}: {accuracy} in {result.seconds:.1f} s{cost}")

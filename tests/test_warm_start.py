@@ -273,6 +273,26 @@ def test_without_witnesses_a_warm_start_is_a_cold_one(run: Any, kept: Path):
     assert warm.run != cold.run
 
 
+def test_other_processes_wait_for_the_run_that_the_next_one_starts_from(
+    run: Any, kept: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run(STRONG)
+    finished = []
+
+    def the_first_catches_up(seconds: float) -> None:
+        finished.append(len(list(kept.rglob("result.json"))))
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setattr("time.sleep", lambda _: pytest.fail("every block is there"))
+        run(WEAK, warm_start=True, batch_size=1)
+
+    monkeypatch.setattr("time.sleep", the_first_catches_up)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(AttributeError, match="NoneType"):  # it has no result
+        run(WEAK, warm_start=True, batch_size=1)
+    assert finished == [1]
+
+
 # --- witnesses that do not hold --------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,172 @@
+"""Route-aware PGD: make each expert that an input can be sent to wrong, and the router send the input there.
+
+Axes: B = examples of the block, m = rows that are attacked, E = experts, K = selected experts, D = pixels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.attacks.search import Search, halved, margin
+from bench.inner import ascend_once
+from bench.parts import is_dual, routed_branch
+from bench.spec import ThreatModel
+from models.routing import dispatch
+
+
+def affine_map(router: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(W (E, D), b (E,)) of a router with r(x) = W·vec(x) + b in pixel units, or None if it is not affine.
+
+    Found by its gradients at one image and checked at random ones, so that a user's own class need not say so.
+    """
+    point = torch.full_like(x[:1], 0.5).requires_grad_()
+    with torch.enable_grad():
+        scores = router(point)[0]
+        rows = [torch.autograd.grad(score, point, retain_graph=True)[0].flatten() for score in scores]
+    weight = torch.stack(rows)
+    bias = scores.detach() - weight @ point.detach().flatten()
+    with torch.no_grad():
+        probe = torch.rand(8, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x.device)
+        there, expected = router(probe), probe.flatten(1) @ weight.T + bias
+    scale = expected.abs().amax().clamp_min(1e-6)
+    return (weight, bias) if bool(((there - expected).abs() <= 1e-4 * scale).all()) else None
+
+
+def reachable_affine(weight: Tensor, bias: Tensor, x: Tensor, threat: ThreatModel, k: int = 1) -> Tensor:
+    """Which experts (B, E) an affine router can rank among its first k inside the ball ∩ [0, 1] around x, at most.
+
+    Expert i is out where k others, each by itself, beat it at every point of the ball. A superset of what can really be
+    reached, so that no expert is missed. L2: the ball alone.
+    """
+    flat, num_experts = x.flatten(1), len(bias)
+    scores = flat @ weight.T + bias
+    possible = torch.zeros(len(x), num_experts, num_experts, dtype=torch.bool, device=x.device)
+    for i in range(num_experts):
+        for other in range(num_experts):
+            d = weight[i] - weight[other]
+            if threat.norm == "Linf":
+                gain = torch.where(d > 0, (1 - flat).clamp_max(threat.eps), flat.clamp_max(threat.eps)) @ d.abs()
+            else:
+                gain = threat.eps * d.norm()
+            slack = 1e-5 * scores.abs().amax(1).clamp_min(1)
+            possible[:, i, other] = scores[:, i] - scores[:, other] + gain >= -slack
+    return (~possible).sum(2) < k
+
+
+@dataclass
+class Routes:
+    """The router of a block's model, as attacks see it; of a dual, that of its robust branch."""
+
+    search: Search
+
+    @property
+    def moe(self) -> Any:
+        return routed_branch(self.search.block.model)
+
+    @property
+    def k(self) -> int:
+        """K, 1 for a user's own class that does not say."""
+        return int(getattr(self.moe, "num_selected_experts", 1))
+
+    def gap(self, scores: Tensor, experts: Tensor) -> Tensor:
+        """By how much each row's expert (m,) is ahead of the K-th best other, (m,), from scores (m, E)."""
+        own = torch.nn.functional.one_hot(experts, scores.shape[1]).bool()
+        others = scores.masked_fill(own, -torch.inf)
+        return scores[own] - others.topk(self.k, dim=1).values[:, -1]
+
+    def logits(self, z: Tensor, branch: Tensor) -> Tensor:
+        """F's logits (m, C) if its routed branch said `branch` (m, C)."""
+        model: Any = self.search.block.model
+        return mixture(model, model.standard(z), branch) if is_dual(model) else branch
+
+    def of_expert(self, z: Tensor, experts: Tensor) -> Tensor:
+        """F's logits (m, C) with each row sent to its own expert (m,); of several selected ones, as it is deployed."""
+        if self.k > 1:
+            return self.search.block.model(z)
+        return self.logits(z, dispatch(list(self.moe.experts), z, experts[:, None])[:, 0])
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """The median gap between the two best scores of the clean images: what temperatures are relative to."""
+        with torch.no_grad():
+            gaps = self.moe.router(self.search.block.x).topk(2, dim=1).values.diff().abs()
+        return gaps.median().clamp_min(1e-6)
+
+    @cached_property
+    def margins(self) -> Tensor:
+        """The margin of each expert on the clean images, (B, E): the higher, the weaker."""
+        block = self.search.block
+        with torch.no_grad():
+            every = [margin(self.logits(block.x, expert(block.x)), block.y) for expert in self.moe.experts]
+        return torch.stack(every, 1)
+
+    def aimed(self, experts: Tensor) -> Tensor:
+        """From each image of the block, a step of ε up its expert's score over the mean of all: (B, C, H, W).
+
+        For an affine router x + ε sign(W_i − mean W), where i is as far ahead as it gets.
+        """
+        block = self.search.block
+        z = block.x.detach().requires_grad_()
+        with torch.enable_grad():
+            scores = self.moe.router(z)
+            lead = scores.gather(1, experts[:, None])[:, 0] - scores.mean(1)
+            (gradient,) = torch.autograd.grad(lead.sum(), z)
+        return ascend_once(block.x, gradient, block.x, block.threat_model, block.threat_model.eps)
+
+    @cached_property
+    def reachable(self) -> Tensor:
+        """Which experts (B, E) each image can be sent to: of an affine router at least all, else those found."""
+        block = self.search.block
+        if (affine := affine_map(self.moe.router, block.x)) is not None:
+            return reachable_affine(*affine, block.x, block.threat_model, self.k)
+        found = []
+        for i in range(len(self.moe.experts)):
+            experts = torch.full_like(block.y, i)
+            wins = torch.zeros_like(block.correct)
+            for start in (block.x, self.aimed(experts), self.search.uniform()):
+                z = start
+                for _ in range(10):
+                    z = z.detach().requires_grad_()
+                    with torch.enable_grad():
+                        gap = self.gap(self.moe.router(z), experts)
+                        (gradient,) = torch.autograd.grad(gap.sum(), z)
+                    wins |= gap.detach() >= 0
+                    z = ascend_once(z.detach(), gradient, block.x, block.threat_model, block.threat_model.eps / 4)
+            found.append(wins)
+        return torch.stack(found, 1)
+
+
+def mixture(dual: Any, standard: Tensor, robust: Tensor) -> Tensor:
+    """A dual's logits (m, C) from its branches' logits; a user's own that does not show how it mixes: probabilities."""
+    if hasattr(dual, "mix"):
+        return dual.mix(standard, robust)
+    alpha = float(dual.alpha)
+    if getattr(dual, "combine", "probs") == "logits":
+        return (1 - alpha) * standard + alpha * robust
+    return ((1 - alpha) * standard.softmax(1) + alpha * robust.softmax(1)).clamp_min(1e-30).log()
+
+
+def route_aware(routes: Routes, steps: int, starts: int, push: float, ahead: float) -> None:
+    """Each reachable expert in turn, the weakest on the clean image first, from `starts` points.
+
+    The loss is F's margin with the image sent to that expert, minus push · relu(ahead − its gap to the best other).
+    The first start is a step of ε towards the expert, the others are uniform.
+    """
+    search, block = routes.search, routes.search.block
+    order = routes.margins.argsort(1, descending=True)
+    for turn in range(order.shape[1]):
+        experts = order[:, turn]
+        can = routes.reachable.gather(1, experts[:, None])[:, 0]
+
+        def loss(z: Tensor, rows: Tensor, experts: Tensor = experts) -> Tensor:
+            gap = routes.gap(routes.moe.router(z), experts[rows])
+            return margin(routes.of_expert(z, experts[rows]), block.y[rows]) - push * (ahead - gap).relu()
+
+        for number in range(starts):
+            start = routes.aimed(experts) if number == 0 else search.uniform()
+            rows = (search.standing & can).nonzero()[:, 0]
+            search.climb(loss, start, halved(block.threat_model.eps, steps), rows, 2 if is_dual(block.model) else 1)

@@ -1,0 +1,82 @@
+"""Gradient ascent on any loss, while success is judged on the deployed model at every iterate.
+
+Axes: B = examples of the block, m = rows that are attacked, E = experts, C = classes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bench.inner import ascend_once, random_start
+from bench.suites.base import Block
+
+#: From iterates (m, C, H, W) and their rows in the block (m,) to a value each (m,), which is maximised.
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """The best other logit minus the true one (m,): above 0 where logits (m, C) are wrong."""
+    own = torch.nn.functional.one_hot(y, logits.shape[1]).bool()
+    return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]
+
+
+def halved(eps: float, steps: int) -> list[float]:
+    """Step sizes of a trial: ε/4 for the first half of the steps, then ε/16."""
+    return [eps / 4] * (steps - steps // 2) + [eps / 16] * (steps // 2)
+
+
+@dataclass
+class Search:
+    """What has been found in one block.
+
+    standing (B,): where the deployed model has not been broken. x_adv (B, C, H, W): what broke it, or the last iterate.
+    """
+
+    block: Block
+    standing: Tensor = field(init=False)
+    x_adv: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.standing, self.x_adv = self.block.correct.clone(), self.block.x.clone()
+
+    @property
+    def rows(self) -> Tensor:
+        """Rows of the block that stand, (m,)."""
+        return self.standing.nonzero()[:, 0]
+
+    def uniform(self) -> Tensor:
+        """A random point of the ball around each image of the block, in the box: (B, C, H, W)."""
+        threat, x = self.block.threat_model, self.block.x
+        noise = 2 * torch.rand(x.shape).to(x.device) - 1  # drawn for all rows: who still stands changes no draw
+        return random_start(x, threat, noise)
+
+    def test(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Keep the iterates z (m, C, H, W), and note which the deployed model gets wrong; those it gets right, (m,)."""
+        with torch.no_grad():
+            right = self.block.model(z).argmax(1) == self.block.y[rows]
+        self.x_adv[rows] = z.detach()
+        self.standing[rows[~right]] = False
+        return right
+
+    def climb(self, loss: Loss, start: Tensor, steps: Sequence[float], rows: Tensor, passes: int = 0) -> None:
+        """Ascend from start (B, C, H, W) by the given step sizes; a row leaves when the deployed model is wrong on it.
+
+        `passes` is how many forward passes of a model the loss takes for each row beside those of F, which are counted
+        anyway.
+        """
+        rows = rows[self.standing[rows]]
+        z = start[rows]
+        for step in [*steps, None]:
+            right = self.test(z, rows)
+            rows, z = rows[right], z[right]
+            if step is None or not len(rows):
+                return
+            z = z.detach().requires_grad_()
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(loss(z, rows).sum(), z)
+            self.block.passes.forwards += passes * len(rows)
+            self.block.passes.backwards += passes * len(rows)
+            gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
+            z = ascend_once(z.detach(), gradient, self.block.x[rows], self.block.threat_model, step)

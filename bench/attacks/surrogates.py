@@ -1,0 +1,69 @@
+"""Attacks on smooth stand-ins for a hard route, on the route and the logits at once, and on averaged gradients.
+
+Axes: m = rows that are attacked, E = experts, C = classes. Temperatures are relative to the router's median gap.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.attacks.routes import Routes
+from bench.attacks.search import halved, margin
+
+
+def _soft(routes: Routes, z: Tensor, temperature: float) -> Tensor:
+    """F's logits (m, C) with all experts mixed by softmax(r / T)."""
+    weights = (routes.moe.router(z) / (temperature * routes.scale)).softmax(1)
+    outputs = torch.stack([expert(z) for expert in routes.moe.experts], 1)
+    return routes.logits(z, (weights[:, :, None] * outputs).sum(1))
+
+
+def soft(routes: Routes, temperature: float, steps: int) -> None:
+    """PGD on the soft mixture, from a uniform start; what it finds counts where it breaks the deployed model."""
+    _climb(routes, lambda z: _soft(routes, z, temperature), steps, len(routes.moe.experts))
+
+
+def bpda(routes: Routes, temperature: float, steps: int) -> None:
+    """Hard forward, soft backward (Athalye et al. 2018): the deployed logits with the soft mixture's gradient."""
+
+    def logits(z: Tensor) -> Tensor:
+        smooth = _soft(routes, z, temperature)
+        with torch.no_grad():
+            deployed = routes.search.block.model(z)
+        return smooth + (deployed - smooth).detach()
+
+    _climb(routes, logits, steps, len(routes.moe.experts))
+
+
+def _climb(routes: Routes, logits: Callable[[Tensor], Tensor], steps: int, passes: int) -> None:
+    search, y = routes.search, routes.search.block.y
+    steps_taken = halved(search.block.threat_model.eps, steps)
+    search.climb(lambda z, rows: margin(logits(z), y[rows]), search.uniform(), steps_taken, search.rows, passes)
+
+
+def joint(routes: Routes, steps: int) -> None:
+    """The deployed margin, plus a push of the route towards the expert that is weakest on the clean image."""
+    search, block = routes.search, routes.search.block
+    weakest = routes.margins.masked_fill(~routes.reachable, -torch.inf).argmax(1)
+
+    def loss(z: Tensor, rows: Tensor) -> Tensor:
+        push = routes.gap(routes.moe.router(z), weakest[rows]) / routes.scale
+        return margin(block.model(z), block.y[rows]) + push.clamp_max(1)
+
+    search.climb(loss, search.uniform(), halved(block.threat_model.eps, steps), search.rows)
+
+
+def averaged(routes: Routes, neighbours: int, steps: int) -> None:
+    """The deployed margin averaged over points near the iterate, on images that can be sent to another expert."""
+    search, block = routes.search, routes.search.block
+    radius = block.threat_model.eps / 8
+    near = (routes.reachable.sum(1) > 1).nonzero()[:, 0]
+
+    def loss(z: Tensor, rows: Tensor) -> Tensor:
+        many = z.repeat(neighbours, 1, 1, 1)
+        many = many + radius * (2 * torch.rand(many.shape).to(z.device) - 1)
+        return margin(block.model(many), block.y[rows].repeat(neighbours)).view(neighbours, -1).mean(0)
+
+    start = search.uniform()
+    search.climb(loss, start, halved(block.threat_model.eps, steps), near)
