@@ -132,7 +132,7 @@ def evaluate(
         while "warm_start" in spec.suite_params and folder.finished() is None:  # the next run starts from this one
             time.sleep(_POLL)
         return None
-    while folder.finished() is None and len(folder.blocks()) < len(starts):
+    while folder.finished() is None and not folder.complete(len(starts)):
         time.sleep(_POLL)
     return _finish(folder, spec, subject, data, device)
 

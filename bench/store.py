@@ -247,8 +247,12 @@ class RunFolder:
         return found
 
     def blocks(self) -> set[int]:
-        """The numbers of the blocks written so far, whole or not."""
-        return {int(path.stem.removeprefix("block-")) for path in self._blocks.glob("block-*.parquet")}
+        """The numbers of the blocks written so far."""
+        return {block.index for block in self.read_blocks()}
+
+    def complete(self, count: int) -> bool:
+        """Whether `count` blocks are written; they are read only once there are so many files."""
+        return len(list(self._blocks.glob("block-*.parquet"))) >= count and len(self.blocks()) >= count
 
     def finish(self, result: Result, verdicts: pd.DataFrame, witnesses: Witnesses | None = None) -> None:
         """Writes the witnesses, the rows, then the result, and drops the blocks; ValueError if they do not fit."""

@@ -131,8 +131,11 @@ def test_a_truncated_block_is_not_written(tmp_path: Path, kept: int):
     (tmp_path / "blocks" / "block-00004.parquet").symlink_to("nowhere")
     ROWS.drop(columns="robust").to_parquet(tmp_path / "blocks" / "block-00005.parquet")
     assert folder.blocks() == {0}
+    assert folder.complete(1)
+    assert not folder.complete(2)  # another process may still have to write it again
     folder.write_block(1, ROWS, {})
     assert folder.blocks() == {0, 1}
+    assert folder.complete(2)
 
 
 @pytest.mark.parametrize(("call", "replaced"), [("write_block", 0), ("finish", 0), ("finish", 1)])
