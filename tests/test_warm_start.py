@@ -338,8 +338,8 @@ def test_what_a_witness_no_longer_breaks_is_left_to_the_suite(run: Any, kept: Pa
 
 @pytest.mark.parametrize(
     ("pixel", "value"),
-    [(0, 0.2), (1, np.nan), (1, np.inf), (1, -0.1)],
-    ids=["outside the ball", "NaN", "infinite", "outside the box"],
+    [(0, 0.2), (1, np.nan), (1, np.inf)],
+    ids=["outside the ball", "NaN", "infinite"],
 )
 def test_an_illegal_witness_spoils_neither_its_example_nor_its_neighbours(
     pixel: int, value: float, run: Any, kept: Path
