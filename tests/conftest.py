@@ -160,6 +160,7 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
         settings: dict[str, Any] | None = None,
         num_classes: int = 10,
         results: Path = tmp_path / "results",
+        known: Any = None,
         on_block: Callable[[int, int, int], None] = lambda *_: None,
         **fields: Any,
     ) -> Any:
@@ -181,7 +182,9 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
             **fields,
         )
         opened.check(name, dataset, spec.threat_model)
-        result = evaluate(spec, Subject(model, info), opened, data, num_classes, results, on_block=on_block)
+        result = evaluate(
+            spec, Subject(model, info), opened, data, num_classes, results, on_block=on_block, known=known
+        )
         return result, Run(result, run_folder(results, spec, result.run)).verdicts()
 
     return run

@@ -4,13 +4,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 import bench.compat
 from bench.datasets.base import EvalSet, fingerprint, open_dataset
 from bench.spec import ROBUSTBENCH_DATASETS, ROBUSTBENCH_NORMS, Norm
+from bench.witnesses import Witnesses
 from models.architecture import Routed
 
 #: Some examples fall to the attacks and some withstand them, with the smallest of budgets.
@@ -162,3 +165,22 @@ def test_no_example_stands_and_nothing_is_attacked(planted: Any, score: Any):
     wrong = EvalSet(data.x, (data.y + 5) % 10, data.idx, "wrong", "")
     result, rows = score(planted.robust(), "robustbench", wrong, dataset="cifar10")
     assert (result.robust_accuracy.value, result.errors, set(rows["attack"])) == (0, 0, {"clean"})
+
+
+def test_what_a_warm_start_broke_is_no_disagreement(planted: Any, score: Any, monkeypatch: pytest.MonkeyPatch):
+    version = AutoAttack._set_version
+
+    def idle(self: Any, *arguments: Any) -> None:
+        version(self, *arguments)
+        self.attacks_to_run = []
+
+    monkeypatch.setattr(AutoAttack, "_set_version", idle)
+    model, data = planted.broken(), planted.data()
+    x = data.x[:2].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x)[range(2), data.y[:2]].sum(), x)
+    known = Witnesses(np.arange(2), ("a", "a"), (x - 0.1 * gradient.sign()).detach().numpy())
+    cold, _ = score(model, "robustbench", data, dataset="cifar10")
+    warm, rows = score(model, "robustbench", data, dataset="cifar10", known=known, seed=1)
+    assert (cold.robust_accuracy.value, warm.robust_accuracy.value) == (23 / 24, 21 / 24)
+    assert cold.flags == warm.flags == ()
+    assert rows.groupby("idx")["clean_correct"].nunique().max() == 1  # what stands no more was right all the same
