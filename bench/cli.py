@@ -53,6 +53,7 @@ class BoardFormat(StrEnum):
     """What `bench leaderboard` writes."""
 
     csv = "csv"
+    robustbench = "robustbench"
 
 
 def say(message: str) -> None:
@@ -262,10 +263,20 @@ def leaderboard(
     results: ResultsOption = Path("results"),
     out: Annotated[Path, typer.Option("--out", help="folder of the boards")] = Path("leaderboards"),
     board_format: Annotated[
-        BoardFormat, typer.Option("--format", help="csv writes a markdown beside it")
+        BoardFormat,
+        typer.Option("--format", help="csv writes a markdown beside it, robustbench a JSON file for each row"),
     ] = BoardFormat.csv,
 ) -> None:
-    """Write a CSV and a markdown board per data set and threat, and print the markdown."""
+    """Write a CSV and a markdown board per data set and threat, and print the markdown; or RobustBench's JSON files."""
+    if board_format is BoardFormat.robustbench:
+        from bench.robustbench_info import write_model_info
+
+        written = write_model_info(results, out)
+        for path in written.paths:
+            say(f"{path}")
+        if written.left_out:
+            say(f"left out: {'; '.join(written.left_out)}")
+        return
     from bench.leaderboard import write_boards
 
     for path in write_boards(results, out):

@@ -211,8 +211,8 @@ class _Examiner:
         model = self.model
         with PassCounter(model) as counter:
             threat, seed = self.spec.threat_model, block_seed(self.spec.seed, number)
-            # a copy, as known witnesses change it
-            block = Block(model, x, y, correct.to(x.device, copy=True), self.num_classes, threat, seed, counter)
+            standing_there = correct.to(x.device, copy=True)  # a copy, as known witnesses change it
+            block = Block(model, x, y, standing_there, self.num_classes, self.spec.dataset, threat, seed, counter)
             try:
                 for attempt in self._attempts(block, idx, standing) if correct.any() else ():
                     whole = attempt.target == "F"
@@ -224,6 +224,9 @@ class _Examiner:
                     if whole:
                         standing[rows] &= ~verdict.broken & ~verdict.error
                         witnesses.append(_witnesses(attempt, verdict.broken, idx))
+                    # what a warm start broke is in no suite's own count
+                    if self.known is None and _disagrees(attempt, correct, standing):
+                        block.flags.append(f"{attempt.attack}: the suite's own accuracies are not the re-check's")
                     frames.append(_frame(seen, rows, attempt.attack, attempt.target, verdict))
                     unconfirmed[attempt.attack] += int(verdict.unconfirmed.sum())
                     passes[attempt.attack]["forwards"] += attempt.forwards
@@ -307,6 +310,12 @@ def _witnesses(attempt: Attempt, broken: Tensor, idx: Tensor) -> Witnesses:
 def _occurrence(idx: NDArray[np.int64]) -> NDArray[np.int64]:
     """How often the same value stood before each."""
     return np.asarray(pd.Series(idx).groupby(idx).cumcount(), dtype=np.int64)
+
+
+def _disagrees(attempt: Attempt, correct: Tensor, standing: Tensor) -> bool:
+    """Whether the suite states another number of right or of standing examples (B,) than the re-check found."""
+    found = (int(correct.sum()), int(standing.sum()))
+    return attempt.stated is not None and tuple(round(len(correct) * value) for value in attempt.stated) != found
 
 
 def _unknown(count: int) -> Judgement:

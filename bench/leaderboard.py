@@ -13,11 +13,11 @@ from typing import TypeVar
 import pandas as pd
 from tabulate import tabulate
 
-from bench.files import write_atomically
+from bench.files import write_if_changed
 from bench.metrics import accuracy_after, clean_by_example, component_rates, robust_by_example
 from bench.registry import UnusableInput
 from bench.spec import path_safe
-from bench.store import Accuracy, Run, ensure_writable, read_runs, suite_label
+from bench.store import Accuracy, Result, Run, ensure_writable, read_runs, suite_label
 
 #: CSV header → title in markdown; the columns of the attacks stand between the two.
 _FIRST = {
@@ -83,10 +83,12 @@ class _Scores:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
+    """A subject on one evaluation set, as its board shows it; `result` is one of its runs on that set."""
+
     ranked: bool
     worst: float  # fraction; -1 where nothing attacked it
-    fingerprint: str
+    result: Result
     n: int
     cells: dict[str, str]  # by CSV header; what is not known is empty or not there
     scores: _Scores
@@ -101,10 +103,21 @@ class _Row:
 
 def boards(results_root: Path) -> list[Board]:
     """The boards of all finished runs below `results_root`; UnusableInput if there is none or one cannot be used."""
+    return [_board(stem, group) for stem, group in sorted(_grouped(finished_runs(results_root), _stem).items())]
+
+
+def finished_runs(results_root: Path) -> list[Run]:
+    """All finished runs below `results_root`; UnusableInput if there is none or one cannot be used."""
     runs = read_runs(results_root)
     if not runs:
         raise UnusableInput(f"there is no finished run below '{results_root}': run one with: bench run")
-    return [_board(stem, group) for stem, group in sorted(_grouped(runs, _stem).items())]
+    return runs
+
+
+def board_rows(runs: Iterable[Run]) -> list[Row]:
+    """The rows of all boards, in no order; runs with errors count in none."""
+    sound = [run for run in runs if not run.result.errors]
+    return [row for subject in _grouped(sound, _subject).values() for row in _rows(subject)]
 
 
 def render(results_root: Path) -> str:
@@ -122,10 +135,8 @@ def write_boards(results_root: Path, out_dir: Path) -> list[Path]:
     paths = []
     for board in made:
         for suffix, text in (("csv", board.csv), ("md", board.markdown)):
-            path, data = out_dir / f"{board.stem}.{suffix}", text.encode()
-            if not path.exists() or path.read_bytes() != data:
-                write_atomically(path, data)
-            paths.append(path)
+            paths.append(out_dir / f"{board.stem}.{suffix}")
+            write_if_changed(paths[-1], text.encode())
     return paths
 
 
@@ -142,13 +153,11 @@ def _stem(run: Run) -> str:
 
 def _board(stem: str, runs: list[Run]) -> Board:
     titles = sorted({f"{run.result.spec.dataset}, {run.result.spec.threat_model}" for run in runs})
-    sound = [run for run in runs if not run.result.errors]
-    rows = [row for subject in _grouped(sound, _subject).values() for row in _rows(subject)]
-
-    after = dict.fromkeys(attack for row in rows for attack in row.scores.after)
-    under = sorted({suite for row in rows for suite in row.scores.under})
+    every = board_rows(runs)
+    after = dict.fromkeys(attack for row in every for attack in row.scores.after)
+    under = sorted({suite for row in every for suite in row.scores.under})
     attacks = {f"after_{attack}": f"after {attack}" for attack in after} | {f"ra_{s}": f"RA {s}" for s in under}
-    tables = _grouped(rows, lambda row: (-row.n, row.fingerprint))
+    tables = _grouped(every, lambda row: (-row.n, row.result.fingerprint))
     markdown, records = [f"# {'; '.join(titles)}", _LEGEND], []
     for (_, fingerprint), table in sorted(tables.items()):
         table.sort(key=lambda row: row.order)
@@ -166,14 +175,14 @@ def _board(stem: str, runs: list[Run]) -> Board:
     return Board(stem, "\n\n".join(markdown) + "\n", csv)
 
 
-def _cells(row: _Row, rank: int) -> dict[str, str]:
+def _cells(row: Row, rank: int) -> dict[str, str]:
     after = {f"after_{attack}": value for attack, value in row.scores.after.items()}
     under = {f"ra_{suite}": value for suite, value in row.scores.under.items()}
     own = {"rank": str(rank) if row.ranked else "", "flags": "; ".join(row.flags)}
     return row.cells | row.scores.cells | after | under | own
 
 
-def _markdown(table: list[_Row], lines: list[dict[str, str]], titles: dict[str, str]) -> list[str]:
+def _markdown(table: list[Row], lines: list[dict[str, str]], titles: dict[str, str]) -> list[str]:
     """The table, and under it the flags that are too long for a cell."""
     long = dict.fromkeys(flag for row in table for flag in row.flags if len(flag) > _LONG_FLAG)
     mark = {flag: f"[{number}]" for number, flag in enumerate(long, start=1)}
@@ -215,7 +224,7 @@ def _versioned(run: Run) -> str:
     return f"{run.result.spec.suite}-v{run.result.spec.suite_version}"
 
 
-def _rows(subject: list[Run]) -> list[_Row]:
+def _rows(subject: list[Run]) -> list[Row]:
     """One row for each evaluation set that the subject was run on."""
     rows_of = {run.path: run.verdicts() for run in subject}
     rows = []
@@ -231,7 +240,7 @@ def _rows(subject: list[Run]) -> list[_Row]:
     return rows
 
 
-def _row(covering: list[Run], worst: float, n: int, one: Run, scores: _Scores) -> _Row:
+def _row(covering: list[Run], worst: float, n: int, one: Run, scores: _Scores) -> Row:
     """The row of `one`, a run on this evaluation set: all `covering` runs count in it, the scores are of its own."""
     spec, info = one.result.spec, one.result.model_info
     alpha = info.alpha if spec.alpha is None else spec.alpha
@@ -259,10 +268,10 @@ def _row(covering: list[Run], worst: float, n: int, one: Run, scores: _Scores) -
         "fingerprint": one.result.fingerprint[:12],
         "checkpoint": info.checkpoint_sha256[:12],
     }
-    return _Row(
+    return Row(
         ranked="autoattack" in labels and not unproven,
         worst=worst if attacked else -1.0,
-        fingerprint=one.result.fingerprint,
+        result=one.result,
         n=n,
         cells=cells,
         scores=scores,

@@ -72,7 +72,7 @@ def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path]) -> P
     dataset = open_dataset(request.dataset)
     threat = threat_model(dataset, request.norm, request.eps)
     for name, suite in suites.items():
-        suite.check(name, threat)
+        suite.check(name, dataset.name, threat)
     for option, given, least in (("--batch-size", request.batch_size, 1), ("--seed", request.seed, 0)):
         if given < least:
             raise UnusableInput(f"{option} {given} must be at least {least}")

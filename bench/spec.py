@@ -19,6 +19,9 @@ from bench.registry import UnusableInput, did_you_mean
 Norm = Literal["Linf", "L2", "L1"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")
+#: What RobustBench has boards of, by its own names; here, since importing robustbench imports torch.
+ROBUSTBENCH_DATASETS = ("cifar10", "cifar100", "imagenet")
+ROBUSTBENCH_NORMS: tuple[Norm, ...] = ("Linf", "L2")
 
 
 def digest(*parts: Any) -> str:

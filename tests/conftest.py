@@ -154,11 +154,13 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
         suite: Any,
         data: Any = None,
         *,
+        dataset: str = "planted",
         norm: Any = "Linf",
         eps: float | None = None,
         settings: dict[str, Any] | None = None,
         num_classes: int = 10,
         warm_start: bool = False,
+        known: Any = None,
         results: Path = tmp_path / "results",
         on_block: Callable[[int, int, int], None] = lambda *_: None,
         **fields: Any,
@@ -172,7 +174,7 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
         )
         spec = RunSpec(
             model="m",
-            dataset="planted",
+            dataset=dataset,
             threat_model=ThreatModel(norm=norm, eps=eps or planted.balls[norm]),
             suite=name,
             suite_version=opened.version,
@@ -180,13 +182,37 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
             n_examples=len(data),
             **fields,
         )
-        opened.check(name, spec.threat_model)
+        opened.check(name, dataset, spec.threat_model)
         subject = Subject(model, info)
-        known = earlier_witnesses(results, spec, subject, data) if warm_start else None
+        known = earlier_witnesses(results, spec, subject, data) if warm_start else known
         result = evaluate(spec, subject, opened, data, num_classes, results, on_block=on_block, known=known)
         return result, Run(result, run_folder(results, spec, result.run)).verdicts()
 
     return run
+
+
+@pytest.fixture
+def cut_autoattack(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int, int], None]:
+    """cut_autoattack(steps, targets, queries): from here on pyautoattack's standard version has a smaller budget.
+
+    It is pyautoattack's own, so that a direct call has it as well.
+    """
+    from pyautoattack import AutoAttack
+
+    standard = AutoAttack._set_version
+
+    def cut(steps: int, targets: int, queries: int) -> None:
+        def set_version(self: Any, version: str = "standard") -> None:
+            standard(self, version)
+            for part in (self.apgd, self.apgd_targeted):
+                part.n_iter = part.n_iter_orig = steps
+            self.fab.n_iter = 2 * steps
+            self.apgd_targeted.n_target_classes, self.fab.n_target_classes = targets, 2 * targets
+            self.square.n_queries = queries
+
+        monkeypatch.setattr(AutoAttack, "_set_version", set_version)
+
+    return cut
 
 
 @pytest.fixture

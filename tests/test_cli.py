@@ -300,7 +300,7 @@ BAD: list[tuple[str, str]] = [
     ("list", "Missing argument 'what'. Choose from: variants, suites, datasets, objectives, recipes."),
     ("list models", "'models' is not one of 'variants', 'suites', 'datasets', 'objectives', 'recipes'."),
     ("leaderboard extra", "Got unexpected extra argument(s) (extra)."),
-    ("leaderboard --format xml", "'xml' is not one of 'csv'."),
+    ("leaderboard --format xml", "'xml' is not one of 'csv', 'robustbench'."),
     ("run --n-examples many", "'--n-examples': Input should be a valid integer"),
     ("run --n-examples many", "(got 'many')."),
     ("run --batch-size 1.5", "(got '1.5')."),
@@ -333,6 +333,7 @@ BAD: list[tuple[str, str]] = [
     ("run --norm L3", "unknown norm 'L3'"),
     ("run --norm L2", "--norm L2 needs an --eps"),
     ("run --suite pgd --norm L1 --eps 3", "suite 'pgd' has no L1 attack: it has Linf, L2"),
+    ("run --suite robustbench", "suite 'robustbench' does not know data set digits: it knows cifar10, cifar100, imag"),
     ("run --suite torchattacks:PGDL2", "suite 'torchattacks:PGDL2' has no Linf attack: it has L2"),
     ("train moe-at --norm L1 --eps 3", "no training inside an L1 ball"),
     # numbers
@@ -352,6 +353,7 @@ BAD: list[tuple[str, str]] = [
     ("run --model moe-at-s9", "no Linf checkpoint of 'moe-at-s9' for digits"),
     ("run --model robustbench:Standard", "RobustBench's zoo has no models for digits"),
     ("run --model nowhere:make", "--model 'nowhere:make' cannot be made: ModuleNotFoundError"),
+    ("leaderboard --format robustbench", "there is no results folder 'results': make it with: bench run --results"),
     ("leaderboard", "there is no results folder 'results': make it with: bench run --results results"),
     ("check --baseline nowhere", "there is no results folder 'nowhere'"),
     ("check --baseline nowhere --alpha 2", "--alpha 2.0 is not in (0, 1)"),
@@ -428,13 +430,13 @@ def test_corrupt_image_is_named(refused: Any, user_model: str):
     assert str(broken) in line
 
 
-@pytest.mark.parametrize("command", ["run", "train moe-at", "leaderboard"])
+@pytest.mark.parametrize("command", ["run", "train moe-at", "leaderboard", "leaderboard --format robustbench"])
 def test_folder_that_cannot_be_written_is_named(command: str, bench: Bench, refused: Any, user_model: str):
     # below a regular file, since nothing else stops root
     model = ["--model", f"{user_model}:Linear", "--n-examples", "4", "--suite", "clean"]
     bench("run", *model)
     Path("file").touch()
-    option = {"run": "--results", "leaderboard": "--out"}.get(command, "--checkpoints")
+    option = {"run": "--results", "leaderboard": "--out"}.get(command.split()[0], "--checkpoints")
     line = refused(*command.split(), option, "file/below", *(model if command == "run" else []))
     assert line == "folder 'file/below' cannot be written (Not a directory): name another one"
 

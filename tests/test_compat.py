@@ -5,12 +5,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pyautoattack
 import pytest
 import torch
 
 import bench.compat
 from bench.registry import UnusableInput
+from bench.spec import ThreatModel
 
 
 def test_robustbench_imports_and_uses_the_adapters():
@@ -79,3 +81,41 @@ def test_robustbench_benchmarks_a_model(
     )
     assert (clean, robust) == (pytest.approx(23 / 24), 0)
     assert "Clean accuracy: 95.83%" in capsys.readouterr().out
+
+
+def test_benchmark_is_robustbenchs_on_our_images_with_our_seed(
+    planted: Any, cut_autoattack: Any, capfd: pytest.CaptureFixture[str]
+):
+    import robustbench.data
+    import robustbench.eval
+
+    data, model = planted.data(), planted.broken()
+    loaders = dict(robustbench.data._clean_dataset_loaders)
+    threat = ThreatModel(norm="Linf", eps=0.02)  # the margin, but for the noise: some examples withstand
+    cut_autoattack(2, 2, 50)
+    found = {seed: bench.compat.benchmark(model, data.x, data.y, "imagenet", threat, seed) for seed in (1, 2)}
+    attack = pyautoattack.AutoAttack(model, norm="Linf", eps=0.02, seed=1)
+    x_adv, y_adv = attack.run_standard_evaluation(data.x, data.y, batch_size=24)
+    assert torch.equal(found[1].x_adv, x_adv)
+    assert torch.equal(found[1].fooled, y_adv != data.y)
+    assert not torch.equal(found[2].x_adv, x_adv)
+    robust = (model(x_adv).argmax(1) == data.y).float().mean().item()
+    assert (found[1].clean, found[1].robust) == (pytest.approx(23 / 24), pytest.approx(robust))
+    assert 0 < robust < 23 / 24
+    assert robustbench.data._clean_dataset_loaders == loaders
+    assert robustbench.eval.AutoAttack is bench.compat.AutoAttack
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_a_template_of_robustbenchs_own_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import robustbench.leaderboard.template
+
+    folder = tmp_path / "planted_boards" / "boards"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    loader = robustbench.leaderboard.template.PackageLoader("planted_boards", "boards")
+    environment = jinja2.Environment(loader=loader)
+    assert environment.get_template("leaderboard.html.j2").render(models=[]).startswith('<table class="datatable">')
+    (folder / "leaderboard.html.j2").write_text("their own")
+    assert jinja2.Environment(loader=loader).get_template("leaderboard.html.j2").render() == "their own"

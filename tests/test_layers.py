@@ -67,7 +67,7 @@ def test_verdicts_share_no_code_with_an_attack():
     assert of_bench(imports(ROOT / "bench/verdicts.py")) == {"bench.spec"}
     for library in ("torchattacks", "pyautoattack", "robustbench", "autoattack"):
         users = {path.stem for path in modules("bench") if library in {n.split(".")[0] for n in imports(path)}}
-        assert users <= {"torchattacks", "pgd", "autoattack", "compat"}, library
+        assert users <= {"torchattacks", "pgd", "autoattack", "adaptive", "compat"}, library
 
 
 def test_what_names_things_imports_nothing_of_the_project():
@@ -93,7 +93,7 @@ def loaded(statement: str, cwd: Path) -> set[str]:
     return {name.partition(".")[0] for name in names} | {name for name in names if name.startswith("bench.")}
 
 
-@pytest.mark.parametrize("module", ["leaderboard", "check"])
+@pytest.mark.parametrize("module", ["leaderboard", "robustbench_info", "check"])
 def test_boards_and_gate_import_no_torch(module: str):
     found = loaded(f"import bench.{module}, bench.store, bench.metrics", ROOT)
     assert f"bench.{module}" in found
@@ -112,7 +112,9 @@ def test_help_imports_nothing_heavy(tmp_path: Path):
     assert not found & set(HEAVY)
 
 
-@pytest.mark.parametrize("words", [("leaderboard",), ("check", "--baseline", "results")])
+@pytest.mark.parametrize(
+    "words", [("leaderboard",), ("leaderboard", "--format", "robustbench"), ("check", "--baseline", "results")]
+)
 def test_commands_without_a_model_import_no_torch(words: tuple[str, ...], tmp_path: Path):
     found = loaded(run_main(*words), tmp_path)
     assert f"bench.{words[0]}" in found

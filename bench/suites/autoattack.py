@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from pyautoattack import AutoAttack, checks
 from torch import Tensor
@@ -41,6 +42,22 @@ def standard(block: Block) -> AutoAttack:
     return attack
 
 
+@contextmanager
+def watched(block: Block) -> Iterator[None]:
+    """pyautoattack evaluates inside: its warnings become the block's flags, and what it leaves behind is undone."""
+    # check_dynamic counts calls in a module's dict that it never resets, and switches tracing (coverage) off.
+    checks.funcs.update(dict.fromkeys(checks.funcs, 0))
+    trace = sys.gettrace()
+    with CaughtWarnings("auto-attack") as caught:
+        try:
+            yield
+        finally:
+            sys.settrace(trace)
+            for message in caught.messages:
+                known = [flag for phrase, flag in WARNINGS.items() if phrase in message]
+                block.flags.extend(known or [f"AutoAttack: {message}"])
+
+
 class _Recorder:
     """Stands around an attack's `perturb` and keeps what it returns, with the rows of the block that it was run on.
 
@@ -77,19 +94,12 @@ class AutoAttackSuite(Suite):
         attack, recorder = standard(block), _Recorder(block)
         block.attacks.extend(attack.attacks_to_run)
         recorder.listen(attack)
-        # check_dynamic counts calls in a module's dict that it never resets, and switches tracing (coverage) off.
-        checks.funcs.update(dict.fromkeys(checks.funcs, 0))
-        trace, failure = sys.gettrace(), None
-        with CaughtWarnings("auto-attack") as caught:
-            try:
+        failure = None
+        try:
+            with watched(block):
                 attack.run_standard_evaluation(block.x, block.y, batch_size=len(block.x))
-            except Exception as error:  # what was found before it counts; evaluation makes errors of the rest
-                failure = error
-            finally:
-                sys.settrace(trace)
-        for message in caught.messages:
-            known = [flag for phrase, flag in WARNINGS.items() if phrase in message]
-            block.flags.extend(known or [f"AutoAttack: {message}"])
+        except Exception as error:  # what was found before it counts; evaluation makes errors of the rest
+            failure = error
         yield from recorder.attempts
         if failure is not None:
             raise failure

@@ -22,7 +22,8 @@ class Attempt:
     bounded: the attack was told ε and must keep to it. claimed (m,): where it says itself that it succeeded (None: it
     does not say). target: whose prediction is judged, `F` or the name of a part (`bench.parts.parts`); only F, the
     whole model, counts in robust accuracy. forwards, backwards: examples sent through the model or the part under
-    attack, and gradients taken, since the block's previous attempt.
+    attack, and gradients taken, since the block's previous attempt. stated: the block's clean and robust accuracy after
+    this attempt where the suite has its own opinion of them, fractions, to be held against the re-check's.
     """
 
     attack: str
@@ -33,6 +34,7 @@ class Attempt:
     target: str
     forwards: int
     backwards: int
+    stated: tuple[float, float] | None = None
 
 
 class PassCounter:
@@ -85,6 +87,7 @@ class Block:
     y: Tensor
     correct: Tensor
     num_classes: int
+    dataset: str
     threat_model: ThreatModel
     seed: int
     passes: PassCounter
@@ -105,12 +108,13 @@ class Block:
         bounded: bool = True,
         claimed: Tensor | None = None,
         target: str = "F",
+        stated: tuple[float, float] | None = None,
     ) -> Attempt:
         """An Attempt with the passes that it took."""
         forwards, backwards = self.passes.lap()
         if target == "F" and attack not in self.attacks:
             self.attacks.append(attack)
-        return Attempt(attack, rows, x_adv.detach(), bounded, claimed, target, forwards, backwards)
+        return Attempt(attack, rows, x_adv.detach(), bounded, claimed, target, forwards, backwards, stated)
 
 
 SUITES: Registry[type["Suite"]] = Registry("suite", "bench.suites")
@@ -124,6 +128,7 @@ class Suite(Spec):
 
     version: ClassVar[int] = 1
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
+    datasets: ClassVar[tuple[str, ...]] = ()  # those that it can be run on; empty: any
 
     @classmethod
     def parameters(cls, argument: str | None) -> list[str]:
@@ -142,8 +147,10 @@ class Suite(Spec):
         """The parameters that differ from the defaults: what a run's spec records."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
-    def check(self, name: str, threat_model: ThreatModel) -> None:
-        """UnusableInput if the suite has no attack for this norm."""
+    def check(self, name: str, dataset: str, threat_model: ThreatModel) -> None:
+        """UnusableInput if the suite cannot be run on this data set, or has no attack for this norm."""
+        if self.datasets and dataset not in self.datasets:
+            raise UnusableInput(f"suite '{name}' does not know data set {dataset}: it knows {', '.join(self.datasets)}")
         if threat_model.norm not in self.norms:
             raise UnusableInput(f"suite '{name}' has no {threat_model.norm} attack: it has {', '.join(self.norms)}")
 

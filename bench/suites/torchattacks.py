@@ -62,7 +62,7 @@ class TorchAttacks(Suite):
         """Whether the attack takes a radius; the others minimise a distance or change a few pixels."""
         return any(radius in _signature(self.name) for radius in RADIUS)
 
-    def check(self, name: str, threat_model: ThreatModel) -> None:
+    def check(self, name: str, dataset: str, threat_model: ThreatModel) -> None:
         if not self.bounded:
             return  # it may be run for any ball: what it finds outside is not counted
         stated = re.search(r"Distance Measure\s*:\s*(.*)", getattr(torchattacks, self.name).__doc__ or "")

@@ -23,7 +23,7 @@ from models.routing import AffineRouter, ConvRouter
 def search(model: nn.Module, x: Tensor, y: Tensor, eps: float = 0.1, norm: Any = "Linf", classes: int = 2) -> Search:
     everywhere = torch.ones(len(x), dtype=torch.bool)
     threat = ThreatModel(norm=norm, eps=eps)
-    return Search(Block(model, x, y, everywhere, classes, threat, 0, PassCounter(model)))
+    return Search(Block(model, x, y, everywhere, classes, "planted", threat, 0, PassCounter(model)))
 
 
 def test_an_affine_router_is_found_in_pixel_units():

@@ -22,7 +22,7 @@ def search(values: list[float], y: int = 1, eps: float = 0.2, norm: Any = "Linf"
     labels = torch.full((len(values),), y)
     correct = model(x).argmax(1) == labels
     counter = PassCounter(model).__enter__()
-    return Search(Block(model, x, labels, correct, 2, ThreatModel(norm=norm, eps=eps), 0, counter))
+    return Search(Block(model, x, labels, correct, 2, "planted", ThreatModel(norm=norm, eps=eps), 0, counter))
 
 
 def test_margin_by_hand():
