@@ -129,6 +129,7 @@ class Suite(Spec):
     version: ClassVar[int] = 1
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
     datasets: ClassVar[tuple[str, ...]] = ()  # those that it can be run on; empty: any
+    has_attack: ClassVar[bool] = True
 
     @classmethod
     def parameters(cls, argument: str | None) -> list[str]:

@@ -312,7 +312,7 @@ class FailsLate(nn.Module):
         return self.model(x)
 
 
-def test_what_was_found_before_a_failure_counts(score: Any, cut_autoattack: Any):
+def test_what_was_found_before_a_failure_counts(score: Any, cut_autoattack: Any, unprobed: None):
     cut_autoattack(*BUDGET["Linf"])
     whole = routed("softmax")
     data = labelled(whole, images())

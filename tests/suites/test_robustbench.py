@@ -147,7 +147,9 @@ class FailsLate(Noisy):
         return self.model(x)
 
 
-def test_a_failure_is_an_error_and_leaves_robustbench_as_it_was(planted: Any, score: Any, cut_autoattack: Any):
+def test_a_failure_is_an_error_and_leaves_robustbench_as_it_was(
+    planted: Any, score: Any, cut_autoattack: Any, unprobed: None
+):
     import robustbench.data
     import robustbench.eval
 
