@@ -83,6 +83,20 @@ def test_a_hard_gate_has_no_router_gradient_and_a_soft_one_has(signs: Callable[.
     assert signs(routed(linear_moe, "argmax"), attacked=False) == ["router gradient zero on 100% of images"]
 
 
+def test_experts_that_are_not_selected_need_no_gradient(signs: Callable[..., list[str]], linear_moe: Any):
+    """Two of three, with the weights renormalised over the two: the third score changes nothing, and need not."""
+    half = [[weight / 2 for weight in row] for row in HALVES]
+    moe = linear_moe([HALVES, half, HALVES], [[0.5, 0, 0, 0], [0, 0.5, 0, 0], [0, 0, 0, -1.0]], 2, "softmax")
+    assert signs(moe, attacked=False) == []
+
+
+def test_logits_without_a_gradient_have_none_for_the_router(signs: Callable[..., list[str]], linear_moe: Any):
+    moe = routed(linear_moe, "softmax")
+    mix = moe.mix
+    moe.mix = lambda *given: mix(*given).detach()  # type: ignore[method-assign]
+    assert signs(moe, attacked=False) == ["router gradient zero on 100% of images"]
+
+
 def test_of_a_dual_each_branch_is_looked_at(signs: Callable[..., list[str]], linear_moe: Any):
     from models.dual import DualModel
 

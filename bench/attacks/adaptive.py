@@ -111,7 +111,7 @@ class AdaptiveAttack:
         self.budget, self.recipe, self.seed = budget, recipe, seed
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """What breaks the model on x (B, C, H, W) with labels y (B,), inside the ball; the last try where nothing did.
+        """What breaks the model on x (B, C, H, W) with labels y (B,), in the ball; any point of it where nothing did.
 
         Modes, parameters' flags and torch's random state are as before, after it.
         """

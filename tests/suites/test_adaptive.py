@@ -152,6 +152,17 @@ def test_called_by_itself_it_finds_what_the_suite_finds(tiny: None, masked: MoE,
     assert robust.mean() < 0.05
 
 
+def test_called_by_itself_it_gives_the_same_for_a_seed(monkeypatch: pytest.MonkeyPatch, planted: Any):
+    monkeypatch.setattr(adaptive, "TRIAL", (2, 2))  # the second start is random
+    data = planted.data()
+    attack = AdaptiveAttack(planted.robust(), "Linf", planted.balls["Linf"], recipe="trial", seed=3)
+    first = attack(data.x, data.y)  # nothing is broken: the last try of each image
+    torch.rand(1)
+    assert torch.equal(attack(data.x, data.y), first)
+    attack.seed = 4
+    assert not torch.equal(attack(data.x, data.y), first)
+
+
 def test_called_by_itself_it_refuses_a_model_without_parts(linear_net: Any):
     with pytest.raises(UnusableInput, match=r"^Sequential shows no routing: an MoE has `router` and `experts`"):
         AdaptiveAttack(linear_net([[1.0], [0.0]]))
