@@ -36,7 +36,8 @@ from bench.witnesses import FILE, Witnesses
 #: Seconds between two looks whether the other processes' blocks are there.
 _POLL = 0.5
 
-#: Called after each block with (blocks done, blocks in all, examples still standing in the finished ones).
+#: Called at the start and after each block with (blocks done, by all processes; blocks in all; examples still standing
+#: in those that are done).
 OnBlock = Callable[[int, int, int], None]
 
 #: What known witnesses are called as an attack; it comes before the suite's own.
@@ -116,25 +117,31 @@ def evaluate(
         set_alpha(model, spec.alpha)
     examiner = _Examiner(spec, model, subject.info, suite, num_classes, known)
     starts, world = range(0, len(data), spec.batch_size), World.here()
-    done = {block.index: int(robust_by_example(block.verdicts).sum()) for block in folder.read_blocks()}
+    done: dict[int, int] = {}
+
+    def look() -> None:  # also at what other processes have done meanwhile
+        found = {block.index: int(robust_by_example(block.verdicts).sum()) for block in folder.read_blocks(done)}
+        done.update(found)
+        on_block(len(done), len(starts), sum(done.values()))
+
+    look()
     first = int(key, 16)  # not always the same process has the run with a block more
     for number, start in enumerate(starts):
-        if (number + first) % world.processes != world.rank:
+        if (number + first) % world.processes != world.rank or number in done:
             continue
-        if number not in done:
-            chosen = slice(start, start + spec.batch_size)
-            x, y = data.x[chosen].to(device), data.y[chosen].to(device)
-            with attacking(model), full_float32(), seeded(block_seed(spec.seed, number)):
-                rows, side, witnesses = examiner.run(number, x, y, data.idx[chosen])
-            folder.write_block(number, rows, side, witnesses)
-            done[number] = int(robust_by_example(rows).sum())
-        on_block(len(done), len(starts), sum(done.values()))
+        chosen = slice(start, start + spec.batch_size)
+        x, y = data.x[chosen].to(device), data.y[chosen].to(device)
+        with attacking(model), full_float32(), seeded(block_seed(spec.seed, number)):
+            rows, side, witnesses = examiner.run(number, x, y, data.idx[chosen])
+        folder.write_block(number, rows, side, witnesses)
+        look()
     if world.rank > 0:
         while "warm_start" in spec.suite_params and folder.finished() is None:  # the next run starts from this one
             time.sleep(_POLL)
         return None
-    while folder.finished() is None and not folder.complete(len(starts)):
+    while folder.finished() is None and len(done) < len(starts):
         time.sleep(_POLL)
+        look()
     return _finish(folder, spec, subject, data, device)
 
 

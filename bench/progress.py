@@ -1,11 +1,13 @@
 """What a person sees while a command works: bars on standard error, one line for what is done."""
 
+import math
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bench.environment import World
 from bench.spec import RunSpec, TrainSpec
 from bench.store import Result
 from bench.training import Epoch
@@ -19,7 +21,8 @@ class _Bar:
         console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=console, transient=True, disable=not console.is_terminal,
+            console=console, transient=True, disable=not console.is_terminal or World.here().rank > 0,
+            speed_estimate_period=math.inf,  # a block takes longer than the half minute that it is by default
         )  # fmt: skip
 
     def __enter__(self) -> Self:

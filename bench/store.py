@@ -7,7 +7,7 @@ Paths are an index; `result.json` is the truth. A run's folder is written once: 
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -233,27 +233,22 @@ class RunFolder:
             write_atomically(path.with_suffix(".safetensors"), witnesses.to_bytes())
         write_atomically(path, rows)
 
-    def read_blocks(self) -> list[Block]:
-        """The blocks written so far, in their order; a file that cannot be read counts as not written."""
+    def read_blocks(self, known: Container[int] = ()) -> list[Block]:
+        """The blocks written so far but for the `known`, in order; a file that cannot be read counts as not written."""
         found = []
         for path in sorted(self._blocks.glob("block-*.parquet")):
             try:
+                index = int(path.stem.removeprefix("block-"))
+                if index in known:
+                    continue
                 rows, side = _from_parquet(path)
                 witnesses = Witnesses.read(path.with_suffix(".safetensors")) if _KEPT in side else None
                 if witnesses is not None and side.pop(_KEPT) != len(witnesses):
                     continue
-                found.append(Block(int(path.stem.removeprefix("block-")), rows, side, witnesses))
+                found.append(Block(index, rows, side, witnesses))
             except (ValueError, OSError):
                 continue  # what killed the writer also loses its block: it is attacked again
         return found
-
-    def blocks(self) -> set[int]:
-        """The numbers of the blocks written so far."""
-        return {block.index for block in self.read_blocks()}
-
-    def complete(self, count: int) -> bool:
-        """Whether `count` blocks are written; they are read only once there are so many files."""
-        return len(list(self._blocks.glob("block-*.parquet"))) >= count and len(self.blocks()) >= count
 
     def finish(self, result: Result, verdicts: pd.DataFrame, witnesses: Witnesses | None = None) -> None:
         """Writes the witnesses, the rows, then the result, and drops the blocks; ValueError if they do not fit."""

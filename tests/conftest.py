@@ -1,6 +1,8 @@
 """What every test may use."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,32 @@ def cut_autoattack(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int, int],
         monkeypatch.setattr(AutoAttack, "_set_version", set_version)
 
     return cut
+
+
+@pytest.fixture
+def torchrun() -> Callable[..., tuple[str, str]]:
+    """torchrun(2, "-m", "bench", …): what two processes with these words printed on each stream; they must succeed."""
+
+    def call(processes: int, *words: str | Path) -> tuple[str, str]:
+        # the rendezvous takes a free port of its own, so that several tests can run at a time
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        started = subprocess.Popen(
+            [sys.executable, "-m", *torchrun, *map(str, words)],
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            out, err = started.communicate(timeout=120)  # torch's own limit for a lost process is half an hour
+        finally:
+            started.terminate()  # upon which torchrun ends its processes
+            started.wait()
+        assert started.returncode == 0, err
+        return out, err
+
+    return call
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 """Training on several processes: real ones, started by torchrun on the CPU, beside one with as large batches."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -30,32 +27,6 @@ pytestmark = pytest.mark.slow
 
 #: Sums are taken in another order, and what rounding changes passes through PGD's signs and a few optimiser steps.
 NEAR = {"rtol": 0, "atol": 5e-6}
-
-
-@pytest.fixture
-def torchrun() -> Torchrun:
-    """torchrun(2, "-m", "bench", …): what two processes with these words printed on each stream; they must succeed."""
-
-    def call(processes: int, *words: str | Path) -> tuple[str, str]:
-        # the rendezvous takes a free port of its own, so that several tests can run at a time
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        started = subprocess.Popen(
-            [sys.executable, "-m", *torchrun, *map(str, words)],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            out, err = started.communicate(timeout=120)  # torch's own limit for a lost process is half an hour
-        finally:
-            started.terminate()  # upon which torchrun ends its processes
-            started.wait()
-        assert started.returncode == 0, err
-        return out, err
-
-    return call
 
 
 #: What each of several processes runs: the specs of jobs.json, one after the other. Their last weights are kept.

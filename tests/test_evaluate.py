@@ -499,7 +499,7 @@ def test_interrupted_run_attacks_only_what_is_missing(run: Any, tmp_path: Path):
     pd.testing.assert_frame_equal(rows, same, check_exact=True)
     assert resumed.robust_accuracy == undisturbed.robust_accuracy
     assert resumed.passes == undisturbed.passes
-    assert [blocks for _, blocks, _ in told] == [4] * 4
+    assert [(done, blocks) for done, blocks, _ in told] == [(2, 4), (3, 4), (4, 4)]
     assert told[-1] == (4, 4, round(undisturbed.robust_accuracy.value * 7))  # also what stood before it was stopped
     assert not list((tmp_path / "results").rglob("blocks"))
 
@@ -511,8 +511,9 @@ def test_damaged_block_is_attacked_again(run: Any, tmp_path: Path):
         calls.append(block.seed)
         yield block.attempt("push", *move(block, 0.12))
 
-    def stop(*_: int) -> None:
-        raise KeyboardInterrupt
+    def stop(done: int, *_: int) -> None:
+        if done:
+            raise KeyboardInterrupt
 
     data = images([0.4, 0.65, 0.8])
     with pytest.raises(KeyboardInterrupt):
@@ -524,8 +525,9 @@ def test_damaged_block_is_attacked_again(run: Any, tmp_path: Path):
 
 
 def test_a_run_resumed_with_another_number_of_threads_says_so(run: Any, monkeypatch: pytest.MonkeyPatch):
-    def stop(*_: int) -> None:
-        raise KeyboardInterrupt
+    def stop(done: int, *_: int) -> None:
+        if done:
+            raise KeyboardInterrupt
 
     data = images([0.45, 0.55])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

@@ -1,8 +1,10 @@
 """What a person sees while a command works."""
 
+from functools import partial
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from bench.progress import RunProgress, TrainingProgress
 from bench.spec import ModelInfo, RunSpec, ThreatModel
@@ -52,6 +54,31 @@ def test_a_run_leaves_one_line_where_nobody_watches(capsys: pytest.CaptureFixtur
     first = "[1/2] torchattacks:CW on zoo[b]:ok (α 0.5): SA 75.00% RA 50.00% in 1.2 s\n"
     second = "[2/2] torchattacks:CW on zoo[b]:ok: SA 75.00% RA 50.00% in 1.2 s\n"
     assert capsys.readouterr() == ("", first + second)
+
+
+def test_the_time_that_is_left_is_known_where_a_block_takes_minutes():
+    clock = 0.0
+    with RunProgress(1) as progress:
+        progress._progress.get_time = lambda: clock
+        progress.start(SPEC)
+        for done in (0, 1, 2, 3):  # 100 s a block
+            progress.on_block(done, 10, 5)
+            clock += 100
+        (task,) = progress._progress.tasks
+        assert task.time_remaining == 700
+
+
+@pytest.mark.parametrize(("rank", "seen"), [("0", True), ("1", False)])
+def test_of_several_processes_the_first_shows_a_bar(
+    rank: str, seen: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("bench.progress.Console", partial(Console, force_terminal=True, width=100))
+    with RunProgress(1) as progress:
+        progress.start(SPEC)
+        progress.on_block(1, 3, 7)
+    bar = capsys.readouterr().err
+    assert ("7 standing" in bar and "1/3" in bar) == bool(bar) == seen
 
 
 def test_a_run_that_does_not_finish_leaves_no_bar_behind(capsys: pytest.CaptureFixture[str]):

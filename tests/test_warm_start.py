@@ -152,7 +152,7 @@ def test_a_block_whose_witnesses_are_damaged_is_attacked_again(run: Any, tmp_pat
     damaged.write_bytes(damaged.read_bytes()[:-3])
     told: list[int] = []
     run(suite, batch_size=2, on_block=lambda done, *_: told.append(done))
-    assert told == [2, 2, 3]  # the first again, the second as it was
+    assert told == [1, 2, 3]  # the second is as it was, the first is attacked again
     undisturbed, resumed = (next((tmp_path / name).rglob(FILE)).read_bytes() for name in ("undisturbed", "results"))
     assert resumed == undisturbed
 
