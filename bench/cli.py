@@ -30,6 +30,14 @@ app = typer.Typer(
 DatasetOption = Annotated[str, typer.Option("--dataset", help="digits, cifar10, tinyimagenet or imagefolder:PATH")]
 SettingsOption = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="a parameter; may be repeated")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1)]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", help="a variant, a .safetensors file, robustbench:NAME, package.module:callable, or MODEL@baseline"
+    ),
+]
+AlphaOption = Annotated[list[str] | None, typer.Option("--alpha", help="a dual's α; several make a sweep")]
+ExamplesOption = Annotated[int | None, typer.Option("--n-examples", help="the first N test images; all if not given")]
 NormOption = Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; the data set's own if not given")]
 EpsOption = Annotated[str | None, typer.Option("--eps", help="radius in pixels of [0, 1], such as 8/255")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:0 …")]
@@ -47,6 +55,12 @@ class Listing(StrEnum):
     datasets = "datasets"
     objectives = "objectives"
     recipes = "recipes"
+
+
+class CertifyMethod(StrEnum):
+    """How `bench certify` certifies."""
+
+    routes = "routes"
 
 
 class BoardFormat(StrEnum):
@@ -146,17 +160,9 @@ def train(
 def run(
     suite: Annotated[list[str] | None, typer.Option("--suite", help="clean,pgd,autoattack if not given")] = None,
     dataset: DatasetOption = "digits",
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            help="a variant, a .safetensors file, robustbench:NAME, package.module:callable, or MODEL@baseline",
-        ),
-    ] = None,
-    alpha: Annotated[list[str] | None, typer.Option("--alpha", help="a dual's α; several make a sweep")] = None,
-    n_examples: Annotated[
-        int | None, typer.Option("--n-examples", help="the first N test images; all if not given")
-    ] = None,
+    model: ModelOption = None,
+    alpha: AlphaOption = None,
+    n_examples: ExamplesOption = None,
     norm: NormOption = None,
     eps: EpsOption = None,
     seed: SeedOption = 0,
@@ -206,7 +212,7 @@ def run(
                 progress.start(job.spec)
                 known = earlier_witnesses(results, job.spec, job.subject, todo.data) if warm_start else None
                 result = evaluate(
-                    job.spec, job.subject, job.suite, todo.data, todo.num_classes, results, where, progress.on_block,
+                    job.spec, job.subject, job.method, todo.data, todo.num_classes, results, where, progress.on_block,
                     known,
                 )  # fmt: skip
                 if result is not None:
@@ -256,6 +262,69 @@ def _table(results: "Sequence[Result]") -> str:
             headers = [f"{result.spec.model}: {result.spec.suite}", "% [95 %]"]
             tables.append(tabulate(lines, headers=headers, disable_numparse=True))
     return "\n\n".join(tables)
+
+
+@app.command()
+def certify(
+    method: Annotated[CertifyMethod, typer.Option("--method", help="what to certify, and how")],
+    dataset: DatasetOption = "digits",
+    model: ModelOption = None,
+    alpha: AlphaOption = None,
+    n_examples: ExamplesOption = None,
+    norm: NormOption = None,
+    eps: EpsOption = None,
+    seed: SeedOption = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="images of a block, which is what is resumed")] = 128,
+    settings: SettingsOption = None,
+    device: DeviceOption = "auto",
+    data_root: DataRootOption = Path("data"),
+    checkpoints: CheckpointsOption = Path("checkpoints"),
+    results: ResultsOption = Path("results"),
+    as_json: JsonOption = False,
+) -> None:
+    """Certify routes, the class by sound bounds, or the smoothed model's class, and store the certificates."""
+    with redirect_stdout(sys.stderr):
+        from bench.certify.base import CERTIFIERS
+        from bench.certify.run import certify as run_certifier
+        from bench.environment import torch_device
+        from bench.plan import RunRequest, plan_methods
+        from bench.progress import RunProgress
+        from bench.spec import build, parse_number, parse_settings
+        from bench.store import ensure_writable, run_folder
+        from models.checkpoints import ZOO
+
+        certifier = build(CERTIFIERS[method], f"--method {method}", parse_settings(settings or ()))
+        own = certifier.own_threat
+        request = RunRequest(
+            suites=(),
+            dataset=dataset,
+            models=split(model),
+            alphas=tuple(parse_number(value, "--alpha") for value in split(alpha)),
+            norm=own.norm if own and norm is None else norm,
+            eps=own.eps_text if own and norm is None and eps is None else eps,
+            n_examples=n_examples,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        where = torch_device(device)
+        ensure_writable(results)
+        todo = plan_methods({f"certify-{method}": certifier}, request, data_root, [checkpoints, ZOO])
+        if todo.data.note:
+            say(f"{dataset}: {todo.data.note}")
+        done = []
+        with RunProgress(len(todo.jobs), "certified") as progress:
+            for job in todo.jobs:
+                progress.start(job.spec)
+                result = run_certifier(
+                    job.spec, job.subject, job.method, todo.data, todo.num_classes, results, where, progress.on_block
+                )
+                done.append(result)
+                progress.say(f"{result.clean_accuracy.value:.2%} right, {result.seconds:.1f} s")
+    if as_json:
+        print(json.dumps([result.model_dump(mode="json") for result in done], indent=1))
+    else:
+        tables = [run_folder(results, result.spec, result.run) / "table.md" for result in done]
+        print("\n".join(path.read_text() for path in tables))
 
 
 @app.command()
