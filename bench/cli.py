@@ -61,6 +61,7 @@ class CertifyMethod(StrEnum):
     """How `bench certify` certifies."""
 
     routes = "routes"
+    bounds = "bounds"
 
 
 class BoardFormat(StrEnum):

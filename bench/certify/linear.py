@@ -20,7 +20,7 @@ from bench.spec import ABSOLUTE_BOX, ThreatModel
 #: A layer of more neurons than this is bounded by intervals alone: carrying each of them back would take too long.
 MAX_NEURONS = 2048
 #: Numbers that one backward pass may hold.
-_CHUNK = 2**22
+_CHUNK = 2**18
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Bounds:
         Each partial derivative lies in an interval, in which a ReLU that can be on and off counts as both.
         """
         centre, radius = _slopes(self._steps, a, torch.zeros_like(a))
-        return self.region.dual_norm((centre.abs() + radius).flatten(2))
+        return self.region.dual_norm((centre.abs() + radius).flatten(2)).expand(len(self.region.x), -1)
 
     def _run(self, todo: Sequence[Layer], inputs: _Interval, prefix: _Steps) -> tuple[list[Any], _Interval]:
         """The steps of these layers and the interval of their outputs; `prefix` leads from the pixels to them."""

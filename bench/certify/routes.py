@@ -151,5 +151,5 @@ class Routes(Certifier):
                 weight, bias, x, threat.reach, reachable(pair_distances(weight, bias, x, "Linf"), threat.reach)
             )
             alone = found.sum(1) == 1
-            claims.append(Claim.of(block, "routes-lp", alone, alone * threat.eps, found.sum(1), predicted=top))
+            claims.append(Claim.of(block, "routes-lp", alone, alone.double() * threat.eps, found.sum(1), predicted=top))
         return claims
