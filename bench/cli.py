@@ -337,7 +337,19 @@ def leaderboard(
         typer.Option("--format", help="csv writes a markdown beside it, robustbench a JSON file for each row"),
     ] = BoardFormat.csv,
 ) -> None:
-    """Write a CSV and a markdown board per data set and threat, and print the markdown; or RobustBench's JSON files."""
+    """Write a CSV and a markdown board per data set and threat, and print the markdown; or RobustBench's JSON files.
+
+    Exit status 1, and no board, where a certificate and an adversarial example contradict each other.
+    """
+    from bench.certificates import conflicts, read_certificates
+    from bench.store import read_runs
+
+    if found := conflicts(read_runs(results), read_certificates(results)):
+        print("\n\n".join(map(str, found)))
+        say(
+            f"error: {len(found)} predictions are not what is certified for their images: one of each two rows is wrong"
+        )
+        raise typer.Exit(FAILED)
     if board_format is BoardFormat.robustbench:
         from bench.robustbench_info import write_model_info
 

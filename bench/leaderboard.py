@@ -13,6 +13,7 @@ from typing import TypeVar
 import pandas as pd
 from tabulate import tabulate
 
+from bench.certificates import Certificates, board_cells, read_certificates
 from bench.files import write_if_changed
 from bench.metrics import accuracy_after, clean_by_example, component_rates, robust_by_example
 from bench.registry import UnusableInput
@@ -40,6 +41,8 @@ _LAST = {
     "ra_worst": "RA-worst",
     "route_flip_rate": "route-flip rate",
     "certified_accuracy": "certified accuracy",
+    "route_stable": "route-stable",
+    "smoothed": "certified, smoothed model",
     "flags": "flags",
     "seeds": "seeds",
     "suite_version": "suite version",
@@ -52,7 +55,9 @@ _LEGEND = (
     "run on it, and on a routed or dual model suite `adaptive` as well, both with their default parameters. Percent; "
     "each RA with its 95 % Wilson interval. RA-E-fixed: F under PGD on the expert that the clean image is routed to; "
     "RA-E-any: under PGD on every expert, worst case; RA-R: under PGD on the router, for a change of route; the "
-    "route-flip rate is how often that changes it."
+    "route-flip rate is how often that changes it. Certified accuracy is a lower bound of the true robust accuracy, "
+    "route-stable the share of images that no attack in the ball can send to another expert; the last column is about "
+    "another classifier, the smoothed model, in L2 and with a small failure probability."
 )
 #: Columns that carry their interval, and what suite `components` has a column for.
 _INTERVALS = {"ra", "ra_e_fixed", "ra_e_any", "ra_r", "route_flip_rate"}
@@ -103,7 +108,9 @@ class Row:
 
 def boards(results_root: Path) -> list[Board]:
     """The boards of all finished runs below `results_root`; UnusableInput if there is none or one cannot be used."""
-    return [_board(stem, group) for stem, group in sorted(_grouped(finished_runs(results_root), _stem).items())]
+    groups = sorted(_grouped(finished_runs(results_root), _stem).items())
+    certificates = read_certificates(results_root)
+    return [_board(stem, group, certificates) for stem, group in groups]
 
 
 def finished_runs(results_root: Path) -> list[Run]:
@@ -151,7 +158,7 @@ def _stem(run: Run) -> str:
     return f"{path_safe(run.result.spec.dataset)}_{run.result.spec.threat_model.folder}"
 
 
-def _board(stem: str, runs: list[Run]) -> Board:
+def _board(stem: str, runs: list[Run], certificates: list[Certificates]) -> Board:
     titles = sorted({f"{run.result.spec.dataset}, {run.result.spec.threat_model}" for run in runs})
     every = board_rows(runs)
     after = dict.fromkeys(attack for row in every for attack in row.scores.after)
@@ -161,7 +168,10 @@ def _board(stem: str, runs: list[Run]) -> Board:
     markdown, records = [f"# {'; '.join(titles)}", _LEGEND], []
     for (_, fingerprint), table in sorted(tables.items()):
         table.sort(key=lambda row: row.order)
-        lines = [_cells(row, rank) for rank, row in enumerate(table, start=1)]
+        lines = [
+            _cells(row, rank) | board_cells(certificates, row.result.spec, row.result.model_info, fingerprint)
+            for rank, row in enumerate(table, start=1)
+        ]
         records += lines
         n = table[0].n
         markdown += [f"## n = {n}: the first {n} examples of the archive (fingerprint {fingerprint[:12]})"]

@@ -110,6 +110,8 @@ def test_every_column_by_hand(tmp_path: Path):
         "ra_worst": "60.00",
         "route_flip_rate": "",
         "certified_accuracy": "",
+        "route_stable": "",
+        "smoothed": "",
         "flags": "no adaptive attack; autoattack: square broke more than apgd",
         "seeds": "0, 7",
         "suite_version": "autoattack-v2, clean-v1",
@@ -122,7 +124,7 @@ def test_every_column_by_hand(tmp_path: Path):
     assert text.startswith("# digits, Linf 0.2\n\nRA is the accuracy under AutoAttack")
     assert "## n = 10: the first 10 examples of the archive (fingerprint ffffffffffff)" in text
     assert "| 60.00 [31.27, 83.18] |" in text
-    assert text.count("| –") == 1 + 5  # rank, RA-E-fixed, RA-E-any, RA-R, route-flip rate, certified accuracy
+    assert text.count("| –") == 1 + 7  # rank, RA-E-fixed, RA-E-any, RA-R, route-flip rate, and what is certified
     assert "- [1] autoattack: square broke more than apgd" in text  # longer than a cell is wide
     assert "no adaptive attack; [1]" in text
 

@@ -177,13 +177,14 @@ class Bounds:
         if size > MAX_NEURONS or not images:
             return inputs
         low, high = inputs.low.flatten(1).clone(), inputs.high.flatten(1).clone()
-        undecided = ((low < 0) & (high > 0)).any(0).nonzero()[:, 0]
-        for chosen in torch.split(undecided, max(1, _CHUNK // (images * size))):
+        undecided = (low < 0) & (high > 0)
+        for chosen in torch.split(undecided.any(0).nonzero()[:, 0], max(1, _CHUNK // (images * size))):
             a = torch.zeros(len(chosen), size, dtype=torch.double)
             a[torch.arange(len(chosen)), chosen] = 1
             a = a.view(1, len(chosen), *shape)  # the same for all images, until a ReLU tells them apart
-            low[:, chosen] = torch.maximum(low[:, chosen], self._carried(steps, a))
-            high[:, chosen] = torch.minimum(high[:, chosen], -self._carried(steps, -a))
+            mine = undecided[:, chosen]  # of other images' neurons the intervals stand: no image depends on another
+            low[:, chosen] = torch.where(mine, self._carried(steps, a).maximum(low[:, chosen]), low[:, chosen])
+            high[:, chosen] = torch.where(mine, (-self._carried(steps, -a)).minimum(high[:, chosen]), high[:, chosen])
         # both are sound, but for rounding, which may leave them crossed
         return _Interval(torch.minimum(low, high).view(images, *shape), torch.maximum(low, high).view(images, *shape))
 

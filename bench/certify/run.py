@@ -71,7 +71,7 @@ def certify(
             folder.write_block(number, rows, side)
             certified[number] = _certified(rows)
         on_block(len(certified), len(starts), sum(certified.values()))
-    return _finish(folder, spec, subject, data, device)
+    return _finish(folder, spec, subject, certifier, data, device)
 
 
 def _certified(rows: pd.DataFrame) -> int:
@@ -103,7 +103,9 @@ def _rows(certifier: Certifier, block: Block) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True).astype(CERTIFICATE_COLUMNS)
 
 
-def _finish(folder: CertificateFolder, spec: RunSpec, subject: Subject, data: EvalSet, device: str) -> Certification:
+def _finish(
+    folder: CertificateFolder, spec: RunSpec, subject: Subject, certifier: Certifier, data: EvalSet, device: str
+) -> Certification:
     blocks = folder.read_blocks()
     rows = pd.concat([block.rows for block in blocks], ignore_index=True)
     right = sum(block.side["right"] for block in blocks)
@@ -113,6 +115,7 @@ def _finish(folder: CertificateFolder, spec: RunSpec, subject: Subject, data: Ev
         data.fingerprint,
         Accuracy.of(pd.Series(np.arange(len(data)) < right)),
         rows,
+        params=certifier.model_dump(mode="json"),
         flags=tuple(sorted({*subject.flags, *([data.note] if data.note else [])})),
         data_note=data.note,
         environment=environment(device, torch.get_num_threads()),

@@ -114,7 +114,8 @@ def test_the_linear_bounds_by_hand(linear_net: Any):
     # from above relu(h_2) ≥ 0, so z ≤ a + b ≤ 1.5, as intervals have it
     assert float(bounds.least(-one)) == pytest.approx(-1.5, abs=1e-5)
     # the derivatives: (1, 1) − (on or off) (1, −1): |1 − {0, 1}| + |1 + {0, 1}| at most 1 + 2
-    assert float(bounds.lipschitz(one)) == pytest.approx(3.0, abs=1e-9)
+    for sign in (1, -1):
+        assert float(bounds.lipschitz(sign * one)) == pytest.approx(3.0, abs=1e-9)
     # L2: 0.5 √(1/4 + 9/4) less than the values at the centre: 0.75 − 0.25·√2.5, above the box's bound
     l2 = Bounds(layers(net, x.shape[1:]), x, ThreatModel(norm="L2", eps=0.25))
     # h_2 is in ±0.25 √2 now, so the chord's constant is 0.25 √2 / 2
@@ -130,6 +131,10 @@ def test_of_intervals_and_linear_bounds_the_tighter_counts(linear_net: Any):
     one = torch.ones(1, 1, 1, dtype=torch.double)
     assert float(bounds._carried(bounds._steps, one)) == pytest.approx(-0.3125, abs=1e-5)
     assert float(bounds.least(one)) == pytest.approx(0.0, abs=1e-5)
+    # a − 1.25 b is in [−0.5625, 0.3125], where 0 is the smaller triangle
+    net = nn.Sequential(*linear_net([[1, -1.25]]), nn.ReLU(), linear_net([[1]])[1])
+    bounds = Bounds(layers(net, x.shape[1:]), x, ThreatModel(norm="Linf", eps=0.25))
+    assert float(bounds._carried(bounds._steps, one)) == pytest.approx(0.0, abs=1e-5)
 
 
 class Scaled(nn.Linear):
