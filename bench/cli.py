@@ -62,6 +62,7 @@ class CertifyMethod(StrEnum):
 
     routes = "routes"
     bounds = "bounds"
+    smoothing = "smoothing"
 
 
 class BoardFormat(StrEnum):
@@ -275,7 +276,7 @@ def certify(
     norm: NormOption = None,
     eps: EpsOption = None,
     seed: SeedOption = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="images of a block, which is what is resumed")] = 128,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="images of a block, which is what is resumed")] = 32,
     settings: SettingsOption = None,
     device: DeviceOption = "auto",
     data_root: DataRootOption = Path("data"),

@@ -221,6 +221,9 @@ class Recipe(Spec):
     flip: bool = Field(default=False, description="horizontally, every other time")
     translate: int = Field(default=0, ge=0, description="up to so many pixels each way, black outside")
     cutout: int = Field(default=0, ge=0, description="a black square of so many pixels a side")
+    noise_sigma: float = Field(
+        default=0.0, ge=0, description="of Gaussian noise on each image, in pixels of [0, 1]: what smoothing certifies"
+    )
     # optimisation
     epochs: int = Field(default=10, gt=0)
     batch_size: int = Field(default=128, gt=1, description="of each process, where there are several")
@@ -260,7 +263,10 @@ class TrainSpec(Spec):
     @property
     def key(self) -> str:
         """Identifies the training: a checkpoint made by another spec is never overwritten."""
-        return digest("train", self.model_dump(mode="json"))
+        asked = self.model_dump(mode="json")
+        if not self.recipe.noise_sigma:  # there are checkpoints from before there was noise: they keep their key
+            del asked["recipe"]["noise_sigma"]
+        return digest("train", asked)
 
     @property
     def checkpoint_name(self) -> str:
