@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from bench.certificates import ANSWERED, ROUTES, SMOOTHED, Certification, succeeded
+from bench.certificates import ANSWERED, ROUTES, SMOOTHED, STATUSES, Certification, succeeded
 from bench.spec import ThreatModel
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -26,9 +26,9 @@ def table(result: Certification, rows: pd.DataFrame) -> str:
             str(method),
             ThreatModel(norm=threat.norm, eps=own["eps"].iloc[0]).eps_text,
             f"{100 * succeeded(own).mean():.2f}" if own["status"].isin(ANSWERED).all() else "–",
-            ", ".join(f"{status} {count}" for status, count in statuses.items()),
+            ", ".join(f"{status} {statuses[status]}" for status in STATUSES if status in statuses),
             ", ".join(f"{size}: {count}" for size, count in sizes.items()) or "–",
-            "; ".join(dict.fromkeys(reason for reason in own["reason"] if reason)) or "–",
+            "; ".join(dict.fromkeys(reason.replace("|", "\\|") for reason in own["reason"] if reason)) or "–",
         ])  # fmt: skip
     headers = ["method", f"{threat.norm} ε", "%", "rows", "size of S(ε): rows", "reason"]
     title = f"# {result.spec.suite} on {result.spec.model}, {result.spec.dataset}, n = {result.spec.n_examples}"
