@@ -63,12 +63,13 @@ def robust(whole: Subject) -> Subject:
         raise UnusableInput(f"'{whole.info.name}' has no robust branch: @robust is for a dual")
     model: Any = whole.model
     branch = model.robust
-    update = {"alpha": None, "combine": getattr(branch, "combine", None)}
+    passes = whole.info.num_selected_experts or 1
+    update = {"alpha": None, "combine": getattr(branch, "combine", None), "number_forward_passes": passes}
     return replace(whole, model=branch, info=whole.info.model_copy(update=update))
 
 
 def _changed(info: ModelInfo, **more: Any) -> ModelInfo:
-    return info.model_copy(update={**_NOT_ROUTED, "routing_visible": False, **more})
+    return info.model_copy(update={**_NOT_ROUTED, "routing_visible": False, "number_forward_passes": 1, **more})
 
 
 BASELINES: dict[str, Callable[[Subject], Subject]] = {

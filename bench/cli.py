@@ -255,6 +255,8 @@ def _table(results: "Sequence[Result]") -> str:
             "flags": "; ".join(result.flags),
         })  # fmt: skip
     tables = [tabulate(rows, headers="keys", disable_numparse=True)]
+    of_models = dict.fromkeys(f"{r.spec.model}: {flag}" for r in results for flag in r.model_flags)
+    tables += ["\n".join(of_models)] * bool(of_models)
     for result in results:
         if result.components:
             lines = [

@@ -24,6 +24,7 @@ from bench.environment import World, environment, git_hash
 from bench.inner import attacking
 from bench.metrics import robust_by_example
 from bench.parts import parts
+from bench.probes import PROBED, probe
 from bench.registry import UnusableInput
 from bench.spec import ModelInfo, RunSpec
 from bench.store import VERDICT_COLUMNS, Result, RunFolder, read_runs, run_folder
@@ -191,6 +192,7 @@ class _Examiner:
             bad = f"{int((~clean.finite).sum())} of the first {len(x)} clean images"
             raise UnusableInput(f"'{self.info.name}' gives logits that are not finite for {bad}: train it again")
         correct = clean.finite & (clean.classes == y.cpu())
+        signs = self._signs(x[correct.to(x.device)], y[correct.to(x.device)]) if number == 0 else []
         shared = {
             "idx": idx.numpy(),
             "input_hash": [input_hash(image) for image in x],
@@ -242,6 +244,7 @@ class _Examiner:
                 frames.append(_frame(shared, rows, self.spec.suite, "F", _unknown(len(rows))))
         side = {
             "flags": sorted(set(block.flags)),
+            "model_flags": signs,
             "errors": errors,
             "attacks": block.attacks,
             "passes": passes,
@@ -275,6 +278,14 @@ class _Examiner:
                     yield block.attempt(WARM_START, rows[fine], x_adv[fine], claimed=claimed)
                     block.correct.copy_(standing)
         yield from self.suite.attack(block)
+
+    def _signs(self, x: Tensor, y: Tensor) -> list[str]:
+        """What the model shows of itself on images that it gets right; nothing where it fails on so few at a time."""
+        with seeded(0):  # the suite's own draws stay as they are
+            try:
+                return probe(self.model, x[:PROBED], y[:PROBED], self.spec.threat_model, attacked=self.suite.has_attack)
+            except Exception as error:  # a user's model may fail in any way
+                return [f"probes failed: {type(error).__name__}"]
 
     def _look(self, x: Tensor) -> Prediction:
         """The clean prediction; nothing of it is finite where the model cannot take this block."""
@@ -368,9 +379,10 @@ def _finish(folder: RunFolder, spec: RunSpec, subject: Subject, data: EvalSet, d
             total = passes.setdefault(attack, {"forwards": 0, "backwards": 0})
             for kind, count in counts.items():
                 total[kind] += count
-    flags = {flag for side in sides for flag in side["flags"]} | set(subject.flags)
+    flags = {flag for side in sides for flag in side["flags"]}
+    of_model = dict.fromkeys([*subject.flags, *(flag for side in sides for flag in side["model_flags"])])
     if data.note:
-        flags.add(data.note)
+        of_model[data.note] = None
     unconfirmed: Counter[str] = Counter()
     for side in sides:
         unconfirmed.update(side["unconfirmed"])
@@ -388,6 +400,7 @@ def _finish(folder: RunFolder, spec: RunSpec, subject: Subject, data: EvalSet, d
         sorted(attacks, key=lambda attack: attack != WARM_START),  # the first blocks may have no known witness
         error_messages=tuple(dict.fromkeys(message for side in sides for message in side["errors"])),
         flags=tuple(sorted(flags)),
+        model_flags=tuple(of_model),
         data_note=data.note,
         passes=passes,
         environment=environment(device, threads[-1]),

@@ -15,7 +15,15 @@ from tabulate import tabulate
 
 from bench.certificates import Certificates, board_cells, read_certificates
 from bench.files import write_if_changed
-from bench.metrics import accuracy_after, clean_by_example, component_rates, robust_by_example
+from bench.metrics import (
+    accuracy_after,
+    clean_by_example,
+    component_rates,
+    holm,
+    mcnemar,
+    robust_by_example,
+    unique_kills,
+)
 from bench.registry import UnusableInput
 from bench.spec import path_safe
 from bench.store import Accuracy, Result, Run, ensure_writable, read_runs, suite_label
@@ -33,12 +41,15 @@ _FIRST = {
     "n": "n",
     "sa": "SA",
     "ra": "RA",
+    "ra_seeds": "RA by seed",
 }
 _LAST = {
     "ra_e_fixed": "RA-E-fixed",
     "ra_e_any": "RA-E-any",
     "ra_r": "RA-R",
     "ra_worst": "RA-worst",
+    "p_first": "p (vs first)",
+    "unique_kills": "unique kills",
     "route_flip_rate": "route-flip rate",
     "certified_accuracy": "certified accuracy",
     "route_stable": "route-stable",
@@ -52,13 +63,18 @@ _LAST = {
 _LEGEND = (
     "RA is the accuracy under AutoAttack with its default parameters, RA-worst the accuracy under all attacks that "
     "ran, example by example; both are upper bounds of the true robust accuracy. A row is ranked once AutoAttack has "
-    "run on it, and on a routed or dual model suite `adaptive` as well, both with their default parameters. Percent; "
-    "each RA with its 95 % Wilson interval. RA-E-fixed: F under PGD on the expert that the clean image is routed to; "
-    "RA-E-any: under PGD on every expert, worst case; RA-R: under PGD on the router, for a change of route; the "
-    "route-flip rate is how often that changes it. Certified accuracy is a lower bound of the true robust accuracy, "
-    "route-stable the share of images that no attack in the ball can send to another expert; the last column is about "
-    "another classifier, the smoothed model, in L2 and with a small failure probability."
+    "run on it with its default parameters, and on a routed or dual model suite `adaptive` with at least its standard "
+    "budget as well. Percent; each RA with its 95 % Wilson interval. RA by seed: the range over the attack's seeds, "
+    "where there are several; RA then counts each example at its worst. RA-E-fixed: F under PGD on the expert that "
+    "the clean image is routed to; RA-E-any: under PGD on every expert, worst case; RA-R: under PGD on the router, "
+    "for a change of route; the route-flip rate is how often that changes it. p (vs first): two-sided exact McNemar "
+    "test of RA-worst against the first row's, example by example, over all ranked rows of the table adjusted by "
+    "Holm. Unique kills: examples that this attack broke and no other that ran. Certified accuracy is a lower bound "
+    "of the true robust accuracy, route-stable the share of images that no attack in the ball can send to another "
+    "expert; the smoothed model is another classifier, certified in L2 and with a small failure probability."
 )
+#: By how much (fraction) RA under PGD may exceed RA before it is flagged.
+_PGD_GAP = 0.1
 #: Columns that carry their interval, and what suite `components` has a column for.
 _INTERVALS = {"ra", "ra_e_fixed", "ra_e_any", "ra_r", "route_flip_rate"}
 _COMPONENTS = {"RA-E-fixed", "RA-E-any", "RA-R", "route-flip rate"}
@@ -93,6 +109,7 @@ class Row:
 
     ranked: bool
     worst: float  # fraction; -1 where nothing attacked it
+    standing: "pd.Series[bool]"  # by idx: against every attack that ran
     result: Result
     n: int
     cells: dict[str, str]  # by CSV header; what is not known is empty or not there
@@ -168,14 +185,17 @@ def _board(stem: str, runs: list[Run], certificates: list[Certificates]) -> Boar
     markdown, records = [f"# {'; '.join(titles)}", _LEGEND], []
     for (_, fingerprint), table in sorted(tables.items()):
         table.sort(key=lambda row: row.order)
+        compared = _against_first(table)
+        certified = [board_cells(certificates, r.result.spec, r.result.model_info, fingerprint) for r in table]
         lines = [
-            _cells(row, rank) | board_cells(certificates, row.result.spec, row.result.model_info, fingerprint)
-            for rank, row in enumerate(table, start=1)
+            _cells(row, rank) | p | own
+            for rank, (row, p, own) in enumerate(zip(table, compared, certified, strict=True), start=1)
         ]
         records += lines
         n = table[0].n
         markdown += [f"## n = {n}: the first {n} examples of the archive (fingerprint {fingerprint[:12]})"]
         markdown += _markdown(table, lines, _FIRST | attacks | _LAST)
+        markdown += _over_training_seeds(table)
     markdown += [
         f"Left out: {run}, for its {run.result.errors} rows with status `error`." for run in runs if run.result.errors
     ]
@@ -190,6 +210,45 @@ def _cells(row: Row, rank: int) -> dict[str, str]:
     under = {f"ra_{suite}": value for suite, value in row.scores.under.items()}
     own = {"rank": str(rank) if row.ranked else "", "flags": "; ".join(row.flags)}
     return row.cells | row.scores.cells | after | under | own
+
+
+def _against_first(table: list[Row]) -> list[dict[str, str]]:
+    """Of each row its p-value against the first, where both are ranked."""
+    others = [row for row in table[1:] if row.ranked]  # none without a first
+    changes = [(table[0].standing, row.standing) for row in others]
+    p = holm([mcnemar(int((a & ~b).sum()), int((~a & b).sum()), "two-sided") for a, b in changes])
+    found = {id(row): f"{value:.2g}" for row, value in zip(others, p, strict=True)}
+    return [{"p_first": found.get(id(row), "")} for row in table]
+
+
+def _over_training_seeds(table: list[Row]) -> list[str]:
+    """The ranges over the training seeds of each variant that has several in the table; nothing without any."""
+    groups = _grouped(table, lambda row: (_variant(row), row.cells["alpha"], row.cells["combine"]))
+    lines = []
+    for (name, alpha, _), rows in sorted(groups.items()):
+        seeds = {row.result.model_info.seed for row in rows}
+        if len(seeds) > 1:
+            cells = [row.cells | row.scores.cells for row in rows]
+            ranges = [_range([cell[key] for cell in cells if cell.get(key)]) for key in ("sa", "ra", "ra_worst")]
+            label = f"{name} (α = {alpha})" if alpha else name
+            lines.append([_escaped(label), ", ".join(map(str, sorted(seeds, key=str))), *ranges])
+    if not lines:
+        return []
+    headers = ["model", "training seeds", "SA", "RA", "RA-worst"]
+    return [tabulate(lines, headers=headers, tablefmt="pipe", disable_numparse=True)]
+
+
+def _variant(row: Row) -> str:
+    """The model's name without its training seed."""
+    return row.result.spec.model.removesuffix(f"-s{row.result.model_info.seed}")
+
+
+def _range(percents: list[str]) -> str:
+    """From the least to the largest; all alike are one."""
+    if not percents:
+        return "–"
+    low, high = min(percents, key=float), max(percents, key=float)
+    return low if low == high else f"{low}–{high}"
 
 
 def _markdown(table: list[Row], lines: list[dict[str, str]], titles: dict[str, str]) -> list[str]:
@@ -230,6 +289,12 @@ def _attacked(run: Run) -> bool:
     return any(attack != "clean" for attack in run.result.accuracy_after)
 
 
+def _adaptive(run: Run) -> bool:
+    """Whether it is `adaptive` at no less than its standard budget. Known witnesses to start from only add to it."""
+    params = {key: value for key, value in run.result.spec.suite_params.items() if key != "warm_start"}
+    return run.result.spec.suite == "adaptive" and params in ({}, {"budget": "large"})
+
+
 def _versioned(run: Run) -> str:
     return f"{run.result.spec.suite}-v{run.result.spec.suite_version}"
 
@@ -245,21 +310,32 @@ def _rows(subject: list[Run]) -> list[Row]:
         for run in own:
             if run not in covering:
                 raise UnusableInput(f"{run} has other examples than {own[0]} but the same fingerprint: run it again")
-        worst = float(robust_by_example(pd.concat([shared[run.path] for run in covering])).mean())
-        rows.append(_row(covering, worst, len(examples), own[0], _scores(own, rows_of)))
+        of_suites = {run.path: f"{suite_label(run.result.spec)}/" for run in covering}
+        named = [shared[run.path].assign(suite=of_suites[run.path]) for run in covering]
+        rows.append(_row(covering, pd.concat(named), own[0], _scores(own, rows_of)))
     return rows
 
 
-def _row(covering: list[Run], worst: float, n: int, one: Run, scores: _Scores) -> Row:
-    """The row of `one`, a run on this evaluation set: all `covering` runs count in it, the scores are of its own."""
+def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: _Scores) -> Row:
+    """The row of `one`, a run on this evaluation set: all `covering` runs count in it, the scores are of its own.
+
+    `verdicts` are the rows of all of them, with the column `suite`.
+    """
+    standing = robust_by_example(verdicts)
+    named = verdicts["attack"].where(verdicts["attack"] == "clean", verdicts["suite"] + verdicts["attack"])
+    kills = unique_kills(verdicts.assign(attack=named))
     spec, info = one.result.spec, one.result.model_info
     alpha = info.alpha if spec.alpha is None else spec.alpha
     experts = f"{info.num_selected_experts} of {info.num_experts} × {info.architecture}"
     labels = {suite_label(run.result.spec) for run in covering}
     attacked = any(_attacked(run) for run in covering)
     routed = info.num_experts is not None or alpha is not None or info.routing_visible
-    unproven = routed and "adaptive" not in labels
+    unproven = routed and not any(_adaptive(run) for run in covering)
     flags = ["no adaptive attack"] * unproven + ["no autoattack"] * ("autoattack" not in labels)
+    flags += [flag for run in covering for flag in run.result.model_flags]
+    if {"ra", "pgd"} <= scores.cells.keys() | scores.under.keys():
+        gap = (float(scores.under["pgd"]) - float(scores.cells["ra"])) / 100
+        flags += [f"PGD {100 * gap:.1f} points above AutoAttack"] * (gap > _PGD_GAP)
     flags += [f"{suite_label(run.result.spec)}: {flag}" for run in covering for flag in run.result.flags]
     cells = {
         "model": spec.model,
@@ -269,8 +345,9 @@ def _row(covering: list[Run], worst: float, n: int, one: Run, scores: _Scores) -
         "alpha": "" if alpha is None else f"{alpha:g}",
         "combine": spec.combine or info.combine or "",
         "extra_data": {True: "yes", False: "no", None: ""}[info.additional_data],
-        "n": str(n),
-        "ra_worst": _percent(worst) if attacked else "",
+        "n": str(len(standing)),
+        "ra_worst": _percent(standing.mean()) if attacked else "",
+        "unique_kills": ", ".join(f"{attack} {count}" for attack, count in kills.items()),
         "seeds": ", ".join(map(str, sorted({run.result.spec.seed for run in covering}))),
         "suite_version": ", ".join(sorted({_versioned(run) for run in covering})),
         "trained": f"{info.dataset}, {info.threat_model}: {info.trained}" if info.dataset else info.trained,
@@ -280,9 +357,10 @@ def _row(covering: list[Run], worst: float, n: int, one: Run, scores: _Scores) -
     }
     return Row(
         ranked="autoattack" in labels and not unproven,
-        worst=worst if attacked else -1.0,
+        worst=float(standing.mean()) if attacked else -1.0,
+        standing=standing,
         result=one.result,
-        n=n,
+        n=len(standing),
         cells=cells,
         scores=scores,
         flags=list(dict.fromkeys(flags)),
@@ -303,6 +381,9 @@ def _scores(own: list[Run], rows_of: dict[Path, pd.DataFrame]) -> _Scores:
         robust = Accuracy.of(robust_by_example(rows))
         if label == "autoattack":
             scores.cells |= _interval("ra", robust)
+            seeds = _grouped(runs, lambda run: run.result.spec.seed)
+            if len(seeds) > 1:
+                scores.cells["ra_seeds"] = _range([_percent(run.result.robust_accuracy.value) for run in runs])
             names = dict.fromkeys(name for run in runs for name in run.result.accuracy_after if name != "clean")
             after = accuracy_after(rows, names)
             scores.after = {name: _percent(after[name]) for name in names}

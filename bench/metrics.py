@@ -4,6 +4,7 @@ Verdict rows are those of `bench.store.VERDICT_COLUMNS`; accuracies are fraction
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,13 +18,16 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def mcnemar(lost: int, gained: int) -> float:
-    """One-sided exact McNemar test that more was lost than gained: P(Bin(lost + gained, ½) ≥ lost); 1 for no change."""
+def mcnemar(lost: int, gained: int, alternative: Literal["greater", "two-sided"] = "greater") -> float:
+    """Exact McNemar test that more was lost than gained: P(Bin(lost + gained, ½) ≥ lost); 1 for no change.
+
+    `two-sided`: that the two differ, where nobody said beforehand which is the better.
+    """
     from scipy.stats import binomtest
 
     if lost + gained == 0:
         return 1.0
-    return float(binomtest(lost, lost + gained, 0.5, alternative="greater").pvalue)
+    return float(binomtest(lost, lost + gained, 0.5, alternative=alternative).pvalue)
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
@@ -47,6 +51,14 @@ def robust_by_example(verdicts: pd.DataFrame) -> "pd.Series[bool]":
     several runs: the mean is then RA-worst, which is at most the smallest of the runs' averages.
     """
     return verdicts[verdicts["target"] == "F"].groupby("idx")["robust"].all()
+
+
+def unique_kills(verdicts: pd.DataFrame) -> dict[str, int]:
+    """How many examples each attack on F broke that no other in the rows did; attacks without any are left out."""
+    broken = verdicts[(verdicts["target"] == "F") & verdicts["clean_correct"] & (verdicts["attack"] != "clean")]
+    broken = broken[~broken["robust"] & (broken["status"] == "ok")].drop_duplicates(["idx", "attack"])
+    alone = broken[~broken["idx"].duplicated(keep=False)]
+    return {str(attack): int(count) for attack, count in alone["attack"].value_counts(sort=False).items()}
 
 
 def accuracy_after(verdicts: pd.DataFrame, attacks: Iterable[str] | None = None) -> dict[str, float]:

@@ -17,8 +17,9 @@ from bench.leaderboard import Row, board_rows, finished_runs
 from bench.spec import ROBUSTBENCH_DATASETS, ROBUSTBENCH_NORMS, digest, path_safe
 from bench.store import ensure_writable
 
-#: Flags that let AutoAttack's own number seem too high: its warnings, and successes that were none.
-_DOUBTS = re.compile(r"autoattack: (AutoAttack: |.*re-check)")
+#: Flags that let AutoAttack's own number seem too high: its warnings, successes that were none, and what the model
+#: shows of itself.
+_DOUBTS = re.compile(r"autoattack: (AutoAttack: |.*re-check)|(S: |R: )?router gradient|gradients masked|outputs ")
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ class Result(Spec):
     errors: int = Field(description="rows with status error")
     error_messages: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    model_flags: tuple[str, ...] = Field(default=(), description="of the model and the images, whatever the suite")
     data_note: str = Field(default="", description="what is unusual about the evaluation set, such as a partial copy")
     passes: dict[str, dict[str, int]] = Field(
         default_factory=dict, description="attack → forwards and backwards, in examples"

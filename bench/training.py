@@ -156,7 +156,8 @@ def _put_together(spec: TrainSpec, path: Path) -> Path:
         combine=spec.recipe.combine or variant.combine or "probs",
     )
     # Every process writes the same: one that did not would have to wait for the one that does.
-    save_checkpoint(path, None, _header(spec, dual, parts=parts))
+    extra = any(header.additional_data for header in headers.values())
+    save_checkpoint(path, None, _header(spec, dual, parts=parts, additional_data=extra))
     return path
 
 
@@ -461,6 +462,7 @@ class _Run:
             examples_seen=last * len(self.sampler.indices),
             validation={"sa": sa, "ra": ra, "epoch": self.best[2], "images": len(self.validation.indices)},
             experts=alone,
+            additional_data=self.spec.recipe.pretrained is not False,
             processes=self.fabric.world_size,
             seconds=round(sum(record.seconds for record in self.epochs), 1),
         )

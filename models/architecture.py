@@ -1,6 +1,6 @@
 """What a model is made of, as a value that a checkpoint carries, and how it is built from that."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -36,6 +36,7 @@ class Dense(Network):
     """One network alone."""
 
     kind: Literal["dense"] = "dense"
+    networks_used: ClassVar[int] = 1
 
     def build(self) -> nn.Module:
         return self.build_expert()
@@ -50,6 +51,11 @@ class Routed(Network):
     num_selected_experts: int = 1
     gate: Gate = "softmax"
     combine: Combine = "logits"
+
+    @property
+    def networks_used(self) -> int:
+        """How many experts an image goes through."""
+        return self.num_selected_experts
 
     def build(self) -> nn.Module:
         experts = [self.build_expert() for _ in range(self.num_experts)]
@@ -77,6 +83,11 @@ class Dual(Spec):
     @property
     def label(self) -> str:
         return self.robust.label
+
+    @property
+    def networks_used(self) -> int:
+        """How many experts of both branches an image goes through."""
+        return self.standard.networks_used + self.robust.networks_used
 
     def build(self) -> nn.Module:
         return DualModel(self.standard.build(), self.robust.build(), self.alpha, self.combine)

@@ -35,7 +35,8 @@ class Header(Spec):
 
     `training` is the whole TrainSpec that made it and `training_key` its key;
     `train_fingerprint` the hash of the training images and labels; `parts`, of a model that is put together, the file
-    name and SHA-256 of each part, which lie in the same folder.
+    name and SHA-256 of each part, which lie in the same folder; `additional_data`, whether anything but the data set's
+    own images went into the weights, such as those of a pretrained network.
     """
 
     format: Literal[1] = 1
@@ -55,6 +56,7 @@ class Header(Spec):
     experts: list[dict[str, float]] = Field(
         default_factory=list, description="sa and ra of each expert of an MoE alone, on the held-out images"
     )
+    additional_data: bool = False
     processes: int = 1
     seconds: float = 0.0
     bench_version: str = ""
@@ -87,8 +89,8 @@ class Header(Spec):
             dataset=self.dataset,
             threat_model=self.threat_model,
             checkpoint_sha256=sha256,
-            number_forward_passes=1,
-            additional_data=False,
+            number_forward_passes=arch.networks_used,
+            additional_data=self.additional_data,
             seed=self.seed,
             trained=trained,
             routing_visible=routed is not None,

@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench import evaluate as evaluation
 from bench.check import check
 from bench.datasets.base import EvalSet, fingerprint
 from bench.evaluate import block_seed, input_hash
@@ -580,7 +581,37 @@ def test_a_model_in_double_behind_a_float32_wrapper_is_scored(planted: Any, scor
 
 def test_a_partial_copy_is_a_flag(planted: Any, score: Any):
     data = replace(planted.data(), note="partial copy: 24 of 10,000 test images")
-    assert score(planted.robust(), "clean", data)[0].flags == ("partial copy: 24 of 10,000 test images",)
+    assert score(planted.robust(), "clean", data)[0].model_flags == ("partial copy: 24 of 10,000 test images",)
+
+
+def test_what_a_model_shows_of_itself_is_a_flag_and_changes_no_draw(
+    planted: Any, score: Any, monkeypatch: Any, tmp_path: Path
+):
+    argmax = planted.robust()
+    argmax.gate = "argmax"
+    result, rows = score(argmax, "pgd")
+    assert result.flags == ()
+    assert result.model_flags[0] == "router gradient zero on 100% of images"
+    monkeypatch.setattr(evaluation, "probe", lambda *_, **__: [])
+    unlooked, same = score(argmax, "pgd", results=tmp_path / "elsewhere")
+    assert unlooked.model_flags == ()
+    pd.testing.assert_frame_equal(rows, same)
+
+
+def test_a_model_that_cannot_be_probed_is_scored_all_the_same(planted: Any, score: Any):
+    class Whole(nn.Module):
+        """Takes batches of its one size alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = planted.robust()
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) == 24, "24 images, please"
+            return self.model(x)
+
+    result, _ = score(Whole(), "clean")
+    assert (result.model_flags, result.clean_accuracy.value) == (("probes failed: AssertionError",), 23 / 24)
 
 
 def test_retrained_model_and_other_pixels_never_resume_into_old_rows(run: Any, tmp_path: Path):

@@ -29,6 +29,7 @@ def save(
     target: str = "F",
     order: list[str] | None = None,
     flags: tuple[str, ...] = (),
+    model_flags: tuple[str, ...] = (),
     **fields: Any,
 ) -> Result:
     """A finished run whose rows come from one letter an example: 1 robust, 0 broken, e error, `.` no row."""
@@ -46,7 +47,14 @@ def save(
     given = {"model": "dense-at", "dataset": "digits", "suite": suite, "suite_version": 1, "n_examples": len(clean)}
     spec = RunSpec(**{**given, "threat_model": ThreatModel(norm="Linf", eps=0.2), **fields})
     header = {"name": spec.model, "architecture": "cnn", "checkpoint_sha256": "c" * 64, **(info or {})}
-    provenance = {"flags": flags, "environment": {}, "git_hash": None, "seconds": 1.0, "finished": "2030-01-01"}
+    provenance = {
+        "flags": flags,
+        "model_flags": model_flags,
+        "environment": {},
+        "git_hash": None,
+        "seconds": 1.0,
+        "finished": "2030-01-01",
+    }
     result = Result.from_rows(spec, ModelInfo(**header), fingerprint, rows, order, **provenance)
     RunFolder(run_folder(root, spec, result.run)).finish(result, rows)
     return result
@@ -103,11 +111,14 @@ def test_every_column_by_hand(tmp_path: Path):
         # half width 1.416010 · sqrt(0.24/10 + 3.841459/400) = 1.416010 · sqrt(0.033604) = 0.259574
         "ra_low": "31.27",
         "ra_high": "83.18",
+        "ra_seeds": "",
         "after_apgd-ce": "70.00",
         "after_apgd-t": "60.00",
         "after_square": "60.00",  # it ran last and has no rows here: nothing changed
         **dict.fromkeys(COMPONENTS, ""),
         "ra_worst": "60.00",
+        "p_first": "",
+        "unique_kills": "autoattack/apgd-ce 2, autoattack/apgd-t 1",
         "route_flip_rate": "",
         "certified_accuracy": "",
         "route_stable": "",
@@ -124,7 +135,8 @@ def test_every_column_by_hand(tmp_path: Path):
     assert text.startswith("# digits, Linf 0.2\n\nRA is the accuracy under AutoAttack")
     assert "## n = 10: the first 10 examples of the archive (fingerprint ffffffffffff)" in text
     assert "| 60.00 [31.27, 83.18] |" in text
-    assert text.count("| –") == 1 + 7  # rank, RA-E-fixed, RA-E-any, RA-R, route-flip rate, and what is certified
+    # rank, RA by seed, RA-E-fixed, RA-E-any, RA-R, p, route-flip rate, and the three of what is certified
+    assert text.count("| –") == 2 + 8
     assert "- [1] autoattack: square broke more than apgd" in text  # longer than a cell is wide
     assert "no adaptive attack; [1]" in text
 
@@ -160,7 +172,7 @@ def test_other_parameters_have_their_own_column(tmp_path: Path):
     rows = table(tmp_path)
     row = rows.loc["dense-at"]
     assert [column for column in rows if column.startswith(("ra_", "after"))] == [
-        *["ra_autoattack[version=rand]", "ra_pgd[steps=10]", "ra_torchattacks:FGSM"],
+        *["ra_seeds", "ra_autoattack[version=rand]", "ra_pgd[steps=10]", "ra_torchattacks:FGSM"],
         *["ra_e_fixed", "ra_e_any", "ra_r", "ra_worst", "ra_low", "ra_high"],
         *[f"{key}_{bound}" for key in ("ra_e_fixed", "ra_e_any", "ra_r") for bound in ("low", "high")],
     ]
@@ -345,10 +357,72 @@ def test_a_warm_started_run_has_its_own_column_counts_in_the_worst_case_and_is_n
     assert (row["rank"], row["flags"]) == ("", "no autoattack")
 
 
-def test_a_routed_row_is_not_ranked_for_an_adaptive_run_that_was_warm_started(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("params", "ranked"),
+    [
+        ({}, True),
+        ({"budget": "large"}, True),
+        ({"warm_start": True}, True),  # it has broken what earlier runs had, and then attacked as by default
+        ({"budget": "small"}, False),
+        ({"budget": "small", "warm_start": True}, False),
+        ({"recipe": "trial"}, False),
+    ],
+)
+def test_a_routed_row_is_ranked_for_an_adaptive_run_of_the_standard_budget_or_more(
+    params: dict[str, Any], ranked: bool, tmp_path: Path
+):
     save(tmp_path, "autoattack", {"clean": "111", "apgd-ce": "011"}, info=MOE)
-    save(tmp_path, "adaptive", {"clean": "111", "warm-start": "00."}, info=MOE, suite_params={"warm_start": True})
+    save(tmp_path, "adaptive", {"clean": "111", "route-aware": "00."}, info=MOE, suite_params=params)
     row = table(tmp_path).loc["dense-at"]
-    assert (row["rank"], row["flags"], row["ra_worst"]) == ("", "no adaptive attack", "33.33")
-    save(tmp_path, "adaptive", {"clean": "111", "adaptive": "011"}, info=MOE)
-    assert table(tmp_path).loc["dense-at"]["rank"] == "1"
+    assert (row["rank"], row["flags"]) == (("1", "") if ranked else ("", "no adaptive attack"))
+    assert row["ra_worst"] == "33.33"
+
+
+def test_what_one_attack_alone_broke_is_counted_by_hand(tmp_path: Path):
+    save(tmp_path, "pgd", {"clean": "111110", "pgd": "00111."})
+    save(tmp_path, "autoattack", {"clean": "111110", "apgd-ce": "0111..", "square": ".110.."})
+    save(tmp_path, "autoattack", {"clean": "111110", "apgd-ce": "0111..", "square": ".110.."}, seed=1)
+    save(tmp_path, "components", {"clean": "111110", "pgd": "111100"}, target="expert:0")
+    # 0: both suites; 1: pgd alone; 3: Square alone, with both seeds; 4: a part, not F; 5: wrong from the start
+    row = table(tmp_path).loc["dense-at"]
+    assert row["unique_kills"] == "autoattack/square 1, pgd/pgd 1"
+
+
+def test_ranked_rows_are_compared_with_the_first(tmp_path: Path):
+    for model, marks in {"first": "1" * 10, "second": "1110000001", "third": "1000000001"}.items():
+        save(tmp_path, "autoattack", {"clean": "1" * 10, "apgd-ce": marks}, model=model)
+    save(tmp_path, "pgd", {"clean": "1" * 10, "pgd": "0" * 10}, model="unranked")
+    rows = table(tmp_path)
+    # second: 6 lost, 0 gained: 2 / 2⁶ = 0.03125; third: 2 / 2⁸ = 0.0078, doubled by Holm
+    assert rows["p_first"].to_dict() == {"first": "", "second": "0.031", "third": "0.016", "unranked": ""}
+
+
+def test_several_seeds_of_an_attack_are_a_range_and_the_worst_case(tmp_path: Path):
+    save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1110"})
+    save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "0011"}, seed=1)
+    row = table(tmp_path).loc["dense-at"]
+    assert (row["ra"], row["ra_seeds"], row["ra_worst"]) == ("25.00", "50.00–75.00", "25.00")
+
+
+def test_training_seeds_are_rows_and_a_range(tmp_path: Path):
+    for name, seed, marks in (("moe-at", 0, "1110"), ("moe-at-s1", 1, "1000"), ("moe-at-s11", 11, "1100")):
+        info = {"seed": seed, "checkpoint_sha256": f"{seed:064}"}
+        save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": marks}, model=name, info=info)
+    save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1111"}, model="dense-at", info={"seed": 0})
+    (board,) = boards(tmp_path)
+    assert board.markdown.count("training seeds") == 1
+    last = [line.strip("| ").split() for line in board.markdown.splitlines() if line.startswith("| moe-at ")][-1]
+    assert " ".join(last).replace(" | ", "|") == "moe-at|0, 1, 11|100.00|25.00–75.00|25.00–75.00"
+
+
+def test_pgd_far_above_autoattack_is_flagged(tmp_path: Path):
+    for model, marks in (("near", "1" * 8 + "00"), ("far", "1" * 7 + "000")):
+        save(tmp_path, "pgd", {"clean": "1" * 10, "pgd": "1" * 9 + "0"}, model=model)
+        save(tmp_path, "autoattack", {"clean": "1" * 10, "apgd-ce": marks}, model=model)
+    assert table(tmp_path)["flags"].to_dict() == {"near": "", "far": "PGD 20.0 points above AutoAttack"}
+
+
+def test_what_is_known_of_the_model_is_said_once(tmp_path: Path):
+    for suite in ("pgd", "autoattack"):
+        save(tmp_path, suite, {"clean": "11", suite: "11"}, model_flags=("outputs depend on the batch",))
+    assert table(tmp_path).loc["dense-at", "flags"] == "outputs depend on the batch"

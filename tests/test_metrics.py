@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench.metrics import accuracy_after, clean_by_example, holm, mcnemar, robust_by_example, wilson
+from bench.metrics import accuracy_after, clean_by_example, holm, mcnemar, robust_by_example, unique_kills, wilson
 
 # a busy machine is slow at times, and scipy's first import always
 randomly = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
@@ -33,6 +33,7 @@ def test_mcnemar_by_hand():
     assert mcnemar(0, 5) == pytest.approx(1.0)  # P(Bin ≥ 0): a gain is no loss
     assert mcnemar(4, 1) == pytest.approx((5 + 1) / 32)  # C(5,4) + C(5,5) of 2^5
     assert mcnemar(3, 3) == pytest.approx((20 + 15 + 6 + 1) / 64)
+    assert mcnemar(0, 5, "two-sided") == mcnemar(5, 0, "two-sided") == pytest.approx(2 / 32)
 
 
 def test_holm_by_hand():
@@ -53,6 +54,25 @@ def test_an_example_is_robust_if_no_row_on_f_breaks_it():
     )
     assert robust_by_example(frame).to_dict() == {0: True, 1: False, 2: False, 3: True}
     assert clean_by_example(frame).to_dict() == {0: True, 1: True, 2: False, 3: True}
+
+
+def test_unique_kills_by_hand():
+    given_rows = [
+        # idx, attack, target, clean_correct, robust, status
+        (0, "clean", "F", True, True, "ok"),
+        (0, "a", "F", True, False, "ok"),  # a alone, twice: two seeds
+        (0, "a", "F", True, False, "ok"),
+        (1, "a", "F", True, False, "ok"),  # both
+        (1, "b", "F", True, False, "ok"),
+        (2, "a", "F", True, True, "ok"),
+        (2, "b", "F", True, False, "ok"),  # b alone
+        (3, "b", "F", True, False, "error"),  # unknown is not broken
+        (4, "b", "R", True, False, "ok"),  # not F
+        (5, "clean", "F", False, False, "ok"),  # wrong from the start
+        (5, "b", "F", False, False, "ok"),
+    ]
+    frame = pd.DataFrame(given_rows, columns=["idx", "attack", "target", "clean_correct", "robust", "status"])
+    assert unique_kills(frame) == {"a": 1, "b": 1}
 
 
 def test_accuracy_after_by_hand():

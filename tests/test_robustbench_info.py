@@ -35,6 +35,7 @@ def save(
     clean: str = "11101",
     info: dict[str, Any] | None = None,
     flags: tuple[str, ...] = (),
+    model_flags: tuple[str, ...] = (),
     checkpoint: str = "c",
     threat: tuple[Any, float] = ("Linf", 8 / 255),
     **fields: Any,
@@ -53,7 +54,14 @@ def save(
         columns=list(VERDICT_COLUMNS),
     ).astype(VERDICT_COLUMNS)
     header = {"name": spec.model, "architecture": "resnet10", "checkpoint_sha256": checkpoint * 64, **(info or DENSE)}
-    provenance = {"flags": flags, "environment": {}, "git_hash": None, "seconds": 1.0, "finished": "2030-01-01"}
+    provenance = {
+        "flags": flags,
+        "model_flags": model_flags,
+        "environment": {},
+        "git_hash": None,
+        "seconds": 1.0,
+        "finished": "2030-01-01",
+    }
     result = Result.from_rows(spec, ModelInfo(**header), f"{len(clean)}" * 16, rows, None, **provenance)
     RunFolder(run_folder(root, spec, result.run)).finish(result, rows)
     return result
@@ -88,7 +96,7 @@ def test_every_field_by_hand(tmp_path: Path):
             "autoattack_acc": "40.00",
             "external": "20.00",  # only example 0 withstands both
             "footnote": "Linf 8/255, the first 5 test images; best known is the worst case, example by example, of"
-            " autoattack-v1, pgd-v1",
+            " autoattack-v1, pgd-v1; PGD 20.0 points above AutoAttack",
             "unreliable": False,
         }
     }
@@ -121,6 +129,13 @@ def test_route_that_nobody_attacked_is_unreliable(model: str, info: dict[str, An
     assert (found["unreliable"], found["external"]) == (False, "20.00")
     assert "no adaptive" not in found["footnote"]
     assert "does not attack" not in found["footnote"]
+
+
+def test_what_the_model_shows_of_itself_is_unreliable_too(tmp_path: Path):
+    for model, flag in (("masked", "R: router gradient zero on 100% of images"), ("fine", "routes flip for 50%")):
+        save(tmp_path / "results", "autoattack", "11000", model=model, model_flags=(flag,))
+    found = written(tmp_path)[0].values()
+    assert {info["name"]: info["unreliable"] for info in found} == {"masked": True, "fine": False}
 
 
 @pytest.mark.parametrize(

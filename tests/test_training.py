@@ -675,6 +675,7 @@ def test_a_training_starts_from_a_file_of_pretrained_weights(trained: Training, 
     header = read_header(path)
     assert header.training is not None
     assert header.training["recipe"]["pretrained"] == str(file)
+    assert header.info("").additional_data is True
 
 
 # --- models that are put together -------------------------------------------------------------------------------------
@@ -686,6 +687,7 @@ def test_a_dual_is_put_together_from_the_parts_of_its_seed(seed: int, trained: T
     path = trained(tiny_spec("dual", seed=seed, alpha=0.6))
     assert len(trained.epochs) == 4  # nothing was trained for it
     model, header, _ = load_checkpoint(path)
+    assert (header.info("").additional_data, header.info("").number_forward_passes) == (False, 2)
     for branch, part in zip((model.standard, model.robust), parts, strict=True):
         assert equal(weights(branch), loaded(part))
     assert isinstance(header.architecture, Dual)

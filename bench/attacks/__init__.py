@@ -1,1 +1,1 @@
-"""Attacks for routed and dual models (see `bench.suites.adaptive`), one file a kind; `search` is shared by all."""
+"""Attacks for routed and dual models, one file a kind; `adaptive` runs them all, `search` is shared by all."""

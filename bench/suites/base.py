@@ -38,7 +38,10 @@ class Attempt:
 
 
 class PassCounter:
-    """Counts the examples that go through a model, and the gradients that come back, while it is entered."""
+    """Counts the examples that go through a model, and the gradients that come back, while it is entered.
+
+    A copy of the model, made meanwhile, counts here too.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -51,6 +54,9 @@ class PassCounter:
 
     def _backward(self, gradient: Tensor) -> None:
         self.backwards += len(gradient)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
 
     def __enter__(self) -> Self:
         self._handle = self._model.register_forward_hook(self._forward)
@@ -125,6 +131,7 @@ class Suite(Method):
 
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
     datasets: ClassVar[tuple[str, ...]] = ()  # those that it can be run on; empty: any
+    has_attack: ClassVar[bool] = True
 
     @classmethod
     def parameters(cls, argument: str | None) -> list[str]:

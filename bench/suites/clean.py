@@ -1,6 +1,7 @@
 """No attack: the clean accuracy alone, which every other suite measures as well."""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from bench.suites.base import SUITES, Attempt, Block, Suite
 
@@ -8,6 +9,8 @@ from bench.suites.base import SUITES, Attempt, Block, Suite
 @SUITES.register("clean")
 class Clean(Suite):
     """Attacks nothing."""
+
+    has_attack: ClassVar[bool] = False
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         return iter(())

@@ -28,3 +28,11 @@ def block_of(planted: Any) -> Callable[..., Block]:
         return Block(model, data.x, data.y, correct, num_classes, dataset, threat, seed, PassCounter(model))
 
     return build
+
+
+@pytest.fixture
+def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No probes, for a model that counts how often it is called."""
+    from bench import evaluate
+
+    monkeypatch.setattr(evaluate, "probe", lambda *_, **__: [])

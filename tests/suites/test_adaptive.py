@@ -7,8 +7,9 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor, nn
 
-from bench.suites import adaptive
-from bench.suites.adaptive import BUDGETS, Budget
+from bench.attacks import adaptive
+from bench.attacks.adaptive import BUDGETS, AdaptiveAttack, Budget
+from bench.registry import UnusableInput
 from bench.suites.base import open_suites
 from models.checkpoints import ZOO, load_model
 from models.dual import DualModel
@@ -103,7 +104,7 @@ def test_a_users_dual_that_does_not_say_how_it_mixes(tiny: None, planted: Any, s
 
 def test_a_model_without_parts_is_said_to_have_none(linear_net: Any, planted: Any, score: Any):
     result, rows = score(linear_net([[1.0] * 192] * 10), "adaptive")
-    assert result.flags == ("routing not visible",)
+    assert result.flags == ()
     assert set(rows["attack"]) == {"clean"}
 
 
@@ -133,3 +134,35 @@ def test_budgets_grow():
         assert (less.steps, less.square_queries, less.targets) < (more.steps, more.square_queries, more.targets)
         assert set(less.temperatures) <= set(more.temperatures)
     assert open_suites(["adaptive"], {})["adaptive"].params == {}
+
+
+def test_called_by_itself_it_finds_what_the_suite_finds(tiny: None, masked: MoE, planted: Any, score: Any):
+    data = planted.data()
+    _, rows = score(masked, "adaptive", settings={"recipe": "trial"}, seed=3)
+    masked.train()
+    state = torch.random.get_rng_state()
+    x_adv = AdaptiveAttack(masked, "Linf", planted.balls["Linf"], recipe="trial", seed=3)(data.x, data.y)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert masked.training
+    assert all(parameter.requires_grad for parameter in masked.parameters())
+    masked.eval()
+    assert (x_adv - data.x).abs().max() <= planted.balls["Linf"] + 1e-6
+    robust = rows.groupby("idx")["robust"].all().to_numpy()
+    assert ((masked(x_adv).argmax(1) == data.y).numpy() == robust).all()
+    assert robust.mean() < 0.05
+
+
+def test_called_by_itself_it_gives_the_same_for_a_seed(monkeypatch: pytest.MonkeyPatch, planted: Any):
+    monkeypatch.setattr(adaptive, "TRIAL", (2, 2))  # the second start is random
+    data = planted.data()
+    attack = AdaptiveAttack(planted.robust(), "Linf", planted.balls["Linf"], recipe="trial", seed=3)
+    first = attack(data.x, data.y)  # nothing is broken: the last try of each image
+    torch.rand(1)
+    assert torch.equal(attack(data.x, data.y), first)
+    attack.seed = 4
+    assert not torch.equal(attack(data.x, data.y), first)
+
+
+def test_called_by_itself_it_refuses_a_model_without_parts(linear_net: Any):
+    with pytest.raises(UnusableInput, match=r"^Sequential shows no routing: an MoE has `router` and `experts`"):
+        AdaptiveAttack(linear_net([[1.0], [0.0]]))

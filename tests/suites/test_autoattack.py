@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +10,16 @@ import torch
 from pyautoattack import AutoAttack, checks
 from torch import Tensor, nn
 
-from bench.datasets.base import EvalSet, fingerprint
+from bench.datasets.base import EvalSet, fingerprint, open_dataset
 from bench.evaluate import block_seed
 from bench.spec import Norm
 from bench.suites.autoattack import AutoAttackSuite, standard
+from bench.suites.base import PassCounter
+from models import load_model
 from models.architecture import Routed
 
 NAMES = ["apgd-ce", "apgd-t", "fab-t", "square"]
+ENGINES = ["fast", "reference"]
 
 
 class InDouble(nn.Module):
@@ -56,6 +60,10 @@ def images(n: int = 24, channels: int = 1) -> Tensor:
     return x.repeat(1, channels, 1, 1)
 
 
+def digits(n: int) -> EvalSet:
+    return open_dataset("digits").evaluation_set(Path(), n)
+
+
 def labelled(model: nn.Module, x: Tensor, wrong: tuple[int, ...] = (3, 17)) -> EvalSet:
     """The images with the model's own classes as labels, but for the `wrong` ones."""
     y = model(x).argmax(1)
@@ -77,15 +85,20 @@ def directly(
     return found
 
 
-def assert_parity(rows: Any, data: EvalSet, reference: list[tuple[list[bool], list[int]]]) -> None:
-    """The rows of each attack are of those that stood before it, and say what the reference says."""
+def assert_parity(
+    rows: Any, data: EvalSet, reference: list[tuple[list[bool], list[int]]], predictions: bool = True
+) -> None:
+    """The rows of each attack are of those that stood before it, and say what the reference says.
+
+    `predictions`: also which class is seen instead; over several steps it is another, where a row leaves at the first.
+    """
     clean = rows[rows["attack"] == "clean"]
     standing = clean["robust"].tolist()
     for name, (robust, predicted) in zip(NAMES, reference, strict=True):
         mine = rows[rows["attack"] == name].set_index("idx")
         assert sorted(mine.index) == [i for i, stands in enumerate(standing) if stands], name
         assert mine["robust"].to_dict() == {i: robust[i] for i in mine.index}, name
-        broken = mine[~mine["robust"]]
+        broken = mine[~mine["robust"] & predictions]
         assert broken["adv_pred"].to_dict() == {i: predicted[i] for i in broken.index}, name
         standing = robust
     final = rows.groupby("idx")["robust"].all()
@@ -112,6 +125,88 @@ def test_rows_are_what_pyautoattack_says_of_the_block(
     assert result.errors == 0
     assert 0 < sum(reference[-1][0]) < sum(reference[0][0]) < 22
     assert list(result.accuracy_after) == ["clean", *NAMES]
+
+
+class DoubleInside(InDouble):
+    """The same, and the model in reach: what is prepared for attacking is its BatchNorm as well."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.inside = model
+
+
+ZOO = ["dense-at", "moe-rt_er", "moe-rt_er-argmax", "dual", "dual-jtdmoe"]
+
+
+@pytest.mark.parametrize(("seed", "eps"), [(0, 0.1), (5, 0.2)])
+@pytest.mark.parametrize("variant", ZOO)
+def test_trained_models_in_double_have_pyautoattacks_verdicts(
+    variant: str, seed: int, eps: float, score: Any, cut_autoattack: Any
+):
+    cut_autoattack(5, 2, 100)
+    model, data = DoubleInside(load_model(variant, dataset="digits", threat_model="Linf")), digits(30)
+    result, rows = score(model, "autoattack", data, eps=eps, seed=seed)
+    assert_parity(rows, data, directly(model, data, "Linf", eps, seed), predictions=False)
+    assert not any("prepared" in flag or "re-check" in flag for flag in result.flags)
+    assert result.errors == 0
+    assert 0 < result.robust_accuracy.value < result.clean_accuracy.value
+
+
+@pytest.mark.slow
+def test_trained_models_in_float32_have_pyautoattacks_verdicts_but_for_rounding(score: Any, cut_autoattack: Any):
+    cut_autoattack(10, 3, 200)
+    unlike = []
+    for variant in ZOO:
+        model, data = load_model(variant, dataset="digits", threat_model="Linf"), digits(60)
+        found = [score(model, "autoattack", data, eps=0.15, settings={"engine": engine})[1] for engine in ENGINES]
+        fast, reference = (rows.groupby("idx")["robust"].all() for rows in found)
+        assert 0 < reference.sum() < 60
+        unlike += [f"{variant}: {example}" for example in reference.index[fast != reference]]
+    assert len(unlike) <= 0.005 * 60 * len(ZOO), unlike
+
+
+def test_the_reference_engine_is_pyautoattack_pass_by_pass(score: Any, cut_autoattack: Any):
+    cut_autoattack(*BUDGET["Linf"])
+    model = routed("softmax")
+    data = labelled(model, images())
+    result, rows = score(model, "autoattack", data, eps=0.02, seed=3, settings={"engine": "reference"})
+    assert_parity(rows, data, directly(model, data, "Linf", 0.02, seed=3))
+    with PassCounter(model) as counter:
+        directly(model, data, "Linf", 0.02, 3, NAMES)
+        counter.lap()
+        AutoAttack(model, norm="Linf", eps=0.02, seed=3).run_standard_evaluation(data.x, data.y)
+        forwards, backwards = counter.lap()
+    # The suite looks at the clean images and at each answer; pyautoattack's own last look comes after the last answer.
+    looks = len(data) + len(rows[rows["attack"] != "clean"]) - len(rows[rows["attack"] == "square"])
+    total = [sum(counts[kind] for counts in result.passes.values()) for kind in ("forwards", "backwards")]
+    assert total == [forwards + looks, backwards]
+    assert result.spec.suite_params == {"engine": "reference"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_undefended_model_costs_a_fraction_of_the_passes(engine: str, planted: Any, score: Any):
+    result, _ = score(planted.broken(), "autoattack", settings={"engine": engine})
+    assert result.robust_accuracy.value == 0
+    passes = result.passes["apgd-ce"]
+    if engine == "reference":
+        assert passes["backwards"] == 23 * 101
+    else:
+        assert passes["backwards"] < 23 * 5
+        assert passes["forwards"] < 24 * 20
+
+
+def test_a_model_that_cannot_be_prepared_is_attacked_as_it_is(score: Any, cut_autoattack: Any):
+    class Hooked(nn.Sequential):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("not to be copied")
+
+    cut_autoattack(*BUDGET["Linf"])
+    model = Hooked(routed("softmax")).eval()
+    data = labelled(model, images())
+    result, rows = score(model, "autoattack", data, eps=0.02)
+    assert_parity(rows, data, directly(model, data, "Linf", 0.02, 0))
+    (flag,) = result.flags
+    assert flag == "AutoAttack: engine=reference, since a prepared copy of the model does not say the same"
 
 
 @pytest.mark.slow
@@ -312,7 +407,7 @@ class FailsLate(nn.Module):
         return self.model(x)
 
 
-def test_what_was_found_before_a_failure_counts(score: Any, cut_autoattack: Any):
+def test_what_was_found_before_a_failure_counts(score: Any, cut_autoattack: Any, unprobed: None):
     cut_autoattack(*BUDGET["Linf"])
     whole = routed("softmax")
     data = labelled(whole, images())

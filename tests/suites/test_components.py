@@ -134,7 +134,7 @@ def test_a_users_dual_of_branches_without_experts_has_branches_alone(linear_net:
 
 def test_a_model_without_parts_is_said_to_have_none(linear_net: Any, components: Any):
     result, rows = components(linear_net(FIRST), data((0.3, 0)))
-    assert result.flags == ("routing not visible",)
+    assert result.flags == ()
     assert result.components == {}
     assert set(rows["attack"]) == {"clean"}
 

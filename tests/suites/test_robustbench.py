@@ -60,7 +60,7 @@ def test_examples_fall_as_under_autoattack(
     model = routed(gate)
     data = labelled(model, planted.data().x)
     fields = {"dataset": dataset, "norm": norm, "eps": EPS[norm], "seed": 3}
-    ours, our_rows = score(model, "autoattack", data, **fields)
+    ours, our_rows = score(model, "autoattack", data, settings={"engine": "reference"}, **fields)
     theirs, rows = score(model, "robustbench", data, **fields)
     assert (theirs.clean_accuracy, theirs.robust_accuracy) == (ours.clean_accuracy, ours.robust_accuracy)
     assert by_example(rows) == by_example(our_rows)
@@ -77,7 +77,7 @@ def test_blocks_have_their_own_images_and_seeds(planted: Any, score: Any, cut_au
     model = routed("softmax")
     data = labelled(model, planted.data().x)
     fields = {"dataset": "cifar10", "eps": EPS["Linf"], "batch_size": 10}  # blocks of 10, 10 and 4
-    _, our_rows = score(model, "autoattack", data, **fields)
+    _, our_rows = score(model, "autoattack", data, settings={"engine": "reference"}, **fields)
     result, rows = score(model, "robustbench", data, **fields)
     assert by_example(rows) == by_example(our_rows)
     assert result.flags == ()
@@ -88,7 +88,7 @@ def test_cifar10_itself(data_root: Path, score: Any, cut_autoattack: Any):
     model = routed("softmax", size=32)
     data = labelled(model, open_dataset("cifar10").evaluation_set(data_root, 16).x)
     fields = {"dataset": "cifar10", "eps": 0.0005}
-    ours, our_rows = score(model, "autoattack", data, **fields)
+    ours, our_rows = score(model, "autoattack", data, settings={"engine": "reference"}, **fields)
     theirs, rows = score(model, "robustbench", data, **fields)
     assert by_example(rows) == by_example(our_rows)
     assert 0 < theirs.robust_accuracy.value == ours.robust_accuracy.value < theirs.clean_accuracy.value == 14 / 16
@@ -147,7 +147,9 @@ class FailsLate(Noisy):
         return self.model(x)
 
 
-def test_a_failure_is_an_error_and_leaves_robustbench_as_it_was(planted: Any, score: Any, cut_autoattack: Any):
+def test_a_failure_is_an_error_and_leaves_robustbench_as_it_was(
+    planted: Any, score: Any, cut_autoattack: Any, unprobed: None
+):
     import robustbench.data
     import robustbench.eval
 

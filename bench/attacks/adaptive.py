@@ -1,0 +1,139 @@
+"""The attacks made for models that route, whose answers standard suites overstate, in the order they run.
+
+AutoAttack follows gradients, and a hard route has none: it hardly ever changes the expert. These attacks do (the
+paper's section 4 asks for none of them); each kind is a file beside this one. Success is judged on the deployed model
+at every iterate, and each attack runs on what those before it have left standing.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from pyautoattack.square import SquareAttack
+from torch import Tensor, nn
+
+from bench.attacks.duals import reweighed, transfer
+from bench.attacks.routes import Routes, route_aware
+from bench.attacks.search import Search
+from bench.attacks.surrogates import averaged, bpda, joint, soft
+from bench.attacks.targets import nearest, targeted
+from bench.inner import attacking
+from bench.parts import is_dual, parts, routed_branch
+from bench.registry import UnusableInput
+from bench.spec import Norm, ThreatModel
+from bench.suites.base import Block, PassCounter
+
+BudgetName = Literal["small", "standard", "large"]
+Recipe = Literal["full", "trial"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of each attack is run; steps are gradient steps from each start."""
+
+    route_steps: int
+    route_starts: int
+    steps: int
+    temperatures: tuple[float, ...]
+    weights: tuple[float, ...]
+    targets: int
+    neighbours: int
+    square_seeds: int
+    square_queries: int
+
+
+BUDGETS = {
+    "small": Budget(50, 1, 25, (1.0,), (0.5,), 3, 2, 1, 500),
+    "standard": Budget(100, 2, 50, (0.1, 1.0, 10.0), (0.0, 0.25, 0.5, 0.75, 1.0), 5, 4, 2, 2500),
+    "large": Budget(200, 5, 100, (0.1, 0.3, 1.0, 3.0, 10.0), (0.0, 0.25, 0.5, 0.75, 1.0), 9, 8, 3, 5000),
+}
+#: Steps and starts of the trial in which the route-aware attack's strength was first measured; larger budgets begin
+#: with it, so that none is weaker.
+TRIAL = (100, 2)
+
+
+def stages(search: Search, budget: BudgetName, recipe: Recipe) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The attacks by name in the order they run, the strongest on routes first; `trial` is that one alone."""
+    model, much = search.block.model, BUDGETS[budget]
+    routed = routed_branch(model) is not None
+    if routed:
+        routes = Routes(search)
+        short = budget == "small" and recipe == "full"
+        steps, starts = (much.route_steps, much.route_starts) if short else TRIAL
+        yield "route-aware", partial(route_aware, routes, steps, starts, push=5.0, ahead=0.05)
+    if recipe == "trial":
+        return
+    if is_dual(model):
+        for branch in ("standard", "robust"):
+            yield f"transfer-{branch}", partial(transfer, search, branch, much.steps)
+        for weight in much.weights:
+            yield f"reweighed-{weight:g}", partial(reweighed, search, weight, much.steps)
+    if routed:
+        # The push and its margin in the router's own scale: a trained router's scores may be large.
+        scale = float(routes.scale)
+        again = partial(route_aware, routes, much.route_steps, much.route_starts, push=1 / scale, ahead=scale)
+        yield "route-aware-scaled", again
+        for temperature in much.temperatures:
+            yield f"bpda-{temperature:g}", partial(bpda, routes, temperature, much.steps)
+            yield f"soft-{temperature:g}", partial(soft, routes, temperature, much.steps)
+        yield "joint", partial(joint, routes, much.steps)
+        yield "averaged", partial(averaged, routes, much.neighbours, much.steps)
+    yield "targeted", lambda: targeted(search, nearest(search, much.targets), much.steps)
+    for number in range(much.square_seeds):
+        yield f"square-{number + 1}", partial(_square, search, much.square_queries, number)
+
+
+class AdaptiveAttack:
+    """All of them on any model that shows its routing, called as an attack of torchattacks is:
+
+        x_adv = AdaptiveAttack(model, norm="Linf", eps=8 / 255)(x, y)
+
+    The model takes pixels in [0, 1] and gives logits; ε is in pixels. UnusableInput for a model without visible parts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norm: Norm = "Linf",
+        eps: float = 8 / 255,
+        budget: BudgetName = "standard",
+        recipe: Recipe = "full",
+        seed: int = 0,
+    ) -> None:
+        if not parts(model):
+            raise UnusableInput(
+                f"{type(model).__name__} shows no routing: an MoE has `router` and `experts`, a dual `standard`,"
+                " `robust` and `alpha`"
+            )
+        self.model, self.threat_model = model, ThreatModel(norm=norm, eps=eps)
+        self.budget, self.recipe, self.seed = budget, recipe, seed
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """What breaks the model on x (B, C, H, W) with labels y (B,), in the ball; any point of it where nothing did.
+
+        Modes, parameters' flags and torch's random state are as before, after it.
+        """
+        with attacking(self.model), torch.random.fork_rng(), PassCounter(self.model) as passes:
+            torch.manual_seed(self.seed)
+            with torch.no_grad():
+                logits = self.model(x)
+            correct = logits.argmax(1) == y
+            block = Block(self.model, x, y, correct, logits.shape[1], "", self.threat_model, self.seed, passes)
+            search = Search(block)
+            for _, attack in stages(search, self.budget, self.recipe):
+                if search.standing.any():
+                    attack()
+            return search.x_adv
+
+
+def _square(search: Search, queries: int, number: int) -> None:
+    """Square (Andriushchenko et al. 2020), by pyautoattack, with a seed of its own."""
+    block, rows = search.block, search.rows
+    seed = (block.seed + 7919 * (number + 1)) % 2**32
+    attack = SquareAttack(
+        block.model, norm=block.threat_model.norm, eps=block.threat_model.eps, n_queries=queries, seed=seed,
+        device=block.x.device,
+    )  # fmt: skip
+    search.test(attack.perturb(block.x[rows], block.y[rows]), rows)

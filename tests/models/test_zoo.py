@@ -1,0 +1,31 @@
+"""What the shipped weights are, measured again on the images that they were trained on."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from bench.spec import TrainSpec
+from models.checkpoints import ZOO, read_header
+from models.variants import VARIANTS
+
+SHIPPED = sorted(ZOO.glob("*/*/*.safetensors"))
+LOADS = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/expert_load.py"))["loads"]
+
+
+def test_every_variant_is_shipped_for_the_data_set_that_needs_no_download():
+    """But for the duals' other mixing, and of the released code's gate only what it trained."""
+    wanted = {name for name in VARIANTS if not name.endswith("-argmax")} - {"dual-logits"} | {"moe-rt_er-argmax"}
+    assert {path.stem for path in SHIPPED if path.parts[-3:-1] == ("digits", "Linf")} == wanted
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_model_is_what_its_recipe_makes(path: Path):
+    header = read_header(path)
+    assert TrainSpec.model_validate(header.training).key == header.training_key
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_expert_has_its_share_of_the_training_images(path: Path):
+    shares = LOADS(path, Path("nowhere"))
+    assert min(shares.values(), default=1.0) > 0.05, shares
