@@ -54,7 +54,6 @@ class Certification(Spec):
     model_info: ModelInfo
     fingerprint: str
     run: str
-    subject: str
     clean_accuracy: Accuracy = Field(description="of F; of the smoothed model see `certified`")
     params: dict[str, Any] = Field(description="the method's, defaults included")
     certified: dict[str, Accuracy] = Field(
@@ -79,8 +78,8 @@ class Certification(Spec):
         return cls(**known, **_derived(spec, info, fingerprint, rows), **provenance)
 
     @property
-    def subject_key(self) -> str:
-        """The model, whatever the ball: certificates of one norm hold for attacks of another."""
+    def model_key(self) -> str:
+        """Who was certified, whatever the ball: certificates of one norm hold for attacks of another."""
         return model_key(self.spec, self.model_info)
 
 
@@ -101,7 +100,6 @@ def _derived(spec: RunSpec, info: ModelInfo, fingerprint: str, rows: pd.DataFram
         statuses[str(method)] = {status: int(counts[status]) for status in STATUSES if status in counts}
     return {
         "run": spec.run_key(info.checkpoint_sha256, fingerprint),
-        "subject": spec.subject_key(info.checkpoint_sha256, fingerprint),
         "certified": certified,
         "statuses": statuses,
         "reasons": tuple(dict.fromkeys(reason for reason in rows["reason"] if reason)),
@@ -182,7 +180,7 @@ def board_cells(
     of each of its runs.
     """
     threat, subject = spec.threat_model, model_key(spec, info)
-    mine = [one for one in certificates if one.result.subject_key == subject and one.result.fingerprint == fingerprint]
+    mine = [one for one in certificates if one.result.model_key == subject and one.result.fingerprint == fingerprint]
     cells = {}
     rows = pd.concat([one.rows for one in mine]) if mine else pd.DataFrame(columns=list(CERTIFICATE_COLUMNS))
     here = rows[(rows["norm"] == threat.norm) & rows["status"].isin(ANSWERED)]
@@ -230,7 +228,7 @@ def conflicts(runs: Iterable[Run], certificates: Iterable[Certificates]) -> list
     """
     by_model: dict[str, list[Certificates]] = {}
     for one in certificates:
-        by_model.setdefault(one.result.subject_key, []).append(one)
+        by_model.setdefault(one.result.model_key, []).append(one)
     found = []
     for run in runs:
         if mine := by_model.get(model_key(run.result.spec, run.result.model_info)):

@@ -449,7 +449,7 @@ def _dispatch(application: typer.Typer, arguments: Sequence[str] | None, parser_
     try:
         status = application(arguments, standalone_mode=False) or DONE
         if status == INTERRUPTED:
-            say("stopped: `bench run` goes on where it was, `bench train` does with --resume")
+            say("stopped: `bench run` and `bench certify` go on where they were, `bench train` does with --resume")
         return status
     except UnusableInput as error:
         say(f"error: {error}")

@@ -18,7 +18,7 @@ from bench.certify.layers import Affine, Dense, Layer, ReLU, Residual
 from bench.spec import ABSOLUTE_BOX, ThreatModel
 
 #: A layer of more neurons than this is bounded by intervals alone: carrying each of them back would take too long.
-MAX_NEURONS = 2048
+MAX_NEURONS = 1024
 #: Numbers that one backward pass may hold.
 _CHUNK = 2**18
 
