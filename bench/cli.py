@@ -30,6 +30,14 @@ app = typer.Typer(
 DatasetOption = Annotated[str, typer.Option("--dataset", help="digits, cifar10, tinyimagenet or imagefolder:PATH")]
 SettingsOption = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="a parameter; may be repeated")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1)]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", help="a variant, a .safetensors file, robustbench:NAME, package.module:callable, or MODEL@baseline"
+    ),
+]
+AlphaOption = Annotated[list[str] | None, typer.Option("--alpha", help="a dual's α; several make a sweep")]
+ExamplesOption = Annotated[int | None, typer.Option("--n-examples", help="the first N test images; all if not given")]
 NormOption = Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; the data set's own if not given")]
 EpsOption = Annotated[str | None, typer.Option("--eps", help="radius in pixels of [0, 1], such as 8/255")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:0 …")]
@@ -47,6 +55,14 @@ class Listing(StrEnum):
     datasets = "datasets"
     objectives = "objectives"
     recipes = "recipes"
+
+
+class CertifyMethod(StrEnum):
+    """How `bench certify` certifies."""
+
+    routes = "routes"
+    bounds = "bounds"
+    smoothing = "smoothing"
 
 
 class BoardFormat(StrEnum):
@@ -146,17 +162,9 @@ def train(
 def run(
     suite: Annotated[list[str] | None, typer.Option("--suite", help="clean,pgd,autoattack if not given")] = None,
     dataset: DatasetOption = "digits",
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            help="a variant, a .safetensors file, robustbench:NAME, package.module:callable, or MODEL@baseline",
-        ),
-    ] = None,
-    alpha: Annotated[list[str] | None, typer.Option("--alpha", help="a dual's α; several make a sweep")] = None,
-    n_examples: Annotated[
-        int | None, typer.Option("--n-examples", help="the first N test images; all if not given")
-    ] = None,
+    model: ModelOption = None,
+    alpha: AlphaOption = None,
+    n_examples: ExamplesOption = None,
     norm: NormOption = None,
     eps: EpsOption = None,
     seed: SeedOption = 0,
@@ -206,7 +214,7 @@ def run(
                 progress.start(job.spec)
                 known = earlier_witnesses(results, job.spec, job.subject, todo.data) if warm_start else None
                 result = evaluate(
-                    job.spec, job.subject, job.suite, todo.data, todo.num_classes, results, where, progress.on_block,
+                    job.spec, job.subject, job.method, todo.data, todo.num_classes, results, where, progress.on_block,
                     known,
                 )  # fmt: skip
                 if result is not None:
@@ -261,6 +269,69 @@ def _table(results: "Sequence[Result]") -> str:
 
 
 @app.command()
+def certify(
+    method: Annotated[CertifyMethod, typer.Option("--method", help="what to certify, and how")],
+    dataset: DatasetOption = "digits",
+    model: ModelOption = None,
+    alpha: AlphaOption = None,
+    n_examples: ExamplesOption = None,
+    norm: NormOption = None,
+    eps: EpsOption = None,
+    seed: SeedOption = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="images of a block, which is what is resumed")] = 32,
+    settings: SettingsOption = None,
+    device: DeviceOption = "auto",
+    data_root: DataRootOption = Path("data"),
+    checkpoints: CheckpointsOption = Path("checkpoints"),
+    results: ResultsOption = Path("results"),
+    as_json: JsonOption = False,
+) -> None:
+    """Certify routes, the class by sound bounds, or the smoothed model's class, and store the certificates."""
+    with redirect_stdout(sys.stderr):
+        from bench.certify.base import CERTIFIERS
+        from bench.certify.run import certify as run_certifier
+        from bench.environment import torch_device
+        from bench.plan import RunRequest, plan_methods
+        from bench.progress import RunProgress
+        from bench.spec import build, parse_number, parse_settings
+        from bench.store import ensure_writable, run_folder
+        from models.checkpoints import ZOO
+
+        certifier = build(CERTIFIERS[method], f"--method {method}", parse_settings(settings or ()))
+        own = certifier.own_threat
+        request = RunRequest(
+            suites=(),
+            dataset=dataset,
+            models=split(model),
+            alphas=tuple(parse_number(value, "--alpha") for value in split(alpha)),
+            norm=own.norm if own and norm is None else norm,
+            eps=own.eps_text if own and norm is None and eps is None else eps,
+            n_examples=n_examples,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        where = torch_device(device)
+        ensure_writable(results)
+        todo = plan_methods({f"certify-{method}": certifier}, request, data_root, [checkpoints, ZOO])
+        if todo.data.note:
+            say(f"{dataset}: {todo.data.note}")
+        done = []
+        with RunProgress(len(todo.jobs), "certified") as progress:
+            for job in todo.jobs:
+                progress.start(job.spec)
+                result = run_certifier(
+                    job.spec, job.subject, job.method, todo.data, todo.num_classes, results, where, progress.on_block
+                )
+                done.append(result)
+                progress.say(f"{result.clean_accuracy.value:.2%} right, {result.seconds:.1f} s")
+    if as_json:
+        print(json.dumps([result.model_dump(mode="json") for result in done], indent=1))
+    else:
+        tables = [run_folder(results, result.spec, result.run) / "table.md" for result in done]
+        print("\n".join(path.read_text() for path in tables))
+
+
+@app.command()
 def leaderboard(
     results: ResultsOption = Path("results"),
     out: Annotated[Path, typer.Option("--out", help="folder of the boards")] = Path("leaderboards"),
@@ -269,7 +340,19 @@ def leaderboard(
         typer.Option("--format", help="csv writes a markdown beside it, robustbench a JSON file for each row"),
     ] = BoardFormat.csv,
 ) -> None:
-    """Write a CSV and a markdown board per data set and threat, and print the markdown; or RobustBench's JSON files."""
+    """Write a CSV and a markdown board per data set and threat, and print the markdown; or RobustBench's JSON files.
+
+    Exit status 1, and no board, where a certificate and an adversarial example contradict each other.
+    """
+    from bench.certificates import conflicts, read_certificates
+    from bench.store import read_runs
+
+    if found := conflicts(read_runs(results), read_certificates(results)):
+        print("\n\n".join(map(str, found)))
+        say(
+            f"error: {len(found)} predictions are not what is certified for their images: one of each two rows is wrong"
+        )
+        raise typer.Exit(FAILED)
     if board_format is BoardFormat.robustbench:
         from bench.robustbench_info import write_model_info
 
@@ -366,7 +449,7 @@ def _dispatch(application: typer.Typer, arguments: Sequence[str] | None, parser_
     try:
         status = application(arguments, standalone_mode=False) or DONE
         if status == INTERRUPTED:
-            say("stopped: `bench run` goes on where it was, `bench train` does with --resume")
+            say("stopped: `bench run` and `bench certify` go on where they were, `bench train` does with --resume")
         return status
     except UnusableInput as error:
         say(f"error: {error}")

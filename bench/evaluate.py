@@ -120,7 +120,7 @@ def evaluate(
     done: dict[int, int] = {}
 
     def look() -> None:  # also at what other processes have done meanwhile
-        found = {block.index: int(robust_by_example(block.verdicts).sum()) for block in folder.read_blocks(done)}
+        found = {block.index: int(robust_by_example(block.rows).sum()) for block in folder.read_blocks(done)}
         done.update(found)
         on_block(len(done), len(starts), sum(done.values()))
 
@@ -193,7 +193,7 @@ class _Examiner:
         """The rows of one block, what else is to be known of it (flags, errors, passes …), and its witnesses."""
         started = time.perf_counter()
         if number == 0:
-            _first_look(self.model, x, self.num_classes, self.info)
+            first_look(self.model, x, self.num_classes, self.info)
         clean = self._look(x)
         if number == 0 and not clean.finite.all():
             bad = f"{int((~clean.finite).sum())} of the first {len(x)} clean images"
@@ -343,7 +343,7 @@ def _unknown(count: int) -> Judgement:
     return Judgement(Prediction(nobody, yes, nobody), far, far, yes, ~yes, ~yes)
 
 
-def _first_look(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -> None:
+def first_look(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -> None:
     """UnusableInput for a model that cannot be scored at all, found out on the first clean block."""
     name, shape = info.name, "×".join(map(str, x.shape[1:]))
     try:
@@ -379,7 +379,7 @@ def _finish(folder: RunFolder, spec: RunSpec, subject: Subject, data: EvalSet, d
         return finished
     sides = [block.side for block in blocks]
     attacks = dict.fromkeys(attack for side in sides for attack in side["attacks"])
-    verdicts = pd.concat([block.verdicts for block in blocks], ignore_index=True)
+    verdicts = pd.concat([block.rows for block in blocks], ignore_index=True)
     passes: dict[str, dict[str, int]] = {}
     for side in sides:
         for attack, counts in side["passes"].items():

@@ -13,6 +13,7 @@ from typing import TypeVar
 import pandas as pd
 from tabulate import tabulate
 
+from bench.certificates import Certificates, board_cells, read_certificates
 from bench.files import write_if_changed
 from bench.metrics import (
     accuracy_after,
@@ -51,6 +52,8 @@ _LAST = {
     "unique_kills": "unique kills",
     "route_flip_rate": "route-flip rate",
     "certified_accuracy": "certified accuracy",
+    "route_stable": "route-stable",
+    "smoothed": "certified, smoothed model",
     "flags": "flags",
     "seeds": "seeds",
     "suite_version": "suite version",
@@ -66,7 +69,9 @@ _LEGEND = (
     "the clean image is routed to; RA-E-any: under PGD on every expert, worst case; RA-R: under PGD on the router, "
     "for a change of route; the route-flip rate is how often that changes it. p (vs first): two-sided exact McNemar "
     "test of RA-worst against the first row's, example by example, over all ranked rows of the table adjusted by "
-    "Holm. Unique kills: examples that this attack broke and no other that ran."
+    "Holm. Unique kills: examples that this attack broke and no other that ran. Certified accuracy is a lower bound "
+    "of the true robust accuracy, route-stable the share of images that no attack in the ball can send to another "
+    "expert; the smoothed model is another classifier, certified in L2 and with a small failure probability."
 )
 #: By how much (fraction) RA under PGD may exceed RA before it is flagged.
 _PGD_GAP = 0.1
@@ -120,7 +125,9 @@ class Row:
 
 def boards(results_root: Path) -> list[Board]:
     """The boards of all finished runs below `results_root`; UnusableInput if there is none or one cannot be used."""
-    return [_board(stem, group) for stem, group in sorted(_grouped(finished_runs(results_root), _stem).items())]
+    groups = sorted(_grouped(finished_runs(results_root), _stem).items())
+    certificates = read_certificates(results_root)
+    return [_board(stem, group, certificates) for stem, group in groups]
 
 
 def finished_runs(results_root: Path) -> list[Run]:
@@ -168,7 +175,7 @@ def _stem(run: Run) -> str:
     return f"{path_safe(run.result.spec.dataset)}_{run.result.spec.threat_model.folder}"
 
 
-def _board(stem: str, runs: list[Run]) -> Board:
+def _board(stem: str, runs: list[Run], certificates: list[Certificates]) -> Board:
     titles = sorted({f"{run.result.spec.dataset}, {run.result.spec.threat_model}" for run in runs})
     every = board_rows(runs)
     after = dict.fromkeys(attack for row in every for attack in row.scores.after)
@@ -179,7 +186,11 @@ def _board(stem: str, runs: list[Run]) -> Board:
     for (_, fingerprint), table in sorted(tables.items()):
         table.sort(key=lambda row: row.order)
         compared = _against_first(table)
-        lines = [_cells(row, rank) | p for rank, (row, p) in enumerate(zip(table, compared, strict=True), start=1)]
+        certified = [board_cells(certificates, r.result.spec, r.result.model_info, fingerprint) for r in table]
+        lines = [
+            _cells(row, rank) | p | own
+            for rank, (row, p, own) in enumerate(zip(table, compared, certified, strict=True), start=1)
+        ]
         records += lines
         n = table[0].n
         markdown += [f"## n = {n}: the first {n} examples of the archive (fingerprint {fingerprint[:12]})"]

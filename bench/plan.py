@@ -1,16 +1,16 @@
 """From the words of `bench run` to the runs that they ask for, all checked before the first one starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import Field
 
 from bench.baselines import baseline
 from bench.datasets.base import Dataset, EvalSet, open_dataset
 from bench.registry import UnusableInput
-from bench.spec import RunSpec, Spec, ThreatModel
+from bench.spec import Method, RunSpec, Spec, ThreatModel
 from bench.subjects import Subject, find_models, load_subject
 from bench.suites.base import Suite, open_suites
 
@@ -31,20 +31,23 @@ class RunRequest(Spec):
     warm_start: bool = False
 
 
+M = TypeVar("M", bound=Method)
+
+
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[M]):
     """One run to be made."""
 
     spec: RunSpec
     subject: Subject
-    suite: Suite
+    method: M
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Generic[M]):
     """The jobs, and the data that they share."""
 
-    jobs: list[Job]
+    jobs: list[Job[M]]
     data: EvalSet
     num_classes: int
 
@@ -66,13 +69,19 @@ def named_subject(word: str, dataset: Dataset, threat: ThreatModel, checkpoints:
     return baseline(load_subject(whole, dataset, threat, checkpoints), name)
 
 
-def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path]) -> Plan:
+def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path]) -> Plan[Suite]:
     """The runs that the request asks for; UnusableInput for the first thing in it that cannot be used."""
-    suites = open_suites(request.suites, request.settings)
+    return plan_methods(open_suites(request.suites, request.settings), request, data_root, checkpoints)
+
+
+def plan_methods(
+    methods: Mapping[str, M], request: RunRequest, data_root: Path, checkpoints: Sequence[Path]
+) -> Plan[M]:
+    """The runs of these methods, whatever suites the request names; raises as `plan` does."""
     dataset = open_dataset(request.dataset)
     threat = threat_model(dataset, request.norm, request.eps)
-    for name, suite in suites.items():
-        suite.check(name, dataset.name, threat)
+    for name, method in methods.items():
+        method.check(name, dataset.name, threat)
     for option, given, least in (("--batch-size", request.batch_size, 1), ("--seed", request.seed, 0)):
         if given < least:
             raise UnusableInput(f"{option} {given} must be at least {least}")
@@ -90,7 +99,7 @@ def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path]) -> P
         alphas: Sequence[float | None] = request.alphas if own is not None and request.alphas else (own,)
         for alpha in alphas:
             chosen = replace(subject, info=subject.info.model_copy(update={"alpha": alpha}))
-            for name, suite in suites.items():
+            for name, method in methods.items():
                 spec = RunSpec(
                     model=chosen.info.name,
                     alpha=alpha,
@@ -98,11 +107,11 @@ def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path]) -> P
                     dataset=dataset.name,
                     threat_model=threat,
                     suite=name,
-                    suite_version=suite.version,
-                    suite_params=suite.params | ({"warm_start": True} if request.warm_start else {}),
+                    suite_version=method.version,
+                    suite_params=method.params | ({"warm_start": True} if request.warm_start else {}),
                     n_examples=len(data),
                     seed=request.seed,
                     batch_size=request.batch_size,
                 )
-                jobs.append(Job(spec, chosen, suite))
+                jobs.append(Job(spec, chosen, method))
     return Plan(jobs, data, dataset.num_classes)

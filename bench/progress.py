@@ -58,9 +58,9 @@ class TrainingProgress(_Bar):
 class RunProgress(_Bar):
     """A bar over the blocks of each run, and a line a finished run."""
 
-    def __init__(self, runs: int) -> None:
+    def __init__(self, runs: int, counted: str = "standing") -> None:
         super().__init__()
-        self._runs, self._number = runs, 0
+        self._runs, self._number, self._counted = runs, 0, counted
 
     def start(self, spec: RunSpec) -> None:
         self._progress.start()
@@ -72,12 +72,16 @@ class RunProgress(_Bar):
             self._progress.remove_task(finished)
         self._task = self._progress.add_task(self._label, total=None)
 
-    def on_block(self, done: int, blocks: int, standing: int) -> None:
-        description = f"{self._label}: {standing} standing"
+    def on_block(self, done: int, blocks: int, count: int) -> None:
+        description = f"{self._label}: {count} {self._counted}"
         self._progress.update(self._task, description=description, completed=done, total=blocks)
 
     def finish(self, result: Result) -> None:
         accuracy = f"SA {result.clean_accuracy.value:.2%} RA {result.robust_accuracy.value:.2%}"
         forwards = sum(counts["forwards"] for counts in result.passes.values())
         cost = f" and {forwards:,} forward passes" if forwards else ""
-        self._progress.console.print(f"{self._label}: {accuracy} in {result.seconds:.1f} s{cost}")
+        self.say(f"{accuracy} in {result.seconds:.1f} s{cost}")
+
+    def say(self, line: str) -> None:
+        """A line that stays, about the run that was started last."""
+        self._progress.console.print(f"{self._label}: {line}")

@@ -38,6 +38,11 @@ def uniform(shape: tuple[int, ...], indices: Tensor, *key: object) -> Tensor:
     return torch.stack([torch.rand(shape, generator=generator(*key, int(index))) for index in indices])
 
 
+def normal(shape: tuple[int, ...], indices: Tensor, *key: object) -> Tensor:
+    """Standard normal numbers, (B, *shape), keyed as `uniform`'s."""
+    return torch.stack([torch.randn(shape, generator=generator(*key, int(index))) for index in indices])
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Random changes of an image; all that is not set is left out.
@@ -83,6 +88,7 @@ def hold_out(available: int, n_train: int | None, n_val: int) -> tuple[Tensor, T
 class Sampler:
     """Deals a training set's batches, epoch by epoch.
 
+    noise_sigma: of Gaussian noise on each image, in pixels of [0, 1], which it may leave (Cohen et al. 2019).
     Of several `processes`, each deals its part of batches that are so many times as large; `rank` says which.
     """
 
@@ -93,6 +99,7 @@ class Sampler:
     seed: int
     device: torch.device
     augmentation: Augmentation = Augmentation()
+    noise_sigma: float = 0.0
     memory_format: torch.memory_format = torch.contiguous_format
     rank: int = 0
     processes: int = 1
@@ -119,6 +126,9 @@ class Sampler:
         x = self.images.floats(indices).to(self.device)
         if self.augmentation != Augmentation():
             x = self.augmentation(x, uniform((5,), indices, self.seed, epoch, "augment"))
+        if self.noise_sigma:
+            drawn = normal(tuple(x.shape[1:]), indices, self.seed, epoch, "noise")
+            x = x + self.noise_sigma * drawn.to(x.device)
 
         def noise(salt: str) -> Tensor:
             return uniform(tuple(x.shape[1:]), indices, self.seed, epoch, salt).mul_(2).sub_(1).to(x.device)

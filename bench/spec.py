@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,6 +22,13 @@ NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")
 #: What RobustBench has boards of, by its own names; here, since importing robustbench imports torch.
 ROBUSTBENCH_DATASETS = ("cifar10", "cifar100", "imagenet")
 ROBUSTBENCH_NORMS: tuple[Norm, ...] = ("Linf", "L2")
+
+
+#: How far outside the ball an example may lie and still be in it: attacks compute in float32.
+ABSOLUTE_LINF = 1e-6
+RELATIVE_L1_L2 = 1e-5
+#: The same for the box [0, 1].
+ABSOLUTE_BOX = 1e-6
 
 
 def digest(*parts: Any) -> str:
@@ -124,6 +131,11 @@ class ThreatModel(Spec):
         return f"{self.eps:g}" if float(f"{self.eps:g}") == self.eps else repr(self.eps)
 
     @property
+    def reach(self) -> float:
+        """The distance up to which an example counts as inside the ball: ε and the tolerance of its norm."""
+        return self.eps + ABSOLUTE_LINF if self.norm == "Linf" else self.eps * (1 + RELATIVE_L1_L2)
+
+    @property
     def folder(self) -> str:
         """The folder that holds this threat's results and boards, such as `Linf-8_255`."""
         return path_safe(f"{self.norm}-{self.eps_text}")
@@ -132,8 +144,26 @@ class ThreatModel(Spec):
         return f"{self.norm} {self.eps_text}"
 
 
+class Method(Spec):
+    """What is run on a model: a suite, or a way to certify. Fields are the parameters that `--set` takes.
+
+    A change that can change a row raises `version`; unlike versions are never compared.
+    """
+
+    version: ClassVar[int] = 1
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters that differ from the defaults: what a run's spec records."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def check(self, name: str, dataset: str, threat_model: ThreatModel) -> None:
+        """UnusableInput if it cannot be run on this data set, or inside this ball."""
+        raise NotImplementedError
+
+
 class RunSpec(Spec):
-    """One suite on one model: everything that its verdicts depend on, but for the weights and the pixels."""
+    """One suite, or way to certify, on one model: all that its rows depend on, but for the weights and the pixels."""
 
     model: str
     alpha: float | None = None
@@ -191,6 +221,9 @@ class Recipe(Spec):
     flip: bool = Field(default=False, description="horizontally, every other time")
     translate: int = Field(default=0, ge=0, description="up to so many pixels each way, black outside")
     cutout: int = Field(default=0, ge=0, description="a black square of so many pixels a side")
+    noise_sigma: float = Field(
+        default=0.0, ge=0, description="of Gaussian noise on each image, in pixels of [0, 1]: what smoothing certifies"
+    )
     # optimisation
     epochs: int = Field(default=10, gt=0)
     batch_size: int = Field(default=128, gt=1, description="of each process, where there are several")
@@ -230,7 +263,10 @@ class TrainSpec(Spec):
     @property
     def key(self) -> str:
         """Identifies the training: a checkpoint made by another spec is never overwritten."""
-        return digest("train", self.model_dump(mode="json"))
+        asked = self.model_dump(mode="json")
+        if not self.recipe.noise_sigma:  # there are checkpoints from before there was noise: they keep their key
+            del asked["recipe"]["noise_sigma"]
+        return digest("train", asked)
 
     @property
     def checkpoint_name(self) -> str:

@@ -7,10 +7,11 @@ Paths are an index; `result.json` is the truth. A run's folder is written once: 
 
 import json
 import shutil
-from collections.abc import Container, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 from uuid import uuid4
 
 import pandas as pd
@@ -42,10 +43,16 @@ VERDICT_COLUMNS: dict[str, str] = {
     "status": "str",  # ok | error
 }
 
+#: The rows of a certificate (`bench.certificates`), whose folders lie among those of the runs.
+CERTIFICATES = "certificates.parquet"
 #: Where a block's side data lies in its file's schema metadata: one file, so that rows and side data come together.
 _SIDE = b"bench.side"
 #: In a block's side data: how many witnesses it has, in a file beside its own.
 _KEPT = "bench.witnesses"
+
+
+RowCheck = Callable[[pd.DataFrame], None]
+R = TypeVar("R", bound=Spec)
 
 
 class Accuracy(Spec):
@@ -167,33 +174,33 @@ def ensure_writable(root: Path) -> None:
         raise UnusableInput(f"folder '{root}' cannot be written ({error.strerror}): name another one") from None
 
 
-def _to_parquet(verdicts: pd.DataFrame, side: Mapping[str, Any]) -> bytes:
-    check_verdicts(verdicts)
-    table = pa.Table.from_pandas(verdicts, preserve_index=False)
+def _to_parquet(rows: pd.DataFrame, side: Mapping[str, Any], check: "RowCheck") -> bytes:
+    check(rows)
+    table = pa.Table.from_pandas(rows, preserve_index=False)
     table = table.replace_schema_metadata({**table.schema.metadata, _SIDE: json.dumps(side)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     return sink.getvalue().to_pybytes()
 
 
-def _from_parquet(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+def _from_parquet(path: Path, check: "RowCheck") -> tuple[pd.DataFrame, dict[str, Any]]:
     """Rows and side data; ValueError, or an OSError, for a file that is not a whole one of ours."""
     try:
         table = pq.read_table(path)
         side = json.loads((table.schema.metadata or {}).get(_SIDE, b"{}"))
     except pa.ArrowException as error:
-        raise ValueError(f"not a whole file of verdicts ({str(error).splitlines()[0]})") from None
-    verdicts = table.to_pandas()
-    check_verdicts(verdicts)
-    return verdicts, side
+        raise ValueError(f"not a whole file of rows ({str(error).splitlines()[0]})") from None
+    rows = table.to_pandas()
+    check(rows)
+    return rows, side
 
 
 @dataclass(frozen=True)
 class Block:
-    """The rows of one attack block, and what else is to be known of it: anything that JSON can hold."""
+    """The rows of one block, and what else is to be known of it: anything that JSON can hold."""
 
     index: int
-    verdicts: pd.DataFrame
+    rows: pd.DataFrame
     side: dict[str, Any]
     witnesses: Witnesses | None = None
 
@@ -204,34 +211,59 @@ def run_folder(root: Path, spec: RunSpec, run_key: str) -> Path:
     return root / path_safe(spec.dataset) / spec.threat_model.folder / suite / path_safe(spec.model) / run_key
 
 
-class RunFolder:
-    """One run's folder, as the evaluation loop fills it. Without `result.json` the run is unfinished.
+class Folder(ABC, Generic[R]):
+    """The folder of one run, as the loop that makes it fills it. Without `result.json` the run is unfinished.
 
-    Several processes may write blocks at a time; every file appears whole or not at all.
+    Several processes may write blocks at a time; every file appears whole or not at all. A subclass says which
+    `file` holds the rows, and what rows (`check`) and results go together (`fit`; both raise ValueError).
     """
+
+    file: ClassVar[str]
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._blocks = path / "blocks"
 
-    def finished(self) -> Result | None:
+    @staticmethod
+    @abstractmethod
+    def check(rows: pd.DataFrame, /) -> None:
+        """ValueError, saying which rule, for rows that no run can have."""
+
+    @staticmethod
+    @abstractmethod
+    def fit(result: R, rows: pd.DataFrame) -> None:
+        """ValueError, naming the first that differs, where the result says what does not follow from the rows."""
+
+    @abstractmethod
+    def read(self) -> R:
+        """The result, checked; UnusableInput, naming the file, if it or its rows cannot be relied on."""
+
+    def finished(self) -> R | None:
         """The result of a finished run, or None; UnusableInput where its files do not fit together."""
-        if not (self.path / "result.json").exists():
-            return None
-        return read_run(self.path).result
+        return self.read() if (self.path / "result.json").exists() else None
+
+    def rows(self, result: R) -> pd.DataFrame:
+        """The rows, read anew at each call; UnusableInput if they are not those that the result was made from."""
+        path = self.path / self.file
+        try:
+            rows, _ = _from_parquet(path, self.check)
+            self.fit(result, rows)
+        except (ValueError, OSError) as error:
+            raise _unusable(path, error) from None
+        return rows
 
     def write_block(
-        self, index: int, verdicts: pd.DataFrame, side: Mapping[str, Any], witnesses: Witnesses | None = None
+        self, index: int, rows: pd.DataFrame, side: Mapping[str, Any], witnesses: Witnesses | None = None
     ) -> None:
         """Stores a block's rows, side data and adversarial examples; ValueError for rows that no run can have."""
         path = self._blocks / f"block-{index:05d}.parquet"
         if witnesses is None:
-            rows = _to_parquet(verdicts, side)
+            whole = _to_parquet(rows, side, self.check)
             path.with_suffix(".safetensors").unlink(missing_ok=True)
         else:  # before the rows, which say how many there are: a block that is done has its witnesses
-            rows = _to_parquet(verdicts, {**side, _KEPT: len(witnesses)})
+            whole = _to_parquet(rows, {**side, _KEPT: len(witnesses)}, self.check)
             write_atomically(path.with_suffix(".safetensors"), witnesses.to_bytes())
-        write_atomically(path, rows)
+        write_atomically(path, whole)
 
     def read_blocks(self, known: Container[int] = ()) -> list[Block]:
         """The blocks written so far but for the `known`, in order; a file that cannot be read counts as not written."""
@@ -241,7 +273,7 @@ class RunFolder:
                 index = int(path.stem.removeprefix("block-"))
                 if index in known:
                     continue
-                rows, side = _from_parquet(path)
+                rows, side = _from_parquet(path, self.check)
                 witnesses = Witnesses.read(path.with_suffix(".safetensors")) if _KEPT in side else None
                 if witnesses is not None and side.pop(_KEPT) != len(witnesses):
                     continue
@@ -250,14 +282,28 @@ class RunFolder:
                 continue  # what killed the writer also loses its block: it is attacked again
         return found
 
-    def finish(self, result: Result, verdicts: pd.DataFrame, witnesses: Witnesses | None = None) -> None:
+    def finish(self, result: R, rows: pd.DataFrame, witnesses: Witnesses | None = None) -> None:
         """Writes the witnesses, the rows, then the result, and drops the blocks; ValueError if they do not fit."""
-        _check_fit(result, verdicts)
+        self.fit(result, rows)
         if witnesses is not None:
             write_atomically(self.path / FILE, witnesses.to_bytes())
-        write_atomically(self.path / "verdicts.parquet", _to_parquet(verdicts, {}))
+        write_atomically(self.path / self.file, _to_parquet(rows, {}, self.check))
         write_atomically(self.path / "result.json", (result.model_dump_json(indent=1) + "\n").encode())
         shutil.rmtree(self._blocks, ignore_errors=True)
+
+
+class RunFolder(Folder[Result]):
+    """The folder of one run of a suite."""
+
+    file = "verdicts.parquet"
+    check = staticmethod(check_verdicts)
+
+    @staticmethod
+    def fit(result: Result, rows: pd.DataFrame) -> None:
+        _check_fit(result, rows)
+
+    def read(self) -> Result:
+        return read_run(self.path).result
 
 
 @dataclass(frozen=True)
@@ -269,13 +315,7 @@ class Run:
 
     def verdicts(self) -> pd.DataFrame:
         """The rows, read anew at each call; UnusableInput if they are not those that the result was made from."""
-        path = self.path / "verdicts.parquet"
-        try:
-            verdicts, _ = _from_parquet(path)
-            _check_fit(self.result, verdicts)
-        except (ValueError, OSError) as error:
-            raise _unusable(path, error) from None
-        return verdicts
+        return RunFolder(self.path).rows(self.result)
 
     def __str__(self) -> str:
         spec = self.result.spec
@@ -285,26 +325,36 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """The finished run in the folder `path`, checked; UnusableInput, naming the file, if it cannot be relied on."""
+    run = Run(read_result(path, Result), path)
+    run.verdicts()
+    return run
+
+
+def read_result(path: Path, kind: type[R]) -> R:
+    """The `result.json` in the folder `path`; UnusableInput, naming the file, if it is none of this kind."""
     file = path / "result.json"
     try:
-        run = Run(Result.model_validate_json(file.read_bytes()), path)
+        return kind.model_validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise _unusable(file, f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()) from None
     except OSError as error:
         raise _unusable(file, error) from None
-    run.verdicts()
-    return run
 
 
 def read_runs(root: Path) -> list[Run]:
     """Every finished run below `root`, sorted by path; UnusableInput for no such folder and for files that do not fit.
 
-    What is under way has no `result.json` and is passed over.
+    What is under way has no `result.json` and is passed over; so are certificates, which are no runs of a suite.
     """
     if not root.is_dir():
         raise UnusableInput(f"there is no results folder '{root}': make it with: bench run --results {root}")
-    return [read_run(file.parent) for file in sorted(root.rglob("result.json"))]
+    return [read_run(path) for path in finished_folders(root) if not (path / CERTIFICATES).exists()]
+
+
+def finished_folders(root: Path) -> list[Path]:
+    """Every folder below `root` that has a `result.json`, sorted."""
+    return sorted(file.parent for file in root.rglob("result.json"))
 
 
 def _unusable(file: Path, reason: object) -> UnusableInput:

@@ -234,6 +234,7 @@ class _Run:
             batch_size=recipe.batch_size,
             seed=spec.seed,
             augmentation=Augmentation(recipe.flip, recipe.translate, recipe.cutout),
+            noise_sigma=recipe.noise_sigma,
         )
         self.validation = deal(indices=data.held_out, batch_size=500, seed=0)
         self.train_fingerprint = data.fingerprint

@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.spec import ThreatModel
-
-#: How far outside the ball an example may lie and still be in it: attacks compute in float32.
-ABSOLUTE_LINF = 1e-6
-RELATIVE_L1_L2 = 1e-5
-#: The same for the box [0, 1].
-ABSOLUTE_BOX = 1e-6
+from bench.spec import ABSOLUTE_BOX, ThreatModel
 
 
 @dataclass(frozen=True)
@@ -64,9 +58,7 @@ class Judgement:
 
 def inside(linf: Tensor, l2: Tensor, l1: Tensor, threat_model: ThreatModel) -> Tensor:
     """Whether distances (m,) lie in the ball, with the tolerance of its norm."""
-    if threat_model.norm == "Linf":
-        return linf <= threat_model.eps + ABSOLUTE_LINF
-    return (l2 if threat_model.norm == "L2" else l1) <= threat_model.eps * (1 + RELATIVE_L1_L2)
+    return {"Linf": linf, "L2": l2, "L1": l1}[threat_model.norm] <= threat_model.reach
 
 
 def _distances(x: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

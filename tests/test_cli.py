@@ -461,7 +461,7 @@ def test_interrupt_is_one_line(bench: Bench, user_model: str, monkeypatch: pytes
     assert bench("run") == (
         130,
         "",
-        "stopped: `bench run` goes on where it was, `bench train` does with --resume\n",
+        "stopped: `bench run` and `bench certify` go on where they were, `bench train` does with --resume\n",
     )
 
 

@@ -70,6 +70,13 @@ def test_verdicts_share_no_code_with_an_attack():
         assert users <= {"torchattacks", "pgd", "autoattack", "adaptive", "compat", "leaving"}, library
 
 
+@pytest.mark.parametrize("path", modules("bench/certify"), ids=lambda path: path.stem)
+def test_certificates_share_no_code_with_an_attack(path: Path):
+    names = imports(path)
+    assert not {name for name in names if name.startswith(("bench.attacks", "bench.suites"))}
+    assert not {name.split(".")[0] for name in names} & {"torchattacks", "pyautoattack", "robustbench"}
+
+
 def test_what_names_things_imports_nothing_of_the_project():
     assert of_bench(imports(ROOT / "bench/registry.py")) == set()
     assert of_bench(imports(ROOT / "bench/files.py")) == set()
@@ -93,7 +100,7 @@ def loaded(statement: str, cwd: Path) -> set[str]:
     return {name.partition(".")[0] for name in names} | {name for name in names if name.startswith("bench.")}
 
 
-@pytest.mark.parametrize("module", ["leaderboard", "robustbench_info", "check"])
+@pytest.mark.parametrize("module", ["leaderboard", "robustbench_info", "check", "certificates"])
 def test_boards_and_gate_import_no_torch(module: str):
     found = loaded(f"import bench.{module}, bench.store, bench.metrics", ROOT)
     assert f"bench.{module}" in found

@@ -121,6 +121,8 @@ def test_every_column_by_hand(tmp_path: Path):
         "unique_kills": "autoattack/apgd-ce 2, autoattack/apgd-t 1",
         "route_flip_rate": "",
         "certified_accuracy": "",
+        "route_stable": "",
+        "smoothed": "",
         "flags": "no adaptive attack; autoattack: square broke more than apgd",
         "seeds": "0, 7",
         "suite_version": "autoattack-v2, clean-v1",
@@ -133,9 +135,8 @@ def test_every_column_by_hand(tmp_path: Path):
     assert text.startswith("# digits, Linf 0.2\n\nRA is the accuracy under AutoAttack")
     assert "## n = 10: the first 10 examples of the archive (fingerprint ffffffffffff)" in text
     assert "| 60.00 [31.27, 83.18] |" in text
-    assert (
-        text.count("| –") == 2 + 6
-    )  # rank, RA by seed, RA-E-fixed, RA-E-any, RA-R, p, route-flip rate, certified accuracy
+    # rank, RA by seed, RA-E-fixed, RA-E-any, RA-R, p, route-flip rate, and the three of what is certified
+    assert text.count("| –") == 2 + 8
     assert "- [1] autoattack: square broke more than apgd" in text  # longer than a cell is wide
     assert "no adaptive attack; [1]" in text
 

@@ -133,6 +133,16 @@ def test_there_is_no_training_inside_an_l1_ball():
         train_spec("moe-at", DIGITS, ThreatModel(norm="L1", eps=1))
 
 
+def test_noise_is_for_training_without_adversarial_examples():
+    digits = open_dataset("digits")
+    spec = train_spec("moe-standard", digits, digits.threat_model, settings={"noise_sigma": 0.25})
+    assert spec.recipe.noise_sigma == 0.25
+    with pytest.raises(UnusableInput, match=r"noise_sigma=0\.25: 'moe-at' trains on adversarial examples"):
+        train_spec("moe-at", digits, digits.threat_model, settings={"noise_sigma": 0.25})
+    with pytest.raises(UnusableInput, match="noise_sigma"):
+        train_spec("moe-standard", digits, digits.threat_model, settings={"noise_sigma": -1})
+
+
 def test_an_unknown_variant_is_refused_with_the_nearest():
     with pytest.raises(UnusableInput, match=r"^unknown variant 'moe-ad': did you mean 'moe-at'\?$"):
         spec("moe-ad")

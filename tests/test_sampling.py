@@ -219,7 +219,35 @@ def test_an_example_is_augmented_by_itself_and_by_the_epoch(sampler: Sampler):
     assert len({tuple(row.flatten().tolist()) for row in before.values()}) > 5
 
 
-@pytest.mark.parametrize("change", [lambda s: replace(s, batch_size=7), lambda s: replace(s, augmentation=ALL)])
+def test_noise_is_gaussian_and_an_examples_own(sampler: Sampler):
+    grey = torch.full((N, 1, 32, 32), 10, dtype=torch.uint8)
+    sampler = replace(sampler, images=Images(grey, torch.arange(N), 20, N, N))
+
+    def images(sampler: Sampler, epoch: int) -> dict[int, Tensor]:
+        return {int(y): x for batch in sampler.epoch(epoch) for x, y in zip(batch.x, batch.y, strict=True)}
+
+    assert all((x == 0.5).all() for x in images(sampler, 0).values())
+    noisy = replace(sampler, noise_sigma=0.25)
+    before = images(noisy, 0)
+    assert same(before, images(replace(noisy, batch_size=3), 0))
+    assert not same(before, images(noisy, 1))
+    assert not same(before, images(replace(noisy, seed=1), 0))
+    assert not torch.equal(before[0], before[2])
+    noise = (torch.stack(list(before.values())) - 0.5) / 0.25
+    # 10,240 numbers: the standard errors of mean and deviation are 0.01 and 0.007; |noise| > 2 has 4.6 % ± 0.2
+    assert abs(noise.mean()) < 0.05
+    assert noise.std() == pytest.approx(1, abs=0.03)
+    assert (noise.abs() > 2).float().mean() == pytest.approx(0.0455, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: replace(s, batch_size=7),
+        lambda s: replace(s, augmentation=ALL),
+        lambda s: replace(s, noise_sigma=0.1),
+    ],
+)
 def test_dealing_leaves_torchs_own_random_state_alone(sampler: Sampler, change: Callable[[Sampler], Sampler]):
     before = torch.random.get_rng_state()
     for batch in change(sampler).epoch(0):

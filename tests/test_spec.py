@@ -170,6 +170,15 @@ def test_every_field_of_a_training_is_in_its_key(changed: dict[str, Any]):
     assert TrainSpec(**TRAIN).key == TrainSpec(**TRAIN).key != TrainSpec(**{**TRAIN, **changed}).key
 
 
+def test_a_training_without_noise_keeps_the_key_that_it_had_before_there_was_noise():
+    spec = TrainSpec(**TRAIN)
+    before = spec.model_dump(mode="json")
+    assert before["recipe"].pop("noise_sigma") == 0
+    assert spec.key == digest("train", before)
+    noisy = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"noise_sigma": 0.25})})
+    assert noisy.key == digest("train", noisy.model_dump(mode="json"))
+
+
 def test_a_checkpoint_is_named_by_variant_and_seed():
     assert TrainSpec(**TRAIN).checkpoint_name == "moe-at"
     assert TrainSpec(**{**TRAIN, "seed": 3}).checkpoint_name == "moe-at-s3"

@@ -118,7 +118,7 @@ def test_blocks_come_back_with_their_side_data(tmp_path: Path):
     assert written(folder) == {3, 11}
     assert [(block.index, block.side) for block in folder.read_blocks()] == [(3, side), (11, {})]
     assert [block.index for block in folder.read_blocks(known={3})] == [11]
-    joined = pd.concat([block.verdicts for block in folder.read_blocks()], ignore_index=True)
+    joined = pd.concat([block.rows for block in folder.read_blocks()], ignore_index=True)
     assert folder.finished() is None
     folder.finish(result(joined), joined)
     assert not (tmp_path / "run" / "blocks").exists()

@@ -223,7 +223,7 @@ class Stop(Exception):
 @pytest.mark.parametrize(
     ("variant", "settings"),
     [
-        ("moe-standard", {"schedule": "one_cycle"}),
+        ("moe-standard", {"schedule": "one_cycle", "noise_sigma": 0.25}),
         ("moe-at-argmax", {"schedule": "cyclic", "clip_grad_norm": None}),
         ("moe-rt_er", {"schedule": "cosine", "optimizer": "adamw", "lr": 0.01, "flip": True}),
         ("dual-jtdmoe", {"schedule": "constant", "precision": "bf16-mixed"}),

@@ -67,6 +67,11 @@ def train_spec(
     if gate and merged.gate not in (None, gate):
         other = f"{variant}-argmax" if merged.gate == "argmax" else variant.removesuffix("-argmax")
         raise UnusableInput(f"recipe '{name}' is for gate={merged.gate}, and '{variant}' has {gate}: train {other}")
+    if merged.noise_sigma and objective.adversarial:
+        raise UnusableInput(
+            f"--set noise_sigma={merged.noise_sigma:g}: '{variant}' trains on adversarial examples, which stay in"
+            " [0, 1] and near the image: train a -standard variant with noise"
+        )
     if threat_model.norm == "L1":
         raise UnusableInput("no training inside an L1 ball: take --norm Linf or L2, and evaluate the file under L1")
     return TrainSpec(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from bench.registry import Registry, UnusableInput, did_you_mean
-from bench.spec import Norm, Spec, ThreatModel, build
+from bench.spec import Method, Norm, ThreatModel, build
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,9 @@ class Block:
 SUITES: Registry[type["Suite"]] = Registry("suite", "bench.suites")
 
 
-class Suite(Spec):
-    """Base of all suites; subclasses register with `SUITES`. Fields are the parameters that `--set` takes.
+class Suite(Method):
+    """Base of all suites; subclasses register with `SUITES`."""
 
-    A change that can change a verdict raises `version`; unlike versions are never compared.
-    """
-
-    version: ClassVar[int] = 1
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
     datasets: ClassVar[tuple[str, ...]] = ()  # those that it can be run on; empty: any
     has_attack: ClassVar[bool] = True
@@ -148,11 +144,6 @@ class Suite(Spec):
     def open(cls, argument: str | None, settings: Mapping[str, Any]) -> Self:
         """With `settings` over the defaults; UnusableInput where a value does not fit."""
         return build(cls, "suite's settings", settings)
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The parameters that differ from the defaults: what a run's spec records."""
-        return self.model_dump(mode="json", exclude_defaults=True)
 
     def check(self, name: str, dataset: str, threat_model: ThreatModel) -> None:
         """UnusableInput if the suite cannot be run on this data set, or has no attack for this norm."""

@@ -1,0 +1,1 @@
+"""Certificates: what no attack inside a ball can change, one file for each method."""

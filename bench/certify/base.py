@@ -1,0 +1,108 @@
+"""What a certification method is to the loop that runs it.
+
+Axes: B = examples of a block; images (B, C, H, W) in [0, 1].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench.registry import Registry, UnusableInput
+from bench.spec import Method, Norm, ThreatModel
+
+
+@dataclass(frozen=True)
+class Block:
+    """Examples that are certified together.
+
+    predicted (B,): F's class on the clean images, -1 where its logits are not finite. idx (B,): the examples' positions
+    in the data set, which random numbers are keyed by.
+    """
+
+    model: Any
+    x: Tensor
+    y: Tensor
+    idx: Tensor
+    predicted: Tensor
+    num_classes: int
+    threat_model: ThreatModel
+    seed: int
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one method says of a block at one ε: arrays (B,), as in `bench.certificates.CERTIFICATE_COLUMNS`."""
+
+    method: str
+    eps: float
+    status: NDArray[np.str_]
+    radius: NDArray[np.float64]
+    predicted: NDArray[np.int64]
+    correct: NDArray[np.bool_]
+    reachable: NDArray[np.int64]
+    reason: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        block: Block,
+        method: str,
+        certified: Tensor,
+        radius: Tensor,
+        reachable: Tensor | None = None,
+        eps: float | None = None,
+        predicted: Tensor | None = None,
+    ) -> "Claim":
+        """Certified or not (B,), of the block's own ε and F's class where nothing else is said."""
+        correct = block.predicted == block.y
+        return cls(
+            method,
+            block.threat_model.eps if eps is None else eps,
+            np.where(certified.numpy(), "certified", "not_certified"),
+            radius.double().numpy(),
+            (block.predicted if predicted is None else predicted).numpy(),
+            correct.numpy(),
+            np.full(len(block.y), -1) if reachable is None else reachable.numpy(),
+        )
+
+    @classmethod
+    def nothing(cls, block: Block, method: str, status: str, reason: str) -> "Claim":
+        """The same status for all: not_applicable or not_supported."""
+        count = len(block.y)
+        return cls(
+            method,
+            block.threat_model.eps,
+            np.full(count, status),
+            np.full(count, np.nan),
+            block.predicted.numpy(),
+            (block.predicted == block.y).numpy(),
+            np.full(count, -1),
+            reason,
+        )
+
+
+CERTIFIERS: Registry[type["Certifier"]] = Registry("certification method", "bench.certify")
+
+
+class Certifier(Method):
+    """Base of all methods; subclasses register with `CERTIFIERS`."""
+
+    norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
+
+    @property
+    def own_threat(self) -> ThreatModel | None:
+        """The ball where the user names none; None: the data set's."""
+        return None
+
+    def check(self, name: str, dataset: str, threat_model: ThreatModel) -> None:
+        if threat_model.norm not in self.norms:
+            norms = " and ".join(self.norms)
+            raise UnusableInput(f"{name} does not know {threat_model.norm}: pass --norm {norms} and an --eps")
+
+    def certify(self, block: Block) -> Sequence[Claim]:
+        """What can be said of each example of the block."""
+        raise NotImplementedError

@@ -1,0 +1,250 @@
+"""Class certificates by sound bounds: every point of the ball ∩ [0, 1] has the class that F gives to its centre.
+
+Axes: B = images, E = experts, C = classes, j = another class than the certified y. z_i are expert i's logits, p_i its
+probabilities, g_ij = p_iy − p_ij its probability margin, a_i the gate's weights. The derivations, each with its test,
+are in docs/certificates.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.certify.base import CERTIFIERS, Block, Certifier, Claim
+from bench.certify.layers import NotSupported, layers
+from bench.certify.linear import Bounds
+from bench.parts import is_dual, is_moe
+from bench.spec import ThreatModel
+from models.dual import DualModel
+from models.moe import MoE
+
+#: Of the magnitude of a network's outputs, what is kept in reserve for a float32 network's rounding.
+LOGIT_SLACK = 1e-5
+#: The same for probabilities.
+PROBABILITY_SLACK = 1e-5
+
+
+class NotApplicable(Exception):
+    """A model that the method says nothing about; the message says which."""
+
+
+@dataclass(frozen=True)
+class Margins:
+    """What one network's logits can do over the region.
+
+    logits: at most min over the region of z_y − z_j, (B, C), inf at y, less the reserve for rounding.
+    """
+
+    bounds: Bounds
+    logits: Tensor
+
+    @classmethod
+    def of(cls, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> "Margins":
+        bounds = Bounds(layers(network, x.shape[1:]), x, threat)
+        size = torch.maximum(bounds.outputs.low.abs(), bounds.outputs.high.abs()).amax(1, keepdim=True)
+        eye = torch.eye(size_of(bounds), dtype=torch.double)
+        least = bounds.least(eye[y][:, None, :] - eye) - LOGIT_SLACK * (1 + size)
+        return cls(bounds, least.scatter(1, y[:, None], torch.inf))
+
+    def probabilities(self, scale: Tensor | float = 1.0) -> Tensor:
+        """At most min over the region of p_y − p_j (B, C), of the softmax of `scale` (B, 1) in (0, 1] times the logits.
+
+        With m_j ≥ L_j: p_y ≥ 1 / (1 + Σ exp(−L_k)) and p_j / p_y ≤ exp(−L_j); where L_j < 0, p_y − p_j ≥ tanh(L_j / 2).
+        A margin that can be negative is at its worst where the scale is 1.
+        """
+        least = torch.where(self.logits < 0, 1.0, scale) * self.logits
+        own = 1 / (1 + (-least).exp().sum(1, keepdim=True))
+        return torch.where(least >= 0, own * -torch.expm1(-least), (least / 2).tanh())
+
+    def lipschitz(self) -> Tensor:
+        """At least max_{a,b} of the Lipschitz constant of z_a − z_b over the region, (B,)."""
+        return self.bounds.lipschitz(pairs(size_of(self.bounds))).amax(1)
+
+
+def size_of(bounds: Bounds) -> int:
+    """The number of a network's outputs."""
+    return bounds.outputs.low.shape[1]
+
+
+def pairs(count: int) -> Tensor:
+    """All e_a − e_b with a < b, (1, S, count)."""
+    eye = torch.eye(count, dtype=torch.double)
+    a, b = torch.triu_indices(count, count, 1)
+    return (eye[a] - eye[b])[None]
+
+
+@dataclass(frozen=True)
+class Router:
+    """What a router's scores can do over the region.
+
+    lead: at most min over the region of r_i − r_k, (B, i, k), less the reserve for rounding. lipschitz: at least
+    s = max_{i,k} of the Lipschitz constant of r_i − r_k, (B,). scores: at the centre, (B, E).
+    """
+
+    lead: Tensor
+    lipschitz: Tensor
+    scores: Tensor
+
+    @classmethod
+    def of(cls, network: nn.Module, x: Tensor, threat: ThreatModel) -> "Router":
+        bounds = Bounds(layers(network, x.shape[1:]), x, threat)
+        count = size_of(bounds)
+        size = torch.maximum(bounds.outputs.low.abs(), bounds.outputs.high.abs()).amax(1)[:, None, None]
+        eye = torch.eye(count, dtype=torch.double)
+        every = (eye[:, None] - eye[None]).flatten(0, 1)[None]
+        lead = bounds.least(every).view(len(x), count, count) - LOGIT_SLACK * (1 + size)
+        return cls(lead, bounds.lipschitz(pairs(count)).amax(1), network(x).double().cpu())
+
+    @property
+    def reachable(self) -> Tensor:
+        """S(ε) at most (B, E): not those that another one leads everywhere."""
+        return ~(self.lead > 0).any(1)
+
+    @property
+    def top_weights(self) -> Tensor:
+        """At most min of the gate's probability of expert i (B, E), where i has the highest score."""
+        others = ~torch.eye(self.lead.shape[1], dtype=torch.bool)
+        return 1 / (1 + ((-self.lead.clamp_min(0)).exp() * others).sum(2))
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The least and the most that the softmax gate's probability of expert i can be, (B, E) each."""
+        others = ~torch.eye(self.lead.shape[1], dtype=torch.bool)
+        behind = (-self.lead).exp() * others  # at least exp(r_k − r_i)
+        ahead = self.lead.transpose(1, 2).exp() * others  # at most that
+        return 1 / (1 + behind.sum(2)), 1 / (1 + ahead.sum(2))
+
+
+def least_mixture(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The minimum (B, C) of Σ a_i v_ij over a in the simplex with low_i ≤ a_i ≤ high_i: values (B, E, C), (B, E) twice.
+
+    The least values get as much weight as there is.
+    """
+    order = values.argsort(1)
+    value = values.gather(1, order)
+    room = (high - low)[:, :, None].expand_as(values).gather(1, order)
+    free = (1 - low.sum(1))[:, None, None]
+    before = room.cumsum(1) - room
+    return (
+        (low[:, :, None].expand_as(values).gather(1, order) + (free - before).clamp_min(0).minimum(room)) * value
+    ).sum(1)
+
+
+def soft_radius(gap: Tensor, lipschitz: Tensor, alpha: float = 1.0) -> Tensor:
+    """min_j (α G_j + α − 1) / (α D) (B,), at least 0, of gaps G_j (B, C) and the constant D (B,) of each of them.
+
+    α = 1: an MoE alone. G_j is inf where j is the certified class.
+    """
+    return ((alpha * gap.amin(1) + alpha - 1) / (alpha * lipschitz)).clamp_min(0)
+
+
+@CERTIFIERS.register("bounds")
+class ClassBounds(Certifier):
+    """Interval and linear bounds of every expert, combined over the routes that the ball allows."""
+
+    def certify(self, block: Block) -> list[Claim]:
+        try:
+            return list(self._claims(block))
+        except NotSupported as layer:
+            return [Claim.nothing(block, "network", "not_supported", str(layer))]
+        except NotApplicable as reason:
+            return [Claim.nothing(block, "network", "not_applicable", str(reason))]
+
+    def _claims(self, block: Block) -> Sequence[Claim]:
+        model, alpha = block.model, 1.0
+        if is_dual(model):
+            model, alpha = _robust_branch(model)
+        threshold = (1 - alpha) / alpha if alpha > 0 else torch.inf
+        threshold += PROBABILITY_SLACK * (block.model is not model)
+        if not is_moe(model):
+            margins = self._margins(block, model)
+            # of a dual, R's probability margin has to outweigh S
+            least = margins.logits if block.model is model else margins.probabilities()
+            return [self._claim(block, "network", (least > threshold * (block.model is not model)).all(1))]
+        if type(model) is not MoE:
+            raise NotSupported(f"{type(model).__name__}, whose way of mixing its experts is not known")
+        if model.num_selected_experts == 1:
+            return self._top1(block, model, threshold if block.model is not model else None, alpha)
+        if model.num_selected_experts == len(model.experts) and model.combine == "probs":
+            return self._soft(block, model, threshold, alpha)
+        raise NotApplicable(
+            f"{model.num_selected_experts} of {len(model.experts)} experts, combine={model.combine}: there is a"
+            " certificate for top-1, and for all experts with combine=probs"
+        )
+
+    def _top1(self, block: Block, moe: MoE, threshold: float | None, alpha: float) -> Sequence[Claim]:
+        router = Router.of(moe.router, block.x, block.threat_model)
+        every = [self._margins(block, expert) for expert in moe.experts]
+        if threshold is None:  # a positive weight changes no class
+            fine = torch.stack([(margins.logits > 0).all(1) for margins in every], 1)
+        else:
+            scale = router.top_weights if moe.gate == "softmax" else torch.ones_like(router.scores)
+            least = [margins.probabilities(scale[:, [i]]) for i, margins in enumerate(every)]
+            fine = torch.stack([(margin > threshold).all(1) for margin in least], 1)
+        reachable = router.reachable
+        union, stable = (fine | ~reachable).all(1), reachable.sum(1) == 1
+        return [
+            self._claim(block, "union", union, reachable),
+            self._claim(block, "route-stable", union & stable, reachable),
+            self._paper(block, moe, every, router, alpha),
+        ]
+
+    def _soft(self, block: Block, moe: MoE, threshold: float, alpha: float) -> Sequence[Claim]:
+        router = Router.of(moe.router, block.x, block.threat_model)
+        every = [self._margins(block, expert) for expert in moe.experts]
+        values = torch.stack([margins.probabilities() for margins in every], 1)
+        gap, weights = _gap(block, moe, router)
+        bend = torch.stack([margins.lipschitz() for margins in every], 1) / 2
+        if moe.gate == "softmax":
+            low, high = router.weights
+            steep = router.lipschitz / 2 + (weights * bend).sum(1)
+        else:
+            low = high = weights
+            steep = (weights * bend).sum(1)
+        own = torch.nn.functional.one_hot(block.predicted.clamp_min(0), gap.shape[1]).bool()
+        direct = least_mixture(values.masked_fill(own[:, None], 1.0), low, high)
+        along = gap - PROBABILITY_SLACK - block.threat_model.reach * steep[:, None]
+        least = torch.maximum(direct, along).masked_fill(own, torch.inf)
+        return [
+            self._claim(block, "soft", (least > threshold).all(1)),
+            self._paper(block, moe, every, router, alpha),
+        ]
+
+    def _paper(self, block: Block, moe: MoE, every: Sequence[Margins], router: Router, alpha: float) -> Claim:
+        """The paper's equation 8, with p_iy's constant alone, of the experts' soft mixture: no certificate.
+
+        |∇p_y| ≤ ¼ max_b Lip(z_y − z_b), half of what bounds p_y − p_j. The constants hold over the block's ball.
+        """
+        gap, weights = _gap(block, moe, router)
+        slope = torch.stack([margins.lipschitz() for margins in every], 1) / 4
+        radius = soft_radius(gap, router.lipschitz / 2 + (weights * slope).sum(1), alpha)
+        return Claim.of(block, "paper-formula", torch.zeros_like(radius, dtype=torch.bool), radius)
+
+    def _margins(self, block: Block, network: nn.Module) -> Margins:
+        return Margins.of(network, block.x, block.predicted.clamp_min(0), block.threat_model)
+
+    def _claim(self, block: Block, method: str, certified: Tensor, reachable: Tensor | None = None) -> Claim:
+        sizes = None if reachable is None else reachable.sum(1)
+        return Claim.of(block, method, certified, certified.double() * block.threat_model.eps, sizes)
+
+
+def _robust_branch(dual: Any) -> tuple[Any, float]:
+    """R and α of a dual that mixes probabilities."""
+    if type(dual) is not DualModel:
+        raise NotSupported(f"{type(dual).__name__}, whose way of mixing its branches is not known")
+    if dual.combine != "probs":
+        raise NotApplicable("a dual that mixes logits: S's logits are not bounded by R's")
+    return dual.robust, float(dual.alpha)
+
+
+def _gap(block: Block, moe: MoE, router: Router) -> tuple[Tensor, Tensor]:
+    """G_j = Σ a_i g_ij at the centre (B, C), inf at y, and the weights a (B, E) of all experts."""
+    y = block.predicted.clamp_min(0)
+    weights = router.scores.softmax(1)
+    if moe.gate == "argmax":
+        weights = torch.full_like(weights, 1 / weights.shape[1])
+    p = torch.stack([expert(block.x).double().cpu().softmax(1) for expert in moe.experts], 1)
+    mean = (weights[:, :, None] * p).sum(1)
+    return (mean.gather(1, y[:, None]) - mean).scatter(1, y[:, None], torch.inf), weights

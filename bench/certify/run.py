@@ -1,0 +1,129 @@
+"""RunSpec → certificates, block by block; a finished block is never computed again.
+
+Axes: B = examples of a block.
+"""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from bench.certificates import CERTIFICATE_COLUMNS, CertificateFolder, Certification
+from bench.certify.base import Block, Certifier
+from bench.certify.report import curve, table
+from bench.datasets.base import EvalSet
+from bench.environment import environment, git_hash
+from bench.evaluate import first_look, full_float32, input_hash, set_alpha
+from bench.files import write_atomically
+from bench.inner import attacking
+from bench.spec import RunSpec
+from bench.store import Accuracy, run_folder
+from bench.subjects import Subject
+from bench.verdicts import predict
+
+#: Called after each block with (blocks done, blocks in all, rows certified in the finished ones).
+OnBlock = Callable[[int, int, int], None]
+
+
+def certify(
+    spec: RunSpec,
+    subject: Subject,
+    certifier: Certifier,
+    data: EvalSet,
+    num_classes: int,
+    results: Path,
+    device: str = "cpu",
+    on_block: OnBlock = lambda *_: None,
+) -> Certification:
+    """Certify the subject by the spec's method and store it; a certification that is finished is only read.
+
+    Raises:
+        UnusableInput: the model cannot take the data's images, or gives another number of classes.
+    """
+    folder = CertificateFolder(
+        run_folder(results, spec, spec.run_key(subject.info.checkpoint_sha256, data.fingerprint))
+    )
+    finished = folder.finished()
+    if finished is not None:
+        return finished
+    model = subject.model.to(device)
+    if spec.alpha is not None:
+        set_alpha(model, spec.alpha)
+    starts = range(0, len(data), spec.batch_size)
+    done = {block.index: block for block in folder.read_blocks()}
+    certified = {number: _certified(block.rows) for number, block in done.items()}
+    for number, start in enumerate(starts):
+        if number not in done:
+            started, chosen = time.perf_counter(), slice(start, start + spec.batch_size)
+            x, y = data.x[chosen].to(device), data.y[chosen]
+            with attacking(model), full_float32(), torch.no_grad():
+                if number == 0:
+                    first_look(model, x, num_classes, subject.info)
+                clean = predict(model, x, False)
+                predicted = torch.where(clean.finite, clean.classes, -1)
+                block = Block(model, x, y, data.idx[chosen], predicted, num_classes, spec.threat_model, spec.seed)
+                rows = _rows(certifier, block)
+            side = {"seconds": time.perf_counter() - started, "right": int((predicted == y).sum())}
+            folder.write_block(number, rows, side)
+            certified[number] = _certified(rows)
+        on_block(len(certified), len(starts), sum(certified.values()))
+    return _finish(folder, spec, subject, certifier, data, device)
+
+
+def _certified(rows: pd.DataFrame) -> int:
+    return int(rows.loc[rows["status"] == "certified", "idx"].nunique())
+
+
+def _rows(certifier: Certifier, block: Block) -> pd.DataFrame:
+    hashes = [input_hash(image) for image in block.x]
+    frames = []
+    for claim in certifier.certify(block):
+        # an image on which F's logits are not finite has no class to be certified
+        nothing = (block.predicted < 0).numpy()
+        frames.append(
+            pd.DataFrame({
+                "idx": block.idx.numpy(),
+                "input_hash": hashes,
+                "label": block.y.numpy(),
+                "method": claim.method,
+                "norm": block.threat_model.norm,
+                "eps": claim.eps,
+                "status": np.where(nothing & (claim.status == "certified"), "not_certified", claim.status),
+                "radius": claim.radius,
+                "predicted": claim.predicted,
+                "correct": claim.correct,
+                "reachable": claim.reachable,
+                "reason": claim.reason,
+            })
+        )  # fmt: skip
+    return pd.concat(frames, ignore_index=True).astype(CERTIFICATE_COLUMNS)
+
+
+def _finish(
+    folder: CertificateFolder, spec: RunSpec, subject: Subject, certifier: Certifier, data: EvalSet, device: str
+) -> Certification:
+    blocks = folder.read_blocks()
+    rows = pd.concat([block.rows for block in blocks], ignore_index=True)
+    right = sum(block.side["right"] for block in blocks)
+    result = Certification.from_rows(
+        spec,
+        subject.info,
+        data.fingerprint,
+        Accuracy.of(pd.Series(np.arange(len(data)) < right)),
+        rows,
+        params=certifier.model_dump(mode="json"),
+        flags=tuple(sorted({*subject.flags, *([data.note] if data.note else [])})),
+        data_note=data.note,
+        environment=environment(device, torch.get_num_threads()),
+        git_hash=git_hash(),
+        seconds=round(sum(block.side["seconds"] for block in blocks), 3),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    write_atomically(folder.path / "table.md", table(result, rows).encode())
+    write_atomically(folder.path / "curve.svg", curve(result, rows).encode())
+    folder.finish(result, rows)
+    return result

@@ -1,0 +1,161 @@
+"""Certifications from end to end: rows, blocks, and the command."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from bench.certificates import CertificateFolder, Certification
+from bench.certify.base import CERTIFIERS, Certifier
+from bench.certify.run import certify
+from bench.datasets.base import EvalSet
+from bench.registry import UnusableInput
+from bench.spec import ModelInfo, RunSpec, ThreatModel
+from bench.store import run_folder
+from bench.subjects import Subject
+
+Bench = Callable[..., tuple[int, str, str]]
+OWN: dict[str, dict[str, Any]] = {"smoothing": {"n0": 10, "n": 200}}
+
+
+@pytest.fixture
+def made(tmp_path: Path, planted: Any, linear_moe: Any) -> Callable[..., tuple[Certification, pd.DataFrame]]:
+    """made("bounds", batch_size=5): a certification of a small MoE on planted images, and its rows."""
+    weights = torch.randn(4, 3, 192, generator=torch.Generator().manual_seed(0))
+    moe = linear_moe(weights[:3].tolist(), weights[3].tolist(), 1, "softmax").eval()
+
+    def run(
+        method: str,
+        model: Any = moe,
+        data: EvalSet | None = None,
+        results: Path = tmp_path / "results",
+        on_block: Callable[[int, int, int], None] = lambda *_: None,
+        norm: Any = None,
+        **fields: Any,
+    ) -> tuple[Certification, pd.DataFrame]:
+        data = data or planted.data(12, 3)
+        norm = norm or ("L2" if method == "smoothing" else "Linf")
+        certifier: Certifier = CERTIFIERS[method](**OWN.get(method, {}))
+        spec = RunSpec(
+            model="m", dataset="planted", threat_model=ThreatModel(norm=norm, eps=0.01), suite=f"certify-{method}",
+            suite_version=certifier.version, n_examples=len(data), **fields,
+        )  # fmt: skip
+        subject = Subject(model, ModelInfo(name="m", architecture="planted", checkpoint_sha256="c" * 64))
+        result = certify(spec, subject, certifier, data, 3, results, on_block=on_block)
+        return result, CertificateFolder(run_folder(results, spec, result.run)).rows(result)
+
+    return run
+
+
+@pytest.mark.parametrize("method", CERTIFIERS)
+def test_every_method_answers_for_every_image_whatever_the_blocks(method: str, made: Any, tmp_path: Path):
+    whole, rows = made(method)
+    assert set(rows["idx"]) == set(range(12))
+    assert whole.certified
+    assert (rows["status"] == "certified").any()
+    # other blocks are another run, with the same rows, but for the last digit of a single-precision forward pass
+    parts, again = made(method, batch_size=5)
+    assert parts.run != whole.run
+    order = ["method", "eps", "idx"]
+    pd.testing.assert_frame_equal(
+        rows.sort_values(order, ignore_index=True), again.sort_values(order, ignore_index=True), rtol=1e-4
+    )
+    folder = run_folder(tmp_path / "results", whole.spec, whole.run)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "certificates.parquet", "curve.svg", "result.json", "table.md",
+    ]  # fmt: skip
+    assert (folder / "curve.svg").read_text().startswith("<svg")
+    assert "nan" not in (folder / "curve.svg").read_text()
+
+
+@pytest.mark.parametrize("method", CERTIFIERS)
+def test_a_stopped_certification_goes_on_and_a_finished_one_is_read(method: str, made: Any, tmp_path: Path):
+    expected, rows = made(method, batch_size=5, results=tmp_path / "undisturbed")
+    seen: list[tuple[int, int]] = []
+
+    def stop(done: int, blocks: int, _: int) -> None:
+        seen.append((done, blocks))
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made(method, batch_size=5, on_block=stop)
+    files = {path: path.read_bytes() for path in (tmp_path / "results").rglob("block-*.parquet")}
+    assert len(files) == 2
+    seen.clear()
+    result, again = made(method, batch_size=5, on_block=lambda done, blocks, _: seen.append((done, blocks)))
+    assert seen == [(2, 3), (2, 3), (3, 3)]
+    pd.testing.assert_frame_equal(again, rows)
+    assert result.certified == expected.certified
+    read, _ = made(method, batch_size=5, on_block=lambda *_: pytest.fail("nothing is to be done"))
+    assert read == result
+
+
+@pytest.mark.parametrize("method", CERTIFIERS)
+def test_what_is_not_finite_is_not_certified(method: str, made: Any, planted: Any, linear_net: Any):
+    class Broken(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + torch.where(x.mean(1, keepdim=True) > 0.5, torch.nan, 0.0)
+
+    data = planted.data(12, 3)
+    bright = data.x.flatten(1).mean(1) > 0.5
+    assert 0 < int(bright.sum()) < 12
+    net = torch.nn.Sequential(torch.nn.Flatten(), Broken(192, 3)).eval()
+    _, rows = made(method, net, data)
+    assert not rows.loc[rows["idx"].isin(bright.nonzero()[:, 0].tolist()), "status"].eq("certified").any()
+
+
+def test_modes_and_random_state_are_as_before(made: Any, linear_moe: Any):
+    weights = torch.randn(4, 3, 192, generator=torch.Generator().manual_seed(0))
+    for method in CERTIFIERS:
+        model = linear_moe(weights[:3].tolist(), weights[3].tolist(), 1, "softmax").train()
+        before = torch.random.get_rng_state()
+        made(method, model)
+        assert model.training
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", CERTIFIERS)
+def test_the_command_scores_every_kind_of_model(method: str, bench: Bench, shelve: Callable[..., None], tmp_path: Path):
+    shelve(tmp_path / "c", "dense-at", "moe-at", "dual-jtdmoe")
+    own = [word for key, value in OWN.get(method, {}).items() for word in ("--set", f"{key}={value}")]
+    words = ["certify", "--method", method, "--checkpoints", "c", "--n-examples", "4", *own]
+    words += ["--model", "dense-at,moe-at,dual-jtdmoe"]
+    if method == "bounds":
+        words += ["--eps", "0.001"]
+    status, out, err = bench(*words)
+    assert status == 0
+    for name in ("dense-at", "moe-at", "dual-jtdmoe"):
+        assert f"# certify-{method} on {name}, digits, n = 4" in out
+    status, out, err = bench(*words, "--json")
+    assert status == 0
+    results = [Certification.model_validate(one) for one in json.loads(out)]
+    assert [result.spec.model for result in results] == ["dense-at", "moe-at", "dual-jtdmoe"]
+    assert err.count("certify-") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--method", "bonds"), "bonds"),
+        (("--method", "routes", "--set", "exakt=1"), "did you mean 'exact'?"),
+        (("--method", "routes", "--norm", "L1", "--eps", "1"), "--norm Linf and L2"),
+        (("--method", "bounds", "--set", "steps=1"), "has no parameter 'steps'"),
+        (("--method", "routes", "--model", "moe-att"), "did you mean"),
+    ],
+)
+def test_unusable_input_is_one_line(words: tuple[str, ...], said: str, bench: Bench):
+    status, out, err = bench("certify", *words)
+    assert (status, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1
+    assert said in err
+
+
+def test_a_model_that_cannot_take_the_images_is_unusable(made: Any, linear_net: Any):
+    with pytest.raises(UnusableInput, match="cannot take 3×8×8 images"):
+        made("bounds", linear_net([[1.0, 2.0]]))
