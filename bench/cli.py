@@ -345,9 +345,9 @@ def leaderboard(
     Exit status 1, and no board, where a certificate and an adversarial example contradict each other.
     """
     from bench.certificates import conflicts, read_certificates
-    from bench.store import read_runs
+    from bench.leaderboard import finished_runs, write_boards
 
-    if found := conflicts(read_runs(results), read_certificates(results)):
+    if found := conflicts(finished_runs(results), read_certificates(results)):
         print("\n\n".join(map(str, found)))
         say(
             f"error: {len(found)} predictions are not what is certified for their images: one of each two rows is wrong"
@@ -362,8 +362,6 @@ def leaderboard(
         if written.left_out:
             say(f"left out: {'; '.join(written.left_out)}")
         return
-    from bench.leaderboard import write_boards
-
     for path in write_boards(results, out):
         say(f"{path}")
         if path.suffix == ".md":
