@@ -18,10 +18,15 @@ def is_moe(model: Any) -> bool:
     return hasattr(model, "router") and isinstance(getattr(model, "experts", None), nn.ModuleList)
 
 
+def routed_branches(model: Any) -> dict[str, Any]:
+    """The MoEs inside a model whose images can go to more than one expert: `R` and `S` of a dual, `""` for itself."""
+    branches = {"R": model.robust, "S": model.standard} if is_dual(model) else {"": model}
+    return {name: branch for name, branch in branches.items() if is_moe(branch) and len(branch.experts) > 1}
+
+
 def routed_branch(model: Any) -> Any:
-    """The MoE whose routes matter: the model itself, a dual's R; None where there is none to be seen."""
-    branch = model.robust if is_dual(model) else model
-    return branch if is_moe(branch) else None
+    """The MoE whose routes a model's own are said to be: itself, a dual's R; None where there is none to be seen."""
+    return routed_branches(model).get("R" if is_dual(model) else "")
 
 
 def parts(model: Any) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.attacks.scores import differentiable, has_gradient
 from bench.inner import ascend_once, default_step_size, pgd, random_start
 from bench.parts import is_dual, is_moe
 from bench.spec import ThreatModel
@@ -29,11 +30,17 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, attack
     """The flags of a model in eval mode with frozen parameters, from images x (B, C, H, W) that it gets right.
 
     `attacked`: whether the suite attacks at all; what takes an attack of its own is left out otherwise. Draws from
-    torch's global random numbers.
+    torch's global random numbers. A probe that the model makes fail is a flag, too.
     """
-    flags = [*_outputs(model, x), *_router_gradients(model, x, y)]
+    probes = {"outputs": _outputs(model, x), "router gradient": _router_gradients(model, x, y)}
     if attacked and threat.norm != "L1":  # the probes' own PGD has no L1 ball
-        flags += [*_routes(model, x, threat), *_growth(model, x, y, threat)]
+        probes |= {"routes": _routes(model, x, threat), "growth": _growth(model, x, y, threat)}
+    flags = []
+    for name, found in probes.items():
+        try:
+            flags += list(found)
+        except Exception as error:  # a user's model may fail in any way: what the other probes find is kept
+            flags.append(f"probe of {name} failed: {type(error).__name__}")
     return flags
 
 
@@ -66,10 +73,14 @@ def _router_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:
             yield f"{name}router gradient not finite"
         elif (zero := (gradients == 0).all(1).float().mean()) > 0:
             yield f"{name}router gradient zero on {zero:.0%} of images"
+        if not has_gradient(moe.router, x):
+            yield f"{name}router has no gradient by the pixels"
 
 
-def _gradient_at(router: nn.Module, model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
-    """The cross-entropy's gradient by the router's scores (B, E); None where the router is never called."""
+def _gradient_at(router: object, model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+    """The cross-entropy's gradient by the router's scores (B, E); None where it is no module, or never called."""
+    if not isinstance(router, nn.Module):
+        return None
     seen: list[Tensor] = []
     handle = router.register_forward_hook(lambda _module, _inputs, scores: seen.append(scores))
     try:
@@ -98,6 +109,7 @@ def _flipped(router: Callable[[Tensor], Tensor], x: Tensor, threat: ThreatModel)
     """Where gradient ascent on the best other score has come past that of the first expert: (B,)."""
     with torch.no_grad():
         first = router(x).argmax(1)
+    router = differentiable(router, x)
     flipped = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     z = random_start(x, threat, 2 * torch.rand(x.shape).to(x.device) - 1)
     for _ in range(STEPS):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.parts import is_dual
 from bench.spec import ABSOLUTE_BOX, ThreatModel
 
 
@@ -22,14 +23,11 @@ class Prediction:
 
 
 def first_expert(model: Any, x: Tensor) -> Tensor:
-    """The first selected expert (m,) of a model whose routing is visible.
-
-    A dual without a `trace` shows its branch R's; −1 where neither has one.
-    """
-    for routed in (model, getattr(model, "robust", None)):
-        if routed is not None and hasattr(routed, "trace"):
-            return routed.trace(x)[1].selected_experts[:, 0]
-    return torch.full((len(x),), -1, device=x.device)
+    """The first selected expert (m,) of a model whose routing is visible, of a dual its R's; −1 without a `trace`."""
+    routed = model.robust if is_dual(model) else model
+    if not hasattr(routed, "trace"):
+        return torch.full((len(x),), -1, device=x.device)
+    return routed.trace(x)[1].selected_experts[:, 0]
 
 
 @torch.no_grad()

@@ -64,7 +64,8 @@ def test_suites_know_nothing_of_what_is_made_of_their_answers(path: Path):
 
 
 def test_verdicts_share_no_code_with_an_attack():
-    assert of_bench(imports(ROOT / "bench/verdicts.py")) == {"bench.spec"}
+    assert of_bench(imports(ROOT / "bench/verdicts.py")) == {"bench.spec", "bench.parts"}
+    assert not of_bench(imports(ROOT / "bench/parts.py"))  # what a model shows of itself, and no more
     for library in ("torchattacks", "pyautoattack", "robustbench", "autoattack"):
         users = {path.stem for path in modules("bench") if library in {n.split(".")[0] for n in imports(path)}}
         assert users <= {"torchattacks", "pgd", "autoattack", "adaptive", "compat", "leaving"}, library

@@ -124,6 +124,66 @@ def test_a_router_that_is_passed_by_is_said(signs: Callable[..., list[str]], lin
     assert signs(Foreign(), attacked=False) == ["router gradient cannot be seen"]
 
 
+class Detached(nn.Module):
+    """A router without a gradient by the pixels; as deep inside as one may write it."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.router(x).detach()
+
+
+def test_a_router_without_a_gradient_by_the_pixels_is_probed_all_the_same(
+    signs: Callable[..., list[str]], linear_moe: Any
+):
+    moe = routed(linear_moe, "softmax")
+    moe.router = Detached(moe.router)
+    assert signs(moe, ThreatModel(norm="Linf", eps=0.21)) == [
+        "router gradient zero on 100% of images",
+        "router has no gradient by the pixels",
+        "routes flip within the ball for 100% of images",
+    ]
+
+
+def test_a_router_that_is_no_module_is_probed_all_the_same(signs: Callable[..., list[str]], linear_moe: Any):
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            moe = routed(linear_moe, "softmax")
+            self.experts, self._router = moe.experts, moe.router
+
+        def router(self, x: Tensor) -> Tensor:
+            return self._router(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs = torch.stack([expert(x) for expert in self.experts], 1)
+            return outputs[torch.arange(len(x)), self.router(x).argmax(1)]
+
+    assert signs(Foreign(), ThreatModel(norm="Linf", eps=0.21)) == [
+        "router gradient cannot be seen", "routes flip within the ball for 100% of images",
+    ]  # fmt: skip
+
+
+def test_a_probe_that_fails_is_said_and_leaves_the_others(signs: Callable[..., list[str]], linear_moe: Any):
+    class Whole(nn.Module):
+        """Takes all images at once alone, and says probabilities."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            moe = routed(linear_moe, "argmax")
+            self.router, self.experts, self._moe = moe.router, moe.experts, [moe]
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) == 20, "20 images, please"
+            return self._moe[0](x)
+
+    assert signs(Whole(), attacked=False) == [
+        "probe of outputs failed: AssertionError", "router gradient zero on 100% of images",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("eps", "flags"), [(0.19, []), (0.21, ["routes flip within the ball for 100% of images"])])
 def test_routes_flip_from_the_distance_of_the_edge_on(
     eps: float, flags: list[str], signs: Callable[..., list[str]], linear_moe: Any

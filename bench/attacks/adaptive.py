@@ -5,10 +5,11 @@ paper's section 4 asks for none of them); each kind is a file beside this one. S
 at every iterate, and each attack runs on what those before it have left standing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
+from zlib import crc32
 
 import torch
 from pyautoattack.square import SquareAttack
@@ -20,8 +21,8 @@ from bench.attacks.search import Search
 from bench.attacks.surrogates import averaged, bpda, joint, soft
 from bench.attacks.targets import nearest, targeted
 from bench.inner import attacking
-from bench.parts import is_dual, parts, routed_branch
-from bench.registry import UnusableInput
+from bench.parts import is_dual, parts, routed_branches
+from bench.registry import UnusableInput, did_you_mean
 from bench.spec import Norm, ThreatModel
 from bench.suites.base import Block, PassCounter
 
@@ -54,15 +55,20 @@ BUDGETS = {
 TRIAL = (100, 2)
 
 
-def stages(search: Search, budget: BudgetName, recipe: Recipe) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The attacks by name in the order they run, the strongest on routes first; `trial` is that one alone."""
+Attack = Callable[[], None]
+
+
+def attacks(search: Search, budget: BudgetName, recipe: Recipe) -> Iterator[tuple[str, Attack]]:
+    """The attacks by name in the order they run, the strongest on routes first; `trial` is that one alone.
+
+    On a dual those on routes are made for each branch that routes, `:R` and `:S` behind their names.
+    """
     model, much = search.block.model, BUDGETS[budget]
-    routed = routed_branch(model) is not None
-    if routed:
-        routes = Routes(search)
-        short = budget == "small" and recipe == "full"
-        steps, starts = (much.route_steps, much.route_starts) if short else TRIAL
-        yield "route-aware", partial(route_aware, routes, steps, starts, push=5.0, ahead=0.05)
+    every = {f":{name}" if name else "": Routes(search, name) for name in routed_branches(model)}
+    short = budget == "small" and recipe == "full"
+    steps, starts = (much.route_steps, much.route_starts) if short else TRIAL
+    for end, routes in every.items():
+        yield f"route-aware{end}", partial(route_aware, routes, steps, starts, push=5.0, ahead=0.05)
     if recipe == "trial":
         return
     if is_dual(model):
@@ -70,19 +76,41 @@ def stages(search: Search, budget: BudgetName, recipe: Recipe) -> Iterator[tuple
             yield f"transfer-{branch}", partial(transfer, search, branch, much.steps)
         for weight in much.weights:
             yield f"reweighed-{weight:g}", partial(reweighed, search, weight, much.steps)
-    if routed:
-        # The push and its margin in the router's own scale: a trained router's scores may be large.
-        scale = float(routes.scale)
-        again = partial(route_aware, routes, much.route_steps, much.route_starts, push=1 / scale, ahead=scale)
-        yield "route-aware-scaled", again
+    for end, routes in every.items():
+        # The push and its margin in the router's own scale, since a trained router's scores may be large; then a push
+        # that outweighs every loss, so that the route comes first, and the loss where it is won.
+        for name, push, ahead in (("scaled", 1.0, 1.0), ("first", 1000.0, 0.05)):
+            yield f"route-aware-{name}{end}", partial(_scaled, routes, much, push, ahead)
         for temperature in much.temperatures:
-            yield f"bpda-{temperature:g}", partial(bpda, routes, temperature, much.steps)
-            yield f"soft-{temperature:g}", partial(soft, routes, temperature, much.steps)
-        yield "joint", partial(joint, routes, much.steps)
-        yield "averaged", partial(averaged, routes, much.neighbours, much.steps)
+            yield f"bpda-{temperature:g}{end}", partial(bpda, routes, temperature, much.steps)
+            yield f"soft-{temperature:g}{end}", partial(soft, routes, temperature, much.steps)
+        yield f"joint{end}", partial(joint, routes, much.steps)
+        yield f"averaged{end}", partial(averaged, routes, much.neighbours, much.steps)
     yield "targeted", lambda: targeted(search, nearest(search, much.targets), much.steps)
     for number in range(much.square_seeds):
         yield f"square-{number + 1}", partial(_square, search, much.square_queries, number)
+
+
+def run(
+    search: Search, budget: BudgetName, recipe: Recipe, only: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Make the attacks (those called `only`, if given), and after each give its name and the rows (m,) that it met.
+
+    Passes through a part of the model count as those through the whole. Each attack's random numbers depend on the
+    block's seed and its name alone, so those of one do not shift with what others have left.
+    """
+    known = dict(attacks(search, budget, recipe))
+    for name in only or ():
+        if name not in known:
+            raise UnusableInput(f"no adaptive attack '{name}' for this model: {did_you_mean(name, known)}")
+    with search.block.passes.also(*parts(search.block.model).values()):
+        for name, attack in known.items():
+            if only is None or name in only:
+                rows = search.rows
+                if len(rows):
+                    torch.manual_seed(crc32(f"{search.block.seed} {name}".encode()))
+                    attack()
+                yield name, rows
 
 
 class AdaptiveAttack:
@@ -90,7 +118,8 @@ class AdaptiveAttack:
 
         x_adv = AdaptiveAttack(model, norm="Linf", eps=8 / 255)(x, y)
 
-    The model takes pixels in [0, 1] and gives logits; ε is in pixels. UnusableInput for a model without visible parts.
+    The model takes pixels in [0, 1] and gives logits; ε is in pixels. `attacks_to_run`, as AutoAttack's: the names of
+    those to make (`attacks`), all if not given. UnusableInput for a model without visible parts, or an unknown name.
     """
 
     def __init__(
@@ -101,6 +130,7 @@ class AdaptiveAttack:
         budget: BudgetName = "standard",
         recipe: Recipe = "full",
         seed: int = 0,
+        attacks_to_run: Collection[str] | None = None,
     ) -> None:
         if not parts(model):
             raise UnusableInput(
@@ -108,7 +138,7 @@ class AdaptiveAttack:
                 " `robust` and `alpha`"
             )
         self.model, self.threat_model = model, ThreatModel(norm=norm, eps=eps)
-        self.budget, self.recipe, self.seed = budget, recipe, seed
+        self.budget, self.recipe, self.seed, self.attacks_to_run = budget, recipe, seed, attacks_to_run
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """What breaks the model on x (B, C, H, W) with labels y (B,), in the ball; any point of it where nothing did.
@@ -116,16 +146,20 @@ class AdaptiveAttack:
         Modes, parameters' flags and torch's random state are as before, after it.
         """
         with attacking(self.model), torch.random.fork_rng(), PassCounter(self.model) as passes:
-            torch.manual_seed(self.seed)
             with torch.no_grad():
                 logits = self.model(x)
             correct = logits.argmax(1) == y
             block = Block(self.model, x, y, correct, logits.shape[1], "", self.threat_model, self.seed, passes)
             search = Search(block)
-            for _, attack in stages(search, self.budget, self.recipe):
-                if search.standing.any():
-                    attack()
+            for _ in run(search, self.budget, self.recipe, self.attacks_to_run):
+                pass
             return search.x_adv
+
+
+def _scaled(routes: Routes, much: Budget, push: float, ahead: float) -> None:
+    """Route-aware PGD with a push and a margin that are relative to the router's median gap."""
+    scale = float(routes.scale)
+    route_aware(routes, much.route_steps, much.route_starts, push / scale, ahead * scale)
 
 
 def _square(search: Search, queries: int, number: int) -> None:

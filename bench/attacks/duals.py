@@ -16,7 +16,7 @@ def transfer(search: Search, branch: str, steps: int) -> None:
     part = getattr(dual, branch)
     sizes = halved(block.threat_model.eps, steps)
     rows = search.rows
-    search.climb(lambda z, rows: margin(part(z), block.y[rows]), search.uniform(), sizes, rows, 1)
+    search.climb(lambda z, rows: margin(part(z), block.y[rows]), search.uniform(), sizes, rows)
     search.climb(lambda z, rows: margin(block.model(z), block.y[rows]), search.x_adv.clone(), sizes, rows)
 
 
@@ -28,7 +28,7 @@ def reweighed(search: Search, weight: float, steps: int) -> None:
         mixed = (1 - weight) * dual.standard(z).log_softmax(1) + weight * dual.robust(z).log_softmax(1)
         return margin(mixed, block.y[rows])
 
-    search.climb(loss, search.uniform(), halved(block.threat_model.eps, steps), search.rows, 2)
+    search.climb(loss, search.uniform(), halved(block.threat_model.eps, steps), search.rows)
 
 
 def _dual(search: Search) -> Any:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.attacks.scores import differentiable, has_gradient
 from bench.attacks.search import Search, halved, margin
 from bench.inner import ascend_once
-from bench.parts import is_dual, routed_branch
+from bench.parts import routed_branches
 from bench.spec import ThreatModel
-from models.routing import dispatch
+from models.routing import RoutingTrace, dispatch
 
 
 def affine_map(router: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -23,6 +24,8 @@ def affine_map(router: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, T
 
     Found by its gradients at one image and checked at random ones, so that a user's own class need not say so.
     """
+    if not has_gradient(router, x[:1]):
+        return None
     point = torch.full_like(x[:1], 0.5).requires_grad_()
     with torch.enable_grad():
         scores = router(point)[0]
@@ -59,18 +62,24 @@ def reachable_affine(weight: Tensor, bias: Tensor, x: Tensor, threat: ThreatMode
 
 @dataclass
 class Routes:
-    """The router of a block's model, as attacks see it; of a dual, that of its robust branch."""
+    """One router of a block's model, as attacks see it: of a dual, that of the branch that is named `R` or `S`."""
 
     search: Search
+    branch: str = ""
 
     @property
     def moe(self) -> Any:
-        return routed_branch(self.search.block.model)
+        return routed_branches(self.search.block.model)[self.branch]
 
     @property
     def k(self) -> int:
         """K, 1 for a user's own class that does not say."""
         return int(getattr(self.moe, "num_selected_experts", 1))
+
+    @cached_property
+    def scores(self) -> Callable[[Tensor], Tensor]:
+        """The router, from images (m, C, H, W) to scores (m, E) that have a gradient."""
+        return differentiable(self.moe.router, self.search.block.x)
 
     def gap(self, scores: Tensor, experts: Tensor) -> Tensor:
         """By how much each row's expert (m,) is ahead of the K-th best other, (m,), from scores (m, E)."""
@@ -78,22 +87,33 @@ class Routes:
         others = scores.masked_fill(own, -torch.inf)
         return scores[own] - others.topk(self.k, dim=1).values[:, -1]
 
-    def logits(self, z: Tensor, branch: Tensor) -> Tensor:
-        """F's logits (m, C) if its routed branch said `branch` (m, C)."""
+    def logits(self, z: Tensor, said: Tensor) -> Tensor:
+        """F's logits (m, C) if this branch said `said` (m, C)."""
         model: Any = self.search.block.model
-        return mixture(model, model.standard(z), branch) if is_dual(model) else branch
+        if not self.branch:
+            return said
+        return mixture(model, model.standard(z), said) if self.branch == "R" else mixture(model, said, model.robust(z))
 
     def of_expert(self, z: Tensor, experts: Tensor) -> Tensor:
-        """F's logits (m, C) with each row sent to its own expert (m,); of several selected ones, as it is deployed."""
+        """F's logits (m, C) with each row sent to its own expert (m,); of several selected ones, as it is deployed.
+
+        An MoE's are without the gate's weight, which changes no class of it; in a dual it does, by what it leaves to
+        the other branch.
+        """
         if self.k > 1:
             return self.search.block.model(z)
-        return self.logits(z, dispatch(list(self.moe.experts), z, experts[:, None])[:, 0])
+        outputs = dispatch(list(self.moe.experts), z, experts[:, None])
+        if not self.branch or not hasattr(self.moe, "mix"):
+            return self.logits(z, outputs[:, 0])
+        scores = self.scores(z)
+        weights = scores.softmax(1) if self.moe.gate == "softmax" else torch.ones_like(scores)
+        return self.logits(z, self.moe.mix(RoutingTrace(scores, weights, experts[:, None]), outputs))
 
     @cached_property
     def scale(self) -> Tensor:
         """The median gap between the two best scores of the clean images: what temperatures are relative to."""
         with torch.no_grad():
-            gaps = self.moe.router(self.search.block.x).topk(2, dim=1).values.diff().abs()
+            gaps = self.scores(self.search.block.x).topk(2, dim=1).values.diff().abs()
         return gaps.median().clamp_min(1e-6)
 
     @cached_property
@@ -112,27 +132,33 @@ class Routes:
         block = self.search.block
         z = block.x.detach().requires_grad_()
         with torch.enable_grad():
-            scores = self.moe.router(z)
+            scores = self.scores(z)
             lead = scores.gather(1, experts[:, None])[:, 0] - scores.mean(1)
             (gradient,) = torch.autograd.grad(lead.sum(), z)
         return ascend_once(block.x, gradient, block.x, block.threat_model, block.threat_model.eps)
 
     @cached_property
     def reachable(self) -> Tensor:
-        """Which experts (B, E) each image can be sent to: of an affine router at least all, else those found."""
+        """Which experts (B, E) each image can be sent to.
+
+        Of an affine router at least all, else those found by a search; of a router without a gradient of its own, which
+        would mislead a search, every one.
+        """
         block = self.search.block
+        if not has_gradient(self.moe.router, block.x):
+            return torch.ones(len(block.x), len(self.moe.experts), dtype=torch.bool, device=block.x.device)
         if (affine := affine_map(self.moe.router, block.x)) is not None:
             return reachable_affine(*affine, block.x, block.threat_model, self.k)
         found = []
         for i in range(len(self.moe.experts)):
             experts = torch.full_like(block.y, i)
             wins = torch.zeros_like(block.correct)
-            for start in (block.x, self.aimed(experts), self.search.uniform()):
+            for start in (block.x, self.aimed(experts), *(self.search.uniform() for _ in range(3))):
                 z = start
-                for _ in range(10):
+                for _ in range(20):
                     z = z.detach().requires_grad_()
                     with torch.enable_grad():
-                        gap = self.gap(self.moe.router(z), experts)
+                        gap = self.gap(self.scores(z), experts)
                         (gradient,) = torch.autograd.grad(gap.sum(), z)
                     wins |= gap.detach() >= 0
                     z = ascend_once(z.detach(), gradient, block.x, block.threat_model, block.threat_model.eps / 4)
@@ -163,10 +189,10 @@ def route_aware(routes: Routes, steps: int, starts: int, push: float, ahead: flo
         can = routes.reachable.gather(1, experts[:, None])[:, 0]
 
         def loss(z: Tensor, rows: Tensor, experts: Tensor = experts) -> Tensor:
-            gap = routes.gap(routes.moe.router(z), experts[rows])
+            gap = routes.gap(routes.scores(z), experts[rows])
             return margin(routes.of_expert(z, experts[rows]), block.y[rows]) - push * (ahead - gap).relu()
 
         for number in range(starts):
             start = routes.aimed(experts) if number == 0 else search.uniform()
             rows = (search.standing & can).nonzero()[:, 0]
-            search.climb(loss, start, halved(block.threat_model.eps, steps), rows, 2 if is_dual(block.model) else 1)
+            search.climb(loss, start, halved(block.threat_model.eps, steps), rows)

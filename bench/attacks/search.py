@@ -46,11 +46,13 @@ class Search:
         """Rows of the block that stand, (m,)."""
         return self.standing.nonzero()[:, 0]
 
+    def noise(self) -> Tensor:
+        """Uniform in [−1, 1], (B, C, H, W): drawn for all rows, so that who still stands changes no draw."""
+        return 2 * torch.rand(self.block.x.shape).to(self.block.x.device) - 1
+
     def uniform(self) -> Tensor:
         """A random point of the ball around each image of the block, in the box: (B, C, H, W)."""
-        threat, x = self.block.threat_model, self.block.x
-        noise = 2 * torch.rand(x.shape).to(x.device) - 1  # drawn for all rows: who still stands changes no draw
-        return random_start(x, threat, noise)
+        return random_start(self.block.x, self.block.threat_model, self.noise())
 
     def test(self, z: Tensor, rows: Tensor) -> Tensor:
         """Keep the iterates z (m, C, H, W), and note which the deployed model gets wrong; those it gets right, (m,)."""
@@ -60,12 +62,8 @@ class Search:
         self.standing[rows[~right]] = False
         return right
 
-    def climb(self, loss: Loss, start: Tensor, steps: Sequence[float], rows: Tensor, passes: int = 0) -> None:
-        """Ascend from start (B, C, H, W) by the given step sizes; a row leaves when the deployed model is wrong on it.
-
-        `passes` is how many forward passes of a model the loss takes for each row beside those of F, which are counted
-        anyway.
-        """
+    def climb(self, loss: Loss, start: Tensor, steps: Sequence[float], rows: Tensor) -> None:
+        """Ascend from start (B, C, H, W) by the given step sizes; a row leaves once the deployed model is wrong."""
         rows = rows[self.standing[rows]]
         z = start[rows]
         for step in [*steps, None]:
@@ -76,7 +74,5 @@ class Search:
             z = z.detach().requires_grad_()
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(loss(z, rows).sum(), z)
-            self.block.passes.forwards += passes * len(rows)
-            self.block.passes.backwards += passes * len(rows)
             gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
             z = ascend_once(z.detach(), gradient, self.block.x[rows], self.block.threat_model, step)

@@ -10,18 +10,19 @@ from torch import Tensor
 
 from bench.attacks.routes import Routes
 from bench.attacks.search import halved, margin
+from bench.inner import random_start
 
 
 def _soft(routes: Routes, z: Tensor, temperature: float) -> Tensor:
     """F's logits (m, C) with all experts mixed by softmax(r / T)."""
-    weights = (routes.moe.router(z) / (temperature * routes.scale)).softmax(1)
+    weights = (routes.scores(z) / (temperature * routes.scale)).softmax(1)
     outputs = torch.stack([expert(z) for expert in routes.moe.experts], 1)
     return routes.logits(z, (weights[:, :, None] * outputs).sum(1))
 
 
 def soft(routes: Routes, temperature: float, steps: int) -> None:
     """PGD on the soft mixture, from a uniform start; what it finds counts where it breaks the deployed model."""
-    _climb(routes, lambda z: _soft(routes, z, temperature), steps, len(routes.moe.experts))
+    _climb(routes, lambda z: _soft(routes, z, temperature), steps)
 
 
 def bpda(routes: Routes, temperature: float, steps: int) -> None:
@@ -33,13 +34,13 @@ def bpda(routes: Routes, temperature: float, steps: int) -> None:
             deployed = routes.search.block.model(z)
         return smooth + (deployed - smooth).detach()
 
-    _climb(routes, logits, steps, len(routes.moe.experts))
+    _climb(routes, logits, steps)
 
 
-def _climb(routes: Routes, logits: Callable[[Tensor], Tensor], steps: int, passes: int) -> None:
+def _climb(routes: Routes, logits: Callable[[Tensor], Tensor], steps: int) -> None:
     search, y = routes.search, routes.search.block.y
     steps_taken = halved(search.block.threat_model.eps, steps)
-    search.climb(lambda z, rows: margin(logits(z), y[rows]), search.uniform(), steps_taken, search.rows, passes)
+    search.climb(lambda z, rows: margin(logits(z), y[rows]), search.uniform(), steps_taken, search.rows)
 
 
 def joint(routes: Routes, steps: int) -> None:
@@ -48,21 +49,20 @@ def joint(routes: Routes, steps: int) -> None:
     weakest = routes.margins.masked_fill(~routes.reachable, -torch.inf).argmax(1)
 
     def loss(z: Tensor, rows: Tensor) -> Tensor:
-        push = routes.gap(routes.moe.router(z), weakest[rows]) / routes.scale
+        push = routes.gap(routes.scores(z), weakest[rows]) / routes.scale
         return margin(block.model(z), block.y[rows]) + push.clamp_max(1)
 
     search.climb(loss, search.uniform(), halved(block.threat_model.eps, steps), search.rows)
 
 
 def averaged(routes: Routes, neighbours: int, steps: int) -> None:
-    """The deployed margin averaged over points near the iterate, on images that can be sent to another expert."""
+    """The deployed margin averaged over points within ε/8 of the iterate, for images with a routing tie in the ball."""
     search, block = routes.search, routes.search.block
-    radius = block.threat_model.eps / 8
+    threat = block.threat_model.model_copy(update={"eps": block.threat_model.eps / 8})
     near = (routes.reachable.sum(1) > 1).nonzero()[:, 0]
 
     def loss(z: Tensor, rows: Tensor) -> Tensor:
-        many = z.repeat(neighbours, 1, 1, 1)
-        many = many + radius * (2 * torch.rand(many.shape).to(z.device) - 1)
+        many = torch.cat([random_start(z, threat, search.noise()[rows]) for _ in range(neighbours)])
         return margin(block.model(many), block.y[rows].repeat(neighbours)).view(neighbours, -1).mean(0)
 
     start = search.uniform()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
-from bench.attacks.adaptive import BudgetName, Recipe, stages
+from bench.attacks.adaptive import BudgetName, Recipe, run
 from bench.attacks.search import Search
 from bench.parts import parts
 from bench.spec import Norm
@@ -17,6 +17,7 @@ class Adaptive(Suite):
     A model without visible parts has nothing to attack here.
     """
 
+    version: ClassVar[int] = 2
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
 
     budget: BudgetName = "standard"
@@ -26,9 +27,7 @@ class Adaptive(Suite):
         if not parts(block.model):
             return
         search = Search(block)
-        for name, attack in stages(search, self.budget, self.recipe):
+        for name, rows in run(search, self.budget, self.recipe):
             block.attacks.append(name)
-            rows = search.rows
             if len(rows):
-                attack()
                 yield block.attempt(name, rows, search.x_adv[rows], claimed=~search.standing[rows])

@@ -5,7 +5,7 @@ Axes: B = examples of an attack block, m = examples that an attack was run on; i
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -40,14 +40,21 @@ class Attempt:
 class PassCounter:
     """Counts the examples that go through a model, and the gradients that come back, while it is entered.
 
-    A copy of the model, made meanwhile, counts here too.
+    A copy of the model, made meanwhile, counts here too; what a counted module calls inside itself does not.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._depth = 0
         self.forwards = self.backwards = 0
 
-    def _forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _begin(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._depth += 1
+
+    def _end(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None) -> None:
+        self._depth -= 1
+        if self._depth or output is None:  # None: the module raised
+            return
         self.forwards += len(output)
         if output.requires_grad:
             output.register_hook(self._backward)  # type: ignore[no-untyped-call]
@@ -59,20 +66,23 @@ class PassCounter:
         return self
 
     def __enter__(self) -> Self:
-        self._handle = self._model.register_forward_hook(self._forward)
+        self._entered = ExitStack()
+        self._entered.enter_context(self.also(self._model))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._handle.remove()
+        self._entered.close()
 
     @contextmanager
-    def also(self, part: nn.Module) -> Iterator[None]:
-        """Counts a part's own passes too, while the whole model is at rest."""
-        handle = part.register_forward_hook(self._forward)
+    def also(self, *modules: nn.Module) -> Iterator[None]:
+        """Counts what is sent through these modules too, such as a model's parts, when they are called directly."""
+        handles = [module.register_forward_pre_hook(self._begin) for module in modules]
+        handles += [module.register_forward_hook(self._end, always_call=True) for module in modules]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def lap(self) -> tuple[int, int]:
         """(forwards, backwards) since the last lap."""

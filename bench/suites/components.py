@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from bench.attacks.scores import differentiable
 from bench.inner import pgd, random_start
 from bench.parts import is_dual, parts, routed_branch
 from bench.spec import Norm
@@ -56,8 +57,9 @@ class Components(Suite):
         prefix = "R." if is_dual(model) else ""
         experts = torch.stack([found[f"{prefix}expert:{i}"] for i in range(len(moe.experts))])
         yield block.attempt("expert-fixed", every, experts[chosen, every])
-        with block.passes.also(moe.router):
-            x_route = self._pgd(block, _flip(moe.router, chosen))
+        scores = differentiable(moe.router, block.x)
+        with block.passes.also(*([moe.router] if isinstance(moe.router, nn.Module) else [])):
+            x_route = self._pgd(block, _flip(scores, chosen))
         yield block.attempt("route", every, x_route)
 
     def _pgd(self, block: Block, loss: Callable[[Tensor], Tensor]) -> Tensor:
@@ -71,7 +73,7 @@ def _cross_entropy(part: nn.Module, y: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: F.cross_entropy(part(x), y, reduction="none")
 
 
-def _flip(router: nn.Module, chosen: Tensor) -> Callable[[Tensor], Tensor]:
+def _flip(router: Callable[[Tensor], Tensor], chosen: Tensor) -> Callable[[Tensor], Tensor]:
     """By how much the best other expert's score exceeds that of the chosen one."""
 
     def loss(x: Tensor) -> Tensor:

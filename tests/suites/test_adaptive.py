@@ -1,5 +1,6 @@
 """The adaptive suite: it breaks what only looks robust because it routes, and spares what is robust."""
 
+from collections import deque
 from typing import Any
 
 import pytest
@@ -8,13 +9,17 @@ from scipy.linalg import hadamard
 from torch import Tensor, nn
 
 from bench.attacks import adaptive
-from bench.attacks.adaptive import BUDGETS, AdaptiveAttack, Budget
+from bench.attacks.adaptive import BUDGETS, AdaptiveAttack, Budget, run
+from bench.attacks.search import Search
+from bench.datasets.base import EvalSet, fingerprint, open_dataset
 from bench.registry import UnusableInput
 from bench.suites.base import open_suites
 from models.checkpoints import ZOO, load_model
 from models.dual import DualModel
 from models.moe import MoE
 
+#: The attacks on routes in the budget below.
+ROUTED = ["route-aware", "route-aware-scaled", "route-aware-first", "bpda-1", "soft-1", "joint", "averaged"]
 #: Budgets as large as these tests need.
 TINY = Budget(20, 1, 6, (1.0,), (0.0, 1.0), 2, 2, 1, 50)
 
@@ -25,30 +30,86 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(BUDGETS, name, TINY)
 
 
+CODES = torch.from_numpy(hadamard(64)).float().repeat(1, 3)
+
+
+class Rounded(nn.Module):
+    """Reads the loud code through a rounding: right in the whole ball, and without a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 10 * ((x - 0.5).flatten(1) @ CODES[1:11].T / 60).round()
+
+
+class Quiet(nn.Module):
+    """Reads the quiet code, which any gradient breaks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5).flatten(1) @ CODES[32:42].T
+
+
+class Away(nn.Module):
+    """Sends an image to its second expert 0.0625 along a direction of its own; a uniform point comes 0.009 far."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lead = (x - 0.5).flatten(1) @ CODES[50] / 192 - 0.0625
+        return torch.stack([torch.zeros_like(lead), lead], 1)
+
+
+class InSteps(Away):
+    """The same of an image rounded to 4 bits: its gradient by the pixels is zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((16 * x).round() / 16)
+
+
+class Detached(Away):
+    """The same without a gradient at all, as one may well write a router that only argmax reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+class WithAMethod(nn.Module):
+    """A user's own mixture, whose router is a method and no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self._away = nn.ModuleList([Rounded(), Quiet()]), Away()
+
+    @torch.no_grad()
+    def router(self, x: Tensor) -> Tensor:
+        return self._away(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = torch.stack([expert(x) for expert in self.experts], 1)
+        return outputs[torch.arange(len(x)), self.router(x).argmax(1)]
+
+
+class Flat(nn.Module):
+    """Says nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * Quiet()(x)
+
+
 @pytest.fixture(scope="module")
 def masked() -> Any:
-    """A routed model whose robustness is only its routing, for the planted images.
+    """A routed model whose robustness is only its routing, for the planted images, which its router keeps at home."""
+    return MoE([Rounded(), Quiet()], Away(), 1, "argmax").eval()
 
-    Expert 0 reads the loud code through a rounding: it is right in the whole ball, and has no gradient. Expert 1 reads
-    the quiet code, which any gradient breaks. The clean route leads to expert 0; expert 1 is reached by 0.0625 along a
-    direction of its own, of at most ε = 0.2. A uniform point of the ball comes 0.009 far.
-    """
-    rows = torch.from_numpy(hadamard(64)).float().repeat(1, 3)
 
-    class Rounded(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return 10 * ((x - 0.5).flatten(1) @ rows[1:11].T / 60).round()
-
-    class Quiet(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return (x - 0.5).flatten(1) @ rows[32:42].T
-
-    class Router(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            lead = (x - 0.5).flatten(1) @ rows[50] / 192 - 0.0625
-            return torch.stack([torch.zeros_like(lead), lead], 1)
-
-    return MoE([Rounded(), Quiet()], Router(), 1, "argmax").eval()
+HIDING = {
+    "an affine router": lambda: MoE([Rounded(), Quiet()], Away(), 1, "argmax"),
+    "a rounded router": lambda: MoE([Rounded(), Quiet()], InSteps(), 1, "argmax"),
+    "a rounded router with a weight": lambda: MoE([Rounded(), Quiet()], InSteps(), 1, "softmax"),
+    "a detached router": lambda: MoE([Rounded(), Quiet()], Detached(), 1, "argmax"),
+    "a method": WithAMethod,
+    # R says nothing, so the dual does what S does
+    "S": lambda: DualModel(MoE([Rounded(), Quiet()], Away(), 1, "argmax"), Flat(), 0.5, "logits"),
+    "S beside a routed R": lambda: DualModel(
+        MoE([Rounded(), Quiet()], Away(), 1, "argmax"), MoE([Flat(), Flat()], Away(), 1, "argmax"), 0.5, "logits"
+    ),
+}
 
 
 @pytest.mark.parametrize("suite", ["pgd", "autoattack"])
@@ -61,9 +122,12 @@ def test_gradients_leave_a_model_standing_that_hides_behind_its_route(
     assert result.robust_accuracy.value == result.clean_accuracy.value == 23 / 24
 
 
+@pytest.mark.parametrize("where", HIDING)
 @pytest.mark.parametrize("settings", [{"recipe": "trial"}, {"budget": "small"}])
-def test_adaptive_breaks_the_model_that_hides_behind_its_route(masked: MoE, settings: Any, score: Any):
-    result, _ = score(masked, "adaptive", settings=settings)
+def test_adaptive_breaks_the_model_that_hides_behind_its_route(where: str, settings: Any, score: Any):
+    model = HIDING[where]().eval()
+    result, _ = score(model, "adaptive", settings=settings, alpha=getattr(model, "alpha", None))
+    assert result.clean_accuracy.value == 23 / 24
     assert result.errors == 0, result.error_messages
     assert result.robust_accuracy.value < 0.05
 
@@ -73,8 +137,7 @@ def test_adaptive_spares_an_honest_model(norm: Any, tiny: None, planted: Any, sc
     result, _ = score(planted.robust(), "adaptive", norm=norm)
     assert result.errors == 0, result.error_messages
     assert result.robust_accuracy.value == 23 / 24
-    names = ["route-aware", "route-aware-scaled", "bpda-1", "soft-1", "joint", "averaged", "targeted", "square-1"]
-    assert list(result.accuracy_after) == ["clean", *names]
+    assert list(result.accuracy_after) == ["clean", *ROUTED, "targeted", "square-1"]
 
 
 def test_a_dual_is_attacked_by_its_branches_too(tiny: None, planted: Any, score: Any):
@@ -82,9 +145,74 @@ def test_a_dual_is_attacked_by_its_branches_too(tiny: None, planted: Any, score:
     broken, _ = score(planted.dual(0.3), "adaptive", alpha=0.3)
     assert (robust.robust_accuracy.value, robust.errors) == (23 / 24, 0)
     assert broken.robust_accuracy.value <= 0.1
-    assert list(robust.accuracy_after)[1:6] == [
-        "route-aware", "transfer-standard", "transfer-robust", "reweighed-0", "reweighed-1",
+    assert list(robust.accuracy_after)[1:7] == [
+        "route-aware:R", "route-aware:S", "transfer-standard", "transfer-robust", "reweighed-0", "reweighed-1",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", [*ROUTED, "targeted", "square-1"])
+def test_each_attack_breaks_what_is_broken_by_itself(attack: str, planted: Any):
+    data, model = planted.data(), planted.broken()
+    x_adv = AdaptiveAttack(model, "Linf", 0.2, "small", attacks_to_run=[attack])(data.x, data.y)
+    assert (model(x_adv).argmax(1) == data.y).sum() <= 2
+
+
+@pytest.mark.parametrize(
+    "attack",
+    ["transfer-standard", "transfer-robust", "reweighed-0.5", *(f"{name}:{b}" for name in ROUTED for b in "RS")],
+)
+def test_each_attack_on_a_dual_breaks_what_is_broken_by_itself(attack: str, planted: Any):
+    data, model = planted.data(), DualModel(planted.broken(), planted.broken(), 0.6).eval()
+    x_adv = AdaptiveAttack(model, "Linf", 0.2, "small", attacks_to_run=[attack])(data.x, data.y)
+    assert (model(x_adv).argmax(1) == data.y).sum() <= 2
+
+
+def test_the_route_comes_first_where_the_expert_pulls_back(linear_moe: Any):
+    # Expert 1 is wrong everywhere, the less the nearer an image is to it, so its loss pulls back a hundredfold; and the
+    # third router row, which nothing reaches, makes a step away from the mean of all lead away from expert 1 too.
+    away = [[0.0] * 9, [1.0] * 8 + [-4.7], [20.0] * 8 + [-500.0]]
+    experts = [[[0.0] * 9, [0.0] * 8 + [1.0]], [[0.0] * 8 + [1e4], [100.0] * 8 + [0.0]], [[0.0] * 9, [0.0] * 8 + [1.0]]]
+    moe = linear_moe(experts, away, 1, "argmax")
+    x = torch.tensor([[0.5] * 8 + [1.0]] * 3).view(3, 1, 1, 9)
+    y = torch.ones(3, dtype=torch.long)
+
+    def broken(attack: str) -> int:
+        x_adv = AdaptiveAttack(moe, "Linf", 0.1, "small", attacks_to_run=[attack])(x, y)
+        return int((moe(x_adv).argmax(1) != y).sum())
+
+    assert moe(x).argmax(1).tolist() == [1, 1, 1]
+    assert {name: broken(name) for name in ROUTED[:3]} == {
+        "route-aware": 0, "route-aware-scaled": 0, "route-aware-first": 3,
+    }  # fmt: skip
+
+
+def test_a_mixture_of_one_expert_has_no_routes_and_is_attacked_all_the_same(planted: Any, tiny: None, score: Any):
+    for model, accuracy in ((planted.robust(), 23 / 24), (planted.broken(), 0)):
+        one = MoE([model.experts[0]], nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), 1, "softmax").eval()
+        result, _ = score(one, "adaptive")
+        assert result.errors == 0, result.error_messages
+        assert result.robust_accuracy.value <= accuracy + 0.1
+        assert list(result.accuracy_after) == ["clean", "targeted", "square-1"]
+
+
+def test_its_cost_counts_what_goes_through_the_parts(linear_moe: Any, score: Any, monkeypatch: pytest.MonkeyPatch):
+    # One image that nothing breaks, two experts that the router can lead it to, one start, two steps.
+    monkeypatch.setitem(BUDGETS, "small", Budget(2, 1, 2, (1.0,), (), 0, 3, 0, 0))
+    moe = linear_moe([[[0.0, 0], [0, 1]]] * 2, [[0, 0], [1, -0.5]], 1, "argmax")
+    x, y = torch.tensor([[0.5, 1.0]]).view(1, 1, 1, 2), torch.ones(1, dtype=torch.long)
+    result, _ = score(
+        moe, "adaptive", EvalSet(x, y, torch.arange(1), fingerprint(x, y), ""), settings={"budget": "small"},
+        num_classes=2, eps=0.1,
+    )  # fmt: skip
+    passes = {name: (counts["forwards"], counts["backwards"]) for name, counts in result.passes.items()}
+    # F is asked at the start and after each step: 3 for each expert; the expert's own pass at each step; and the clean
+    # margins of both experts once
+    assert passes["route-aware"] == (2 * (3 + 2) + 2, 2 * 2)
+    assert passes["route-aware-scaled"] == passes["route-aware-first"] == (2 * (3 + 2), 2 * 2)
+    assert passes["soft-1"] == (3 + 2 * 2, 2 * 2)  # both experts at each step
+    assert passes["bpda-1"] == (3 + 2 * 2 + 2, 2 * 2)  # and F's own forward
+    assert passes["joint"] == (3 + 2, 2)
+    assert passes["averaged"] == (3 + 3 * 2, 3 * 2)  # three neighbours
 
 
 def test_a_users_dual_that_does_not_say_how_it_mixes(tiny: None, planted: Any, score: Any):
@@ -109,8 +237,6 @@ def test_a_model_without_parts_is_said_to_have_none(linear_net: Any, planted: An
 
 
 def test_the_larger_budgets_break_all_that_the_trial_breaks(monkeypatch: pytest.MonkeyPatch, score: Any):
-    from bench.datasets.base import open_dataset
-
     for name in ("standard", "large"):
         monkeypatch.setitem(BUDGETS, name, TINY)
     monkeypatch.setattr(adaptive, "TRIAL", (10, 2))
@@ -161,6 +287,28 @@ def test_called_by_itself_it_gives_the_same_for_a_seed(monkeypatch: pytest.Monke
     assert torch.equal(attack(data.x, data.y), first)
     attack.seed = 4
     assert not torch.equal(attack(data.x, data.y), first)
+
+
+@pytest.mark.parametrize("attack", ["averaged", "square-1"])
+def test_what_others_have_left_shifts_no_draw(
+    attack: str, block_of: Any, planted: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(BUDGETS, "small", TINY)
+    last = {}
+    for standing in (24, 1):
+        search = Search(block_of(planted.robust(), planted.data()))
+        search.standing[standing:] = False
+        deque(run(search, "small", "full", ["targeted", attack]), maxlen=0)
+        last[standing] = search.x_adv[0]
+    assert torch.equal(last[24], last[1])
+
+
+def test_called_by_itself_it_refuses_an_attack_that_it_does_not_have(planted: Any):
+    data, attack = planted.data(), AdaptiveAttack(planted.robust(), attacks_to_run=["route-awry"])
+    with pytest.raises(
+        UnusableInput, match=r"^no adaptive attack 'route-awry' for this model: did you mean 'route-aware'"
+    ):
+        attack(data.x, data.y)
 
 
 def test_called_by_itself_it_refuses_a_model_without_parts(linear_net: Any):
