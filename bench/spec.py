@@ -195,7 +195,8 @@ class Recipe(Spec):
     """How to train, whatever the objective: the model's size, the data, the optimiser and its schedule.
 
     Parameters of the objectives themselves (inner steps, β …) are fields of the objectives. `objective` presets them:
-    a field's name for every objective that has it, or an objective's name with fields of its own, which go over those.
+    a field's name for every objective that has it, or an objective's name with fields of its own, which go over those,
+    and may be the recipe's too: AdvMoE has a schedule of its own.
     """
 
     # model
@@ -237,7 +238,7 @@ class Recipe(Spec):
     precision: Precision = "32"
     channels_last: bool = Field(default=False, description="images and convolutions in memory as (B, H, W, C)")
     val_steps: int = Field(default=10, gt=0, description="PGD steps of the validation's robust accuracy")
-    # presets of the objectives' own parameters
+    # presets by objective
     objective: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ Axes: B = batch, C = classes. Accuracies are fractions in [0, 1].
 """
 
 import csv
+import glob
 import io
 import logging
 import math
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
@@ -112,6 +114,7 @@ def train(
     dataset = open_dataset(spec.dataset)
     data = _read(spec, dataset, data_root)
     if _is_there(path, spec, data.fingerprint):
+        _remove_states(path)  # of a training that was killed at its very end
         return path
     return _Run(spec, dataset, data, path, device).train(resume, on_step, on_epoch)
 
@@ -217,8 +220,6 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             self.model: nn.Module = self.architecture.build().to(memory_format=memory_format)
-        if recipe.pretrained:
-            load_pretrained(self.model, recipe)
         self.engine = self.fabric.setup_module(Engine(self.model))
         deal = partial(
             Sampler,
@@ -243,16 +244,20 @@ class _Run:
         self.optimizers: dict[str, Any] = {}
         self.schedules: dict[str, torch.optim.lr_scheduler.LRScheduler] = {}
         for name, part in self.parts.items():
-            optimizer = _optimizer(part, recipe)
+            optimizer = _optimizer(part, _router_parameters(self.model), recipe)
             self.schedules[name] = _schedule(optimizer, recipe, total)
             self.optimizers[name] = self.fabric.setup_optimizers(optimizer)
         self.epochs: list[Epoch] = []
         self.best: tuple[float, float, int] | None = None  # selecting accuracy, the other one, epoch
         self.best_weights: dict[str, Tensor] = {}
+        self.newest_is_whole = True  # the newest state on disk
 
     def train(self, resume: bool, on_step: OnStep, on_epoch: OnEpoch) -> Path:
-        if resume:
-            self._restore()
+        state = self._read_state() if resume else None
+        if state is not None:
+            self._restore(state)
+        elif self.spec.recipe.pretrained:  # a state has all weights: where they once came from may be out of reach
+            load_pretrained(self.model, self.spec.recipe)
         for epoch in range(len(self.epochs), self.spec.recipe.epochs):
             start, waited, losses, terms = time.perf_counter(), 0.0, 0.0, dict[str, float]()
             self.model.train()
@@ -379,11 +384,6 @@ class _Run:
     # --- what is written ----------------------------------------------------------------------------------------------
 
     @property
-    def _state_paths(self) -> tuple[Path, Path]:
-        """The newest state, and the one before it, for the case that the newest is damaged."""
-        return self.path.with_suffix(".state.pt"), self.path.with_suffix(".state-before.pt")
-
-    @property
     def _key(self) -> list[str | int]:
         return [self.spec.key, self.train_fingerprint, self.fabric.world_size]
 
@@ -407,33 +407,32 @@ class _Run:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        newest, before = self._state_paths
-        if newest.is_file():
+        newest, before = _state_paths(self.path)
+        if newest.is_file() and self.newest_is_whole:
             newest.replace(before)
-        write_atomically(newest, buffer.getvalue())
+        write_atomically(newest, sha256(buffer.getvalue()).digest() + buffer.getvalue())
+        self.newest_is_whole = True
 
     def _read_state(self) -> dict[str, Any] | None:
-        """The newest state that can be read, None where there is none; UnusableInput if all are damaged."""
-        paths = [path for path in self._state_paths if path.is_file()]
+        """The newest state that is whole, None where there is none; UnusableInput if all are damaged."""
+        paths = [path for path in _state_paths(self.path) if path.is_file()]
         for path in paths:
-            try:
-                state: dict[str, Any] = torch.load(path, map_location=self.fabric.device, weights_only=True)
-                if state["key"] != self._key:
-                    raise UnusableInput(
-                        f"'{path}' belongs to another spec, other data or another number of processes: pass the same"
-                        " options, or drop --resume"
-                    )
-                return state
-            except (UnpicklingError, RuntimeError, EOFError, LookupError, TypeError):
+            state = _load_state(path, self.fabric.device)
+            if state is None:
                 logger.warning("'%s' is damaged or none of ours: going on from the state before it", path)
+                self.newest_is_whole = False
+                continue
+            if state["key"] != self._key:
+                raise UnusableInput(
+                    f"'{path}' belongs to another spec, other data or another number of processes: pass the same"
+                    " options, or drop --resume"
+                )
+            return state
         if paths:
             raise UnusableInput(f"'{paths[0]}' is damaged or none of ours: drop --resume")
         return None
 
-    def _restore(self) -> None:
-        state = self._read_state()
-        if state is None:
-            return
+    def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         for name in self.parts:
             self.optimizers[name].load_state_dict(state["optimizers"][name])
@@ -471,10 +470,32 @@ class _Run:
     def _finish(self) -> Path:
         self._save_best(self.path)
         if self.fabric.is_global_zero:
-            for path in self._state_paths:
-                path.unlink(missing_ok=True)
+            _remove_states(self.path)
         self.fabric.barrier()
         return self.path
+
+
+def _state_paths(checkpoint: Path) -> tuple[Path, Path]:
+    """The newest state, and the one before it, for the case that the newest is damaged."""
+    return checkpoint.with_suffix(".state.pt"), checkpoint.with_suffix(".state-before.pt")
+
+
+def _load_state(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """What a state file holds behind its digest; None for one that is cut off, changed, or none of ours."""
+    data = path.read_bytes()
+    size = sha256().digest_size
+    if sha256(data[size:]).digest() != data[:size]:
+        return None
+    try:
+        return torch.load(io.BytesIO(data[size:]), map_location=device, weights_only=True)
+    except UnpicklingError:  # whole, but somebody else's
+        return None
+
+
+def _remove_states(checkpoint: Path) -> None:
+    """Take away what only an unfinished training needs, and files that a killed one was writing."""
+    for path in (*_state_paths(checkpoint), *checkpoint.parent.glob(f".{glob.escape(checkpoint.stem)}.*")):
+        path.unlink(missing_ok=True)
 
 
 def _fabric(device: str, precision: Precision, routed: bool) -> Fabric:
@@ -510,14 +531,16 @@ def load_pretrained(model: nn.Module, recipe: Recipe) -> None:
         backbone.load_state_dict(weights, strict=False)  # the head's are not among them
 
 
-def _optimizer(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW; a router's parameters are a group of their own, with their own peak learning rate."""
-    routers = [p for module in part.modules() if isinstance(module, MoE) for p in module.router.parameters()]
-    ids = {id(parameter) for parameter in routers}
-    others = [parameter for parameter in part.parameters() if id(parameter) not in ids]
-    groups = [{"params": others, "lr": recipe.lr}]
-    if routers:
-        groups.append({"params": routers, "lr": recipe.lr * recipe.router_lr})
+def _router_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of all routers inside a model."""
+    return {p for module in model.modules() if isinstance(module, MoE) for p in module.router.parameters()}
+
+
+def _optimizer(part: nn.Module, routers: set[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD, Adam or AdamW; `routers`' parameters are a group of their own, with their own peak learning rate."""
+    rates = {False: recipe.lr, True: recipe.lr * recipe.router_lr}
+    groups = [{"params": [p for p in part.parameters() if (p in routers) is of], "lr": lr} for of, lr in rates.items()]
+    groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     adam = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW

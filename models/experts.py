@@ -74,15 +74,19 @@ def _stage(inplanes: int, planes: int, blocks: int, stride: int, norm: Norm) -> 
 
 def _resnet(input_shape: Shape, num_classes: int, blocks: int, width: int, norm: Norm) -> nn.Module:
     # The CIFAR stem (3×3, no max-pooling); above 32 px it halves the image, as the ImageNet stem would.
-    stem = nn.Conv2d(input_shape[0], width, 3, stride=1 if input_shape[1] <= 32 else 2, padding=1, bias=False)
+    channels, *sides = input_shape
+    first = 1 if sides[0] <= 32 else 2
+    stem = nn.Conv2d(channels, width, 3, stride=first, padding=1, bias=False)
+    # A map of one pixel is not made: a router may leave an expert one image, and its batch norm one value a channel.
+    strides = [2 if min(sides) > first * size else 1 for size in (2, 4, 8)]
     net = nn.Sequential(
         stem,
         _norm(norm)(width),
         nn.ReLU(),
         _stage(width, width, blocks, 1, norm),
-        _stage(width, 2 * width, blocks, 2, norm),
-        _stage(2 * width, 4 * width, blocks, 2, norm),
-        _stage(4 * width, 8 * width, blocks, 2, norm),
+        _stage(width, 2 * width, blocks, strides[0], norm),
+        _stage(2 * width, 4 * width, blocks, strides[1], norm),
+        _stage(4 * width, 8 * width, blocks, strides[2], norm),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(8 * width, num_classes),

@@ -100,7 +100,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 #: The settings of each variant's training.
 SETTINGS = {
     "moe-rt_er": ["inner_steps=1", "flip=true", "translate=1"],
-    "dual-jtdmoe": ["inner_steps=1", "precision=bf16-mixed"],
+    "dual-jtdmoe": ["inner_steps=1", "precision=bf16-mixed", "channels_last=true"],
     "moe-advmoe": ["inner_steps=1", "optimizer=adam", "lr=0.01", "schedule=cosine"],
 }
 

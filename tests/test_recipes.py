@@ -29,7 +29,8 @@ def test_every_preset_is_valid(name: str):
     assert recipe.expert in EXPERTS
     fields = {name: set(objective.model_fields) for name, objective in OBJECTIVES.items()}
     for key, value in recipe.objective.items():  # a misspelt one would be passed over in silence
-        assert set(value) <= fields[key] if isinstance(value, dict) else any(key in known for known in fields.values())
+        known = [fields[key] | set(Recipe.model_fields)] if isinstance(value, dict) else fields.values()
+        assert all(any(name in names for names in known) for name in (value if isinstance(value, dict) else [key]))
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -90,6 +91,23 @@ def test_what_a_preset_says_of_one_objective_goes_over_what_it_says_of_all():
     steps = {name: spec(name, "cpu-cifar10").objective_params["inner_steps"] for name in ("moe-trades", "moe-advmoe")}
     assert steps == {"moe-trades": 5, "moe-advmoe": 2}
     assert spec("moe-advmoe", "cpu-cifar10", inner_steps=3).objective_params["inner_steps"] == 3
+
+
+def test_a_preset_may_give_an_objective_a_schedule_of_its_own():
+    # AdvMoE's is published (Zhang et al. 2023), and its router has no other learning rate than its experts
+    own = spec("moe-advmoe", "paper-cifar10", momentum=0.8).recipe
+    chosen = ("optimizer", "lr", "router_lr", "weight_decay", "schedule", "epochs", "batch_size", "momentum")
+    assert [getattr(own, name) for name in chosen] == ["sgd", 0.1, 1, 5e-4, "cosine", 100, 128, 0.8]
+    assert spec("moe-rt_er", "paper-cifar10").recipe.optimizer == "adam"
+    assert {name: spec("moe-advmoe", name).recipe.router_lr for name in recipes() if not read_recipe(name).gate} == {
+        "cpu-cifar10": 1, "cpu-tinyimagenet": 1, "digits": 1,
+    }  # fmt: skip
+
+
+def test_a_dual_of_which_nothing_of_the_standard_branch_is_left_is_not_trained_jointly():
+    with pytest.raises(UnusableInput, match=r"^--set alpha=1: of such a dual nothing is left of its standard branch"):
+        spec("dual-jtdmoe-argmax", alpha=1)
+    assert spec("dual", alpha=1).recipe.alpha == 1
 
 
 def test_fractions_in_a_preset_are_numbers():

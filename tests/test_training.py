@@ -1,6 +1,8 @@
 """The loop: what it trains, keeps, writes and refuses; on a few digits, in a fraction of a second each."""
 
 import csv
+import hashlib
+import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,7 +23,7 @@ from bench.recipes import read_recipe, train_spec
 from bench.registry import UnusableInput
 from bench.sampling import hold_out
 from bench.spec import Recipe, ThreatModel, TrainSpec
-from bench.training import Epoch, TrainingFailed, _optimizer, _Run, _schedule, train
+from bench.training import Epoch, TrainingFailed, _optimizer, _router_parameters, _Run, _schedule, train
 from models.architecture import Dual, Routed
 from models.checkpoints import load_checkpoint, load_model, read_header, save_checkpoint
 from models.variants import VARIANTS
@@ -287,6 +289,13 @@ def test_a_state_of_another_spec_is_not_resumed(trained: Training, tiny_spec: Sp
         trained(tiny_spec("dense-at", lr=0.05), resume=True)
 
 
+def sealed(content: object) -> bytes:
+    """What torch.save makes of it, behind the digest that a state has."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
+
+
 def test_a_damaged_or_planted_state_is_refused_and_not_executed(
     trained: Training, tiny_spec: Specs, stopped: Path, malicious: Callable[[Path], object]
 ):
@@ -297,18 +306,29 @@ def test_a_damaged_or_planted_state_is_refused_and_not_executed(
         b"nonsense",
         pickle.dumps(malicious(executed), 2),
         pickle.dumps([1], 2),
+        sealed(malicious(executed)),  # whole by its digest, and yet nothing to be unpickled
     ):
         stopped.write_bytes(content)
         with pytest.raises(UnusableInput, match=f"^'{stopped}' is damaged or none of ours: drop --resume$"):
             trained(tiny_spec("dense-at"), resume=True)
-    torch.save(malicious(executed), stopped)
-    with pytest.raises(UnusableInput, match="is damaged or none of ours"):
-        trained(tiny_spec("dense-at"), resume=True)
     assert not executed.exists()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(lambda data, part=part: data[: int(part * len(data))] for part in (0.05, 0.25, 0.5, 0.75)),
+        lambda data: data[:-1],
+        lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
+    ],
+)
 def test_a_damaged_newest_state_falls_back_to_the_one_before(
-    trained: Training, tiny_spec: Specs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: Callable[[bytes], bytes],
+    trained: Training,
+    tiny_spec: Specs,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     spec = tiny_spec("dense-at", epochs=3)
     undisturbed = loaded(trained(spec))
@@ -321,14 +341,34 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(
     with pytest.raises(Stop):
         trained(spec, on_epoch=stop_after_two)
     (newest,) = trained.folder.rglob("*.state.pt")
-    newest.write_bytes(newest.read_bytes()[:1000])
+    newest.write_bytes(damage(newest.read_bytes()))
+
+    def stop(path: Path, data: bytes) -> None:
+        if path == newest:
+            raise Stop
+
+    with monkeypatch.context() as patch:  # stopped again before the next state is written
+        patch.setattr(training, "write_atomically", stop)
+        with pytest.raises(Stop):
+            trained(spec, resume=True)
     trained.epochs.clear()
     path = trained(spec, resume=True)
-    assert "is damaged or none of ours: going on from the state before it" in caplog.text
+    assert caplog.text.count("is damaged or none of ours: going on from the state before it") == 2
     assert [epoch.epoch for epoch in trained.epochs] == [2, 3]
     weights = loaded(path)
     assert all(torch.equal(value, undisturbed[key]) for key, value in weights.items())
     assert [file.suffix for file in path.parent.iterdir() if file.suffix == ".pt"] == []
+
+
+def test_what_a_killed_training_has_left_is_removed_with_the_states(trained: Training, tiny_spec: Specs):
+    path = trained(tiny_spec("dense-at"))
+    left = [path.with_name(name) for name in (".dense-at.state.pt.1f", ".dense-at.safetensors.2e")]
+    states = [path.with_name("dense-at.state.pt"), path.with_name("dense-at.state-before.pt")]
+    others = [path.with_name(".dense-at-s1.state.pt.1f"), path.with_name("dense-at-s1.state.pt")]
+    for file in (*left, *states, *others):
+        file.write_bytes(b"")
+    trained(tiny_spec("dense-at"))
+    assert [file.exists() for file in (*left, *states, *others)] == [False] * 4 + [True] * 2
 
 
 # --- inside a step ----------------------------------------------------------------------------------------------------
@@ -545,7 +585,8 @@ def rates(recipe: Recipe, steps: int) -> list[list[float]]:
     routed = Routed(
         expert="small_cnn", expert_params={"width": 2}, input_shape=(1, 8, 8), num_classes=3, mean=(0.5,), std=(0.5,)
     )
-    optimizer = _optimizer(routed.build(), recipe)
+    model = routed.build()
+    optimizer = _optimizer(model, _router_parameters(model), recipe)
     schedule, found = _schedule(optimizer, recipe, steps), []
     for _ in range(steps):
         found.append([group["lr"] for group in optimizer.param_groups])
@@ -582,7 +623,7 @@ def test_the_schedules():
     ],
 )
 def test_the_optimisers_have_the_recipes_parameters(settings: Any, kind: type, expected: dict[str, float]):
-    optimizer = _optimizer(nn.Linear(2, 2), Recipe(momentum=0.8, weight_decay=0.01, lr=0.3, **settings))
+    optimizer = _optimizer(nn.Linear(2, 2), set(), Recipe(momentum=0.8, weight_decay=0.01, lr=0.3, **settings))
     assert type(optimizer) is kind
     (group,) = optimizer.param_groups
     assert {key: group[key] for key in expected} == expected
@@ -596,16 +637,22 @@ def test_every_parameter_is_in_one_group():
         expert="small_cnn", expert_params={"width": 2}, input_shape=(1, 8, 8), num_classes=3, mean=(0.5,), std=(0.5,)
     )
     model = routed.build()
-    experts, router = (group["params"] for group in _optimizer(model, Recipe()).param_groups)
+    optimizer = _optimizer(model, _router_parameters(model), Recipe())
+    experts, router = (group["params"] for group in optimizer.param_groups)
     assert {id(p) for p in router} == {id(p) for p in model.router.parameters()}
     assert sorted(map(id, [*experts, *router])) == sorted(map(id, model.parameters()))
 
 
-def test_a_rate_of_zero_leaves_the_router_where_it_was(loop: Callable[[TrainSpec], _Run], tiny_spec: Specs):
-    run = loop(tiny_spec("moe-standard", router_lr=0.0))
-    before = weights(run.model.router)
+@pytest.mark.parametrize("variant", [name for name in TRAINED if VARIANTS[name].gate == "softmax"])
+def test_a_rate_of_zero_leaves_the_router_where_it_was(
+    variant: str, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+):
+    run = loop(tiny_spec(variant, router_lr=0.0))
+    before = weights(run.model)
     run.train(False, lambda *_: None, lambda _: None)
-    assert equal(weights(run.model.router), before)
+    moved = {key for key, value in weights(run.model).items() if not torch.equal(value, before[key])}
+    assert moved
+    assert not any("router." in key for key in moved)
 
 
 # --- the published recipes --------------------------------------------------------------------------------------------
@@ -676,6 +723,22 @@ def test_a_training_starts_from_a_file_of_pretrained_weights(trained: Training, 
     assert header.training is not None
     assert header.training["recipe"]["pretrained"] == str(file)
     assert header.info("").additional_data is True
+
+
+def test_a_resumed_training_needs_no_pretrained_weights(trained: Training, tiny_spec: Specs, tmp_path: Path):
+    file = tmp_path / "vit.safetensors"
+    save_file(timm.create_model("vit_small_patch16_224", embed_dim=12).state_dict(), file)
+    tiny = {"expert": "vit_small", "width": 12, "image_size": 16, "num_experts": 2, "n_train": 10, "n_val": 5}
+    spec = tiny_spec("moe-standard", **tiny, pretrained=str(file))
+
+    def stop(_: Epoch) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        trained(spec, on_epoch=stop)
+    file.unlink()
+    trained(spec, resume=True)
+    assert [epoch.epoch for epoch in trained.epochs] == [2]
 
 
 # --- models that are put together -------------------------------------------------------------------------------------

@@ -50,9 +50,9 @@ def train_spec(
     objective = objective_class(get_variant(variant))
     name = recipe or dataset.recipe
     preset = read_recipe(name)
-    presets = preset.objective | preset.objective.get(get_variant(variant).objective or "", {})
-    own = {key: value for key, value in presets.items() if key in objective.model_fields}
-    changed: dict[str, Any] = {}
+    special = preset.objective.get(get_variant(variant).objective or "", {})
+    own = {key: value for key, value in (preset.objective | special).items() if key in objective.model_fields}
+    changed = {key: value for key, value in special.items() if key in Recipe.model_fields}
     for key, value in (settings or {}).items():
         if key in objective.model_fields:
             own[key] = value
@@ -67,6 +67,8 @@ def train_spec(
     if gate and merged.gate not in (None, gate):
         other = f"{variant}-argmax" if merged.gate == "argmax" else variant.removesuffix("-argmax")
         raise UnusableInput(f"recipe '{name}' is for gate={merged.gate}, and '{variant}' has {gate}: train {other}")
+    if get_variant(variant).kind == "dual" and get_variant(variant).objective and merged.alpha == 1:
+        raise UnusableInput("--set alpha=1: of such a dual nothing is left of its standard branch: train moe-rt_er")
     if merged.noise_sigma and objective.adversarial:
         raise UnusableInput(
             f"--set noise_sigma={merged.noise_sigma:g}: '{variant}' trains on adversarial examples, which stay in"

@@ -101,6 +101,15 @@ def test_a_resnet_halves_images_above_32_pixels(side: int, stride: int):
     assert not any(isinstance(module, nn.MaxPool2d) for module in net)
 
 
+@pytest.mark.parametrize("name", list(EXPERTS))
+@pytest.mark.parametrize("side", [8, 32, 64])
+def test_an_expert_trains_on_a_single_image(name: str, side: int):
+    # a router may leave an expert no more of a batch, and batch norm needs two values a channel
+    _, params = TINY[name]
+    net = build_expert(name, (3, side, side), 7, params).train()
+    net(torch.randn(1, 3, side, side)).sum().backward()
+
+
 def test_a_vit_resizes_native_pixels_bilinearly_inside():
     net = build_expert("vit_mini", (3, 8, 8), 10, {"image_size": 16, "patch_size": 8, "width": 12}).eval()
     x = torch.rand(2, 3, 8, 8)
