@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -144,7 +143,7 @@ def benchmark(
     """`robustbench.eval.benchmark` on x (n, C, H, W) and y (n,) as one batch of the data set's clean images.
 
     It has no parameter for either the images or the seed, so both are put where it takes them from, for as long as it
-    runs; what it prints is dropped.
+    runs; what it prints goes to standard error.
     """
     import robustbench.data
     import robustbench.eval
@@ -160,7 +159,7 @@ def benchmark(
     with (
         _replaced(loaders, BenchmarkDataset(dataset), lambda *_: (x, y)),
         _replaced(vars(robustbench.eval), "AutoAttack", attack),
-        redirect_stdout(StringIO()),
+        redirect_stdout(sys.stderr),
     ):
         clean, robust = robustbench.eval.benchmark(
             model,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bench.datasets.base import EvalSet
 from bench.environment import World, environment, git_hash
-from bench.inner import attacking
+from bench.inner import attacking, full_float32
 from bench.metrics import robust_by_example
 from bench.parts import parts
 from bench.probes import PROBED, probe
@@ -65,20 +65,6 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """No TensorFloat32, and the same convolution every time: a GPU must not round where a CPU does not."""
-    cudnn = torch.backends.cudnn
-    before = (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
-    try:
-        torch.set_float32_matmul_precision("highest")
-        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, True, False
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before[1:]
 
 
 def input_hash(x: Tensor) -> str:
@@ -146,17 +132,24 @@ def evaluate(
 
 
 def earlier_witnesses(results: Path, spec: RunSpec, subject: Subject, data: EvalSet) -> Witnesses | None:
-    """The adversarial examples that finished runs of the same subject, on the same images, have found."""
+    """The adversarial examples that finished runs of the same subject have found, of the images that they share."""
     sha256 = subject.info.checkpoint_sha256
-    wanted = spec.subject_key(sha256, data.fingerprint)
-    runs = read_runs(results) if results.is_dir() else []
-    paths = [run.path / FILE for run in runs if run.result.subject == wanted]
-    shape = tuple(data.x.shape[1:])
-    try:
-        found = [Witnesses.read_for(path, data.idx.numpy(), shape) for path in paths if path.is_file()]
-    except ValueError as error:
-        raise UnusableInput(f"{error}: remove the folder it is in, and make that run again") from None
-    return Witnesses.joined(found)
+    wanted, shape = spec.subject_key(sha256, fingerprint=""), tuple(data.x.shape[1:])
+    own = {(int(idx), input_hash(image)) for idx, image in zip(data.idx, data.x, strict=True)}
+    found = []
+    for run in read_runs(results) if results.is_dir() else []:
+        path = run.path / FILE
+        if run.result.spec.subject_key(run.result.model_info.checkpoint_sha256, fingerprint="") != wanted:
+            continue
+        if path.is_file():
+            clean = run.verdicts().query("attack == 'clean'")
+            shared = [pair in own for pair in zip(clean["idx"], clean["input_hash"], strict=True)]
+            try:
+                known = Witnesses.read_for(path, clean["idx"].to_numpy(), shape)
+            except ValueError as error:
+                raise UnusableInput(f"{error}: remove the folder it is in, and make that run again") from None
+            found.append(known.of(np.isin(known.idx, clean["idx"][shared])))
+    return Witnesses.joined([known for known in found if len(known)])
 
 
 def set_alpha(model: Any, alpha: float) -> None:
@@ -223,7 +216,7 @@ class _Examiner:
             standing_there = correct.to(x.device, copy=True)  # a copy, as known witnesses change it
             block = Block(model, x, y, standing_there, self.num_classes, self.spec.dataset, threat, seed, counter)
             try:
-                for attempt in self._attempts(block, idx, standing) if correct.any() else ():
+                for attempt in self._attempts(block, idx, standing) if correct.any() or self.suite.every else ():
                     whole = attempt.target == "F"
                     judged = model if whole else parts(model)[attempt.target]
                     verdict = self._judge(judged, attempt, block)
@@ -247,7 +240,7 @@ class _Examiner:
                 raise
             except Exception as error:  # whatever an attack raises: what it left standing is unknown, never robust
                 errors.append(f"{self.spec.suite}: {type(error).__name__}: {error}")
-                rows = standing.nonzero()[:, 0]
+                rows = torch.arange(len(x)) if self.suite.every else standing.nonzero()[:, 0]
                 frames.append(_frame(shared, rows, self.spec.suite, "F", _unknown(len(rows))))
         side = {
             "flags": sorted(set(block.flags)),
@@ -288,6 +281,8 @@ class _Examiner:
 
     def _signs(self, x: Tensor, y: Tensor) -> list[str]:
         """What the model shows of itself on images that it gets right."""
+        if not len(x):
+            return []
         with seeded(0):  # the suite's own draws stay as they are
             return probe(self.model, x[:PROBED], y[:PROBED], self.spec.threat_model, attacked=self.suite.has_attack)
 

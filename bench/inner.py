@@ -33,6 +33,20 @@ def attacking(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TensorFloat32, and the same convolution every time: a GPU must not round where a CPU does not."""
+    cudnn = torch.backends.cudnn
+    before = (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+    try:
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, True, False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before[1:]
+
+
 def default_step_size(eps: float, steps: int, reach: float = 2.5) -> float:
     """reach · ε / steps, at most ε; 2.5 as in Madry et al. (2018), so a quarter of ε at the paper's 10 steps."""
     return min(reach / steps, 1.0) * eps

@@ -63,20 +63,23 @@ _LAST = {
 _LEGEND = (
     "RA is the accuracy under AutoAttack with its default parameters, RA-worst the accuracy under all attacks that "
     "ran, example by example; both are upper bounds of the true robust accuracy. A row is ranked once AutoAttack has "
-    "run on it with its default parameters, and on a routed or dual model suite `adaptive` with at least its standard "
-    "budget as well. Percent; each RA with its 95 % Wilson interval. RA by seed: the range over the attack's seeds, "
-    "where there are several; RA then counts each example at its worst. RA-E-fixed: F under PGD on the expert that "
-    "the clean image is routed to; RA-E-any: under PGD on every expert, worst case; RA-R: under PGD on the router, "
-    "for a change of route; the route-flip rate is how often that changes it. p (vs first): two-sided exact McNemar "
-    "test of RA-worst against the first row's, example by example, over all ranked rows of the table adjusted by "
-    "Holm. Unique kills: examples that this attack broke and no other that ran. Certified accuracy is a lower bound "
-    "of the true robust accuracy, route-stable the share of images that no attack in the ball can send to another "
-    "expert; the smoothed model is another classifier, certified in L2 and with a small failure probability."
+    "run on it with its default parameters, and on a routed or dual model suite `adaptive`, from v2 on and with at "
+    "least its standard budget, as well. Percent; each RA with its 95 % Wilson interval. RA by seed: the range over "
+    "the attack's seeds, where there are several; RA then counts each example at its worst. RA-E-fixed: F under PGD "
+    "on the expert that the clean image is routed to; RA-E-any: under PGD on every expert, worst case; RA-R: under "
+    "PGD on the router, for a change of route; the route-flip rate is how often that changes it. p (vs first): two-"
+    "sided exact McNemar test of RA-worst against the first row's, example by example, over all ranked rows of the "
+    "table adjusted by Holm. Unique kills: examples that this attack broke and no other that ran. Certified accuracy "
+    "is a lower bound of the true robust accuracy, route-stable the share of images that no attack in the ball can "
+    "send to another expert; the smoothed model is another classifier, certified in L2 and with a small failure "
+    "probability."
 )
+#: The first version of suite `adaptive` that ranks: v1 could miss routes.
+_ADAPTIVE_VERSION = 2
 #: By how much (fraction) RA under PGD may exceed RA before it is flagged.
 _PGD_GAP = 0.1
 #: Columns that carry their interval, and what suite `components` has a column for.
-_INTERVALS = {"ra", "ra_e_fixed", "ra_e_any", "ra_r", "route_flip_rate"}
+_INTERVALS = {"ra", "ra_e_fixed", "ra_e_any", "ra_r", "ra_worst", "route_flip_rate"}
 _COMPONENTS = {"RA-E-fixed", "RA-E-any", "RA-R", "route-flip rate"}
 _LONG_FLAG = 30  # characters; a longer one is a footnote
 
@@ -258,7 +261,7 @@ def _markdown(table: list[Row], lines: list[dict[str, str]], titles: dict[str, s
     body = []
     for row, line in zip(table, lines, strict=True):
         shown = {**line, "flags": "; ".join(mark.get(flag, flag) for flag in row.flags)}
-        for key in _INTERVALS.intersection(line):
+        for key in [key for key in _INTERVALS if line.get(key)]:
             shown[key] = f"{line[key]} [{line[f'{key}_low']}, {line[f'{key}_high']}]"
         body.append([_escaped(shown.get(key, "")) or "–" for key in titles])
     headers = [_escaped(title) for title in titles.values()]
@@ -292,7 +295,9 @@ def _attacked(run: Run) -> bool:
 def _adaptive(run: Run) -> bool:
     """Whether it is `adaptive` at no less than its standard budget. Known witnesses to start from only add to it."""
     params = {key: value for key, value in run.result.spec.suite_params.items() if key != "warm_start"}
-    return run.result.spec.suite == "adaptive" and params in ({}, {"budget": "large"})
+    spec = run.result.spec
+    strong = params in ({}, {"budget": "large"}) and spec.suite_version >= _ADAPTIVE_VERSION
+    return spec.suite == "adaptive" and strong
 
 
 def _versioned(run: Run) -> str:
@@ -323,7 +328,8 @@ def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: _Scores)
     """
     standing = robust_by_example(verdicts)
     named = verdicts["attack"].where(verdicts["attack"] == "clean", verdicts["suite"] + verdicts["attack"])
-    kills = unique_kills(verdicts.assign(attack=named))
+    # what a warm start tried again, the attack that had found it keeps
+    kills = unique_kills(verdicts.assign(attack=named)[verdicts["attack"] != "warm-start"])
     spec, info = one.result.spec, one.result.model_info
     alpha = info.alpha if spec.alpha is None else spec.alpha
     experts = f"{info.num_selected_experts} of {info.num_experts} × {info.architecture}"
@@ -346,7 +352,7 @@ def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: _Scores)
         "combine": spec.combine or info.combine or "",
         "extra_data": {True: "yes", False: "no", None: ""}[info.additional_data],
         "n": str(len(standing)),
-        "ra_worst": _percent(standing.mean()) if attacked else "",
+        **(_interval("ra_worst", Accuracy.of(standing)) if attacked else {"ra_worst": ""}),
         "unique_kills": ", ".join(f"{attack} {count}" for attack, count in kills.items()),
         "seeds": ", ".join(map(str, sorted({run.result.spec.seed for run in covering}))),
         "suite_version": ", ".join(sorted({_versioned(run) for run in covering})),

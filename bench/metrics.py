@@ -88,7 +88,7 @@ def component_rates(verdicts: pd.DataFrame) -> dict[str, "pd.Series[bool]"]:
         if len(rows):
             found[name] = rows.groupby("idx")["robust"].all()
     route = whole[whole["attack"] == "route"].set_index("idx")
-    if len(route):
+    if (route["clean_expert"] >= 0).any():  # -1: the model does not show its routes
         found["route-flip rate"] = (route["clean_expert"] != route["adv_expert"]) & (route["status"] == "ok")
     for part, rows in verdicts[verdicts["target"] != "F"].groupby("target", sort=False):
         found[f"{part} SA"] = rows.groupby("idx")["clean_correct"].all()

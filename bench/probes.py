@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.attacks.scores import differentiable, has_gradient
+from bench.attacks.scores import differentiable, has_gradient, logarithms
 from bench.inner import ascend_once, default_step_size, pgd, random_start
 from bench.parts import is_dual, is_moe
 from bench.spec import ThreatModel
@@ -109,7 +109,7 @@ def _flipped(router: Callable[[Tensor], Tensor], x: Tensor, threat: ThreatModel)
     """Where gradient ascent on the best other score has come past that of the first expert: (B,)."""
     with torch.no_grad():
         first = router(x).argmax(1)
-    router = differentiable(router, x)
+    router = differentiable(logarithms(router, x), x)
     flipped = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     z = random_start(x, threat, 2 * torch.rand(x.shape).to(x.device) - 1)
     for _ in range(STEPS):

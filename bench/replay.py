@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from bench.datasets.base import open_dataset
-from bench.evaluate import full_float32, set_alpha
-from bench.inner import attacking
+from bench.evaluate import set_alpha
+from bench.inner import attacking, full_float32
 from bench.plan import named_subject
 from bench.registry import UnusableInput
 from bench.spec import RunSpec

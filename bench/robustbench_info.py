@@ -19,7 +19,9 @@ from bench.store import ensure_writable
 
 #: Flags that let AutoAttack's own number seem too high: its warnings, successes that were none, and what the model
 #: shows of itself.
-_DOUBTS = re.compile(r"autoattack: (AutoAttack: |.*re-check)|(S: |R: )?router gradient|gradients masked|outputs ")
+_DOUBTS = re.compile(
+    r"autoattack: (AutoAttack: (?!engine)|.*re-check)|(S: |R: )?router gradient|gradients masked|outputs "
+)
 
 
 @dataclass(frozen=True)

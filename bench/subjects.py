@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -124,17 +125,14 @@ def _source(kind: type) -> str | None:
     return getattr(sys.modules.get(kind.__module__), "__file__", None)
 
 
-def _foreign_info(word: str, model: nn.Module, dataset: str | None, code: str = "") -> ModelInfo:
-    routed = getattr(model, "robust", model)
-    experts = getattr(routed, "experts", None)
-    alpha = getattr(model, "alpha", None)
-    visible = routing_visible(model)
+def _foreign_info(word: str, model: Any, dataset: str | None, code: str = "") -> ModelInfo:
+    routed: Any = model.robust if is_dual(model) else model
     return ModelInfo(
         name=word,
         architecture=type(model).__name__,
-        num_experts=len(experts) if visible and isinstance(experts, nn.ModuleList) else None,
-        alpha=float(alpha) if visible and alpha is not None else None,
+        num_experts=len(routed.experts) if is_moe(routed) else None,  # whether or not it shows its routes
+        alpha=float(model.alpha) if is_dual(model) else None,
         dataset=dataset,
         checkpoint_sha256=weights_sha256(model, code),
-        routing_visible=visible,
+        routing_visible=routing_visible(model),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.parts import is_dual
+from bench.parts import is_dual, is_moe
 from bench.spec import ABSOLUTE_BOX, ThreatModel
 
 
@@ -23,11 +23,14 @@ class Prediction:
 
 
 def first_expert(model: Any, x: Tensor) -> Tensor:
-    """The first selected expert (m,) of a model whose routing is visible, of a dual its R's; −1 without a `trace`."""
+    """The first selected expert (m,) of a model whose routing is visible, of a dual its R's; −1 where there is none.
+
+    A dual's R without a `trace` is taken to follow its router's best score.
+    """
     routed = model.robust if is_dual(model) else model
-    if not hasattr(routed, "trace"):
-        return torch.full((len(x),), -1, device=x.device)
-    return routed.trace(x)[1].selected_experts[:, 0]
+    if hasattr(routed, "trace"):
+        return routed.trace(x)[1].selected_experts[:, 0]
+    return routed.router(x).argmax(1) if is_moe(routed) else torch.full((len(x),), -1, device=x.device)
 
 
 @torch.no_grad()

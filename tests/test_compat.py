@@ -104,7 +104,8 @@ def test_benchmark_is_robustbenchs_on_our_images_with_our_seed(
     assert 0 < robust < 23 / 24
     assert robustbench.data._clean_dataset_loaders == loaders
     assert robustbench.eval.AutoAttack is bench.compat.AutoAttack
-    assert tuple(capfd.readouterr()) == ("", "")
+    out, err = capfd.readouterr()
+    assert (out, err.splitlines()[0]) == ("", "Clean accuracy: 95.83%")
 
 
 def test_a_template_of_robustbenchs_own_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -44,7 +44,8 @@ def save(
         ],
         columns=list(VERDICT_COLUMNS),
     ).astype(VERDICT_COLUMNS)
-    given = {"model": "dense-at", "dataset": "digits", "suite": suite, "suite_version": 1, "n_examples": len(clean)}
+    given = {"model": "dense-at", "dataset": "digits", "suite": suite, "n_examples": len(clean)}
+    given["suite_version"] = 2 if suite == "adaptive" else 1  # the first that ranks
     spec = RunSpec(**{**given, "threat_model": ThreatModel(norm="Linf", eps=0.2), **fields})
     header = {"name": spec.model, "architecture": "cnn", "checkpoint_sha256": "c" * 64, **(info or {})}
     provenance = {
@@ -117,6 +118,8 @@ def test_every_column_by_hand(tmp_path: Path):
         "after_square": "60.00",  # it ran last and has no rows here: nothing changed
         **dict.fromkeys(COMPONENTS, ""),
         "ra_worst": "60.00",
+        "ra_worst_low": "31.27",
+        "ra_worst_high": "83.18",
         "p_first": "",
         "unique_kills": "autoattack/apgd-ce 2, autoattack/apgd-t 1",
         "route_flip_rate": "",
@@ -134,7 +137,7 @@ def test_every_column_by_hand(tmp_path: Path):
     text = render(tmp_path)
     assert text.startswith("# digits, Linf 0.2\n\nRA is the accuracy under AutoAttack")
     assert "## n = 10: the first 10 examples of the archive (fingerprint ffffffffffff)" in text
-    assert "| 60.00 [31.27, 83.18] |" in text
+    assert text.count("| 60.00 [31.27, 83.18] |") == 2  # RA, and RA-worst
     # rank, RA by seed, RA-E-fixed, RA-E-any, RA-R, p, route-flip rate, and the three of what is certified
     assert text.count("| –") == 2 + 8
     assert "- [1] autoattack: square broke more than apgd" in text  # longer than a cell is wide
@@ -174,7 +177,7 @@ def test_other_parameters_have_their_own_column(tmp_path: Path):
     assert [column for column in rows if column.startswith(("ra_", "after"))] == [
         *["ra_seeds", "ra_autoattack[version=rand]", "ra_pgd[steps=10]", "ra_torchattacks:FGSM"],
         *["ra_e_fixed", "ra_e_any", "ra_r", "ra_worst", "ra_low", "ra_high"],
-        *[f"{key}_{bound}" for key in ("ra_e_fixed", "ra_e_any", "ra_r") for bound in ("low", "high")],
+        *[f"{key}_{bound}" for key in ("ra_e_fixed", "ra_e_any", "ra_r", "ra_worst") for bound in ("low", "high")],
     ]
     assert (row["ra"], row["ra_autoattack[version=rand]"], row["ra_worst"]) == ("", "25.00", "25.00")
     assert row["flags"] == "no autoattack"
@@ -207,6 +210,8 @@ def test_routed_rows_are_ranked_with_adaptive_only(tmp_path: Path, info: dict[st
     assert list(rows["rank"]) == ["1", ""]
     assert list(rows["ra_worst"]) == ["25.00", "75.00"]  # the routed row stands below, however high
     assert rows["flags"].iloc[1] == "no adaptive attack"
+    save(tmp_path, "adaptive", {"clean": "1111", "routes": "1110"}, suite_version=1, **routed)
+    assert list(table(tmp_path)["rank"]) == ["1", ""]
     save(tmp_path, "adaptive", {"clean": "1111", "routes": "1010"}, **routed)
     rows = table(tmp_path)
     assert list(rows["rank"]) == ["1", "2"]
@@ -383,6 +388,8 @@ def test_what_one_attack_alone_broke_is_counted_by_hand(tmp_path: Path):
     save(tmp_path, "autoattack", {"clean": "111110", "apgd-ce": "0111..", "square": ".110.."})
     save(tmp_path, "autoattack", {"clean": "111110", "apgd-ce": "0111..", "square": ".110.."}, seed=1)
     save(tmp_path, "components", {"clean": "111110", "pgd": "111100"}, target="expert:0")
+    save(tmp_path, "clean", {"clean": "111110", "warm-start": "00.0.."}, suite_params={"warm_start": True})
+    # what a warm start tries again counts for nobody
     # 0: both suites; 1: pgd alone; 3: Square alone, with both seeds; 4: a part, not F; 5: wrong from the start
     row = table(tmp_path).loc["dense-at"]
     assert row["unique_kills"] == "autoattack/square 1, pgd/pgd 1"

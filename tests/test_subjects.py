@@ -185,6 +185,14 @@ def test_routing_is_visible_by_its_parts(user_module: Any, digits: Dataset):
         def dual():
             return DualModel(moe(), moe(), alpha=0.6)
 
+        class Own(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.router, self.experts = linear(), nn.ModuleList([linear(), linear()])
+
+            def forward(self, x):
+                return self.experts[0](x)
+
         def half():
             net = linear()
             net.router, net.experts = linear(), [linear()]
@@ -195,6 +203,12 @@ def test_routing_is_visible_by_its_parts(user_module: Any, digits: Dataset):
     assert (subject.flags, subject.info.routing_visible, subject.info.num_experts) == ((), True, 3)
     subject = load("planted_routed:dual", digits)
     assert (subject.flags, subject.info.num_experts, subject.info.alpha) == ((), 3, 0.6)
+    subject = load("planted_routed:Own", digits)  # no `trace`; it has no rank without `adaptive` all the same
+    assert (subject.flags, subject.info.routing_visible, subject.info.num_experts) == (
+        ("routing not visible",),
+        False,
+        2,
+    )
     subject = load("planted_routed:half", digits)
     assert (subject.flags, subject.info.num_experts) == (("routing not visible",), None)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.spec import Norm, ThreatModel
-from bench.verdicts import inside, judge, predict
+from bench.verdicts import first_expert, inside, judge, predict
 
 # One row an example, one column a pixel; the class is 1 where the first pixel is above ½.
 
@@ -161,3 +161,27 @@ def test_expert_is_the_first_selected_one_or_none(planted: Any):
     assert shown.expert.tolist() == model.router(x).argmax(1).tolist()
     assert len(set(shown.expert.tolist())) > 1
     assert shown.classes.tolist() == hidden.classes.tolist() == model(x).argmax(1).tolist()
+
+
+def test_a_duals_expert_is_its_rs_also_without_a_trace(planted: Any, linear_net: Any):
+    class Foreign(nn.Module):
+        def __init__(self, robust: nn.Module) -> None:
+            super().__init__()
+            self.standard, self.robust, self.alpha = planted.broken(), robust, 0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.robust(x)
+
+    class Untraced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.experts = planted.robust().router, planted.robust().experts
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.experts[0](x)
+
+    x = planted.data().x
+    expected = planted.robust().router(x).argmax(1)
+    for robust in (planted.robust(), Untraced()):
+        assert torch.equal(first_expert(Foreign(robust), x), expected)
+    assert first_expert(Foreign(linear_net([[1.0] * 192] * 10)), x).tolist() == [-1] * 24

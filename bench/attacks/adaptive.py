@@ -6,7 +6,7 @@ at every iterate, and each attack runs on what those before it have left standin
 """
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 from zlib import crc32
@@ -20,7 +20,7 @@ from bench.attacks.routes import Routes, route_aware
 from bench.attacks.search import Search
 from bench.attacks.surrogates import averaged, bpda, joint, soft
 from bench.attacks.targets import nearest, targeted
-from bench.inner import attacking
+from bench.inner import attacking, full_float32
 from bench.parts import is_dual, parts, routed_branches
 from bench.registry import UnusableInput, did_you_mean
 from bench.spec import Norm, ThreatModel
@@ -84,6 +84,9 @@ def attacks(search: Search, budget: BudgetName, recipe: Recipe) -> Iterator[tupl
         for temperature in much.temperatures:
             yield f"bpda-{temperature:g}{end}", partial(bpda, routes, temperature, much.steps)
             yield f"soft-{temperature:g}{end}", partial(soft, routes, temperature, much.steps)
+        if routes.affine is None:  # its gradient may lead nowhere, or astray
+            by_slopes = replace(routes, by_slopes=True)
+            yield f"route-aware-slopes{end}", partial(_scaled, by_slopes, much, 1.0, 1.0)
         yield f"joint{end}", partial(joint, routes, much.steps)
         yield f"averaged{end}", partial(averaged, routes, much.neighbours, much.steps)
     yield "targeted", lambda: targeted(search, nearest(search, much.targets), much.steps)
@@ -110,6 +113,7 @@ def run(
                 if len(rows):
                     torch.manual_seed(crc32(f"{search.block.seed} {name}".encode()))
                     attack()
+                    search.confirm(rows)
                 yield name, rows
 
 
@@ -119,7 +123,8 @@ class AdaptiveAttack:
         x_adv = AdaptiveAttack(model, norm="Linf", eps=8 / 255)(x, y)
 
     The model takes pixels in [0, 1] and gives logits; ε is in pixels. `attacks_to_run`, as AutoAttack's: the names of
-    those to make (`attacks`), all if not given. UnusableInput for a model without visible parts, or an unknown name.
+    those to make (`attacks`), all if not given. UnusableInput for a model without visible parts, for L1, or an unknown
+    name.
     """
 
     def __init__(
@@ -137,6 +142,8 @@ class AdaptiveAttack:
                 f"{type(model).__name__} shows no routing: an MoE has `router` and `experts`, a dual `standard`,"
                 " `robust` and `alpha`"
             )
+        if norm == "L1":
+            raise UnusableInput("no adaptive attack in an L1 ball: attack in Linf or L2")
         self.model, self.threat_model = model, ThreatModel(norm=norm, eps=eps)
         self.budget, self.recipe, self.seed, self.attacks_to_run = budget, recipe, seed, attacks_to_run
 
@@ -145,7 +152,7 @@ class AdaptiveAttack:
 
         Modes, parameters' flags and torch's random state are as before, after it.
         """
-        with attacking(self.model), torch.random.fork_rng(), PassCounter(self.model) as passes:
+        with attacking(self.model), full_float32(), torch.random.fork_rng(), PassCounter(self.model) as passes:
             with torch.no_grad():
                 logits = self.model(x)
             correct = logits.argmax(1) == y

@@ -14,6 +14,19 @@ PROBE = 0.1
 DIRECTIONS, AT_MOST = 4, 20_000
 
 
+def logarithms(router: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The logarithms of a router's scores where they are probabilities (of x, by their look): the same order.
+
+    A softmax that decides clearly has next to no gradient; its logarithm has.
+    """
+    with torch.no_grad():
+        scores = router(x)
+    if bool((scores < 0).any()) or bool(((scores.sum(1) - 1).abs() > 1e-3).any()):
+        return router
+    tiny = torch.finfo(scores.dtype).tiny
+    return lambda z: router(z).clamp_min(tiny).log()
+
+
 def has_gradient(router: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     """Whether any score's gradient by the pixels of any image x (B, C, H, W) is other than zero."""
     z = x.detach().requires_grad_()
@@ -45,10 +58,8 @@ def slopes(router: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return total / (2 * PROBE * directions)
 
 
-def differentiable(router: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    """The router itself if it has a gradient at the images x; else its scores with the gradient of `slopes`."""
-    if has_gradient(router, x):
-        return router
+def stand_in(router: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The router's scores with the gradient of its `slopes` about the images x in place of its own."""
     weight = slopes(router, x)
 
     def scores(z: Tensor) -> Tensor:
@@ -56,3 +67,8 @@ def differentiable(router: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[T
         return linear + (router(z) - linear).detach()
 
     return scores
+
+
+def differentiable(router: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The router itself if it has a gradient at the images x; else its stand-in."""
+    return router if has_gradient(router, x) else stand_in(router, x)

@@ -142,6 +142,7 @@ class Suite(Method):
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
     datasets: ClassVar[tuple[str, ...]] = ()  # those that it can be run on; empty: any
     has_attack: ClassVar[bool] = True
+    every: ClassVar[bool] = False  # whether examples that F gets wrong are attacked as well
 
     @classmethod
     def parameters(cls, argument: str | None) -> list[str]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from bench.attacks.scores import differentiable
+from bench.attacks.scores import differentiable, logarithms
 from bench.inner import pgd, random_start
 from bench.parts import is_dual, parts, routed_branch
 from bench.spec import Norm
@@ -32,7 +32,9 @@ class Components(Suite):
     A model without visible parts has no rows but the clean ones.
     """
 
+    version: ClassVar[int] = 2
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
+    every: ClassVar[bool] = True
 
     steps: int = Field(default=50, gt=0)
     step_size: float | None = Field(default=None, gt=0)
@@ -57,7 +59,7 @@ class Components(Suite):
         prefix = "R." if is_dual(model) else ""
         experts = torch.stack([found[f"{prefix}expert:{i}"] for i in range(len(moe.experts))])
         yield block.attempt("expert-fixed", every, experts[chosen, every])
-        scores = differentiable(moe.router, block.x)
+        scores = differentiable(logarithms(moe.router, block.x), block.x)
         with block.passes.also(*([moe.router] if isinstance(moe.router, nn.Module) else [])):
             x_route = self._pgd(block, _flip(scores, chosen))
         yield block.attempt("route", every, x_route)

@@ -60,17 +60,38 @@ def test_experts_by_hand(linear_moe: Any):
     assert routes.reachable.tolist() == [[True, True, False], [False, True, False]]
 
 
-def test_the_experts_of_a_router_that_is_not_affine_are_searched(linear_moe: Any):
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
+def test_a_router_that_is_saturated_is_not_affine(scale: float):
+    weight = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    for router in (
+        lambda x: (scale * x.flatten(1) @ weight.T).softmax(1),
+        lambda x: (scale * (x.flatten(1) @ weight.T - 3)).tanh(),
+        lambda x: 0 * x.flatten(1) @ weight.T,
+    ):
+        assert affine_map(router, x) is None
+    assert affine_map(lambda x: scale * x.flatten(1) @ weight.T + 1e3 * scale, x) is not None
+
+
+def test_every_expert_of_a_router_that_is_not_affine_may_be_reached(linear_moe: Any):
     class Squared(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             a = x.flatten(1)[:, 0]
             return torch.stack([torch.full_like(a, 0.36), a.square(), a.square() - 0.5], 1)
 
     moe = MoE(linear_moe([[[1.0, 0], [0, 0]]] * 3, [[0, 0]] * 3).experts, Squared(), 1, "argmax")
-    x = torch.tensor([[0.55, 1.0], [0.3, 1.0]]).view(2, 1, 1, 2)
-    routes = Routes(search(moe, x, torch.zeros(2, dtype=torch.long)))
-    # a = 0.6 is where the second takes over
-    assert routes.reachable.tolist() == [[True, True, False], [True, False, False]]
+    routes = Routes(search(moe, torch.full((2, 1, 1, 2), 0.5), torch.zeros(2, dtype=torch.long)))
+    assert routes.reachable.all()
+
+
+def test_a_start_is_a_point_of_the_box_also_where_a_router_has_no_finite_gradient(linear_moe: Any):
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.flatten(1) - 0.5).clamp_min(0).sqrt()  # at ½ the gradient is ∞ · 0
+
+    moe = MoE(linear_moe([[[1.0, 0], [0, 0]]] * 2, [[0, 0]] * 2).experts, Root(), 1, "argmax")
+    routes = Routes(search(moe, torch.full((1, 1, 1, 2), 0.5), torch.zeros(1, dtype=torch.long)))
+    assert routes.aimed(torch.tensor([1])).isfinite().all()
 
 
 def test_the_gap_is_to_the_last_that_would_be_selected(linear_moe: Any):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.attacks.scores import differentiable, has_gradient, slopes
+from bench.attacks.scores import differentiable, has_gradient, logarithms, slopes
 
 WEIGHT = torch.tensor([[1.0, -2.0, 0.5, 0.0], [-0.5, 0.5, 1.0, 3.0]])
 
@@ -38,6 +38,17 @@ def images(n: int) -> Tensor:
 )
 def test_whether_any_score_has_a_gradient(router: nn.Module, has: bool):
     assert has_gradient(router, images(3)) is has
+
+
+def test_probabilities_are_taken_by_their_logarithms():
+    saturated = lambda x: (20 * affine(x)).softmax(1)  # noqa: E731
+    x = images(3)
+    scores = logarithms(saturated, x)
+    assert torch.equal(scores(x).argsort(1), affine(x).argsort(1))
+    z = x.clone().requires_grad_()
+    gaps = scores(z).diff(dim=1)
+    assert (torch.autograd.grad(gaps.sum(), z)[0] != 0).any(1).all()
+    assert logarithms(affine, x) is affine
 
 
 def test_the_slopes_of_an_affine_router_are_its_weights():

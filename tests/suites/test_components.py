@@ -119,6 +119,40 @@ def test_a_users_own_class_gives_the_same_rates(linear_moe: Callable[..., MoE], 
     assert rates(own) == rates(foreign)
 
 
+def test_a_users_class_without_a_trace_has_no_route_flip_rate(linear_moe: Callable[..., MoE], components: Any):
+    class Untraced(Foreign):
+        trace = property()  # raises AttributeError, so that there is none
+
+    moe = linear_moe([FIRST, SECOND], ROUTER, 1, "argmax")
+    result, rows = components(Untraced(moe), FOUR)
+    assert "route-flip rate" not in rates(result)
+    assert rates(result)["RA-R"] == 0.75
+    assert (rows["clean_expert"] == -1).all()
+
+
+def test_every_example_counts_also_those_of_a_block_that_f_gets_wrong(
+    linear_moe: Callable[..., MoE], components: Any, tmp_path: Any
+):
+    moe = linear_moe([FIRST, FIRST], ROUTER, 1, "argmax")
+    images = data((0.3, 0), (0.3, 0), (-0.3, 0))  # the last is wrong without an attack
+    for batch_size in (1, 3):
+        result, _ = components(moe, images, batch_size=batch_size, results=tmp_path / str(batch_size))
+        assert {rates(result)[name] for name in ("RA-E-fixed", "RA-E-any", "RA-R", "expert:0 RA")} == {2 / 3}
+
+
+def test_an_attack_that_fails_leaves_nothing_known_of_its_block(
+    linear_moe: Callable[..., MoE], components: Any, monkeypatch: pytest.MonkeyPatch
+):
+    moe = linear_moe([FIRST, FIRST], ROUTER, 1, "argmax")
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("bench.suites.components.pgd", fail)
+    result, _ = components(moe, data((-0.3, 0)))  # nobody stands, and yet it has no RA-R
+    assert (result.errors, result.error_messages) == (1, ("components: RuntimeError: out of memory",))
+
+
 def test_a_users_dual_of_branches_without_experts_has_branches_alone(linear_net: Any, components: Any):
     class Mean(nn.Module):
         def __init__(self) -> None:
