@@ -1,6 +1,10 @@
 """Training on several processes: real ones, started by torchrun on the CPU, beside one with as large batches."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -18,6 +22,7 @@ from bench.spec import TrainSpec
 from bench.training import _Run, train
 from models.checkpoints import checkpoint_path, load_checkpoint, read_header
 
+ROOT = Path(__file__).parents[1]
 NONE = Path("nowhere")  # digits needs no data
 DIGITS = open_dataset("digits")
 Specs = Callable[..., TrainSpec]
@@ -260,3 +265,34 @@ def test_three_processes_agree_and_stop_together(drive: Callable[..., Any], tiny
         _Run(spec, DIGITS, training._read(spec, DIGITS, NONE), paths["failing"], "cpu")._restore()
 
     assert said[0]["dual"] == 0
+
+
+def test_two_machines_train_as_two_processes_of_one_do(torchrun: Torchrun, tmp_path: Path):
+    settings = ["n_train=60", "n_val=20", "epochs=1", "width=4", "val_steps=1", "inner_steps=1", "norm=group"]
+    words = ["train", "moe-rt_er", "--dataset", "digits", "--device", "cpu"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    torchrun(2, "-m", "bench", *words, "--checkpoints", tmp_path / "one")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launch += ["--master-addr", "127.0.0.1", "--master-port", port]
+    machines = [
+        subprocess.Popen(
+            [*launch, "--node-rank", str(rank), "-m", "bench", *words, "--checkpoints", tmp_path / "two"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [machine.communicate(timeout=180)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    one, two = (checkpoint_path(tmp_path / name, "digits", "Linf", "moe-rt_er") for name in ("one", "two"))
+    assert read_header(two).processes == 2
+    near(load_file(one), load_file(two))
