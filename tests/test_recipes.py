@@ -133,6 +133,20 @@ def test_a_parameter_that_is_not_there_is_refused_with_the_nearest(variant: str,
 
 
 @pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        ("dense-at", "num_experts"), ("dense-standard", "balance"), ("moe-at", "alpha"), ("moe-at-argmax", "balance"),
+        ("moe-rt_er-argmax", "router_lr"), ("moe-advmoe-argmax", "balance"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_changes_nothing_of_the_variant_is_refused(variant: str, key: str):
+    with pytest.raises(UnusableInput, match=rf"^--set {key}: nothing of '{variant}' depends on it: drop it$"):
+        spec(variant, **{key: 0.5})
+    assert spec("moe-advmoe-argmax", router_lr=0.5).recipe.router_lr == 0.5
+    assert spec("dual-jtdmoe", alpha=0.5, balance=0.1).recipe.alpha == 0.5
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"lr": "fast"}, "recipe 'digits': lr: Input should be a valid number"),

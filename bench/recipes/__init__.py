@@ -45,7 +45,8 @@ def train_spec(
 ) -> TrainSpec:
     """The spec of a training: the recipe (default: the data set's own) with `settings` over it.
 
-    A setting is a field of the recipe or of the objective; UnusableInput, with the nearest name, for any other.
+    A setting is a field of the recipe or of the objective; UnusableInput, with the nearest name, for any other, and for
+    one that changes nothing of this variant.
     """
     objective = objective_class(get_variant(variant))
     name = recipe or dataset.recipe
@@ -54,6 +55,8 @@ def train_spec(
     own = {key: value for key, value in (preset.objective | special).items() if key in objective.model_fields}
     changed = {key: value for key, value in special.items() if key in Recipe.model_fields}
     for key, value in (settings or {}).items():
+        if key in _idle(get_variant(variant)):
+            raise UnusableInput(f"--set {key}: nothing of '{variant}' depends on it: drop it")
         if key in objective.model_fields:
             own[key] = value
         elif key in Recipe.model_fields and key != "objective":
@@ -85,6 +88,16 @@ def train_spec(
         objective_params=params.model_dump(mode="json"),
         seed=seed,
     )
+
+
+def _idle(variant: Variant) -> set[str]:
+    """The settings that change nothing of a variant; to take them would let a user believe otherwise."""
+    if variant.kind == "dense":
+        return {"num_experts", "num_selected_experts", "router", "router_lr", "balance", "combine", "alpha"}
+    idle = set() if variant.kind == "dual" else {"alpha"}
+    if variant.gate == "argmax":  # the router is never trained, but by AdvMoE's own steps
+        idle |= {"balance"} if variant.objective == "advmoe" else {"balance", "router_lr"}
+    return idle
 
 
 def objective_class(variant: Variant) -> type[Objective]:
