@@ -29,7 +29,7 @@ CERTIFICATE_COLUMNS: dict[str, str] = {
     "predicted": "int64",  # the class that is certified, the expert of a route; -1 where there is none
     "correct": "bool",  # predicted is the label; of a route, that the model is right on the clean image
     "reachable": "int64",  # |S(ε)|, how many experts the ball can lead to, at most; -1 where nobody asked
-    "reason": "str",  # of a status that is none of the method's own, such as a layer's name
+    "reason": "str",  # of a status that is none of the method's own, such as a layer's name; or what is assumed
 }
 STATUSES = ("certified", "not_certified", "abstain", "not_applicable", "not_supported")
 #: Those of a method that could be applied: only then there is a share of certified rows.

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
+from bench.certificates import DETERMINISTIC, ROUTES
 from bench.certify.base import Block, Claim
 from bench.certify.bounds import ClassBounds, Margins, least_mixture, soft_radius
 from bench.certify.layers import layers
+from bench.certify.routes import Routes
 from bench.spec import ThreatModel
 from models.dual import DualModel
 from models.experts import EXPERTS
@@ -76,6 +78,43 @@ def test_the_class_that_counts_is_the_one_that_f_predicts(linear_moe: Any):
     assert (union.status.tolist(), union.predicted.tolist(), union.correct.tolist()) == (["certified"], [0], [False])
 
 
+def test_a_mixture_of_one_is_that_one(linear_moe: Any):
+    for k_of_one in ("softmax", "argmax"):
+        moe = linear_moe([[[1.0, 0.0], [-2.0, 1.0]]], [[1.0, 1.0]], 1, k_of_one)
+        for eps, expected in ((1.4 / 4 - 1e-3, True), (1.4 / 4 + 1e-3, False)):
+            assert certified(moe, pixels(0.6, 0.4), eps) == {
+                "union": expected, "route-stable": expected, "paper-formula": False,
+            }  # fmt: skip
+
+
+def cancelling(size: float) -> nn.Module:
+    """z = (b, 0.2) of pixels (a, b), by way of b + size · a and size · a."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].weight.data, net[1].bias.data = torch.tensor([[size, 1.0], [size, 0.0]]), torch.zeros(2)
+    net[2].weight.data, net[2].bias.data = torch.tensor([[1.0, -1.0], [0.0, 0.0]]), torch.tensor([0.0, 0.2])
+    return net
+
+
+def test_what_cancels_within_a_network_is_not_certified_beyond_its_rounding(linear_net: Any):
+    apart, threat = linear_net([[1.0, 0.0], [0.0, 0.0]]), ThreatModel(norm="Linf", eps=0.1)
+    noise = torch.rand(1000, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    for size, status in ((1.0, "certified"), (1.5e7, "not_certified")):
+        net, soft = cancelling(size), MoE([cancelling(size)] * 2, apart, 2, "softmax", "probs")
+        # an image on which single precision is right; in its ball b is above 0.3, but there 1.5e7 · a may swallow it
+        x = next(image for image in pixels(0.7, 0.5) + 0.1 * noise if net(image[None])[0, 0] > 0.45)[None]
+        near = x + 0.2 * noise - 0.1
+        assert (net.double()(near.double()).argmax(1) == 0).all()
+        assert (net.float()(near).argmax(1) == 0).all() == (size == 1)
+        with torch.no_grad():
+            moe = block(MoE([apart, apart], net), x, threat)
+            found = [*Routes(exact=True).certify(moe), *ClassBounds().certify(moe)[:2]]
+            found += [*ClassBounds().certify(block(net, x, threat)), ClassBounds().certify(block(soft, x, threat))[0]]
+        assert {claim.method for claim in found} == {*ROUTES, *DETERMINISTIC}
+        for claim in found:
+            expected = "certified" if claim.method == "union" else status  # both experts agree
+            assert claim.status.tolist() == [expected] * len(x), claim.method
+
+
 # --- probabilities, duals ---------------------------------------------------------------------------------------------
 
 
@@ -133,11 +172,19 @@ def test_what_there_is_no_certificate_for_is_said(linear_moe: Any, linear_net: A
 
     one = linear_net([[1.0, 0.0], [0.0, 1.0]])
     gelu = nn.Sequential(*one, nn.GELU())
+    hooked, hooked_dual, rerouted = MoE([one, one], one), DualModel(one, one), MoE([one, one], one)
+    for model in (hooked, hooked_dual):
+        model.register_forward_hook(lambda *_: None)
+    rerouted.route = lambda x: MoE.route(rerouted, 1 - x)  # type: ignore[method-assign]
     for model, status, reason in (
         (three, "not_applicable", "2 of 3 experts, combine=logits"),
         (logits, "not_applicable", "a dual that mixes logits"),
         (Foreign([one, one], one), "not_supported", "Foreign, whose way of mixing its experts"),
         (ForeignDual(one, one), "not_supported", "ForeignDual, whose way of mixing its branches"),
+        (hooked, "not_supported", "MoE with hooks"),
+        (hooked_dual, "not_supported", "DualModel with hooks"),
+        (rerouted, "not_supported", "MoE with its own route"),
+        (MoE([one, one, one], one), "not_supported", "a router that gives 2 scores for 3 experts"),
         (gelu, "not_supported", "GELU"),
         (MoE([gelu, one], one), "not_supported", "GELU"),
         (MoE([one, one], gelu), "not_supported", "GELU"),
@@ -147,6 +194,13 @@ def test_what_there_is_no_certificate_for_is_said(linear_moe: Any, linear_net: A
         assert found["network"].status.tolist() == [status] * 3
         assert found["network"].reason.startswith(reason)
         assert np.isnan(found["network"].radius).all()
+
+
+def test_a_mixture_that_rounding_decides_is_not_certified(linear_moe: Any):
+    # both margins are tanh(c · 0.3) where a is 0.6: for c = 1e-5 less than what a probability's rounding may be
+    for scale, sure in ((1e-5, False), (1e-3, True)):
+        moe = linear_moe([[[scale, 0.0], [0.0, 0.0]]] * 2, [[0.0, 0.0]] * 2, 2, "argmax", "probs")
+        assert certified(moe, pixels(0.6, 0.4), 0.01)["soft"] == sure
 
 
 # --- the soft gate, and the paper's formula ---------------------------------------------------------------------------
@@ -200,7 +254,7 @@ def test_probability_margins_follow_from_logit_margins(seed: int):
     g = torch.Generator().manual_seed(seed)
     low = torch.randn(1, 4, generator=g, dtype=torch.double) * 3
     low[0, 0] = torch.inf
-    margins = Margins(None, low)  # type: ignore[arg-type]
+    margins = Margins(None, low, low)  # type: ignore[arg-type]
     scale = torch.rand(1, 1, generator=g).double().clamp_min(0.01)
     # any logits with margins of at least `low` and any scale from there to 1
     z = -(low[:, 1:] + 3 * torch.rand(500, 3, generator=g).pow(4))

@@ -146,6 +146,8 @@ def test_the_command_scores_every_kind_of_model(method: str, bench: Bench, shelv
         (("--method", "routes", "--set", "exakt=1"), "did you mean 'exact'?"),
         (("--method", "routes", "--norm", "L1", "--eps", "1"), "--norm Linf and L2"),
         (("--method", "bounds", "--set", "steps=1"), "has no parameter 'steps'"),
+        (("--method", "smoothing", "--set", "sigma=.inf"), "sigma: Input should be a finite number (got inf)"),
+        (("--method", "smoothing", "--set", "failure_probability=.nan"), "failure_probability: Input should be"),
         (("--method", "routes", "--model", "moe-att"), "did you mean"),
     ],
 )
