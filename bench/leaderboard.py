@@ -71,8 +71,8 @@ _LEGEND = (
     "sided exact McNemar test of RA-worst against the first row's, example by example, over all ranked rows of the "
     "table adjusted by Holm. Unique kills: examples that this attack broke and no other that ran. Certified accuracy "
     "is a lower bound of the true robust accuracy, route-stable the share of images that no attack in the ball can "
-    "send to another expert; the smoothed model is another classifier, certified in L2 and with a small failure "
-    "probability."
+    "send to another expert, of a dual to another of R's; the smoothed model is another classifier, certified in L2 "
+    "and with a small failure probability."
 )
 #: The first version of suite `adaptive` that ranks: v1 could miss routes.
 _ADAPTIVE_VERSION = 2

@@ -77,6 +77,8 @@ class Header(Spec):
             if not self.parts
             else ", ".join(f"{part}: {entry.file.removesuffix('.safetensors')}" for part, entry in self.parts.items())
         )
+        if sigma := (self.training or {}).get("recipe", {}).get("noise_sigma"):
+            trained += f", noise σ {sigma:g}"
         return ModelInfo(
             name=self.name,
             architecture=arch.label,

@@ -56,14 +56,22 @@ def save(root: Path, rows: pd.DataFrame, suite: str = "certify-bounds", **fields
     return result
 
 
-def attack(root: Path, rows: list[tuple[Any, ...]], n: int = 3, **fields: Any) -> Result:
-    """A run with clean rows for n images of class 0, and rows of (idx, attack, class, robust, linf, l2, expert)."""
-    clean = [(i, "clean", 0, True, 0.0, 0.0, 0) for i in range(n)]
+def attack(
+    root: Path, rows: list[tuple[Any, ...]], n: int = 3, suite: str = "pgd", wrong: tuple[int, ...] = (), **fields: Any
+) -> Result:
+    """A run with clean rows for n images of class 0, and rows of (idx, attack, class, robust, linf, l2, expert).
+
+    Images that are `wrong` are taken for class 1.
+    """
+    clean = [(i, "clean", int(i in wrong), i not in wrong, 0.0, 0.0, 0) for i in range(n)]
     frame = pd.DataFrame(
-        [(i, f"{i:016x}", 0, name, "F", 0, c, True, ok, a, b, 0, e, "ok") for i, name, c, ok, a, b, e in clean + rows],
+        [
+            (i, f"{i:016x}", 0, name, "F", int(i in wrong), c, i not in wrong, ok, a, b, 0, e, "ok")
+            for i, name, c, ok, a, b, e in clean + rows
+        ],
         columns=list(VERDICT_COLUMNS),
     ).astype(VERDICT_COLUMNS)
-    made = spec("pgd", n, **fields)
+    made = spec(suite, n, **fields)
     result = Result.from_rows(made, INFO, "f" * 16, frame, **PROVENANCE)
     RunFolder(run_folder(root, made, result.run)).finish(result, frame)
     return result
@@ -164,6 +172,7 @@ def test_smaller_balls_alone_fill_no_column(tmp_path: Path):
 BREAKS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
     ("inside", {}, (1, "pgd", 3, False, 0.1, 0.4, 0)),
     ("on the ball, as single precision has it", {}, (1, "pgd", 3, False, 0.2 + 5e-7, 0.4, 0)),
+    ("by an attack that knows no ε, legally", {"suite": "torchattacks:CW"}, (1, "CW", 3, False, 0.1, 0.4, 0)),
     ("by another norm's attack", {"threat_model": ThreatModel(norm="L2", eps=9.0)}, (1, "cw", 3, False, 0.19, 5.0, 0)),
 ]
 
@@ -181,7 +190,7 @@ def test_a_certified_example_that_is_broken_is_a_conflict(
     both = out.strip().splitlines()
     assert "certify-bounds-v1" in both[0]
     assert "method=union" in both[0]
-    assert "pgd-v1" in both[1]
+    assert f"{fields.get('suite', 'pgd').replace(':', '_')}-v1" in both[1]
     assert f"attack={row[1]}" in both[1]
     assert "error: 1 predictions" in err
     assert not (tmp_path / "boards").exists()
@@ -215,6 +224,27 @@ def test_a_clean_prediction_contradicts_too_and_so_does_a_route(tmp_path: Path):
         ("routes", 0, "route"),
         ("union", 2, "clean"),
     ]
+
+
+def test_an_answer_that_may_lie_outside_the_box_contradicts_only_what_needs_no_box(tmp_path: Path):
+    rows: list[tuple[Any, ...]] = [(0, "CW", 3, True, 0.1, 0.4, 2), (1, "CW", 3, False, 0.1, 0.4, 2)]
+    attack(tmp_path, rows, suite="torchattacks:CW", wrong=(1,))
+    save(tmp_path, frame(methods={("union", 0.2): "110"}, wrong=(1,)))
+    routes = frame(methods={("routes", 0.2): "110", ("routes-lp", 0.2): "110", ("routes-ball", 0.2): "110"})
+    save(tmp_path, routes.assign(predicted=0), "certify-routes")
+    found = conflicts(read_runs(tmp_path), read_certificates(tmp_path))
+    # image 0 was not broken, and image 1 never stood: nobody has looked whether these answers are legal
+    assert [(one.certificate["method"], one.certificate["idx"]) for one in found] == [
+        ("routes-ball", 0),
+        ("routes-ball", 1),
+    ]
+
+
+def test_nothing_that_is_stored_contradicts_itself():
+    stored = Path(__file__).parents[1] / "results"
+    runs = read_runs(stored)
+    assert runs
+    assert conflicts(runs, read_certificates(stored)) == []
 
 
 def test_what_is_never_certain_contradicts_nothing(tmp_path: Path):

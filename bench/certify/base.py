@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 from torch import Tensor
 
 from bench.registry import Registry, UnusableInput
@@ -56,6 +57,7 @@ class Claim:
         reachable: Tensor | None = None,
         eps: float | None = None,
         predicted: Tensor | None = None,
+        reason: str = "",
     ) -> "Claim":
         """Certified or not (B,), of the block's own ε and F's class where nothing else is said."""
         correct = block.predicted == block.y
@@ -67,6 +69,7 @@ class Claim:
             (block.predicted if predicted is None else predicted).numpy(),
             correct.numpy(),
             np.full(len(block.y), -1) if reachable is None else reachable.numpy(),
+            reason,
         )
 
     @classmethod
@@ -91,6 +94,8 @@ CERTIFIERS: Registry[type["Certifier"]] = Registry("certification method", "benc
 class Certifier(Method):
     """Base of all methods; subclasses register with `CERTIFIERS`."""
 
+    # a radius is a multiple of parameters: not of inf
+    model_config = ConfigDict(allow_inf_nan=False)
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
 
     @property

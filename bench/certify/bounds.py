@@ -7,23 +7,30 @@ are in docs/certificates.md.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bench.certify.base import CERTIFIERS, Block, Certifier, Claim
-from bench.certify.layers import NotSupported, layers
+from bench.certify.layers import NotSupported, check_untouched, layers, terms
 from bench.certify.linear import Bounds
 from bench.parts import is_dual, is_moe
 from bench.spec import ThreatModel
 from models.dual import DualModel
 from models.moe import MoE
 
-#: Of the magnitude of a network's outputs, what is kept in reserve for a float32 network's rounding.
+#: Of the magnitude of an output's terms, what is kept in reserve for a float32 network's rounding.
 LOGIT_SLACK = 1e-5
-#: The same for probabilities.
+#: What is kept of a probability, for the rounding of softmax and of mixing.
 PROBABILITY_SLACK = 1e-5
+
+
+#: Where the constants of the paper's formula come from, as its rows say it.
+_CONSTANTS = (
+    "no certificate: equation 8 of the soft reading, a = softmax(r); s and L_i = ¼ max Lip(z_ia − z_ib) are from bounds"
+    " of the router's and the experts' derivatives over this ball, and the competitor's constant is missing"
+)
 
 
 class NotApplicable(Exception):
@@ -34,19 +41,20 @@ class NotApplicable(Exception):
 class Margins:
     """What one network's logits can do over the region.
 
-    logits: at most min over the region of z_y − z_j, (B, C), inf at y, less the reserve for rounding.
+    logits: at most min over the region of z_y − z_j, (B, C), inf at y, less the reserve for rounding. reserve: what is
+    kept for each logit, (B, C).
     """
 
     bounds: Bounds
     logits: Tensor
+    reserve: Tensor
 
     @classmethod
     def of(cls, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> "Margins":
-        bounds = Bounds(layers(network, x.shape[1:]), x, threat)
-        size = torch.maximum(bounds.outputs.low.abs(), bounds.outputs.high.abs()).amax(1, keepdim=True)
+        bounds, reserve = _bounded(network, x, threat)
         eye = torch.eye(size_of(bounds), dtype=torch.double)
-        least = bounds.least(eye[y][:, None, :] - eye) - LOGIT_SLACK * (1 + size)
-        return cls(bounds, least.scatter(1, y[:, None], torch.inf))
+        least = bounds.least(eye[y][:, None, :] - eye) - reserve.gather(1, y[:, None]) - reserve
+        return cls(bounds, least.scatter(1, y[:, None], torch.inf), reserve)
 
     def probabilities(self, scale: Tensor | float = 1.0) -> Tensor:
         """At most min over the region of p_y − p_j (B, C), of the softmax of `scale` (B, 1) in (0, 1] times the logits.
@@ -63,15 +71,22 @@ class Margins:
         return self.bounds.lipschitz(pairs(size_of(self.bounds))).amax(1)
 
 
+def _bounded(network: nn.Module, x: Tensor, threat: ThreatModel) -> tuple[Bounds, Tensor]:
+    """A network's bounds, and what is kept in reserve for the rounding of each of its outputs (B, C)."""
+    bounds = Bounds(layers(network, x.shape[1:]), x, threat)
+    region = bounds.region
+    return bounds, LOGIT_SLACK * terms(network, torch.maximum(region.low.abs(), region.high.abs()))
+
+
 def size_of(bounds: Bounds) -> int:
     """The number of a network's outputs."""
     return bounds.outputs.low.shape[1]
 
 
 def pairs(count: int) -> Tensor:
-    """All e_a − e_b with a < b, (1, S, count)."""
+    """All e_a − e_b with a ≤ b, (1, S, count): 0 is among them, so that a single output has one as well."""
     eye = torch.eye(count, dtype=torch.double)
-    a, b = torch.triu_indices(count, count, 1)
+    a, b = torch.triu_indices(count, count)
     return (eye[a] - eye[b])[None]
 
 
@@ -80,22 +95,26 @@ class Router:
     """What a router's scores can do over the region.
 
     lead: at most min over the region of r_i − r_k, (B, i, k), less the reserve for rounding. lipschitz: at least
-    s = max_{i,k} of the Lipschitz constant of r_i − r_k, (B,). scores: at the centre, (B, E).
+    s = max_{i,k} of the Lipschitz constant of r_i − r_k, (B,). scores: at the centre, (B, E). reserve: what is kept for
+    each score, (B, E).
     """
 
     lead: Tensor
     lipschitz: Tensor
     scores: Tensor
+    reserve: Tensor
 
     @classmethod
-    def of(cls, network: nn.Module, x: Tensor, threat: ThreatModel) -> "Router":
-        bounds = Bounds(layers(network, x.shape[1:]), x, threat)
+    def of(cls, moe: MoE, x: Tensor, threat: ThreatModel) -> "Router":
+        """NotSupported where there is not one score for each expert."""
+        bounds, reserve = _bounded(moe.router, x, threat)
         count = size_of(bounds)
-        size = torch.maximum(bounds.outputs.low.abs(), bounds.outputs.high.abs()).amax(1)[:, None, None]
+        if count != len(moe.experts):
+            raise NotSupported(f"a router that gives {count} scores for {len(moe.experts)} experts")
         eye = torch.eye(count, dtype=torch.double)
         every = (eye[:, None] - eye[None]).flatten(0, 1)[None]
-        lead = bounds.least(every).view(len(x), count, count) - LOGIT_SLACK * (1 + size)
-        return cls(lead, bounds.lipschitz(pairs(count)).amax(1), network(x).double().cpu())
+        lead = bounds.least(every).view(len(x), count, count) - reserve[:, :, None] - reserve[:, None]
+        return cls(lead, bounds.lipschitz(pairs(count)).amax(1), moe.router(x).double().cpu(), reserve)
 
     @property
     def reachable(self) -> Tensor:
@@ -144,6 +163,8 @@ def soft_radius(gap: Tensor, lipschitz: Tensor, alpha: float = 1.0) -> Tensor:
 class ClassBounds(Certifier):
     """Interval and linear bounds of every expert, combined over the routes that the ball allows."""
 
+    version: ClassVar[int] = 2
+
     def certify(self, block: Block) -> list[Claim]:
         try:
             return list(self._claims(block))
@@ -165,6 +186,7 @@ class ClassBounds(Certifier):
             return [self._claim(block, "network", (least > threshold * (block.model is not model)).all(1))]
         if type(model) is not MoE:
             raise NotSupported(f"{type(model).__name__}, whose way of mixing its experts is not known")
+        check_untouched(model)
         if model.num_selected_experts == 1:
             return self._top1(block, model, threshold if block.model is not model else None, alpha)
         if model.num_selected_experts == len(model.experts) and model.combine == "probs":
@@ -175,7 +197,7 @@ class ClassBounds(Certifier):
         )
 
     def _top1(self, block: Block, moe: MoE, threshold: float | None, alpha: float) -> Sequence[Claim]:
-        router = Router.of(moe.router, block.x, block.threat_model)
+        router = Router.of(moe, block.x, block.threat_model)
         every = [self._margins(block, expert) for expert in moe.experts]
         if threshold is None:  # a positive weight changes no class
             fine = torch.stack([(margins.logits > 0).all(1) for margins in every], 1)
@@ -192,10 +214,13 @@ class ClassBounds(Certifier):
         ]
 
     def _soft(self, block: Block, moe: MoE, threshold: float, alpha: float) -> Sequence[Claim]:
-        router = Router.of(moe.router, block.x, block.threat_model)
+        router = Router.of(moe, block.x, block.threat_model)
         every = [self._margins(block, expert) for expert in moe.experts]
         values = torch.stack([margins.probabilities() for margins in every], 1)
-        gap, weights = _gap(block, moe, router)
+        weights = router.scores.softmax(1)
+        if moe.gate == "argmax":
+            weights = torch.full_like(weights, 1 / weights.shape[1])
+        gap = _gap(block, moe, weights)
         bend = torch.stack([margins.lipschitz() for margins in every], 1) / 2
         if moe.gate == "softmax":
             low, high = router.weights
@@ -205,8 +230,10 @@ class ClassBounds(Certifier):
             steep = (weights * bend).sum(1)
         own = torch.nn.functional.one_hot(block.predicted.clamp_min(0), gap.shape[1]).bool()
         direct = least_mixture(values.masked_fill(own[:, None], 1.0), low, high)
-        along = gap - PROBABILITY_SLACK - block.threat_model.reach * steep[:, None]
-        least = torch.maximum(direct, along).masked_fill(own, torch.inf)
+        # scores and logits that are off by their reserve move G by no more than that; here and at the other point
+        off = router.reserve.amax(1) + torch.stack([margins.reserve.amax(1) for margins in every]).amax(0)
+        along = gap - 2 * off[:, None] - block.threat_model.reach * steep[:, None]
+        least = (torch.maximum(direct, along) - PROBABILITY_SLACK).masked_fill(own, torch.inf)
         return [
             self._claim(block, "soft", (least > threshold).all(1)),
             self._paper(block, moe, every, router, alpha),
@@ -215,12 +242,14 @@ class ClassBounds(Certifier):
     def _paper(self, block: Block, moe: MoE, every: Sequence[Margins], router: Router, alpha: float) -> Claim:
         """The paper's equation 8, with p_iy's constant alone, of the experts' soft mixture: no certificate.
 
-        |∇p_y| ≤ ¼ max_b Lip(z_y − z_b), half of what bounds p_y − p_j. The constants hold over the block's ball.
+        |∇p_y| ≤ ¼ max_{a,b} Lip(z_a − z_b), half of what bounds p_y − p_j. The constants hold over the block's ball.
         """
-        gap, weights = _gap(block, moe, router)
+        weights = router.scores.softmax(1)  # the paper's gate, whatever the model's own
+        gap = _gap(block, moe, weights)
         slope = torch.stack([margins.lipschitz() for margins in every], 1) / 4
         radius = soft_radius(gap, router.lipschitz / 2 + (weights * slope).sum(1), alpha)
-        return Claim.of(block, "paper-formula", torch.zeros_like(radius, dtype=torch.bool), radius)
+        nothing = torch.zeros_like(radius, dtype=torch.bool)
+        return Claim.of(block, "paper-formula", nothing, radius, reason=_CONSTANTS)
 
     def _margins(self, block: Block, network: nn.Module) -> Margins:
         return Margins.of(network, block.x, block.predicted.clamp_min(0), block.threat_model)
@@ -234,17 +263,15 @@ def _robust_branch(dual: Any) -> tuple[Any, float]:
     """R and α of a dual that mixes probabilities."""
     if type(dual) is not DualModel:
         raise NotSupported(f"{type(dual).__name__}, whose way of mixing its branches is not known")
+    check_untouched(dual)
     if dual.combine != "probs":
         raise NotApplicable("a dual that mixes logits: S's logits are not bounded by R's")
     return dual.robust, float(dual.alpha)
 
 
-def _gap(block: Block, moe: MoE, router: Router) -> tuple[Tensor, Tensor]:
-    """G_j = Σ a_i g_ij at the centre (B, C), inf at y, and the weights a (B, E) of all experts."""
+def _gap(block: Block, moe: MoE, weights: Tensor) -> Tensor:
+    """G_j = Σ a_i g_ij at the centre (B, C), inf at y, of the weights a (B, E) of all experts."""
     y = block.predicted.clamp_min(0)
-    weights = router.scores.softmax(1)
-    if moe.gate == "argmax":
-        weights = torch.full_like(weights, 1 / weights.shape[1])
     p = torch.stack([expert(block.x).double().cpu().softmax(1) for expert in moe.experts], 1)
     mean = (weights[:, :, None] * p).sum(1)
-    return (mean.gather(1, y[:, None]) - mean).scatter(1, y[:, None], torch.inf), weights
+    return (mean.gather(1, y[:, None]) - mean).scatter(1, y[:, None], torch.inf)

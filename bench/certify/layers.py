@@ -86,6 +86,24 @@ def layers(module: nn.Module, shape: torch.Size) -> list[Layer]:
     return _joined(_parts(module), shape)[0]
 
 
+def check_untouched(module: nn.Module) -> None:
+    """NotSupported for a module that may compute something else than its class: by hooks, or methods of its own."""
+    name = type(module).__name__
+    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"):
+        raise NotSupported(f"{name} with hooks")
+    if own := [key for key in vars(module) if callable(getattr(type(module), key, None))]:
+        raise NotSupported(f"{name} with its own {', '.join(own)}")
+
+
+def terms(module: nn.Module, size: Tensor) -> Tensor:
+    """Of what magnitude (B, C) the terms are that each output is summed from, for inputs of magnitude `size` (B, …).
+
+    |M| size + |b| layer after layer, as a network in single precision computes them: what cancels in its outputs, or
+    where affine layers are joined, counts in full, so that rounding is at most a small multiple of it.
+    """
+    return _terms(_parts(module), size.detach().cpu().double())
+
+
 def affine_map(module: nn.Module, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """(W (E, D), b (E,)), float64, of a network of affine layers alone on images of `shape`; else NotSupported."""
     found = _parts(module)
@@ -103,13 +121,19 @@ def _pulled_back(function: Callable[[Tensor], Tensor], a: Tensor, shape: torch.S
 
 def _parts(module: nn.Module) -> list[Layer]:
     kind: Any = type(module)
-    if kind is nn.Sequential:
-        return [layer for part in module.children() for layer in _parts(part)]
     if kind not in _KNOWN:
         raise NotSupported(kind.__name__)
-    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"):
-        raise NotSupported(f"{kind.__name__} with hooks")
+    check_untouched(module)
     return _KNOWN[kind](module)
+
+
+def _terms(parts: Sequence[Layer], size: Tensor) -> Tensor:
+    for layer in parts:
+        if isinstance(layer, Residual):
+            size = _terms(layer.body, size) + _terms(layer.shortcut, size)
+        elif isinstance(layer, Affine):
+            size = layer.magnitude(size) + layer.forward(torch.zeros_like(size[:1])).abs()
+    return size
 
 
 def _joined(parts: list[Layer], shape: torch.Size) -> tuple[list[Layer], torch.Size]:
@@ -175,10 +199,11 @@ def _batch_norm(module: Any) -> list[Layer]:
     if mean is None or var is None:
         raise NotSupported("BatchNorm2d without running statistics")
     scale = (var + module.eps).rsqrt()
-    if module.affine:
-        scale = scale * module.weight.detach().cpu().double()
-    shift = -mean * scale if not module.affine else module.bias.detach().cpu().double() - mean * scale
-    return _scale(scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1))
+    found = _scale(scale.view(1, -1, 1, 1), (-mean * scale).view(1, -1, 1, 1))
+    if module.affine:  # a step of its own, so that a mean and a bias that cancel both count in `terms`
+        weight, bias = (part.detach().cpu().double().view(1, -1, 1, 1) for part in (module.weight, module.bias))
+        found += _scale(weight, bias)
+    return found
 
 
 def _normalize(module: Normalize) -> list[Layer]:
@@ -212,6 +237,7 @@ def _chain(*names: str) -> Callable[[nn.Module], list[Layer]]:
 
 
 _KNOWN: dict[type[nn.Module], Callable[[Any], list[Layer]]] = {
+    nn.Sequential: lambda module: [layer for part in module.children() for layer in _parts(part)],
     nn.Linear: _linear,
     nn.Conv2d: _conv,
     nn.BatchNorm2d: _batch_norm,

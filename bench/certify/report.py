@@ -11,12 +11,17 @@ from tabulate import tabulate
 from bench.certificates import ANSWERED, ROUTES, SMOOTHED, STATUSES, Certification, succeeded
 from bench.spec import ThreatModel
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#999999")
+#: The radii of the table of shares, as multiples of the run's ε.
+_MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _TITLES = {True: "share of images that keep their route", False: "certified accuracy"}
 
 
 def table(result: Certification, rows: pd.DataFrame) -> str:
-    """Markdown: each method at each ε that it was asked for, the statuses, and |S(ε)| where it is known."""
+    """Markdown: each method at each ε that it was asked for, the statuses, and |S(ε)| where it is known.
+
+    Below it, of methods with a radius of their own, the share of images at several radii.
+    """
     threat = result.spec.threat_model
     body = []
     for (method, _), own in rows.groupby(["method", "eps"], sort=False):
@@ -25,7 +30,7 @@ def table(result: Certification, rows: pd.DataFrame) -> str:
         body.append([
             str(method),
             ThreatModel(norm=threat.norm, eps=own["eps"].iloc[0]).eps_text,
-            f"{100 * succeeded(own).mean():.2f}" if own["status"].isin(ANSWERED).all() else "–",
+            _share(own),
             ", ".join(f"{status} {statuses[status]}" for status in STATUSES if status in statuses),
             ", ".join(f"{size}: {count}" for size, count in sizes.items()) or "–",
             "; ".join(dict.fromkeys(reason.replace("|", "\\|") for reason in own["reason"] if reason)) or "–",
@@ -36,7 +41,28 @@ def table(result: Certification, rows: pd.DataFrame) -> str:
     params = "".join(f", {key} {value}" for key, value in sorted(result.spec.suite_params.items()))
     text = tabulate(body, headers=headers, tablefmt="pipe", disable_numparse=True)
     note = "%: of all images; of a class, certified and right; of a route, certified."
-    return f"{title}{alpha}{params}\n\n{text}\n\n{note}\n"
+    return f"{title}{alpha}{params}\n\n{text}\n\n{note}\n{_by_radius(shares(rows), threat)}"
+
+
+def _share(own: pd.DataFrame) -> str:
+    if not own["status"].isin(ANSWERED).all():
+        return "–"
+    if (own["method"] == "paper-formula").all():
+        return f"{100 * ((own['radius'] >= own['eps']) & own['correct']).mean():.2f} (no certificate)"
+    return f"{100 * succeeded(own).mean():.2f}"
+
+
+def _by_radius(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], threat: ThreatModel) -> str:
+    """A table of `shares` at multiples of ε; nothing where no method has a radius of its own."""
+    if not lines:
+        return ""
+    balls = [ThreatModel(norm=threat.norm, eps=multiple * threat.eps) for multiple in _MULTIPLES]
+    body = [
+        [f"{ball.eps:.4g}", *(f"{100 * y[np.searchsorted(x, ball.reach, 'right') - 1]:.2f}" for x, y in lines.values())]
+        for ball in balls
+    ]
+    text = tabulate(body, [f"{threat.norm} radius", *lines], tablefmt="pipe", disable_numparse=True)
+    return f"\n{text}\n\n%, by radius: the share of images that still count there.\n"
 
 
 def shares(rows: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -56,8 +82,17 @@ def shares(rows: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
+def sizes(rows: pd.DataFrame) -> pd.DataFrame:
+    """The share of images with each |S(ε)| (columns) at each ε (index) that the route's radius was asked for at."""
+    own = rows[(rows["method"] == ROUTES[0]) & (rows["reachable"] >= 0)]
+    return pd.crosstab(own["eps"], own["reachable"], normalize="index")
+
+
 def curve(result: Certification, rows: pd.DataFrame) -> str:
-    """An SVG of `shares`, and of the share at the run's own ε where a method has no radius of its own."""
+    """An SVG of `shares`, and of the share at the run's own ε where a method has no radius of its own.
+
+    Below it, of routes, a histogram of |S(ε)|: a bar for each ε, the smallest size at the bottom.
+    """
     threat, lines = result.spec.threat_model, shares(rows)
     points = {method: rate.value for method, rate in result.certified.items() if method not in lines}
     ends = [float(x[-1]) for x, _ in lines.values() if len(x) > 1]
@@ -71,12 +106,13 @@ def curve(result: Certification, rows: pd.DataFrame) -> str:
         right,
         lines,
         {method: (threat.eps, value) for method, value in points.items()},
+        sizes(rows),
     )
 
 
 _TEMPLATE = jinja2.Template(
-    """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 360" font-family="sans-serif" font-size="12">
-<rect width="560" height="360" fill="white"/>
+    """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 {{ height }}" font-family="sans-serif" font-size="12">
+<rect width="560" height="{{ height }}" fill="white"/>
 <text x="60" y="22" font-size="14">{{ title }}</text>
 {%- for y, label in y_ticks %}
 <path d="M60 {{ y }}H540" stroke="#ddd"/><text x="54" y="{{ y + 4 }}" text-anchor="end">{{ label }}</text>
@@ -96,6 +132,23 @@ _TEMPLATE = jinja2.Template(
 {%- endif %}
 <text x="534" y="{{ 54 + 16 * loop.index0 }}" text-anchor="end" fill="{{ colour }}">{{ name }}</text>
 {%- endfor %}
+{%- if bars %}
+<text x="60" y="385" font-size="14">size of S(ε), share of images</text>
+{%- for y, label in y_ticks %}
+<path d="M60 {{ y + 360 }}H540" stroke="#ddd"/><text x="54" y="{{ y + 364 }}" text-anchor="end">{{ label }}</text>
+{%- endfor %}
+{%- for x, label, parts in bars %}
+{%- for size, colour, y, tall in parts %}
+<rect class="size-{{ size }}" x="{{ x }}" y="{{ y }}" width="40" height="{{ tall }}" fill="{{ colour }}"/>
+{%- endfor %}
+<text x="{{ x + 20 }}" y="688" text-anchor="middle">{{ label }}</text>
+{%- endfor %}
+<path d="M60 400V670H540" fill="none" stroke="black"/>
+<text x="300" y="708" text-anchor="middle">{{ x_title }} ε</text>
+{%- for size, colour in legend %}
+<text x="534" y="{{ 414 + 16 * loop.index0 }}" text-anchor="end" fill="{{ colour }}">|S(ε)| = {{ size }}</text>
+{%- endfor %}
+{%- endif %}
 </svg>
 """,
     autoescape=True,
@@ -109,6 +162,7 @@ def _svg(
     right: float,
     lines: Mapping[str, tuple[np.ndarray, np.ndarray]],
     points: Mapping[str, tuple[float, float]],
+    sizes: pd.DataFrame,
 ) -> str:
     def at(x: float, y: float) -> tuple[float, float]:
         return round(60 + 480 * x / right, 2), round(310 - 270 * y, 2)
@@ -129,7 +183,16 @@ def _svg(
         )
         for number, name in enumerate(names)
     ]
+    colours = {size: _COLOURS[number % len(_COLOURS)] for number, size in enumerate(sizes.columns)}
+    bars = []
+    for number, (eps, own) in enumerate(sizes.iterrows()):
+        tops = own.cumsum()
+        parts = [(size, colours[size], at(0, tops[size])[1] + 360, round(270 * own[size], 2)) for size in colours]
+        bars.append((80 + 70 * number, f"{eps:.3g}", parts))
     return _TEMPLATE.render(
+        height=720 if bars else 360,
+        bars=bars,
+        legend=list(colours.items()),
         title=title,
         x_title=x_title,
         y_title=y_title,

@@ -3,17 +3,19 @@
 Axes: B = images, E = experts, D = pixels. The router is r(x) = W x + b, in pixels of [0, 1] and double precision.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
 from bench.certify.base import CERTIFIERS, Block, Certifier, Claim
-from bench.certify.layers import NotSupported, affine_map
+from bench.certify.layers import NotSupported, affine_map, check_untouched, terms
 from bench.parts import routed_branch
 from bench.registry import UnusableInput
 from bench.spec import Norm, ThreatModel
+from models.dual import DualModel
+from models.moe import MoE
 
 #: Of the magnitude of a score's terms, how far a float32 router may be from the exact one, and the double one from it:
 #: above γ_n = n·2⁻²⁴ for the ~100 additions in a row that a blocked dot product of 3,072 terms has.
@@ -59,13 +61,21 @@ def distance(d: Tensor, gap: Tensor, x: Tensor, norm: Norm, box: bool) -> Tensor
     return found
 
 
-def pair_distances(weight: Tensor, bias: Tensor, x: Tensor, norm: Norm, box: bool = True) -> Tensor:
+def rounding(weight: Tensor, bias: Tensor) -> Tensor:
+    """What is kept in reserve for each score (E,) of a router that computes W x + b as it stands."""
+    return SLACK * (weight.abs().sum(1) + bias.abs())
+
+
+def pair_distances(
+    weight: Tensor, bias: Tensor, x: Tensor, norm: Norm, box: bool = True, reserve: Tensor | None = None
+) -> Tensor:
     """How near (B, i, k) expert i gets at least as high a score as k, rounded down: weight (E, D), bias (E,), x (B, D).
 
-    Ties count as reached, and so does what is within the rounding of a float32 router.
+    Ties count as reached, and so does what is within the rounding of a float32 router: `reserve` (E,), which is
+    `rounding` unless it is given.
     """
     count = len(bias)
-    terms = SLACK * (weight.abs().sum(1) + bias.abs())
+    reserve = rounding(weight, bias) if reserve is None else reserve
     found = torch.zeros(len(x), count, count, dtype=torch.double)
     for start in range(0, len(x), _CHUNK):
         rows = slice(start, start + _CHUNK)
@@ -73,7 +83,7 @@ def pair_distances(weight: Tensor, bias: Tensor, x: Tensor, norm: Norm, box: boo
         for i in range(count):
             for k in range(count):
                 if i != k:
-                    gap = (scores[:, k] - scores[:, i] - terms[i] - terms[k]).clamp_min(0)
+                    gap = (scores[:, k] - scores[:, i] - reserve[i] - reserve[k]).clamp_min(0)
                     found[rows, i, k] = distance(weight[i] - weight[k], gap, x[rows], norm, box)
     return found
 
@@ -92,24 +102,33 @@ def reachable(distances: Tensor, eps: float) -> Tensor:
     return distances.amax(2) <= eps
 
 
-def reachable_exactly(weight: Tensor, bias: Tensor, x: Tensor, eps: float, candidates: Tensor) -> Tensor:
+def reachable_exactly(
+    weight: Tensor, bias: Tensor, x: Tensor, eps: float, candidates: Tensor, reserve: Tensor | None = None
+) -> Tensor:
     """S(ε) (B, E) in Linf and the box, by a linear program for each of the candidates (B, E).
 
-    Expert i is reachable where some x + δ has r_i ≥ r_k for all k at once; what the program cannot decide stays in.
+    Expert i is reachable where some x + δ has r_i ≥ r_k for all k at once; what the program cannot decide stays in. The
+    solver is not believed: its multipliers are a proof, which is computed anew.
     """
     found = candidates.clone()
-    terms = SLACK * (weight.abs().sum(1) + bias.abs())
+    reserve = rounding(weight, bias) if reserve is None else reserve
+    size = weight.abs().amax().clamp_min(torch.finfo(torch.double).tiny)  # a solver's tolerances are absolute
+    weight, bias, reserve = weight / size, bias / size, reserve / size
     for row, i in candidates.nonzero().tolist():
         others = [k for k in range(len(bias)) if k != i]
         # maximise t: (W_k − W_i) z + t ≤ b_i − b_k + rounding, over the z of the ball ∩ box
-        matrix = torch.cat([weight[others] - weight[i], torch.ones(len(others), 1).double()], 1)
-        limits = bias[i] - bias[others] + terms[i] + terms[others]
+        behind = weight[others] - weight[i]
+        limits = bias[i] - bias[others] + reserve[i] + reserve[others]
         low, high = (x[row] - eps).clamp_min(0), (x[row] + eps).clamp_max(1)
         bounds = [*zip(low.tolist(), high.tolist(), strict=True), (None, 0.0)]
         cost = [0.0] * x.shape[1] + [-1.0]
+        matrix = torch.cat([behind, torch.ones(len(others), 1).double()], 1)
         solved = linprog(cost, A_ub=matrix.numpy(), b_ub=limits.numpy(), bounds=bounds, method="highs")
-        if solved.status == 0 and -float(solved.fun or 0) < -1e-7 * float(terms.max()) / SLACK:
-            found[row, i] = False
+        if solved.status == 0:
+            # whoever obeys all limits obeys their sum, whatever the weights: does any z of the ball ∩ box?
+            share = torch.from_numpy(-solved.ineqlin.marginals).clamp_min(0)
+            line = share @ behind
+            found[row, i] = line.clamp_min(0) @ low + line.clamp_max(0) @ high <= share @ limits
     return found
 
 
@@ -120,6 +139,7 @@ class Routes(Certifier):
     `exact`: S(ε) by a linear program as well (Linf), which takes minutes where images are large.
     """
 
+    version: ClassVar[int] = 2
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
     exact: bool = False
 
@@ -133,23 +153,53 @@ class Routes(Certifier):
         if moe is None:
             return [Claim.nothing(block, "routes", "not_applicable", "no router to be seen")]
         try:
-            weight, bias = affine_map(moe.router, block.x.shape[1:])
-        except NotSupported as layer:
-            return [Claim.nothing(block, "routes", "not_supported", str(layer))]
+            return self._claims(block, moe)
+        except NotSupported as reason:
+            return [Claim.nothing(block, "routes", "not_supported", str(reason))]
+
+    def _claims(self, block: Block, moe: Any) -> list[Claim]:
+        weight, bias = affine_map(moe.router, block.x.shape[1:])
+        reserve = SLACK * terms(moe.router, torch.ones_like(block.x[:1]))[0]
+        if len(bias) != len(moe.experts):
+            raise NotSupported(f"a router that gives {len(bias)} scores for {len(moe.experts)} experts")
         x, threat = block.x.cpu().double().flatten(1), block.threat_model
         top = moe.router(block.x).argmax(1).cpu()
+        reason = _assumed(block, moe, top)
         claims = []
         for method, box in (("routes", True), ("routes-ball", False)):
-            distances = pair_distances(weight, bias, x, threat.norm, box)
+            distances = pair_distances(weight, bias, x, threat.norm, box, reserve)
             radius = route_radius(distances, top)
             for fraction in FRACTIONS:
                 ball = ThreatModel(norm=threat.norm, eps=fraction * threat.eps)
                 sizes = reachable(distances, ball.reach).sum(1)
-                claims.append(Claim.of(block, method, radius > ball.reach, radius, sizes, ball.eps, top))
+                claims.append(Claim.of(block, method, radius > ball.reach, radius, sizes, ball.eps, top, reason))
         if self.exact:
-            found = reachable_exactly(
-                weight, bias, x, threat.reach, reachable(pair_distances(weight, bias, x, "Linf"), threat.reach)
-            )
-            alone = found.sum(1) == 1
-            claims.append(Claim.of(block, "routes-lp", alone, alone.double() * threat.eps, found.sum(1), predicted=top))
+            pairs = pair_distances(weight, bias, x, "Linf", reserve=reserve)
+            found = reachable_exactly(weight, bias, x, threat.reach, reachable(pairs, threat.reach), reserve)
+            alone = (found.sum(1) == 1) & found.gather(1, top[:, None])[:, 0]
+            radius = alone.double() * threat.eps
+            claims.append(Claim.of(block, "routes-lp", alone, radius, found.sum(1), predicted=top, reason=reason))
         return claims
+
+
+def _assumed(block: Block, moe: Any, top: Tensor) -> str:
+    """What is taken for granted of classes that are not ours, `top` (B,) being the router's choice; "" of our own.
+
+    NotSupported where an MoE's own trace of these images says otherwise, or there is none.
+    """
+    found = []
+    if moe is not block.model:
+        if type(block.model) is DualModel:
+            check_untouched(block.model)
+        else:
+            found.append(f"{type(block.model).__name__} is assumed to give R the image as it is")
+    if type(moe) is MoE:
+        check_untouched(moe)
+    else:
+        name = type(moe).__name__
+        if not callable(getattr(moe, "trace", None)):
+            raise NotSupported(f"{name}, which has no `trace` that says how it routes")
+        if not (moe.trace(block.x)[1].selected_experts[:, 0].cpu() == top).all():
+            raise NotSupported(f"{name}, which does not route to the highest score")
+        found.append(f"{name} is assumed to route to the highest score everywhere, as it does here")
+    return "; ".join(found)

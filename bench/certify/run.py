@@ -16,10 +16,11 @@ from bench.certificates import CERTIFICATE_COLUMNS, CertificateFolder, Certifica
 from bench.certify.base import Block, Certifier
 from bench.certify.report import curve, table
 from bench.datasets.base import EvalSet
-from bench.environment import environment, git_hash
+from bench.environment import World, environment, git_hash
 from bench.evaluate import first_look, input_hash, set_alpha
 from bench.files import write_atomically
 from bench.inner import attacking, full_float32
+from bench.registry import UnusableInput
 from bench.spec import RunSpec
 from bench.store import Accuracy, run_folder
 from bench.subjects import Subject
@@ -42,8 +43,13 @@ def certify(
     """Certify the subject by the spec's method and store it; a certification that is finished is only read.
 
     Raises:
-        UnusableInput: the model cannot take the data's images, or gives another number of classes.
+        UnusableInput: the model cannot take the data's images, or gives another number of classes; or this is one of
+            several processes.
     """
+    if (processes := World.here().processes) > 1:
+        raise UnusableInput(
+            f"`bench certify` is one process's work, and there are {processes}: start it without torchrun"
+        )
     folder = CertificateFolder(
         run_folder(results, spec, spec.run_key(subject.info.checkpoint_sha256, data.fingerprint))
     )
@@ -71,7 +77,8 @@ def certify(
             folder.write_block(number, rows, side)
             certified[number] = _certified(rows)
         on_block(len(certified), len(starts), sum(certified.values()))
-    return _finish(folder, spec, subject, certifier, data, device)
+    # somebody else may have been faster in the same folder, and have removed the blocks
+    return folder.finished() or _finish(folder, spec, subject, certifier, data, device)
 
 
 def _certified(rows: pd.DataFrame) -> int:

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 from bench.certify import layers as lowering
-from bench.certify.layers import NotSupported, layers
+from bench.certify.layers import NotSupported, layers, terms
 from bench.certify.linear import Bounds, Region
 from bench.spec import ThreatModel
 from models.base import Classifier, Normalize
@@ -137,14 +138,38 @@ def test_of_intervals_and_linear_bounds_the_tighter_counts(linear_net: Any):
     assert float(bounds._carried(bounds._steps, one)) == pytest.approx(0.0, abs=1e-5)
 
 
+def test_what_cancels_counts_in_full_among_the_terms(linear_net: Any):
+    # |−1| 0.5 + |2| 1 + |−1| = 3.5 and 1.5 + 4 + 0.5 = 6, as they leave a ReLU; together 9.5, whatever the outputs are
+    first, last = nn.Linear(2, 2), linear_net([[1, -1]])
+    first.weight.data, first.bias.data = torch.tensor([[-1.0, 2.0], [3.0, 4.0]]), torch.tensor([-1.0, 0.5])
+    size = torch.tensor([[[[0.5, 1.0]]]])
+    assert float(terms(nn.Sequential(nn.Flatten(), first, nn.ReLU(), last), size)) == 9.5
+    assert float(terms(nn.Sequential(nn.Flatten(), first, last), size)) == 9.5
+    # BatchNorm: (x − 5) · 2 + 10 is 2x: 2 (1 + 5) + 10
+    norm = nn.BatchNorm2d(1, eps=0.0)
+    norm.running_mean, norm.running_var = torch.tensor([5.0]), torch.tensor([1.0])
+    norm.weight.data, norm.bias.data = torch.tensor([2.0]), torch.tensor([10.0])
+    assert float(terms(norm, torch.ones(1, 1, 1, 1))) == 22
+    # a residual block: its input, and of its body, which sees nothing, the last bias
+    block = BasicBlock(1, 1).eval()
+    for conv in (block.conv1, block.conv2):
+        conv.weight.data.zero_()
+    block.bn2.bias.data.fill_(-3)
+    assert float(terms(block, torch.ones(1, 1, 1, 1))) == 4
+
+
 class Scaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
 
-def hooked() -> nn.Module:
-    net = nn.Linear(2, 2)
-    net.register_forward_hook(lambda *_: None)
+def hooked(net: nn.Module) -> nn.Module:
+    net.register_forward_pre_hook(lambda *_: None)
+    return net
+
+
+def overridden(net: nn.Module) -> nn.Module:
+    net.forward = lambda x: x  # type: ignore[method-assign]
     return net
 
 
@@ -155,7 +180,10 @@ def hooked() -> nn.Module:
         (nn.GroupNorm(1, 2), "GroupNorm"),
         (nn.MaxPool2d(2), "MaxPool2d"),
         (Scaled(2, 2), "Scaled"),
-        (hooked(), "Linear with hooks"),
+        (hooked(nn.Linear(2, 2)), "Linear with hooks"),
+        (hooked(nn.Sequential(nn.Linear(2, 2))), "Sequential with hooks"),
+        (overridden(nn.Linear(2, 2)), "Linear with its own forward"),
+        (overridden(nn.Sequential(nn.Linear(2, 2))), "Sequential with its own forward"),
         (nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)), "ParametrizedLinear"),
         (nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), "Conv2d with padding_mode=reflect"),
         (nn.BatchNorm2d(2, track_running_stats=False), "BatchNorm2d without running statistics"),

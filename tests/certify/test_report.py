@@ -73,6 +73,49 @@ def test_the_table_by_hand():
     ]  # fmt: skip
 
 
+def cells(text: str, first: str) -> list[list[str]]:
+    """The body of the table whose head begins with that word."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first}"))
+    body = lines[start + 2 :]
+    body = body[: body.index("")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in body]
+
+
+def test_the_share_at_several_radii_is_a_table():
+    frame = pd.concat([rows("smoothing", RADII, RIGHT), rows("union", RADII, RIGHT)], ignore_index=True)
+    # right, with radii 0.1, 0.3, 0 and inf, of five images; a radius is strict, and 0.2 is the run's own
+    assert cells(table(certification(frame), frame), "L2 radius") == [
+        ["0.05", "60.00"], ["0.1", "40.00"], ["0.15", "40.00"], ["0.2", "40.00"], ["0.3", "20.00"], ["0.4", "20.00"],
+        ["0.6", "20.00"],
+    ]  # fmt: skip
+    alone = rows("union", RADII, RIGHT)
+    assert "by radius" not in table(certification(alone), alone)
+
+
+def test_the_papers_share_is_called_no_certificate():
+    frame = rows("paper-formula", RADII, RIGHT).assign(status="not_certified")
+    assert cells(table(certification(frame), frame), "method")[0][2] == "40.00 (no certificate)"
+    nothing = frame.assign(status="not_supported")
+    assert cells(table(certification(nothing), nothing), "method")[0][2] == "–"
+
+
+def test_the_histogram_of_reachable_experts_is_a_picture_too():
+    frame = pd.concat([rows("routes", RADII, RIGHT, eps) for eps in (0.05, 0.2)], ignore_index=True)
+    picture = ElementTree.fromstring(curve(certification(frame), frame))
+    bars = [part.attrib for part in picture.iter() if part.attrib.get("class", "").startswith("size-")]
+    found = [(bar["class"], bar["x"], float(bar["y"]), float(bar["height"])) for bar in bars]
+    # 270 high, from 670 upwards: at 0.05 one of five images can be sent to two experts, at 0.2 two
+    assert found == [
+        ("size-1", "80", 454, 216), ("size-2", "80", 400, 54), ("size-1", "150", 508, 162), ("size-2", "150", 400, 108),
+    ]  # fmt: skip
+    words = [element.text for element in picture.iter() if element.tag.endswith("text")]
+    assert {"size of S(ε), share of images", "|S(ε)| = 1", "|S(ε)| = 2", "0.05"} <= set(words)
+    assert picture.attrib["viewBox"] == "0 0 560 720"
+    smooth = rows("smoothing", RADII, RIGHT)
+    assert ElementTree.fromstring(curve(certification(smooth), smooth)).attrib["viewBox"] == "0 0 560 360"
+
+
 def test_the_plot_is_a_picture_of_the_shares():
     frame = pd.concat([rows("smoothing", RADII, RIGHT), rows("union", RADII, RIGHT)], ignore_index=True)
     text = curve(certification(frame), frame)

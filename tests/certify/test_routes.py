@@ -2,6 +2,7 @@
 
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from bench.datasets.base import open_dataset
 from bench.registry import UnusableInput
 from bench.spec import ThreatModel
 from models.dual import DualModel
-from models.routing import AffineRouter, ConvRouter
+from models.moe import MoE
+from models.routing import AffineRouter, ConvRouter, RoutingTrace, dispatch, route
 
 NORMS: tuple[Any, ...] = ("Linf", "L2")
 
@@ -132,6 +134,31 @@ def test_the_linear_program_leaves_out_an_expert_that_beats_each_other_one_but_n
         assert reachable_exactly(weight, bias, x, 0.3, candidates).tolist() == [expected]
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_the_linear_program_says_the_same_of_any_multiple_of_a_router(scale: float):
+    for seed in range(20):
+        weight, bias, x = draw(seed, experts=4)
+        every = torch.ones(1, 4, dtype=torch.bool)
+        expected = reachable_exactly(weight, bias, x, 0.1, every)
+        assert 0 < int(expected.sum()) < 4
+        assert torch.equal(reachable_exactly(scale * weight, scale * bias, x, 0.1, every), expected)
+
+
+def test_a_solver_without_a_proof_is_not_believed(linear_moe: Any, monkeypatch: pytest.MonkeyPatch):
+    moe = linear_moe([[[1.0, 0.0], [0.0, 1.0]]] * 2, [[1, 0], [0, 1]], 1, "argmax")
+    asked = block(moe, torch.tensor([[0.6, 0.4]]).view(1, 1, 1, 2), 0.05)
+    weight, bias = affine_map(moe.router, asked.x.shape[1:])
+    every, none = torch.ones(1, 2, dtype=torch.bool), SimpleNamespace(status=0, fun=9.0)
+    assert reachable_exactly(weight, bias, asked.x.double().flatten(1), 0.05, every).tolist() == [[True, False]]
+    none.ineqlin = SimpleNamespace(marginals=np.array([0.0]))
+    monkeypatch.setattr("bench.certify.routes.linprog", lambda *_, **__: none)
+    assert reachable_exactly(weight, bias, asked.x.double().flatten(1), 0.05, every).all()
+    # nor is an S(ε) without the expert that the image is sent to
+    for found in ([True, False], [False, True], [False, False]):
+        monkeypatch.setattr("bench.certify.routes.reachable_exactly", lambda *_, found=found: torch.tensor([found]))
+        assert Routes(exact=True).certify(asked)[-1].status.tolist() == ["certified" if found[0] else "not_certified"]
+
+
 def test_a_tie_is_no_route_to_rely_on_and_what_nothing_can_change_has_no_end():
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]).double()
     x = torch.tensor([[0.5, 0.5]]).double()
@@ -212,6 +239,57 @@ def test_what_has_no_affine_router_is_said(linear_moe: Any, linear_net: Any):
         Routes(exact=True).check("certify-routes", "digits", ThreatModel(norm="L2", eps=1.0))
     with pytest.raises(UnusableInput, match="--norm Linf and L2"):
         Routes().check("certify-routes", "digits", ThreatModel(norm="L1", eps=1.0))
+
+
+class Foreign(nn.Module):
+    """A class of somebody else's, which routes to the highest score or, with `sign` −1, to the lowest."""
+
+    def __init__(self, moe: Any, sign: int) -> None:
+        super().__init__()
+        self.router, self.experts, self.sign = moe.router, moe.experts, sign
+
+    def trace(self, x: Tensor) -> tuple[Tensor, RoutingTrace]:
+        chosen = route(self.sign * self.router(x), 1, "argmax")
+        return dispatch(list(self.experts), x, chosen.selected_experts)[:, 0], chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trace(x)[0]
+
+
+def test_of_a_foreign_class_its_trace_has_to_agree_and_the_rest_is_said(linear_moe: Any):
+    class Silent(nn.Module):
+        trace = None
+
+        def __init__(self, moe: Any) -> None:
+            super().__init__()
+            self.router, self.experts = moe.router, moe.experts
+            self.forward = moe.forward
+
+    class OtherDual(DualModel):
+        pass
+
+    moe = linear_moe([[[1.0, 0.0], [0.0, 1.0]]] * 2, [[1, 0], [0, 1]], 1, "argmax")
+    three = MoE([*moe.experts, moe.experts[0]], moe.router)
+    hooked, hooked_dual = MoE(moe.experts, moe.router), DualModel(moe, moe)
+    for model in (hooked, hooked_dual):
+        model.register_forward_pre_hook(lambda *_: None)
+    x = torch.tensor([[0.6, 0.4], [0.3, 0.8]]).view(2, 1, 1, 2)
+    everywhere = "Foreign is assumed to route to the highest score everywhere, as it does here"
+    for model, status, reason in (
+        (moe, "certified", ""),
+        (DualModel(moe, moe), "certified", ""),
+        (Foreign(moe, 1), "certified", everywhere),
+        (DualModel(moe, Foreign(moe, 1)), "certified", everywhere),
+        (OtherDual(moe, moe), "certified", "OtherDual is assumed to give R the image as it is"),
+        (Foreign(moe, -1), "not_supported", "Foreign, which does not route to the highest score"),
+        (Silent(moe), "not_supported", "Silent, which has no `trace` that says how it routes"),
+        (three, "not_supported", "a router that gives 2 scores for 3 experts"),
+        (hooked, "not_supported", "MoE with hooks"),
+        (hooked_dual, "not_supported", "DualModel with hooks"),
+    ):
+        with torch.no_grad():
+            claims = Routes().certify(block(model, x, 0.05))
+        assert {(claim.status[0], claim.reason) for claim in claims} == {(status, reason)}
 
 
 def test_an_untrained_router_on_cifar10_has_a_boundary_as_near_as_published(data_root: Path):

@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
-from bench.certificates import CertificateFolder, Certification
+from bench.certificates import CertificateFolder, Certification, conflicts, read_certificates
 from bench.certify.base import CERTIFIERS, Certifier
 from bench.certify.run import certify
 from bench.datasets.base import EvalSet
 from bench.registry import UnusableInput
 from bench.spec import ModelInfo, RunSpec, ThreatModel
-from bench.store import run_folder
+from bench.store import read_runs, run_folder
 from bench.subjects import Subject
 
 Bench = Callable[..., tuple[int, str, str]]
@@ -146,6 +146,8 @@ def test_the_command_scores_every_kind_of_model(method: str, bench: Bench, shelv
         (("--method", "routes", "--set", "exakt=1"), "did you mean 'exact'?"),
         (("--method", "routes", "--norm", "L1", "--eps", "1"), "--norm Linf and L2"),
         (("--method", "bounds", "--set", "steps=1"), "has no parameter 'steps'"),
+        (("--method", "smoothing", "--set", "sigma=.inf"), "sigma: Input should be a finite number (got inf)"),
+        (("--method", "smoothing", "--set", "failure_probability=.nan"), "failure_probability: Input should be"),
         (("--method", "routes", "--model", "moe-att"), "did you mean"),
     ],
 )
@@ -154,6 +156,35 @@ def test_unusable_input_is_one_line(words: tuple[str, ...], said: str, bench: Be
     assert (status, out) == (2, "")
     assert len(err.strip().splitlines()) == 1
     assert said in err
+
+
+def test_several_processes_are_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, out, err = bench("certify", "--method", "routes", "--model", "moe-at", "--n-examples", "4")
+    assert (status, out) == (2, "")
+    assert err.strip().splitlines()[-1].endswith("and there are 2: start it without torchrun")
+
+
+def test_one_that_was_finished_by_somebody_else_meanwhile_is_read(made: Any):
+    faster = []
+
+    def finish(done: int, blocks: int, _: int) -> None:
+        if done == blocks and not faster:
+            faster.append(None)
+            faster.append(made("bounds", batch_size=5)[0])
+
+    result, _ = made("bounds", batch_size=5, on_block=finish)
+    assert result == faster[1]
+
+
+@pytest.mark.slow
+def test_most_of_a_shipped_model_is_certified_and_no_stored_attack_says_otherwise(bench: Bench, tmp_path: Path):
+    words = ["--eps", "0.01", "--model", "moe-rt_er-argmax", "--n-examples", "32", "--results", str(tmp_path)]
+    status, out, _ = bench("certify", "--method", "bounds", *words, "--json")
+    assert status == 0
+    (result,) = [Certification.model_validate(one) for one in json.loads(out)]
+    assert result.certified["union"].value >= 0.5
+    assert conflicts(read_runs(Path(__file__).parents[2] / "results"), read_certificates(tmp_path)) == []
 
 
 def test_a_model_that_cannot_take_the_images_is_unusable(made: Any, linear_net: Any):

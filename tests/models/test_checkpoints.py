@@ -109,6 +109,8 @@ def test_model_info_says_what_the_model_is():
     assert (info.gate, info.combine, info.num_experts, info.num_selected_experts) == ("softmax", "logits", 3, 2)
     assert (info.alpha, info.routing_visible, info.threat_model) == (None, True, LINF)
     assert info.trained == "1,100 images × 60 epochs"
+    noisy = head.model_copy(update={"training": {"recipe": {"noise_sigma": 0.25}}}).info("c")
+    assert noisy.trained == "1,100 images × 60 epochs, noise σ 0.25"
     dense = header(training={}).info("c")
     assert (dense.gate, dense.combine, dense.num_experts, dense.routing_visible) == (None, None, None, False)
 
