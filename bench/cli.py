@@ -242,7 +242,6 @@ def _table(results: "Sequence[Result]") -> str:
     rows = []
     for result in results:
         spec, robust = result.spec, result.robust_accuracy
-        attacked = any(attack != "clean" for attack in result.accuracy_after)
         accuracy = f"{100 * robust.value:.2f} [{100 * robust.low:.1f}, {100 * robust.high:.1f}]"
         rows.append({
             "model": spec.model,
@@ -251,7 +250,7 @@ def _table(results: "Sequence[Result]") -> str:
             "threat": str(spec.threat_model),
             "n": spec.n_examples,
             "SA %": f"{result.clean_accuracy.value:.2%}".rstrip("%"),
-            "RA % [95 %]": accuracy if attacked else "–",
+            "RA % [95 %]": accuracy if result.attacked else "–",
             "flags": "; ".join(result.flags),
         })  # fmt: skip
     tables = [tabulate(rows, headers="keys", disable_numparse=True)]

@@ -288,10 +288,6 @@ def _subject(run: Run) -> str:
     return run.result.spec.subject_key(run.result.model_info.checkpoint_sha256, fingerprint="")
 
 
-def _attacked(run: Run) -> bool:
-    return any(attack != "clean" for attack in run.result.accuracy_after)
-
-
 def _adaptive(run: Run) -> bool:
     """Whether it is `adaptive` at no less than its standard budget. Known witnesses to start from only add to it."""
     params = {key: value for key, value in run.result.spec.suite_params.items() if key != "warm_start"}
@@ -334,7 +330,7 @@ def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: _Scores)
     alpha = info.alpha if spec.alpha is None else spec.alpha
     experts = f"{info.num_selected_experts} of {info.num_experts} × {info.architecture}"
     labels = {suite_label(run.result.spec) for run in covering}
-    attacked = any(_attacked(run) for run in covering)
+    attacked = any(run.result.attacked for run in covering)
     routed = info.num_experts is not None or alpha is not None or info.routing_visible
     unproven = routed and not any(_adaptive(run) for run in covering)
     flags = ["no adaptive attack"] * unproven + ["no autoattack"] * ("autoattack" not in labels)
@@ -397,6 +393,6 @@ def _scores(own: list[Run], rows_of: dict[Path, pd.DataFrame]) -> _Scores:
             rates = {name: Accuracy.of(rate) for name, rate in component_rates(rows).items()}
             for name in _COMPONENTS.intersection(rates):
                 scores.cells |= _interval(name.lower().replace("-", "_").replace(" ", "_"), rates[name])
-        elif any(_attacked(run) for run in runs):  # attacks on the parts alone say nothing of the whole
+        elif any(run.result.attacked for run in runs):  # attacks on the parts alone say nothing of the whole
             scores.under[label] = _percent(robust.value)
     return scores

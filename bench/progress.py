@@ -77,7 +77,8 @@ class RunProgress(_Bar):
         self._progress.update(self._task, description=description, completed=done, total=blocks)
 
     def finish(self, result: Result) -> None:
-        accuracy = f"SA {result.clean_accuracy.value:.2%} RA {result.robust_accuracy.value:.2%}"
+        accuracy = f"SA {result.clean_accuracy.value:.2%}"
+        accuracy += f" RA {result.robust_accuracy.value:.2%}" if result.attacked else ""
         forwards = sum(counts["forwards"] for counts in result.passes.values())
         cost = f" and {forwards:,} forward passes" if forwards else ""
         self.say(f"{accuracy} in {result.seconds:.1f} s{cost}")

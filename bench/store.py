@@ -118,6 +118,11 @@ class Result(Spec):
         known = {"spec": spec, "model_info": model_info, "fingerprint": fingerprint}
         return cls(**known, **_derived(spec, model_info, fingerprint, verdicts, attacks), **provenance)
 
+    @property
+    def attacked(self) -> bool:
+        """Whether F was attacked at all: where it was not, what stands is no robust accuracy."""
+        return any(attack != "clean" for attack in self.accuracy_after)
+
 
 def _derived(
     spec: RunSpec, info: ModelInfo, fingerprint: str, verdicts: pd.DataFrame, attacks: Iterable[str] | None

@@ -29,7 +29,7 @@ RESULT = Result(
     subject="s",
     clean_accuracy=Accuracy(value=0.75, low=0.3, high=0.95, n=4),
     robust_accuracy=Accuracy(value=0.5, low=0.15, high=0.85, n=4),
-    accuracy_after={},
+    accuracy_after={"clean": 0.75, "CW": 0.5},
     errors=0,
     environment={},
     git_hash=None,
@@ -50,10 +50,11 @@ def test_a_run_leaves_one_line_where_nobody_watches(capsys: pytest.CaptureFixtur
         (task,) = progress._progress.tasks
         assert (task.description, task.completed, task.total) == ("[2/2] torchattacks:CW on zoo[b]:ok", 0, None)
         progress.finish(RESULT)
-    # as it is written: neither markup nor an emoji, and no bar in a file
+        progress.finish(RESULT.model_copy(update={"accuracy_after": {"clean": 0.75}}))
+    # as it is written: neither markup nor an emoji, and no bar in a file; without an attack there is no RA
     first = "[1/2] torchattacks:CW on zoo[b]:ok (α 0.5): SA 75.00% RA 50.00% in 1.2 s\n"
     second = "[2/2] torchattacks:CW on zoo[b]:ok: SA 75.00% RA 50.00% in 1.2 s\n"
-    assert capsys.readouterr() == ("", first + second)
+    assert capsys.readouterr() == ("", first + second + second.replace(" RA 50.00%", ""))
 
 
 def test_the_time_that_is_left_is_known_where_a_block_takes_minutes():
