@@ -42,6 +42,8 @@ DETERMINISTIC = ("network", "union", "route-stable", "soft")
 SMOOTHED = ("smoothing", "smoothing-dual", "smoothing-dual-tight")
 #: Shown, and never certified.
 OTHERS = ("paper-formula", "smoothing-predict")
+#: The first versions that are believed; what an older one certified may be untrue.
+BELIEVED = {"certify-routes": 2, "certify-bounds": 2}
 METHODS = (*ROUTES, *DETERMINISTIC, *SMOOTHED, *OTHERS)
 
 
@@ -160,13 +162,17 @@ class Certificates:
 
 
 def read_certificates(root: Path) -> list[Certificates]:
-    """Every finished certification below `root`, sorted by path; UnusableInput for files that do not fit."""
+    """Every finished certification below `root` of a version that is believed, sorted by path.
+
+    UnusableInput for files that do not fit.
+    """
     found = []
     for path in finished_folders(root):
         if (path / CERTIFICATES).exists():
             folder = CertificateFolder(path)
             result = read_result(path, Certification)
-            found.append(Certificates(result, path, folder.rows(result)))
+            if result.spec.suite_version >= BELIEVED.get(result.spec.suite, 1):
+                found.append(Certificates(result, path, folder.rows(result)))
     return found
 
 

@@ -20,7 +20,7 @@ from bench.store import ensure_writable
 #: Flags that let AutoAttack's own number seem too high: its warnings, successes that were none, and what the model
 #: shows of itself.
 _DOUBTS = re.compile(
-    r"autoattack: (AutoAttack: (?!engine)|.*re-check)|(S: |R: )?router gradient|gradients masked|outputs "
+    r"autoattack: (AutoAttack: (?!engine)|.*re-check)|(S: |R: )?router |gradients masked|outputs |probe of "
 )
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from bench.certificates import (
+    BELIEVED,
     CERTIFICATE_COLUMNS,
     CertificateFolder,
     Certification,
@@ -18,6 +19,7 @@ from bench.certificates import (
     conflicts,
     read_certificates,
 )
+from bench.certify.base import CERTIFIERS
 from bench.leaderboard import boards
 from bench.registry import UnusableInput
 from bench.spec import ModelInfo, RunSpec, ThreatModel
@@ -29,7 +31,8 @@ MARKS = {"1": "certified", "0": "not_certified", "a": "abstain", "-": "not_appli
 
 
 def spec(suite: str, n: int, **fields: Any) -> RunSpec:
-    given = {"model": "m", "dataset": "digits", "suite": suite, "suite_version": 1, "n_examples": n}
+    given = {"model": "m", "dataset": "digits", "suite": suite, "n_examples": n}
+    given["suite_version"] = BELIEVED.get(suite, 1)
     return RunSpec(**{**given, "threat_model": ThreatModel(norm="Linf", eps=0.2), **fields})
 
 
@@ -90,7 +93,7 @@ def test_a_certification_is_what_its_rows_amount_to_and_lies_among_the_runs(tmp_
     (read,) = read_certificates(tmp_path)
     assert read.result == made
     pd.testing.assert_frame_equal(read.rows, rows)
-    assert read.path.relative_to(tmp_path).parts[:4] == ("digits", "Linf-0.2", "certify-bounds-v1", "m")
+    assert read.path.relative_to(tmp_path).parts[:4] == ("digits", "Linf-0.2", "certify-bounds-v2", "m")
     assert [run.result.spec.suite for run in read_runs(tmp_path)] == ["pgd"]
     with pytest.raises(ValueError, match="rows of 4 examples, not of 5"):
         Certification.from_rows(spec("x", 5), INFO, "f", made.clean_accuracy, rows, params={}, **PROVENANCE)
@@ -188,7 +191,7 @@ def test_a_certified_example_that_is_broken_is_a_conflict(
     status, out, err = bench("leaderboard", "--results", str(tmp_path / "r"), "--out", str(tmp_path / "boards"))
     assert status == 1
     both = out.strip().splitlines()
-    assert "certify-bounds-v1" in both[0]
+    assert "certify-bounds-v2" in both[0]
     assert "method=union" in both[0]
     assert f"{fields.get('suite', 'pgd').replace(':', '_')}-v1" in both[1]
     assert f"attack={row[1]}" in both[1]
@@ -245,6 +248,15 @@ def test_nothing_that_is_stored_contradicts_itself():
     runs = read_runs(stored)
     assert runs
     assert conflicts(runs, read_certificates(stored)) == []
+
+
+def test_what_an_older_version_certified_is_not_believed(tmp_path: Path):
+    assert {f"certify-{name}": kind.version for name, kind in CERTIFIERS.items() if kind.version > 1} == BELIEVED
+    rows = frame(methods={("network", 0.2): "111"})
+    save(tmp_path, rows, suite_version=1)
+    assert read_certificates(tmp_path) == []
+    save(tmp_path, rows)
+    assert [one.result.spec.suite_version for one in read_certificates(tmp_path)] == [2]
 
 
 def test_what_is_never_certain_contradicts_nothing(tmp_path: Path):

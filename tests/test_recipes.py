@@ -105,7 +105,7 @@ def test_a_preset_may_give_an_objective_a_schedule_of_its_own():
 
 
 def test_a_dual_of_which_nothing_of_the_standard_branch_is_left_is_not_trained_jointly():
-    with pytest.raises(UnusableInput, match=r"^--set alpha=1: of such a dual nothing is left of its standard branch"):
+    with pytest.raises(UnusableInput, match=r"^alpha=1: of such a dual nothing is left of its standard branch"):
         spec("dual-jtdmoe-argmax", alpha=1)
     assert spec("dual", alpha=1).recipe.alpha == 1
 

@@ -8,7 +8,7 @@ at every iterate, and each attack runs on what those before it have left standin
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 from zlib import crc32
 
 import torch
@@ -28,6 +28,7 @@ from bench.suites.base import Block, PassCounter
 
 BudgetName = Literal["small", "standard", "large"]
 Recipe = Literal["full", "trial"]
+Attack = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,6 @@ BUDGETS = {
 #: Steps and starts of the trial in which the route-aware attack's strength was first measured; larger budgets begin
 #: with it, so that none is weaker.
 TRIAL = (100, 2)
-
-
-Attack = Callable[[], None]
 
 
 def attacks(search: Search, budget: BudgetName, recipe: Recipe) -> Iterator[tuple[str, Attack]]:
@@ -100,7 +98,8 @@ def run(
     """Make the attacks (those called `only`, if given), and after each give its name and the rows (m,) that it met.
 
     Passes through a part of the model count as those through the whole. Each attack's random numbers depend on the
-    block's seed and its name alone, so those of one do not shift with what others have left.
+    block's seed and its name alone, so those of one do not shift with what others have left; but for Square's, which
+    pyautoattack draws for the rows that it meets.
     """
     known = dict(attacks(search, budget, recipe))
     for name in only or ():
@@ -124,7 +123,7 @@ class AdaptiveAttack:
 
     The model takes pixels in [0, 1] and gives logits; ε is in pixels. `attacks_to_run`, as AutoAttack's: the names of
     those to make (`attacks`), all if not given. UnusableInput for a model without visible parts, for L1, or an unknown
-    name.
+    name of an attack, budget or recipe.
     """
 
     def __init__(
@@ -144,6 +143,9 @@ class AdaptiveAttack:
             )
         if norm == "L1":
             raise UnusableInput("no adaptive attack in an L1 ball: attack in Linf or L2")
+        for what, value, known in (("budget", budget, BUDGETS), ("recipe", recipe, get_args(Recipe))):
+            if value not in known:
+                raise UnusableInput(f"no {what} '{value}': {did_you_mean(value, known)}")
         self.model, self.threat_model = model, ThreatModel(norm=norm, eps=eps)
         self.budget, self.recipe, self.seed, self.attacks_to_run = budget, recipe, seed, attacks_to_run
 

@@ -16,11 +16,12 @@ from bench.attacks.search import Search, halved, margin
 from bench.inner import ascend_once
 from bench.parts import routed_branches
 from bench.spec import ThreatModel
+from models.moe import MoE
 from models.routing import RoutingTrace, dispatch
 
 
-def affine_map(router: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(W (E, D), b (E,)) of a router with r(x) = W·vec(x) + b in pixel units, or None if it is not affine.
+def affine_map(router: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """(W (E, D), b (E,), how far it was off) of a router r(x) = W·vec(x) + b in pixel units; None if it is not affine.
 
     Found by its gradients at one image and checked at random ones, at the images x (B, C, H, W) and near them, so that
     a user's own class need not say so. What it may be off by is measured by how the scores vary: a saturated router
@@ -40,12 +41,14 @@ def affine_map(router: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, T
         random = torch.rand(8, *x.shape[1:], generator=generator).to(x)
         probe = torch.cat([random, x, (x + PROBE * signs).clamp(0, 1)])
         there, expected = router(probe), probe.flatten(1) @ weight.T + bias
-    spread = (there - there.mean(0)).abs().amax()
-    return (weight, bias) if bool(((there - expected).abs() < 1e-3 * spread).all()) else None
+    spread, off = (there - there.mean(0)).abs().amax(), (there - expected).abs().amax()
+    return (weight, bias, float(off)) if bool(off < 1e-3 * spread) else None
 
 
-def reachable_affine(weight: Tensor, bias: Tensor, x: Tensor, threat: ThreatModel, k: int = 1) -> Tensor:
-    """Which experts (B, E) an affine router can rank among its first k inside the ball ∩ [0, 1] around x, at most.
+def reachable_affine(weight: Tensor, bias: Tensor, off: float, x: Tensor, threat: ThreatModel, k: int = 1) -> Tensor:
+    """Which experts (B, E) a router can rank among its first k inside the ball ∩ [0, 1] around x, at most.
+
+    It is affine but for `off`, by which each score may differ.
 
     Expert i is out where k others, each by itself, beat it at every point of the ball. A superset of what can really be
     reached, so that no expert is missed. L2: the ball alone.
@@ -60,7 +63,7 @@ def reachable_affine(weight: Tensor, bias: Tensor, x: Tensor, threat: ThreatMode
                 gain = torch.where(d > 0, (1 - flat).clamp_max(threat.eps), flat.clamp_max(threat.eps)) @ d.abs()
             else:
                 gain = threat.eps * d.norm()
-            slack = 1e-5 * scores.abs().amax(1).clamp_min(1)
+            slack = (1e-5 * scores.abs().amax(1).clamp_min(1)).clamp_min(4 * off)
             possible[:, i, other] = scores[:, i] - scores[:, other] + gain >= -slack
     return (~possible).sum(2) < k
 
@@ -93,8 +96,8 @@ class Routes:
         return (stand_in if self.by_slopes else differentiable)(self.router, self.search.block.x)
 
     @cached_property
-    def affine(self) -> tuple[Tensor, Tensor] | None:
-        """(W, b) of an affine router."""
+    def affine(self) -> tuple[Tensor, Tensor, float] | None:
+        """`affine_map` of the router."""
         return affine_map(self.router, self.search.block.x)
 
     def gap(self, scores: Tensor, experts: Tensor) -> Tensor:
@@ -119,7 +122,7 @@ class Routes:
         if self.k > 1:
             return self.search.block.model(z)
         outputs = dispatch(list(self.moe.experts), z, experts[:, None])
-        if not self.branch or not hasattr(self.moe, "mix"):
+        if not self.branch or not isinstance(self.moe, MoE):
             return self.logits(z, outputs[:, 0])
         scores = self.scores(z)
         weights = scores.softmax(1) if self.moe.gate == "softmax" else torch.ones_like(scores)

@@ -123,12 +123,14 @@ def reachable_exactly(
         bounds = [*zip(low.tolist(), high.tolist(), strict=True), (None, 0.0)]
         cost = [0.0] * x.shape[1] + [-1.0]
         matrix = torch.cat([behind, torch.ones(len(others), 1).double()], 1)
+        if not (matrix.isfinite().all() and limits.isfinite().all()):
+            continue
         solved = linprog(cost, A_ub=matrix.numpy(), b_ub=limits.numpy(), bounds=bounds, method="highs")
         if solved.status == 0:
             # whoever obeys all limits obeys their sum, whatever the weights: does any z of the ball ∩ box?
             share = torch.from_numpy(-solved.ineqlin.marginals).clamp_min(0)
             line = share @ behind
-            found[row, i] = line.clamp_min(0) @ low + line.clamp_max(0) @ high <= share @ limits
+            found[row, i] = not bool(line.clamp_min(0) @ low + line.clamp_max(0) @ high > share @ limits)
     return found
 
 
@@ -151,7 +153,7 @@ class Routes(Certifier):
     def certify(self, block: Block) -> list[Claim]:
         moe = routed_branch(block.model)
         if moe is None:
-            return [Claim.nothing(block, "routes", "not_applicable", "no router to be seen")]
+            return [Claim.nothing(block, "routes", "not_applicable", "no router to be seen, or one expert")]
         try:
             return self._claims(block, moe)
         except NotSupported as reason:
@@ -192,14 +194,22 @@ def _assumed(block: Block, moe: Any, top: Tensor) -> str:
         if type(block.model) is DualModel:
             check_untouched(block.model)
         else:
-            found.append(f"{type(block.model).__name__} is assumed to give R the image as it is")
+            dual: Any = block.model
+            if callable(getattr(dual, "trace", None)) and not _agrees(dual, block, top):
+                raise NotSupported(f"{type(dual).__name__}, which does not route as its R does")
+            found.append(f"{type(dual).__name__} is assumed to give R the image as it is")
     if type(moe) is MoE:
         check_untouched(moe)
     else:
         name = type(moe).__name__
         if not callable(getattr(moe, "trace", None)):
             raise NotSupported(f"{name}, which has no `trace` that says how it routes")
-        if not (moe.trace(block.x)[1].selected_experts[:, 0].cpu() == top).all():
+        if not _agrees(moe, block, top):
             raise NotSupported(f"{name}, which does not route to the highest score")
         found.append(f"{name} is assumed to route to the highest score everywhere, as it does here")
     return "; ".join(found)
+
+
+def _agrees(model: Any, block: Block, top: Tensor) -> bool:
+    """Whether the model's trace of the block's images says `top` (B,)."""
+    return bool((model.trace(block.x)[1].selected_experts[:, 0].cpu() == top).all())

@@ -13,6 +13,7 @@ from scipy.stats import binomtest, norm
 from torch import Tensor
 
 from bench.certify.base import CERTIFIERS, Block, Certifier, Claim
+from bench.certify.layers import NotSupported, check_untouched
 from bench.sampling import generator
 from bench.spec import Norm, ThreatModel
 from models.dual import DualModel
@@ -53,6 +54,14 @@ def tight_dual_radius(p: float, sigma: float, alpha: float) -> float:
     return max(0.0, float(sigma * (norm.ppf(p) - norm.ppf(0.5 / alpha))))
 
 
+def _untouched(model: DualModel) -> bool:
+    try:
+        check_untouched(model)
+    except NotSupported:
+        return False
+    return True
+
+
 def predict(counts: Counts, failure_probability: float) -> int:
     """Cohen et al.'s Predict: the class of most votes (C,), or -1 where the second may well be as frequent."""
     first, second = np.argsort(-counts, kind="stable")[:2]
@@ -84,7 +93,7 @@ class Smoothing(Certifier):
 
     def certify(self, block: Block) -> list[Claim]:
         model, sigma = block.model, self.sigma
-        dual = type(model) is DualModel and model.combine == "probs"
+        dual = type(model) is DualModel and model.combine == "probs" and _untouched(model)
         answers: dict[str, list[tuple[int, float]]] = {}
         for row in range(len(block.x)):
             draws = generator(block.seed, "smoothing", int(block.idx[row]))

@@ -46,12 +46,14 @@ def train_spec(
     """The spec of a training: the recipe (default: the data set's own) with `settings` over it.
 
     A setting is a field of the recipe or of the objective; UnusableInput, with the nearest name, for any other, and for
-    one that changes nothing of this variant.
+    one that changes nothing of this variant. A dual that is put together is not trained, and takes them all.
     """
     objective = objective_class(get_variant(variant))
     name = recipe or dataset.recipe
     preset = read_recipe(name)
     special = preset.objective.get(get_variant(variant).objective or "", {})
+    for key in set(special) - {*objective.model_fields, *Recipe.model_fields}:
+        raise UnusableInput(f"recipe '{name}' presets '{key}' of '{variant}', which has no such parameter")
     own = {key: value for key, value in (preset.objective | special).items() if key in objective.model_fields}
     changed = {key: value for key, value in special.items() if key in Recipe.model_fields}
     for key, value in (settings or {}).items():
@@ -71,7 +73,7 @@ def train_spec(
         other = f"{variant}-argmax" if merged.gate == "argmax" else variant.removesuffix("-argmax")
         raise UnusableInput(f"recipe '{name}' is for gate={merged.gate}, and '{variant}' has {gate}: train {other}")
     if get_variant(variant).kind == "dual" and get_variant(variant).objective and merged.alpha == 1:
-        raise UnusableInput("--set alpha=1: of such a dual nothing is left of its standard branch: train moe-rt_er")
+        raise UnusableInput("alpha=1: of such a dual nothing is left of its standard branch: train an moe-rt_er")
     if merged.noise_sigma and objective.adversarial:
         raise UnusableInput(
             f"--set noise_sigma={merged.noise_sigma:g}: '{variant}' trains on adversarial examples, which stay in"

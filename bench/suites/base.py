@@ -95,7 +95,8 @@ class PassCounter:
 class Block:
     """The examples that are attacked together, and what a suite tells about them.
 
-    correct (B,): where the model is right on the clean image; only these are attacked. seed: the block's own.
+    correct (B,): where the model is right on the clean image; only these are attacked, but by suites that attack
+    `every` one. seed: the block's own.
     """
 
     model: nn.Module
@@ -164,7 +165,10 @@ class Suite(Method):
             raise UnusableInput(f"suite '{name}' has no {threat_model.norm} attack: it has {', '.join(self.norms)}")
 
     def attack(self, block: Block) -> Iterator[Attempt]:
-        """Attack the block's standing examples. May raise anything: evaluation then marks them as errors."""
+        """Attack the block's standing examples, or `every` one.
+
+        May raise anything: evaluation then marks them as errors.
+        """
         raise NotImplementedError
 
 

@@ -29,7 +29,8 @@ def search(model: nn.Module, x: Tensor, y: Tensor, eps: float = 0.1, norm: Any =
 def test_an_affine_router_is_found_in_pixel_units():
     router = AffineRouter((3, 4, 4), 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     x = torch.rand(5, 3, 4, 4)
-    weight, bias = affine_map(router, x)  # type: ignore[misc]
+    weight, bias, off = affine_map(router, x)  # type: ignore[misc]
+    assert off < 1e-5
     torch.testing.assert_close(x.flatten(1) @ weight.T + bias, router(x).detach(), atol=1e-5, rtol=1e-5)
     assert affine_map(ConvRouter((3, 4, 4), 3, (0.5,) * 3, (0.2,) * 3), x) is None
 
@@ -40,7 +41,7 @@ def test_no_expert_that_a_corner_of_the_ball_leads_to_is_missed(seed: int, eps: 
     g = torch.Generator().manual_seed(seed)
     weight, bias = torch.randn(3, 2, generator=g), 0.3 * torch.randn(3, generator=g)
     x = torch.rand(1, 1, 1, 2, generator=g)
-    found = reachable_affine(weight, bias, x, ThreatModel(norm="Linf", eps=eps), k)[0]
+    found = reachable_affine(weight, bias, 0.0, x, ThreatModel(norm="Linf", eps=eps), k)[0]
     low, high = (x.flatten() - eps).clamp_min(0).tolist(), (x.flatten() + eps).clamp_max(1).tolist()
     grid = torch.tensor(list(product(*(np.linspace(a, b, 15) for a, b in zip(low, high, strict=True)))))
     chosen = (grid.float() @ weight.T + bias).topk(k, dim=1).indices.unique()
@@ -71,6 +72,22 @@ def test_a_router_that_is_saturated_is_not_affine(scale: float):
     ):
         assert affine_map(router, x) is None
     assert affine_map(lambda x: scale * x.flatten(1) @ weight.T + 1e3 * scale, x) is not None
+
+
+def test_a_router_that_is_affine_but_for_a_rounding_misses_no_expert():
+    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) / 8
+    x = torch.rand(4000, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def router(z: Tensor) -> Tensor:
+        scores = z.flatten(1) @ weight.T
+        return scores + ((2000 * scores).round() / 2000 - scores).detach()
+
+    *affine, off = affine_map(router, x[:32])  # type: ignore[misc]
+    assert 0.0002 < off <= 0.0006  # half a 2000th, and that of the constant
+    there = router(x).argmax(1, keepdim=True)
+    threat = ThreatModel(norm="Linf", eps=1e-6)
+    assert reachable_affine(*affine, off, x, threat).gather(1, there).all()
+    assert not reachable_affine(*affine, 0.0, x, threat).gather(1, there).all()
 
 
 def test_every_expert_of_a_router_that_is_not_affine_may_be_reached(linear_moe: Any):

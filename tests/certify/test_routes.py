@@ -118,7 +118,7 @@ def test_no_expert_that_the_ball_leads_to_is_missed(norm: Any, seed: int, eps: f
         assert exact[chosen].all()
         assert not (exact & ~found).any()
         # what attacks are aimed at is the same test, in single precision and with a reserve of its own
-        aimed = reachable_affine(weight.float(), bias.float(), x.float(), ThreatModel(norm=norm, eps=eps))[0]
+        aimed = reachable_affine(weight.float(), bias.float(), 0.0, x.float(), ThreatModel(norm=norm, eps=eps))[0]
         assert not (chosen[:, None] == (~aimed).nonzero()[:, 0]).any()
         assert (aimed != found).sum() <= 1
 
@@ -227,7 +227,7 @@ def test_claims_by_hand(linear_moe: Any):
 def test_what_has_no_affine_router_is_said(linear_moe: Any, linear_net: Any):
     x = torch.rand(2, 1, 8, 8)
     (alone,) = Routes().certify(block(linear_net([[1.0] * 64] * 2), x, 0.1))
-    assert (alone.status.tolist(), alone.reason) == (["not_applicable"] * 2, "no router to be seen")
+    assert (alone.status.tolist(), alone.reason) == (["not_applicable"] * 2, "no router to be seen, or one expert")
     moe = linear_moe([[[1.0] * 64] * 2] * 2, [[1.0] * 64] * 2, 1, "argmax")
     moe.router = ConvRouter((1, 8, 8), 2, (0.5,), (0.5,))
     (conv,) = Routes().certify(block(moe, x, 0.1))
@@ -268,6 +268,10 @@ def test_of_a_foreign_class_its_trace_has_to_agree_and_the_rest_is_said(linear_m
     class OtherDual(DualModel):
         pass
 
+    class Elsewhere(DualModel):
+        def trace(self, x: Tensor) -> Any:
+            return self.robust.trace(1 - x)  # R sees another image
+
     moe = linear_moe([[[1.0, 0.0], [0.0, 1.0]]] * 2, [[1, 0], [0, 1]], 1, "argmax")
     three = MoE([*moe.experts, moe.experts[0]], moe.router)
     hooked, hooked_dual = MoE(moe.experts, moe.router), DualModel(moe, moe)
@@ -281,6 +285,7 @@ def test_of_a_foreign_class_its_trace_has_to_agree_and_the_rest_is_said(linear_m
         (Foreign(moe, 1), "certified", everywhere),
         (DualModel(moe, Foreign(moe, 1)), "certified", everywhere),
         (OtherDual(moe, moe), "certified", "OtherDual is assumed to give R the image as it is"),
+        (Elsewhere(moe, moe), "not_supported", "Elsewhere, which does not route as its R does"),
         (Foreign(moe, -1), "not_supported", "Foreign, which does not route to the highest score"),
         (Silent(moe), "not_supported", "Silent, which has no `trace` that says how it routes"),
         (three, "not_supported", "a router that gives 2 scores for 3 experts"),
@@ -290,6 +295,13 @@ def test_of_a_foreign_class_its_trace_has_to_agree_and_the_rest_is_said(linear_m
         with torch.no_grad():
             claims = Routes().certify(block(model, x, 0.05))
         assert {(claim.status[0], claim.reason) for claim in claims} == {(status, reason)}
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_a_linear_program_cannot_be_asked_stays_reachable(value: float):
+    weight, bias = torch.tensor([[1.0, value], [0.0, 0.0]]).double(), torch.tensor([9.0, 0.0]).double()
+    every = torch.ones(1, 2, dtype=torch.bool)
+    assert reachable_exactly(weight, bias, torch.full((1, 2), 0.5).double(), 0.1, every).all()
 
 
 def test_an_untrained_router_on_cifar10_has_a_boundary_as_near_as_published(data_root: Path):

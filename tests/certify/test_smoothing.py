@@ -149,6 +149,8 @@ def test_a_duals_votes_are_those_of_its_robust_branch(linear_net: Any):
     assert set(alone) == {"smoothing", "smoothing-predict"}
     logits = DualModel(standard, robust, 0.7, "logits")
     assert set(certify(logits, x)) == {"smoothing", "smoothing-predict"}
+    model.register_forward_hook(lambda *_: None)  # it may compute something else
+    assert set(certify(model, x)) == {"smoothing", "smoothing-predict"}
 
 
 def test_only_l2_is_certified():

@@ -348,6 +348,19 @@ def test_called_by_itself_it_refuses_an_attack_that_it_does_not_have(planted: An
         attack(data.x, data.y)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"budget": "standart"}, r"^no budget 'standart': did you mean 'standard'\?$"),
+        ({"recipe": "trail"}, r"^no recipe 'trail': did you mean 'trial'\?$"),
+        ({"norm": "L1"}, r"^no adaptive attack in an L1 ball"),
+    ],
+)
+def test_called_by_itself_it_refuses_what_it_does_not_know(wrong: dict[str, Any], said: str, planted: Any):
+    with pytest.raises(UnusableInput, match=said):
+        AdaptiveAttack(planted.robust(), **wrong)
+
+
 def test_called_by_itself_it_refuses_a_model_without_parts(linear_net: Any):
     with pytest.raises(UnusableInput, match=r"^Sequential shows no routing: an MoE has `router` and `experts`"):
         AdaptiveAttack(linear_net([[1.0], [0.0]]))
