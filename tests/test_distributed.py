@@ -262,7 +262,7 @@ def test_three_processes_agree_and_stop_together(drive: Callable[..., Any], tiny
     assert "\n" not in message
     spec = specs["failing"]
     with pytest.raises(UnusableInput, match=other):
-        _Run(spec, DIGITS, training._read(spec, DIGITS, NONE), paths["failing"], "cpu")._restore()
+        _Run(spec, DIGITS, training._read(spec, DIGITS, NONE), paths["failing"], "cpu")._read_state()
 
     assert said[0]["dual"] == 0
 
