@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from bench.registry import UnusableInput, did_you_mean
+from bench.errors import UnusableInput, did_you_mean
 from bench.spec import ModelInfo
 from bench.subjects import Subject
 from models.moe import MoE

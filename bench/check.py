@@ -13,8 +13,8 @@ from typing import Any, Literal
 import pandas as pd
 from tabulate import tabulate
 
+from bench.errors import UnusableInput
 from bench.metrics import clean_by_example, holm, mcnemar, robust_by_example
-from bench.registry import UnusableInput
 from bench.spec import RunSpec
 from bench.store import Run, read_runs, suite_label
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bench.registry import UnusableInput
+from bench.errors import TrainingFailed, UnusableInput
 
 if TYPE_CHECKING:
     from bench.store import Result
@@ -457,8 +457,6 @@ def _dispatch(application: typer.Typer, arguments: Sequence[str] | None, parser_
     except OSError as error:  # a folder where a file should be, a full disk: nothing that a traceback would explain
         say(f"error: {error}")
         return UNUSABLE
-    except RuntimeError as error:
-        if type(error).__name__ != "TrainingFailed":  # importing its class would import torch
-            raise
+    except TrainingFailed as error:
         say(f"error: {error}")
         return FAILED

@@ -17,7 +17,7 @@ import pyautoattack.state
 from jinja2 import BaseLoader, ChoiceLoader, DictLoader, PackageLoader
 from torch import Tensor, nn
 
-from bench.registry import UnusableInput, did_you_mean
+from bench.errors import UnusableInput, did_you_mean
 from bench.spec import Norm, ThreatModel
 
 

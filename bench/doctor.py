@@ -9,7 +9,7 @@ import torch
 import bench
 from bench.datasets.base import DATASETS, open_dataset
 from bench.environment import versions
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from models.checkpoints import available
 
 

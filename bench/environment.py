@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 
 PACKAGES = ("torch", "torchvision", "timm", "torchattacks", "pyautoattack", "robustbench", "numpy", "lightning-fabric")
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import ThreatModel
 
 

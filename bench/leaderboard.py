@@ -14,6 +14,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from bench.certificates import Certificates, board_cells, read_certificates
+from bench.errors import UnusableInput
 from bench.files import write_if_changed
 from bench.metrics import (
     accuracy_after,
@@ -24,7 +25,6 @@ from bench.metrics import (
     robust_by_example,
     unique_kills,
 )
-from bench.registry import UnusableInput
 from bench.spec import path_safe
 from bench.store import Accuracy, Result, Run, ensure_writable, read_runs, suite_label
 

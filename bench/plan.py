@@ -9,7 +9,7 @@ from pydantic import Field
 
 from bench.baselines import baseline
 from bench.datasets.base import Dataset, EvalSet, open_dataset
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import Method, RunSpec, Spec, ThreatModel
 from bench.subjects import Subject, find_models, load_subject
 from bench.suites.base import Suite, open_suites

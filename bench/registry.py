@@ -1,29 +1,16 @@
-"""Unique names, and what to say when one is not known.
+"""Names to things of one kind.
 
 Imports nothing heavy: the command line lists names without loading torch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Generic, TypeVar
 
+from bench.errors import UnusableInput, did_you_mean
+
 T = TypeVar("T")
-
-
-class UnusableInput(ValueError):
-    """What the user gave cannot be used; the message is one line that names the value and the next step.
-
-    The command line prints it and exits with status 2, without a traceback.
-    """
-
-
-def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'? ` where a known name is near to `value`, otherwise the whole list of known names."""
-    by_lower = {name.lower(): name for name in known}
-    nearest = get_close_matches(value.lower(), by_lower, n=1, cutoff=0.5)
-    return f"did you mean '{by_lower[nearest[0]]}'?" if nearest else f"there are: {', '.join(by_lower.values())}"
 
 
 class Registry(Mapping[str, T], Generic[T]):

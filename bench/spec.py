@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bench.registry import UnusableInput, did_you_mean
+from bench.errors import UnusableInput, did_you_mean
 
 Norm = Literal["Linf", "L2", "L1"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
+from bench.errors import UnusableInput
 from bench.files import write_atomically
 from bench.metrics import accuracy_after, clean_by_example, component_rates, robust_by_example, wilson
-from bench.registry import UnusableInput
 from bench.spec import ModelInfo, RunSpec, Spec, path_safe
 from bench.witnesses import FILE, Witnesses
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from bench.datasets.base import Dataset
+from bench.errors import UnusableInput
 from bench.parts import is_dual, is_moe
-from bench.registry import UnusableInput
 from bench.spec import ModelInfo, ThreatModel
 from models.checkpoints import available, checkpoint_path, find_checkpoint, load_checkpoint
 from models.variants import get_variant

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from bench.errors import UnusableInput
 from bench.files import write_atomically
-from bench.registry import UnusableInput
 from bench.spec import ModelInfo, Spec, ThreatModel, path_safe
 from models.architecture import Architecture, Dual
 from models.variants import VARIANTS

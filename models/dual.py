@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from models.moe import Combine
 from models.routing import RoutingTrace
 

@@ -19,7 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
-from bench.registry import Registry, UnusableInput, did_you_mean
+from bench.errors import UnusableInput, did_you_mean
+from bench.registry import Registry
 
 Shape = tuple[int, int, int]
 Norm = Literal["batch", "group"]

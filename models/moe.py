@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from models.routing import Gate, RoutingTrace, dispatch, route
 
 Combine = Literal["logits", "probs"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.registry import UnusableInput, did_you_mean
+from bench.errors import UnusableInput, did_you_mean
 from models.moe import Combine
 from models.routing import Gate
 

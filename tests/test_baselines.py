@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bench.baselines import BASELINES, baseline
+from bench.errors import UnusableInput
 from bench.plan import RunRequest, plan
-from bench.registry import UnusableInput
 from bench.spec import ModelInfo
 from bench.subjects import Subject
 from models.dual import DualModel

@@ -20,8 +20,8 @@ from bench.certificates import (
     read_certificates,
 )
 from bench.certify.base import CERTIFIERS
+from bench.errors import UnusableInput
 from bench.leaderboard import boards
-from bench.registry import UnusableInput
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 from bench.store import VERDICT_COLUMNS, Accuracy, Result, RunFolder, read_runs, run_folder
 

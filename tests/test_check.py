@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from bench.check import Comparison, check, render
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 from bench.store import VERDICT_COLUMNS, Result, RunFolder, run_folder
 

@@ -17,9 +17,9 @@ from PIL import Image
 
 from bench.cli import main, split
 from bench.datasets.base import DATASETS
+from bench.errors import UnusableInput
 from bench.objectives.base import OBJECTIVES
 from bench.recipes import recipes
-from bench.registry import UnusableInput
 from bench.store import Result, RunFolder, read_runs, run_folder
 from bench.suites.base import SUITES, Attempt, Block, Suite
 from models.variants import VARIANTS
@@ -466,7 +466,7 @@ def test_interrupt_is_one_line(bench: Bench, user_model: str, monkeypatch: pytes
 
 
 def test_failed_training_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    from bench.training import TrainingFailed
+    from bench.errors import TrainingFailed
 
     def fail(*_: Any) -> None:
         raise TrainingFailed("the loss is not finite at epoch 1, step 2: lower lr")

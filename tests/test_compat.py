@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bench.compat
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import ThreatModel
 
 

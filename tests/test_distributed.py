@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import training
 from bench.datasets.base import open_dataset
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import TrainSpec
 from bench.training import _Run, train
 from models.checkpoints import checkpoint_path, load_checkpoint, read_header
@@ -45,6 +45,7 @@ DRIVER = """
     from bench import cli, training
     from bench.datasets.base import open_dataset
     from bench.environment import World
+    from bench.errors import TrainingFailed, UnusableInput
     from bench.spec import TrainSpec
     from bench.training import _Run
 
@@ -67,7 +68,7 @@ DRIVER = """
         run._finish = keep
         try:
             run.train(resume, lambda *_: None, lambda _: None)
-        except (training.TrainingFailed, training.UnusableInput) as error:
+        except (TrainingFailed, UnusableInput) as error:
             said[name] = [type(error).__name__, str(error)]
 """
 
@@ -191,7 +192,7 @@ TROUBLE = """
         def failing(self, model, batch):
             calls.append(None)
             if rank == 1 and len(calls) == 2 * len(run.sampler):
-                raise training.TrainingFailed("planted")
+                raise TrainingFailed("planted")
             yield from steps(self, model, batch)
 
         type(run.objective).steps = failing

@@ -12,7 +12,7 @@ import torch
 
 from bench import environment
 from bench.environment import PACKAGES, git_hash, torch_device, versions
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 
 
 def set_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

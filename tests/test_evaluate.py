@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from bench import evaluate as evaluation
 from bench.check import check
 from bench.datasets.base import EvalSet, fingerprint
+from bench.errors import UnusableInput
 from bench.evaluate import block_seed, input_hash
-from bench.registry import UnusableInput
 from bench.store import read_runs, run_folder
 from bench.suites.base import Attempt, Block, Suite
 

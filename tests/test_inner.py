@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bench.errors import UnusableInput
 from bench.inner import attacking, default_step_size, near_start, pgd, project, random_start
-from bench.registry import UnusableInput
 from bench.spec import ThreatModel
 
 LINF, L2 = ThreatModel(norm="Linf", eps=0.1), ThreatModel(norm="L2", eps=0.5)

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from bench.errors import UnusableInput
 from bench.leaderboard import boards, render, write_boards
-from bench.registry import UnusableInput
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 from bench.store import VERDICT_COLUMNS, Result, RunFolder, run_folder
 

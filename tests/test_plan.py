@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from bench.datasets.base import open_dataset
+from bench.errors import UnusableInput
 from bench.plan import Plan, RunRequest, plan, threat_model
-from bench.registry import UnusableInput
 from bench.spec import ThreatModel
 
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from bench.datasets.base import DATASETS, open_dataset
+from bench.errors import UnusableInput
 from bench.objectives.base import OBJECTIVES, Objective
 from bench.recipes import architecture, objective_class, read_recipe, recipes, train_spec
-from bench.registry import UnusableInput
 from bench.spec import Recipe, ThreatModel, TrainSpec
 from models.architecture import Dense, Dual, Routed
 from models.experts import EXPERTS

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.registry import Registry, UnusableInput, did_you_mean
+from bench.errors import UnusableInput
+from bench.registry import Registry
 
 
 @pytest.fixture
@@ -15,16 +16,6 @@ def filled() -> Registry[int]:
     registry.register("pear")(1)
     registry.register("apple")(2)
     return registry
-
-
-def test_an_unusable_input_is_a_value_error():
-    assert issubclass(UnusableInput, ValueError)
-
-
-def test_the_nearest_name_is_proposed_and_otherwise_all_are_listed():
-    assert did_you_mean("peer", ["pear", "apple"]) == "did you mean 'pear'?"
-    assert did_you_mean("PEAR", ["pear", "apple"]) == "did you mean 'pear'?"
-    assert did_you_mean("zzz", ["pear", "apple"]) == "there are: pear, apple"
 
 
 def test_a_registry_is_a_sorted_mapping(filled: Registry[int]):

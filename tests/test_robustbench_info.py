@@ -9,8 +9,8 @@ import pytest
 
 import bench.compat  # noqa: F401  # makes robustbench importable
 from bench.cli import main
+from bench.errors import UnusableInput
 from bench.leaderboard import board_rows, finished_runs
-from bench.registry import UnusableInput
 from bench.robustbench_info import write_model_info
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 from bench.store import VERDICT_COLUMNS, Result, RunFolder, run_folder

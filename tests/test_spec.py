@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import Recipe, RunSpec, ThreatModel, TrainSpec, build, digest, parse_number, parse_settings, path_safe
 
 LINF = ThreatModel(norm="Linf", eps=0.2)

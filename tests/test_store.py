@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from bench.errors import UnusableInput
 from bench.files import write_atomically
-from bench.registry import UnusableInput
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 from bench.store import (
     VERDICT_COLUMNS,

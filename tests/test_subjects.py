@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bench.datasets.base import Dataset, open_dataset
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import ThreatModel
 from bench.subjects import find_models, load_subject, weights_sha256
 from models.architecture import Dense, Dual, Routed

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from bench import training
 from bench.datasets.base import fingerprint, open_dataset
 from bench.datasets.digits import Digits
+from bench.errors import TrainingFailed, UnusableInput
 from bench.objectives.base import Objective, Terms
 from bench.recipes import read_recipe, train_spec
-from bench.registry import UnusableInput
 from bench.sampling import hold_out
 from bench.spec import Recipe, ThreatModel, TrainSpec
-from bench.training import Epoch, TrainingFailed, _optimizer, _router_parameters, _Run, _schedule, train
+from bench.training import Epoch, _optimizer, _router_parameters, _Run, _schedule, train
 from models.architecture import Dual, Routed
 from models.checkpoints import load_checkpoint, load_model, read_header, save_checkpoint
 from models.variants import VARIANTS

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 from torch import Tensor
 
-from bench.registry import Registry, UnusableInput
+from bench.errors import UnusableInput
+from bench.registry import Registry
 from bench.spec import Method, Norm, ThreatModel
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bench.certify.base import CERTIFIERS, Block, Certifier, Claim
 from bench.certify.layers import NotSupported, affine_map, check_untouched, terms
+from bench.errors import UnusableInput
 from bench.parts import routed_branch
-from bench.registry import UnusableInput
 from bench.spec import Norm, ThreatModel
 from models.dual import DualModel
 from models.moe import MoE

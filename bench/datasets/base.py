@@ -13,7 +13,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bench.registry import Registry, UnusableInput
+from bench.errors import UnusableInput
+from bench.registry import Registry
 from bench.spec import ThreatModel
 
 Split = Literal["train", "test"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bench.datasets.base import DATASETS, Dataset, Images, Split
 from bench.datasets.download import archive_folder
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import ThreatModel
 
 FOLDER = "cifar-10-batches-py"

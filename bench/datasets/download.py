@@ -7,7 +7,7 @@ from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 
 TIMEOUT_SECONDS = 30.0  # without one, a firewall that drops packets holds the command for minutes
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bench.datasets.base import DATASETS, Dataset, Images, Split
 from bench.datasets.images import image_size, interleave, read_images
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import ThreatModel
 
 # torchvision's ImageFolder takes the same

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.datasets.base import Images
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 
 
 def image_size(path: Path) -> tuple[int, int]:

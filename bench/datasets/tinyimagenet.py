@@ -6,7 +6,7 @@ from pathlib import Path
 from bench.datasets.base import DATASETS, Dataset, Images, Split
 from bench.datasets.download import archive_folder
 from bench.datasets.images import interleave, read_images
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import ThreatModel
 
 FOLDER = "tiny-imagenet-200"

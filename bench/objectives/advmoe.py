@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from bench.errors import TrainingFailed
 from bench.inner import attacking, near_start
-from bench.objectives.base import OBJECTIVES, Adversarial, Batch, Step, Terms, TrainingFailed, kl
+from bench.objectives.base import OBJECTIVES, Adversarial, Batch, Step, Terms, kl
 
 
 @OBJECTIVES.register("advmoe")

@@ -18,11 +18,6 @@ from bench.registry import Registry
 from bench.spec import Spec, ThreatModel
 from models.moe import MoE
 
-
-class TrainingFailed(RuntimeError):
-    """The loss, its gradient or the router's scores stopped being finite; the message says at which step."""
-
-
 #: From the suffix of a salt to a tensor of the images' shape.
 Start = Callable[[str], Tensor]
 

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from bench.datasets.base import Dataset
+from bench.errors import UnusableInput, did_you_mean
 from bench.objectives.base import OBJECTIVES, Objective
-from bench.registry import UnusableInput, did_you_mean
 from bench.spec import Recipe, ThreatModel, TrainSpec, build, parse_value
 from models.architecture import Dense, Dual, Network, Routed
 from models.variants import Variant, get_variant

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from bench.registry import Registry, UnusableInput, did_you_mean
+from bench.errors import UnusableInput, did_you_mean
+from bench.registry import Registry
 from bench.spec import Method, Norm, ThreatModel, build
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torchattacks
 from pydantic import Field
 
-from bench.registry import UnusableInput, did_you_mean
+from bench.errors import UnusableInput, did_you_mean
 from bench.spec import ThreatModel, build
 from bench.suites.base import SUITES, Attempt, Block, Suite
 

@@ -18,7 +18,7 @@ from bench.certify.base import Block
 from bench.certify.layers import NotSupported, affine_map
 from bench.certify.routes import Routes, distance, pair_distances, reachable, reachable_exactly, route_radius
 from bench.datasets.base import open_dataset
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import ThreatModel
 from models.dual import DualModel
 from models.moe import MoE

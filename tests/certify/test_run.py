@@ -13,7 +13,7 @@ from bench.certificates import CertificateFolder, Certification, conflicts, read
 from bench.certify.base import CERTIFIERS, Certifier
 from bench.certify.run import certify
 from bench.datasets.base import EvalSet
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 from bench.store import read_runs, run_folder
 from bench.subjects import Subject

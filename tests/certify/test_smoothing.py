@@ -19,7 +19,7 @@ from bench.certify.smoothing import (
     radius,
     tight_dual_radius,
 )
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import ThreatModel
 from models.dual import DualModel
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.datasets.base import DATASETS, Dataset, EvalSet, Images, Split, fingerprint, open_dataset
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import ThreatModel
 
 NONE = Path("nowhere")

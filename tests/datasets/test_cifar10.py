@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bench.datasets.base import EvalSet, open_dataset
 from bench.datasets.cifar10 import read_batch
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 
 CIFAR10 = open_dataset("cifar10")
 BATCHES = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"]

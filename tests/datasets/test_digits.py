@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from bench.datasets.base import Split, open_dataset
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 
 DIGITS = open_dataset("digits")
 NONE = Path("nowhere")  # it needs no root

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.datasets.base import Dataset, open_dataset
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 
 NONE = Path("nowhere")  # it needs no root
 H, W = 6, 10

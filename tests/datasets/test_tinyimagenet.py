@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.datasets.base import open_dataset
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 
 TINY = open_dataset("tinyimagenet")
 WNIDS = ["n30", "n10", "n20"]  # not sorted, as in the archive

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from models.architecture import Architecture, Dense, Dual, Routed
 from models.dual import DualModel
 from models.moe import MoE

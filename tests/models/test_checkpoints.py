@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bench.datasets.base import open_dataset
+from bench.errors import UnusableInput
 from bench.recipes import architecture
-from bench.registry import UnusableInput
 from bench.spec import ThreatModel, TrainSpec
 from models import checkpoints
 from models.architecture import Dense, Dual, Routed

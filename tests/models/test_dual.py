@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from models.dual import DualModel
 from models.moe import Combine, MoE
 

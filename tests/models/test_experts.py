@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench.datasets.base import open_dataset
+from bench.errors import UnusableInput
 from bench.recipes import train_spec
-from bench.registry import UnusableInput
 from bench.spec import Recipe
 from bench.training import load_pretrained
 from models.architecture import Dense, Dual, Routed

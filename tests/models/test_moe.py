@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from models.experts import EXPERTS, build_expert
 from models.moe import Combine, MoE
 from models.routing import ROUTERS, Gate

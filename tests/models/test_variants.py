@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bench.datasets.base import open_dataset
+from bench.errors import UnusableInput
 from bench.objectives.base import OBJECTIVES
 from bench.recipes import architecture
-from bench.registry import UnusableInput
 from bench.spec import TrainSpec
 from models.base import Classifier
 from models.dual import DualModel

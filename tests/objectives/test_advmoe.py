@@ -9,8 +9,9 @@ from math import cosh, exp, log
 import pytest
 import torch
 
+from bench.errors import TrainingFailed
 from bench.objectives.advmoe import AdvMoE
-from bench.objectives.base import Batch, Step, TrainingFailed
+from bench.objectives.base import Batch, Step
 from bench.spec import ThreatModel
 from models.moe import MoE
 

@@ -12,7 +12,7 @@ from bench.attacks import adaptive
 from bench.attacks.adaptive import BUDGETS, AdaptiveAttack, Budget, run
 from bench.attacks.search import Search
 from bench.datasets.base import EvalSet, fingerprint, open_dataset
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.suites.base import open_suites
 from models.checkpoints import ZOO, load_model
 from models.dual import DualModel

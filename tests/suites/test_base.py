@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from bench.errors import UnusableInput
 from bench.parts import parts
-from bench.registry import UnusableInput
 from bench.spec import Norm, ThreatModel
 from bench.suites.base import SUITES, CaughtWarnings, PassCounter, open_suites
 from bench.suites.clean import Clean

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torchattacks
 
-from bench.registry import UnusableInput
+from bench.errors import UnusableInput
 from bench.spec import NORMS, Norm, ThreatModel
 from bench.suites.base import open_suites
 from bench.suites.torchattacks import NAMES, TorchAttacks

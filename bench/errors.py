@@ -1,0 +1,22 @@
+"""What may go wrong in a way that a user can mend, and what to say then. Imports nothing of the project."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UnusableInput(ValueError):
+    """What the user gave cannot be used; the message is one line that names the value and the next step.
+
+    The command line prints it and exits with status 2, without a traceback.
+    """
+
+
+class TrainingFailed(RuntimeError):
+    """The loss, its gradient or the router's scores are no longer finite; the message names the step."""
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` where a known name is near to `value`, otherwise the whole list of known names."""
+    by_lower = {name.lower(): name for name in known}
+    nearest = get_close_matches(value.lower(), by_lower, n=1, cutoff=0.5)
+    return f"did you mean '{by_lower[nearest[0]]}'?" if nearest else f"there are: {', '.join(by_lower.values())}"
