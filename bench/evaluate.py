@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from bench.datasets.base import EvalSet
 from bench.environment import World, environment, git_hash
 from bench.errors import UnusableInput
-from bench.inner import attacking, full_float32
 from bench.metrics import robust_by_example
 from bench.parts import parts
+from bench.pgd import attacking, full_float32
 from bench.probes import PROBED, probe
 from bench.spec import ModelInfo, RunSpec
 from bench.store import VERDICT_COLUMNS, Result, RunFolder, read_runs, run_folder

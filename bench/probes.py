@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.attacks.scores import differentiable, has_gradient, logarithms
-from bench.inner import ascend_once, default_step_size, pgd, random_start
 from bench.parts import is_dual, is_moe
+from bench.pgd import ascend_once, default_step_size, pgd, random_start
 from bench.spec import ThreatModel
 
 #: How many images are looked at.

@@ -11,7 +11,7 @@ import torch
 from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
 from bench.evaluate import set_alpha
-from bench.inner import attacking, full_float32
+from bench.pgd import attacking, full_float32
 from bench.plan import named_subject
 from bench.spec import RunSpec
 from bench.store import Run, read_run

@@ -29,8 +29,8 @@ from bench.datasets.base import Dataset, Images, fingerprint, open_dataset
 from bench.environment import World, git_hash, torch_device
 from bench.errors import TrainingFailed, UnusableInput
 from bench.files import write_atomically
-from bench.inner import attacking, default_step_size, pgd, random_start
 from bench.objectives.base import Batch, Terms
+from bench.pgd import attacking, default_step_size, pgd, random_start
 from bench.recipes import architecture, objective_class
 from bench.sampling import Augmentation, Sampler, ahead, hold_out
 from bench.spec import Precision, Recipe, TrainSpec

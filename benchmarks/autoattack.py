@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bench.datasets.base import EvalSet, open_dataset
 from bench.evaluate import block_seed, full_float32
-from bench.inner import attacking
+from bench.pgd import attacking
 from bench.plan import named_subject
 from bench.spec import ThreatModel
 from bench.suites.autoattack import AutoAttackSuite

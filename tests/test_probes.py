@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.evaluate import seeded
-from bench.inner import attacking
+from bench.pgd import attacking
 from bench.probes import probe
 from bench.spec import ThreatModel
 from models.moe import MoE

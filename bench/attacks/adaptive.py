@@ -21,8 +21,8 @@ from bench.attacks.search import Search
 from bench.attacks.surrogates import averaged, bpda, joint, soft
 from bench.attacks.targets import nearest, targeted
 from bench.errors import UnusableInput, did_you_mean
-from bench.inner import attacking, full_float32
 from bench.parts import is_dual, parts, routed_branches
+from bench.pgd import attacking, full_float32
 from bench.spec import Norm, ThreatModel
 from bench.suites.base import Block, PassCounter
 

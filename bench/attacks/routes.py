@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bench.attacks.scores import PROBE, differentiable, has_gradient, logarithms, stand_in
 from bench.attacks.search import Search, halved, margin
-from bench.inner import ascend_once
 from bench.parts import routed_branches
+from bench.pgd import ascend_once
 from bench.spec import ThreatModel
 from models.moe import MoE
 from models.routing import RoutingTrace, dispatch

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bench.inner import ascend_once, random_start
+from bench.pgd import ascend_once, random_start
 from bench.suites.base import Block
 
 #: From iterates (m, C, H, W) and their rows in the block (m,) to a value each (m,), which is maximised.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.attacks.routes import Routes
 from bench.attacks.search import halved, margin
-from bench.inner import random_start
+from bench.pgd import random_start
 
 
 def _soft(routes: Routes, z: Tensor, temperature: float) -> Tensor:

@@ -20,7 +20,7 @@ from bench.environment import World, environment, git_hash
 from bench.errors import UnusableInput
 from bench.evaluate import first_look, input_hash, set_alpha
 from bench.files import write_atomically
-from bench.inner import attacking, full_float32
+from bench.pgd import attacking, full_float32
 from bench.spec import RunSpec
 from bench.store import Accuracy, run_folder
 from bench.subjects import Subject

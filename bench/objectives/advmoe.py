@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import TrainingFailed
-from bench.inner import attacking, near_start
 from bench.objectives.base import OBJECTIVES, Adversarial, Batch, Step, Terms, kl
+from bench.pgd import attacking, near_start
 
 
 @OBJECTIVES.register("advmoe")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from bench.inner import attacking, default_step_size, pgd, random_start
+from bench.pgd import attacking, default_step_size, pgd, random_start
 from bench.registry import Registry
 from bench.spec import Spec, ThreatModel
 from models.moe import MoE

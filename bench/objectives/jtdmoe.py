@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.inner import attacking
 from bench.objectives.base import OBJECTIVES, Batch, Step, Terms
 from bench.objectives.rt_er import RTER
+from bench.pgd import attacking
 from models.dual import DualModel
 
 

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench.inner import attacking
 from bench.objectives.base import OBJECTIVES, Adversarial, Batch, Step, Terms, kl
+from bench.pgd import attacking
 from models.moe import MoE
 from models.routing import dispatch
 

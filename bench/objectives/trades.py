@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bench.inner import attacking, near_start
 from bench.objectives.base import OBJECTIVES, Adversarial, Batch, Step, Terms, kl
+from bench.pgd import attacking, near_start
 
 
 @OBJECTIVES.register("trades")

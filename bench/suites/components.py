@@ -19,8 +19,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.attacks.scores import differentiable, logarithms
-from bench.inner import pgd, random_start
 from bench.parts import is_dual, parts, routed_branch
+from bench.pgd import pgd, random_start
 from bench.spec import Norm
 from bench.suites.base import SUITES, Attempt, Block, Suite
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.attacks.prepared import Prepared, fold_batch_norm, prepare
-from bench.inner import attacking
+from bench.pgd import attacking
 from bench.suites.base import PassCounter
 from models.architecture import Architecture, Dense, Dual, Routed
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput
-from bench.inner import attacking, default_step_size, near_start, pgd, project, random_start
+from bench.pgd import attacking, default_step_size, near_start, pgd, project, random_start
 from bench.spec import ThreatModel
 
 LINF, L2 = ThreatModel(norm="Linf", eps=0.1), ThreatModel(norm="L2", eps=0.5)

@@ -1,4 +1,4 @@
-"""Inner maximisation: the attack inside adversarial training.
+"""Projected gradient ascent inside a ball: in training (the inner maximisation), in probes and in suites.
 
 Axes: B = batch; images (B, c, H, W) in [0, 1]. ε and step sizes are in pixels of [0, 1].
 """
