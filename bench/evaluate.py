@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bench.attacks.block import Attempt, Block, PassCounter
 from bench.datasets.base import EvalSet
 from bench.environment import World, environment, git_hash
 from bench.errors import UnusableInput
@@ -29,7 +30,7 @@ from bench.probes import PROBED, probe
 from bench.spec import ModelInfo, RunSpec
 from bench.store import VERDICT_COLUMNS, Result, RunFolder, read_runs, run_folder
 from bench.subjects import Subject
-from bench.suites.base import Attempt, Block, PassCounter, Suite
+from bench.suites.base import Suite
 from bench.verdicts import Judgement, Prediction, first_expert, judge, legal, predict
 from bench.witnesses import FILE, Witnesses
 

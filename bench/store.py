@@ -201,7 +201,7 @@ def _from_parquet(path: Path, check: "RowCheck") -> tuple[pd.DataFrame, dict[str
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockRows:
     """The rows of one block, and what else is to be known of it: anything that JSON can hold."""
 
     index: int
@@ -270,7 +270,7 @@ class Folder(ABC, Generic[R]):
             write_atomically(path.with_suffix(".safetensors"), witnesses.to_bytes())
         write_atomically(path, whole)
 
-    def read_blocks(self, known: Container[int] = ()) -> list[Block]:
+    def read_blocks(self, known: Container[int] = ()) -> list[BlockRows]:
         """The blocks written so far but for the `known`, in order; a file that cannot be read counts as not written."""
         found = []
         for path in sorted(self._blocks.glob("block-*.parquet")):
@@ -282,7 +282,7 @@ class Folder(ABC, Generic[R]):
                 witnesses = Witnesses.read(path.with_suffix(".safetensors")) if _KEPT in side else None
                 if witnesses is not None and side.pop(_KEPT) != len(witnesses):
                     continue
-                found.append(Block(index, rows, side, witnesses))
+                found.append(BlockRows(index, rows, side, witnesses))
             except (ValueError, OSError):
                 continue  # what killed the writer also loses its block: it is attacked again
         return found

@@ -18,13 +18,13 @@ from side_by_side import machine
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from bench.attacks.block import Block, PassCounter
 from bench.datasets.base import EvalSet, open_dataset
 from bench.evaluate import block_seed, full_float32
 from bench.pgd import attacking
 from bench.plan import named_subject
 from bench.spec import ThreatModel
 from bench.suites.autoattack import AutoAttackSuite
-from bench.suites.base import Block, PassCounter
 
 
 def directly(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Tensor:

@@ -286,3 +286,35 @@ def bench(
         return (stopped.value.code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def block_of(planted: Any) -> Callable[..., Any]:
+    """block_of(model, data): the whole of `data` as one attack block; everything that is classified right stands."""
+
+    from bench.attacks.block import Block, PassCounter
+    from bench.spec import ThreatModel
+
+    def build(
+        model: Any,
+        data: Any,
+        *,
+        num_classes: int = 10,
+        dataset: str = "planted",
+        norm: Any = "Linf",
+        eps: float | None = None,
+        seed: int = 0,
+    ) -> Any:
+        correct = model(data.x).argmax(1) == data.y
+        threat = ThreatModel(norm=norm, eps=eps or planted.balls[norm])
+        return Block(model, data.x, data.y, correct, num_classes, dataset, threat, seed, PassCounter(model))
+
+    return build
+
+
+@pytest.fixture
+def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No probes, for a model that counts how often it is called."""
+    from bench import evaluate
+
+    monkeypatch.setattr(evaluate, "probe", lambda *_, **__: [])

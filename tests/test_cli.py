@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.attacks.block import Attempt, Block
 from bench.cli import main, split
 from bench.datasets.base import DATASETS
 from bench.errors import UnusableInput
 from bench.objectives.base import OBJECTIVES
 from bench.recipes import recipes
 from bench.store import Result, RunFolder, read_runs, run_folder
-from bench.suites.base import SUITES, Attempt, Block, Suite
+from bench.suites.base import SUITES, Suite
 from models.variants import VARIANTS
 
 Bench = Callable[..., tuple[int, str, str]]

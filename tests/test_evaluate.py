@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from bench import evaluate as evaluation
+from bench.attacks.block import Attempt, Block
 from bench.check import check
 from bench.datasets.base import EvalSet, fingerprint
 from bench.errors import UnusableInput
 from bench.evaluate import block_seed, input_hash
 from bench.store import read_runs, run_folder
-from bench.suites.base import Attempt, Block, Suite
+from bench.suites.base import Suite
 
 Attack = Callable[[Block], Iterator[Attempt]]
 
@@ -67,7 +68,7 @@ def planted_suite(attack: Attack) -> Suite:
 
 def move(block: Block, step: float, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The standing rows (or `rows`), and their images with the first pixel moved towards the other class."""
-    rows = block.standing if rows is None else rows
+    rows = block.rows if rows is None else rows
     x_adv = block.x[rows].clone()
     x_adv[:, 0, 0, 0] += torch.where(block.y[rows] == 1, -step, step)
     return rows, x_adv
@@ -170,7 +171,7 @@ def test_what_an_unbounded_attack_finds_outside_is_neither_broken_nor_an_error(r
 
 def test_answer_of_another_shape_is_an_error(run: Any):
     def attack(block: Block) -> Iterator[Attempt]:
-        yield block.attempt("push", block.standing, block.x[:, :, :, :1])
+        yield block.attempt("push", block.rows, block.x[:, :, :, :1])
 
     result, rows = run(attack, images([0.4, 0.65]))
     assert column(rows, "planted", "status") == ["error", "error"]
@@ -381,7 +382,7 @@ def test_process_and_model_are_left_as_they_were(failure: type[BaseException] | 
         block.model.requires_grad_(True)
         if failure is not None:
             raise failure
-        yield block.attempt("planted", block.standing, block.x[block.standing])
+        yield block.attempt("planted", block.rows, block.x[block.rows])
 
     torch.set_float32_matmul_precision("high")
     try:

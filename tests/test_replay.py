@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.attacks.block import Attempt, Block
 from bench.datasets.base import open_dataset
 from bench.datasets.digits import Digits
 from bench.store import read_run
-from bench.suites.base import SUITES, Attempt, Block, Suite
+from bench.suites.base import SUITES, Suite
 from bench.witnesses import FILE, Witnesses
 from models.checkpoints import load_checkpoint, save_checkpoint
 

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
+from bench.attacks.block import Attempt, Block
 from bench.datasets.base import EvalSet, fingerprint
 from bench.metrics import robust_by_example
 from bench.plan import RunRequest, plan
 from bench.store import read_runs, suite_label
-from bench.suites.base import Attempt, Block, Suite
+from bench.suites.base import Suite
 from bench.witnesses import FILE, Witnesses
 
 
@@ -25,7 +26,7 @@ class Push(Suite):
     noise: float = 0
 
     def attack(self, block: Block) -> Iterator[Attempt]:
-        rows = block.standing
+        rows = block.rows
         x_adv = block.x[rows].clone()
         step = self.step - self.noise * torch.rand(len(rows))
         x_adv[:, 0, 0, 0] += torch.where(block.y[rows] == 1, -step, step)

@@ -15,6 +15,7 @@ import torch
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
+from bench.attacks.block import Block, PassCounter
 from bench.attacks.duals import reweighed, transfer
 from bench.attacks.routes import Routes, route_aware
 from bench.attacks.search import Search
@@ -24,7 +25,6 @@ from bench.errors import UnusableInput, did_you_mean
 from bench.parts import is_dual, parts, routed_branches
 from bench.pgd import attacking, full_float32
 from bench.spec import Norm, ThreatModel
-from bench.suites.base import Block, PassCounter
 
 BudgetName = Literal["small", "standard", "large"]
 Recipe = Literal["full", "trial"]

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bench.attacks.block import Block
 from bench.pgd import ascend_once, random_start
-from bench.suites.base import Block
 
 #: From iterates (m, C, H, W) and their rows in the block (m,) to a value each (m,), which is maximised.
 Loss = Callable[[Tensor, Tensor], Tensor]

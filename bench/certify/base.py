@@ -18,8 +18,8 @@ from bench.spec import Method, Norm, ThreatModel
 
 
 @dataclass(frozen=True)
-class Block:
-    """Examples that are certified together.
+class Examples:
+    """The examples of one block, which are certified together.
 
     predicted (B,): F's class on the clean images, -1 where its logits are not finite. idx (B,): the examples' positions
     in the data set, which random numbers are keyed by.
@@ -51,7 +51,7 @@ class Claim:
     @classmethod
     def of(
         cls,
-        block: Block,
+        block: Examples,
         method: str,
         certified: Tensor,
         radius: Tensor,
@@ -74,7 +74,7 @@ class Claim:
         )
 
     @classmethod
-    def nothing(cls, block: Block, method: str, status: str, reason: str) -> "Claim":
+    def nothing(cls, block: Examples, method: str, status: str, reason: str) -> "Claim":
         """The same status for all: not_applicable or not_supported."""
         count = len(block.y)
         return cls(
@@ -109,6 +109,6 @@ class Certifier(Method):
             norms = " and ".join(self.norms)
             raise UnusableInput(f"{name} does not know {threat_model.norm}: pass --norm {norms} and an --eps")
 
-    def certify(self, block: Block) -> Sequence[Claim]:
+    def certify(self, block: Examples) -> Sequence[Claim]:
         """What can be said of each example of the block."""
         raise NotImplementedError

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bench.certify.base import CERTIFIERS, Block, Certifier, Claim
+from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
 from bench.certify.layers import NotSupported, check_untouched, layers, terms
 from bench.certify.linear import Bounds
 from bench.parts import is_dual, is_moe
@@ -165,7 +165,7 @@ class ClassBounds(Certifier):
 
     version: ClassVar[int] = 2
 
-    def certify(self, block: Block) -> list[Claim]:
+    def certify(self, block: Examples) -> list[Claim]:
         try:
             return list(self._claims(block))
         except NotSupported as layer:
@@ -173,7 +173,7 @@ class ClassBounds(Certifier):
         except NotApplicable as reason:
             return [Claim.nothing(block, "network", "not_applicable", str(reason))]
 
-    def _claims(self, block: Block) -> Sequence[Claim]:
+    def _claims(self, block: Examples) -> Sequence[Claim]:
         model, alpha = block.model, 1.0
         if is_dual(model):
             model, alpha = _robust_branch(model)
@@ -196,7 +196,7 @@ class ClassBounds(Certifier):
             " certificate for top-1, and for all experts with combine=probs"
         )
 
-    def _top1(self, block: Block, moe: MoE, threshold: float | None, alpha: float) -> Sequence[Claim]:
+    def _top1(self, block: Examples, moe: MoE, threshold: float | None, alpha: float) -> Sequence[Claim]:
         router = Router.of(moe, block.x, block.threat_model)
         every = [self._margins(block, expert) for expert in moe.experts]
         if threshold is None:  # a positive weight changes no class
@@ -213,7 +213,7 @@ class ClassBounds(Certifier):
             self._paper(block, moe, every, router, alpha),
         ]
 
-    def _soft(self, block: Block, moe: MoE, threshold: float, alpha: float) -> Sequence[Claim]:
+    def _soft(self, block: Examples, moe: MoE, threshold: float, alpha: float) -> Sequence[Claim]:
         router = Router.of(moe, block.x, block.threat_model)
         every = [self._margins(block, expert) for expert in moe.experts]
         values = torch.stack([margins.probabilities() for margins in every], 1)
@@ -239,7 +239,7 @@ class ClassBounds(Certifier):
             self._paper(block, moe, every, router, alpha),
         ]
 
-    def _paper(self, block: Block, moe: MoE, every: Sequence[Margins], router: Router, alpha: float) -> Claim:
+    def _paper(self, block: Examples, moe: MoE, every: Sequence[Margins], router: Router, alpha: float) -> Claim:
         """The paper's equation 8, with p_iy's constant alone, of the experts' soft mixture: no certificate.
 
         |∇p_y| ≤ ¼ max_{a,b} Lip(z_a − z_b), half of what bounds p_y − p_j. The constants hold over the block's ball.
@@ -251,10 +251,10 @@ class ClassBounds(Certifier):
         nothing = torch.zeros_like(radius, dtype=torch.bool)
         return Claim.of(block, "paper-formula", nothing, radius, reason=_CONSTANTS)
 
-    def _margins(self, block: Block, network: nn.Module) -> Margins:
+    def _margins(self, block: Examples, network: nn.Module) -> Margins:
         return Margins.of(network, block.x, block.predicted.clamp_min(0), block.threat_model)
 
-    def _claim(self, block: Block, method: str, certified: Tensor, reachable: Tensor | None = None) -> Claim:
+    def _claim(self, block: Examples, method: str, certified: Tensor, reachable: Tensor | None = None) -> Claim:
         sizes = None if reachable is None else reachable.sum(1)
         return Claim.of(block, method, certified, certified.double() * block.threat_model.eps, sizes)
 
@@ -269,7 +269,7 @@ def _robust_branch(dual: Any) -> tuple[Any, float]:
     return dual.robust, float(dual.alpha)
 
 
-def _gap(block: Block, moe: MoE, weights: Tensor) -> Tensor:
+def _gap(block: Examples, moe: MoE, weights: Tensor) -> Tensor:
     """G_j = Σ a_i g_ij at the centre (B, C), inf at y, of the weights a (B, E) of all experts."""
     y = block.predicted.clamp_min(0)
     p = torch.stack([expert(block.x).double().cpu().softmax(1) for expert in moe.experts], 1)

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from bench.certify.base import CERTIFIERS, Block, Certifier, Claim
+from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
 from bench.certify.layers import NotSupported, affine_map, check_untouched, terms
 from bench.errors import UnusableInput
 from bench.parts import routed_branch
@@ -150,7 +150,7 @@ class Routes(Certifier):
         if self.exact and threat_model.norm != "Linf":
             raise UnusableInput(f"--set exact=true is a linear program in Linf, not in {threat_model.norm}: drop it")
 
-    def certify(self, block: Block) -> list[Claim]:
+    def certify(self, block: Examples) -> list[Claim]:
         moe = routed_branch(block.model)
         if moe is None:
             return [Claim.nothing(block, "routes", "not_applicable", "no router to be seen, or one expert")]
@@ -159,7 +159,7 @@ class Routes(Certifier):
         except NotSupported as reason:
             return [Claim.nothing(block, "routes", "not_supported", str(reason))]
 
-    def _claims(self, block: Block, moe: Any) -> list[Claim]:
+    def _claims(self, block: Examples, moe: Any) -> list[Claim]:
         weight, bias = affine_map(moe.router, block.x.shape[1:])
         reserve = SLACK * terms(moe.router, torch.ones_like(block.x[:1]))[0]
         if len(bias) != len(moe.experts):
@@ -184,7 +184,7 @@ class Routes(Certifier):
         return claims
 
 
-def _assumed(block: Block, moe: Any, top: Tensor) -> str:
+def _assumed(block: Examples, moe: Any, top: Tensor) -> str:
     """What is taken for granted of classes that are not ours, `top` (B,) being the router's choice; "" of our own.
 
     NotSupported where an MoE's own trace of these images says otherwise, or there is none.
@@ -210,6 +210,6 @@ def _assumed(block: Block, moe: Any, top: Tensor) -> str:
     return "; ".join(found)
 
 
-def _agrees(model: Any, block: Block, top: Tensor) -> bool:
+def _agrees(model: Any, block: Examples, top: Tensor) -> bool:
     """Whether the model's trace of the block's images says `top` (B,)."""
     return bool((model.trace(block.x)[1].selected_experts[:, 0].cpu() == top).all())

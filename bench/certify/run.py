@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from bench.certificates import CERTIFICATE_COLUMNS, CertificateFolder, Certification
-from bench.certify.base import Block, Certifier
+from bench.certify.base import Certifier, Examples
 from bench.certify.report import curve, table
 from bench.datasets.base import EvalSet
 from bench.environment import World, environment, git_hash
@@ -71,7 +71,7 @@ def certify(
                     first_look(model, x, num_classes, subject.info)
                 clean = predict(model, x, False)
                 predicted = torch.where(clean.finite, clean.classes, -1)
-                block = Block(model, x, y, data.idx[chosen], predicted, num_classes, spec.threat_model, spec.seed)
+                block = Examples(model, x, y, data.idx[chosen], predicted, num_classes, spec.threat_model, spec.seed)
                 rows = _rows(certifier, block)
             side = {"seconds": time.perf_counter() - started, "right": int((predicted == y).sum())}
             folder.write_block(number, rows, side)
@@ -85,7 +85,7 @@ def _certified(rows: pd.DataFrame) -> int:
     return int(rows.loc[rows["status"] == "certified", "idx"].nunique())
 
 
-def _rows(certifier: Certifier, block: Block) -> pd.DataFrame:
+def _rows(certifier: Certifier, block: Examples) -> pd.DataFrame:
     hashes = [input_hash(image) for image in block.x]
     frames = []
     for claim in certifier.certify(block):

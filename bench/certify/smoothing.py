@@ -12,7 +12,7 @@ from pydantic import Field
 from scipy.stats import binomtest, norm
 from torch import Tensor
 
-from bench.certify.base import CERTIFIERS, Block, Certifier, Claim
+from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
 from bench.certify.layers import NotSupported, check_untouched
 from bench.sampling import generator
 from bench.spec import Norm, ThreatModel
@@ -91,7 +91,7 @@ class Smoothing(Certifier):
     def own_threat(self) -> ThreatModel:
         return ThreatModel(norm="L2", eps=self.sigma)
 
-    def certify(self, block: Block) -> list[Claim]:
+    def certify(self, block: Examples) -> list[Claim]:
         model, sigma = block.model, self.sigma
         dual = type(model) is DualModel and model.combine == "probs" and _untouched(model)
         answers: dict[str, list[tuple[int, float]]] = {}
@@ -110,7 +110,7 @@ class Smoothing(Certifier):
                 answers.setdefault(name, []).append(answer)
         return [self._claim(block, name, each) for name, each in answers.items()]
 
-    def _votes(self, block: Block, row: int, count: int, draws: torch.Generator, dual: bool) -> list[Counts]:
+    def _votes(self, block: Examples, row: int, count: int, draws: torch.Generator, dual: bool) -> list[Counts]:
         """How often F, and of a dual R as well, answers each class (C,) under noise; what is not finite is no vote."""
         found = np.zeros((2, block.num_classes), dtype=np.int64)
         x = block.x[row]
@@ -127,7 +127,7 @@ class Smoothing(Certifier):
         top = int(chosen.argmax())
         return top, lower_bound(int(counted[top]), self.n, self.failure_probability)
 
-    def _claim(self, block: Block, method: str, answers: list[tuple[int, float]]) -> Claim:
+    def _claim(self, block: Examples, method: str, answers: list[tuple[int, float]]) -> Claim:
         predicted, radii = np.array([c for c, _ in answers]), np.array([r for _, r in answers])
         status = np.where(radii > block.threat_model.reach, "certified", "not_certified")
         return Claim(

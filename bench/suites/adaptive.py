@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from bench.attacks.adaptive import BudgetName, Recipe, run
+from bench.attacks.block import Attempt, Block
 from bench.attacks.search import Search
 from bench.parts import parts
 from bench.spec import Norm
-from bench.suites.base import SUITES, Attempt, Block, Suite
+from bench.suites.base import SUITES, Suite
 
 
 @SUITES.register("adaptive")

@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 from pyautoattack import AutoAttack, checks
 from torch import Tensor
 
+from bench.attacks.block import Attempt, Block
 from bench.attacks.leaving import hasten
 from bench.attacks.prepared import prepare
-from bench.suites.base import SUITES, Attempt, Block, CaughtWarnings, Suite
+from bench.suites.base import SUITES, CaughtWarnings, Suite
 
 Perturb = Callable[[Tensor, Tensor], Tensor]
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
-from bench.suites.base import SUITES, Attempt, Block, Suite
+from bench.attacks.block import Attempt, Block
+from bench.suites.base import SUITES, Suite
 
 
 @SUITES.register("clean")

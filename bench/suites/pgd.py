@@ -6,8 +6,9 @@ from typing import ClassVar
 import torchattacks
 from pydantic import Field
 
+from bench.attacks.block import Attempt, Block
 from bench.spec import Norm
-from bench.suites.base import SUITES, Attempt, Block, Suite
+from bench.suites.base import SUITES, Suite
 
 
 @SUITES.register("pgd")
@@ -20,7 +21,7 @@ class PGD(Suite):
     step_size: float | None = Field(default=None, gt=0)
 
     def attack(self, block: Block) -> Iterator[Attempt]:
-        eps, rows = block.threat_model.eps, block.standing
+        eps, rows = block.threat_model.eps, block.rows
         kind = torchattacks.PGD if block.threat_model.norm == "Linf" else torchattacks.PGDL2
         attack = kind(block.model, eps=eps, alpha=self.step_size or eps / 4, steps=self.steps)
         yield block.attempt("pgd", rows, attack(block.x[rows], block.y[rows]))

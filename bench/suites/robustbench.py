@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
+from bench.attacks.block import Attempt, Block
 from bench.spec import ROBUSTBENCH_DATASETS, ROBUSTBENCH_NORMS, Norm
 from bench.suites.autoattack import watched
-from bench.suites.base import SUITES, Attempt, Block, Suite
+from bench.suites.base import SUITES, Suite
 
 
 @SUITES.register("robustbench")
@@ -24,6 +25,6 @@ class RobustBenchSuite(Suite):
 
         with watched(block):
             found = benchmark(block.model, block.x, block.y, block.dataset, block.threat_model, block.seed)
-        rows = block.standing
+        rows = block.rows
         stated = (found.clean, found.robust)
         yield block.attempt("robustbench", rows, found.x_adv[rows], claimed=found.fooled[rows], stated=stated)

@@ -8,9 +8,10 @@ from typing import Any, Self
 import torchattacks
 from pydantic import Field
 
+from bench.attacks.block import Attempt, Block
 from bench.errors import UnusableInput, did_you_mean
 from bench.spec import ThreatModel, build
-from bench.suites.base import SUITES, Attempt, Block, Suite
+from bench.suites.base import SUITES, Suite
 
 #: What the library calls the radius; an attack without either knows no ball.
 RADIUS = ("eps", "max_epsilon")
@@ -83,6 +84,6 @@ class TorchAttacks(Suite):
     def attack(self, block: Block) -> Iterator[Attempt]:
         if self.name == "AutoAttack":
             block.flags.append("torchattacks:AutoAttack: 10 steps of APGD and FAB, not the 100 of suite autoattack")
-        rows = block.standing
+        rows = block.rows
         attack = getattr(torchattacks, self.name)(block.model, **self.arguments(block))
         yield block.attempt(self.name, rows, attack(block.x[rows], block.y[rows]), bounded=self.bounded)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.attacks.block import PassCounter
 from bench.attacks.prepared import Prepared, fold_batch_norm, prepare
 from bench.pgd import attacking
-from bench.suites.base import PassCounter
 from models.architecture import Architecture, Dense, Dual, Routed
 
 SHAPE: dict[str, Any] = {"input_shape": (3, 32, 32), "num_classes": 10, "mean": (0.5,) * 3, "std": (0.25,) * 3}

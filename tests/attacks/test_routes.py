@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bench.attacks.block import Block, PassCounter
 from bench.attacks.routes import Routes, affine_map, mixture, reachable_affine
 from bench.attacks.search import Search
 from bench.attacks.targets import nearest
 from bench.spec import ThreatModel
-from bench.suites.base import Block, PassCounter
 from models.dual import DualModel
 from models.moe import MoE
 from models.routing import AffineRouter, ConvRouter

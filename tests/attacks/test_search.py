@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.attacks.block import Block, PassCounter
 from bench.attacks.search import Search, halved, margin
 from bench.spec import ThreatModel
-from bench.suites.base import Block, PassCounter
 
 
 class Threshold(nn.Module):

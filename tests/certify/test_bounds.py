@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from bench.certificates import DETERMINISTIC, ROUTES
-from bench.certify.base import Block, Claim
+from bench.certify.base import Claim, Examples
 from bench.certify.bounds import ClassBounds, Margins, least_mixture, soft_radius
 from bench.certify.layers import layers
 from bench.certify.routes import Routes
@@ -23,10 +23,10 @@ from models.experts import EXPERTS
 from models.moe import MoE
 
 
-def block(model: nn.Module, x: Tensor, threat: ThreatModel, y: Tensor | None = None) -> Block:
+def block(model: nn.Module, x: Tensor, threat: ThreatModel, y: Tensor | None = None) -> Examples:
     with torch.no_grad():
         predicted = model.eval()(x).argmax(1)
-    return Block(model, x, predicted if y is None else y, torch.arange(len(x)), predicted, 2, threat, 0)
+    return Examples(model, x, predicted if y is None else y, torch.arange(len(x)), predicted, 2, threat, 0)
 
 
 def claims(model: nn.Module, x: Tensor, eps: float, norm: Any = "Linf") -> dict[str, Claim]:

@@ -14,7 +14,7 @@ from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
 
 from bench.attacks.routes import reachable_affine
-from bench.certify.base import Block
+from bench.certify.base import Examples
 from bench.certify.layers import NotSupported, affine_map
 from bench.certify.routes import Routes, distance, pair_distances, reachable, reachable_exactly, route_radius
 from bench.datasets.base import open_dataset
@@ -199,9 +199,9 @@ def test_the_deployed_router_keeps_the_route_up_to_the_radius_and_leaves_it_beyo
             assert (router(moved).argmax(1) != top).all()
 
 
-def block(model: nn.Module, x: Tensor, eps: float, norm: Any = "Linf") -> Block:
+def block(model: nn.Module, x: Tensor, eps: float, norm: Any = "Linf") -> Examples:
     y = model(x).argmax(1)
-    return Block(model, x, y, torch.arange(len(x)), y, 2, ThreatModel(norm=norm, eps=eps), 0)
+    return Examples(model, x, y, torch.arange(len(x)), y, 2, ThreatModel(norm=norm, eps=eps), 0)
 
 
 def test_claims_by_hand(linear_moe: Any):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta, binom, norm
 from torch import Tensor, nn
 
-from bench.certify.base import Block, Claim
+from bench.certify.base import Claim, Examples
 from bench.certify.smoothing import (
     Smoothing,
     dual_radius,
@@ -28,7 +28,7 @@ def certify(model: nn.Module, x: Tensor, seed: int = 0, y: Tensor | None = None,
     smoothing = Smoothing(**{"n": 2000, **fields})
     with torch.no_grad():
         predicted = model(x).argmax(1)
-        block = Block(
+        block = Examples(
             model, x, predicted if y is None else y, torch.arange(len(x)), predicted, 2, smoothing.own_threat, seed
         )
         return {claim.method: claim for claim in smoothing.certify(block)}

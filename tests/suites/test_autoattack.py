@@ -10,11 +10,11 @@ import torch
 from pyautoattack import AutoAttack, checks
 from torch import Tensor, nn
 
+from bench.attacks.block import PassCounter
 from bench.datasets.base import EvalSet, fingerprint, open_dataset
 from bench.evaluate import block_seed
 from bench.spec import Norm
 from bench.suites.autoattack import AutoAttackSuite, standard
-from bench.suites.base import PassCounter
 from models import load_model
 from models.architecture import Routed
 

@@ -4,13 +4,11 @@ import logging
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from bench.errors import UnusableInput
 from bench.parts import parts
 from bench.spec import Norm, ThreatModel
-from bench.suites.base import SUITES, CaughtWarnings, PassCounter, open_suites
+from bench.suites.base import SUITES, CaughtWarnings, open_suites
 from bench.suites.clean import Clean
 from bench.suites.pgd import PGD
 
@@ -102,32 +100,6 @@ def test_what_no_suite_has_is_refused_with_the_nearest():
     ]:
         with pytest.raises(UnusableInput, match=message):
             open_suites(names, settings)
-
-
-def test_passes_are_counted_while_entered():
-    model = nn.Linear(2, 3)
-    model(torch.ones(9, 2))
-    with PassCounter(model) as counter:
-        model(torch.ones(4, 2)).sum().backward()
-        with torch.no_grad():
-            model(torch.ones(3, 2))
-        assert counter.lap() == (7, 4)
-        logits = model(torch.ones(2, 2))
-        logits[:, 0].sum().backward(retain_graph=True)
-        logits[:, 1].sum().backward()
-        assert counter.lap() == (2, 4)
-    model(torch.ones(5, 2)).sum().backward()
-    assert counter.lap() == (0, 0)
-
-
-def test_block_remembers_the_attacks_on_the_whole_model(planted: Any, block_of: Any):
-    data = planted.data()
-    block = block_of(planted.robust(), data)
-    assert block.standing.tolist() == list(range(23))
-    for attack, target in [("b", "F"), ("a", "F"), ("part", "expert:0"), ("b", "F")]:
-        attempt = block.attempt(attack, block.standing, data.x[:23].requires_grad_(), target=target)
-        assert not attempt.x_adv.requires_grad
-    assert block.attacks == ["b", "a"]
 
 
 def test_warnings_are_caught_instead_of_printed(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]):
