@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from bench.errors import UnusableInput, did_you_mean
+from bench.job import Subject
 from bench.spec import ModelInfo
-from bench.subjects import Subject
 from models.moe import MoE
 
 _NOT_ROUTED = {"num_experts": None, "num_selected_experts": None, "gate": None, "combine": None, "alpha": None}

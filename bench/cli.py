@@ -205,18 +205,15 @@ def run(
         )
         where = torch_device(device)
         ensure_writable(results)
-        todo = plan(request, data_root, [checkpoints, ZOO])
-        if todo.data.note:
-            say(f"{dataset}: {todo.data.note}")
+        jobs = plan(request, data_root, [checkpoints, ZOO])
+        if note := jobs[0].data.note:
+            say(f"{dataset}: {note}")
         done = []
-        with RunProgress(len(todo.jobs)) as progress:
-            for job in todo.jobs:
+        with RunProgress(len(jobs)) as progress:
+            for job in jobs:
                 progress.start(job.spec)
-                known = earlier_witnesses(results, job.spec, job.subject, todo.data) if warm_start else None
-                result = evaluate(
-                    job.spec, job.subject, job.method, todo.data, todo.num_classes, results, where, progress.on_block,
-                    known,
-                )  # fmt: skip
+                known = earlier_witnesses(results, job.spec, job.subject, job.data) if warm_start else None
+                result = evaluate(job, results, where, progress.on_block, known)
                 if result is not None:
                     done.append(result)
                     progress.finish(result)
@@ -311,16 +308,14 @@ def certify(
         )
         where = torch_device(device)
         ensure_writable(results)
-        todo = plan_methods({f"certify-{method}": certifier}, request, data_root, [checkpoints, ZOO])
-        if todo.data.note:
-            say(f"{dataset}: {todo.data.note}")
+        jobs = plan_methods({f"certify-{method}": certifier}, request, data_root, [checkpoints, ZOO])
+        if note := jobs[0].data.note:
+            say(f"{dataset}: {note}")
         done = []
-        with RunProgress(len(todo.jobs), "certified") as progress:
-            for job in todo.jobs:
+        with RunProgress(len(jobs), "certified") as progress:
+            for job in jobs:
                 progress.start(job.spec)
-                result = run_certifier(
-                    job.spec, job.subject, job.method, todo.data, todo.num_classes, results, where, progress.on_block
-                )
+                result = run_certifier(job, results, where, progress.on_block)
                 done.append(result)
                 progress.say(f"{result.clean_accuracy.value:.2%} right, {result.seconds:.1f} s")
     if as_json:

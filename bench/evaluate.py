@@ -3,12 +3,9 @@
 Axes: n = examples of the run, B = examples of a block.
 """
 
-import hashlib
-import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,19 +17,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench.attacks.block import Attempt, Block, PassCounter
-from bench.datasets.base import EvalSet
+from bench.datasets.base import EvalSet, input_hash
 from bench.environment import World, environment, git_hash
 from bench.errors import UnusableInput
+from bench.job import Job, Subject
 from bench.metrics import robust_by_example
-from bench.parts import parts
-from bench.pgd import attacking, full_float32
+from bench.parts import parts, set_alpha
 from bench.probes import PROBED, probe
+from bench.randomness import block_seed, seeded
 from bench.spec import ModelInfo, RunSpec
 from bench.store import VERDICT_COLUMNS, Result, RunFolder, read_runs, run_folder
-from bench.subjects import Subject
 from bench.suites.base import Suite
-from bench.verdicts import Judgement, Prediction, first_expert, judge, legal, predict
+from bench.verdicts import Judgement, judge, legal
 from bench.witnesses import FILE, Witnesses
+from models.deployed import Prediction, eval_frozen, full_float32, predict, validate_outputs
 
 #: Seconds between two looks whether the other processes' blocks are there.
 _POLL = 0.5
@@ -45,46 +43,14 @@ OnBlock = Callable[[int, int, int], None]
 WARM_START = "warm-start"
 
 
-def block_seed(seed: int, block: int) -> int:
-    """A block's own seed. Block 0 has the run's, so a run of one block is what the suite gives for that seed.
-
-    It has 32 bits, since numpy takes no more, and attacks seed numpy.
-    """
-    return (seed + 1_000_003 * block) % 2**32
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """torch, numpy and random seeded inside, and where they were, after."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # attacks use the global state
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
-
-
-def input_hash(x: Tensor) -> str:
-    """16 hex digits of a SHA-256 over one image's float32 pixels."""
-    return hashlib.sha256(x.float().contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
-
-
 def evaluate(
-    spec: RunSpec,
-    subject: Subject,
-    suite: Suite,
-    data: EvalSet,
-    num_classes: int,
+    job: Job[Suite],
     results: Path,
     device: str = "cpu",
     on_block: OnBlock = lambda *_: None,
     known: Witnesses | None = None,
 ) -> Result | None:
-    """Score the subject by the spec's suite and store it; a run that is already finished is only read.
+    """Score the job's subject by its suite and store the verdicts; a run that is already finished is only read.
 
     `known` are adversarial examples of this subject from earlier runs: they are tried before the suite attacks.
     Of several processes that torchrun has started, each attacks its share of the blocks, and goes on; the first waits
@@ -94,6 +60,7 @@ def evaluate(
         UnusableInput: the model cannot take the data's images, gives another number of classes, or logits that are not
             finite on the first clean block; the results folder cannot be written.
     """
+    spec, subject, data = job.spec, job.subject, job.data
     key = spec.run_key(subject.info.checkpoint_sha256, data.fingerprint)
     folder = RunFolder(run_folder(results, spec, key))
     finished = folder.finished()
@@ -102,7 +69,7 @@ def evaluate(
     model = subject.model.to(device)
     if spec.alpha is not None:
         set_alpha(model, spec.alpha)
-    examiner = _Examiner(spec, model, subject.info, suite, num_classes, known)
+    examiner = _Examiner(spec, model, subject.info, job.method, job.num_classes, known)
     starts, world = range(0, len(data), spec.batch_size), World.here()
     done: dict[int, int] = {}
 
@@ -118,7 +85,7 @@ def evaluate(
             continue
         chosen = slice(start, start + spec.batch_size)
         x, y = data.x[chosen].to(device), data.y[chosen].to(device)
-        with attacking(model), full_float32(), seeded(block_seed(spec.seed, number)):
+        with eval_frozen(model), full_float32(), seeded(block_seed(spec.seed, number)):
             rows, side, witnesses = examiner.run(number, x, y, data.idx[chosen])
         folder.write_block(number, rows, side, witnesses)
         look()
@@ -153,19 +120,6 @@ def earlier_witnesses(results: Path, spec: RunSpec, subject: Subject, data: Eval
     return Witnesses.joined([known for known in found if len(known)])
 
 
-def set_alpha(model: Any, alpha: float) -> None:
-    """A dual's α is a number; in a user's own it may be a tensor, which nn.Module does not let a number replace."""
-    if isinstance(model.alpha, Tensor):
-        model.alpha.data.fill_(alpha)
-    else:
-        try:
-            model.alpha = alpha
-        except AttributeError as error:
-            raise UnusableInput(
-                f"the dual's α cannot be set ({error}): let `alpha` be an attribute, or drop --alpha"
-            ) from None
-
-
 class _Examiner:
     """Turns blocks into verdict rows."""
 
@@ -187,7 +141,7 @@ class _Examiner:
         """The rows of one block, what else is to be known of it (flags, errors, passes …), and its witnesses."""
         started = time.perf_counter()
         if number == 0:
-            first_look(self.model, x, self.num_classes, self.info)
+            validate_outputs(self.model, x, self.num_classes, self.info)
         clean = self._look(x)
         if number == 0 and not clean.finite.all():
             bad = f"{int((~clean.finite).sum())} of the first {len(x)} clean images"
@@ -334,23 +288,6 @@ def _unknown(count: int) -> Judgement:
     far, yes = torch.full((count,), float("nan"), dtype=torch.double), torch.ones(count, dtype=torch.bool)
     nobody = torch.full((count,), -1)
     return Judgement(Prediction(nobody, yes, nobody), far, far, yes, ~yes, ~yes)
-
-
-def first_look(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -> None:
-    """UnusableInput for a model that cannot be scored at all, found out on the first clean block."""
-    name, shape = info.name, "×".join(map(str, x.shape[1:]))
-    try:
-        logits = model(x)
-        if info.routing_visible:
-            first_expert(model, x)
-    except Exception as error:  # a user's model may fail in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UnusableInput(f"'{name}' cannot take {shape} images: {reason}") from None
-    if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise UnusableInput(
-            f"'{name}' gives {got} for {len(x)} images, where logits of {num_classes} classes are needed"
-        )
 
 
 def _frame(shared: dict[str, Any], rows: Tensor, attack: str, target: str, verdict: Judgement) -> pd.DataFrame:

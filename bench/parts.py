@@ -5,7 +5,9 @@ An MoE has `router` (x → (B, E)) and `experts` (a ModuleList); a dual has bran
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from bench.errors import UnusableInput
 
 
 def is_dual(model: Any) -> bool:
@@ -36,3 +38,16 @@ def parts(model: Any) -> dict[str, nn.Module]:
         inner = {f"{name}.{key}": part for name, branch in branches.items() for key, part in parts(branch).items()}
         return branches | inner
     return {f"expert:{i}": expert for i, expert in enumerate(model.experts)} if is_moe(model) else {}
+
+
+def set_alpha(model: Any, alpha: float) -> None:
+    """A dual's α is a number; in a user's own it may be a tensor, which nn.Module does not let a number replace."""
+    if isinstance(model.alpha, Tensor):
+        model.alpha.data.fill_(alpha)
+    else:
+        try:
+            model.alpha = alpha
+        except AttributeError as error:
+            raise UnusableInput(
+                f"the dual's α cannot be set ({error}): let `alpha` be an attribute, or drop --alpha"
+            ) from None

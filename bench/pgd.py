@@ -4,47 +4,13 @@ Axes: B = batch; images (B, c, H, W) in [0, 1]. ε and step sizes are in pixels 
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.errors import UnusableInput
 from bench.spec import ThreatModel
-
-
-@contextmanager
-def attacking(model: nn.Module) -> Iterator[None]:
-    """Eval mode and frozen parameters inside; every module's mode and every parameter's flag as before, after.
-
-    An attack must see the deployed model (running BatchNorm statistics), and must not leave training in eval mode.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        model.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """No TensorFloat32, and the same convolution every time: a GPU must not round where a CPU does not."""
-    cudnn = torch.backends.cudnn
-    before = (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
-    try:
-        torch.set_float32_matmul_precision("highest")
-        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, True, False
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before[1:]
 
 
 def default_step_size(eps: float, steps: int, reach: float = 2.5) -> float:

@@ -1,17 +1,18 @@
 """From the words of `bench run` to the runs that they ask for, all checked before the first one starts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from pydantic import Field
 
 from bench.baselines import baseline
-from bench.datasets.base import Dataset, EvalSet, open_dataset
+from bench.datasets.base import Dataset, open_dataset
 from bench.errors import UnusableInput
-from bench.spec import Method, RunSpec, Spec, ThreatModel
-from bench.subjects import Subject, find_models, load_subject
+from bench.job import Job, M, Subject
+from bench.spec import RunSpec, Spec, ThreatModel
+from bench.subjects import find_models, load_subject
 from bench.suites.base import Suite, open_suites
 
 
@@ -31,27 +32,6 @@ class RunRequest(Spec):
     warm_start: bool = False
 
 
-M = TypeVar("M", bound=Method)
-
-
-@dataclass(frozen=True)
-class Job(Generic[M]):
-    """One run to be made."""
-
-    spec: RunSpec
-    subject: Subject
-    method: M
-
-
-@dataclass(frozen=True)
-class Plan(Generic[M]):
-    """The jobs, and the data that they share."""
-
-    jobs: list[Job[M]]
-    data: EvalSet
-    num_classes: int
-
-
 def threat_model(dataset: Dataset, norm: str | None, eps: str | None) -> ThreatModel:
     """The data set's own threat model where nothing else is said; another norm needs an ε of its own."""
     own = dataset.threat_model
@@ -69,14 +49,14 @@ def named_subject(word: str, dataset: Dataset, threat: ThreatModel, checkpoints:
     return baseline(load_subject(whole, dataset, threat, checkpoints), name)
 
 
-def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path]) -> Plan[Suite]:
+def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path]) -> list[Job[Suite]]:
     """The runs that the request asks for; UnusableInput for the first thing in it that cannot be used."""
     return plan_methods(open_suites(request.suites, request.settings), request, data_root, checkpoints)
 
 
 def plan_methods(
     methods: Mapping[str, M], request: RunRequest, data_root: Path, checkpoints: Sequence[Path]
-) -> Plan[M]:
+) -> list[Job[M]]:
     """The runs of these methods, whatever suites the request names; raises as `plan` does."""
     dataset = open_dataset(request.dataset)
     threat = threat_model(dataset, request.norm, request.eps)
@@ -113,5 +93,5 @@ def plan_methods(
                     seed=request.seed,
                     batch_size=request.batch_size,
                 )
-                jobs.append(Job(spec, chosen, method))
-    return Plan(jobs, data, dataset.num_classes)
+                jobs.append(Job(spec, chosen, method, data, dataset.num_classes))
+    return jobs

@@ -10,13 +10,13 @@ import torch
 
 from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
-from bench.evaluate import set_alpha
-from bench.pgd import attacking, full_float32
+from bench.parts import set_alpha
 from bench.plan import named_subject
 from bench.spec import RunSpec
 from bench.store import Run, read_run
 from bench.verdicts import Judgement, judge
 from bench.witnesses import FILE, Witnesses
+from models.deployed import eval_frozen, full_float32
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def replay(
         return judge(network, x, y, x_adv[chosen].to(device), spec.threat_model, True, None, False)
 
     failures = []
-    with attacking(network), full_float32():
+    with eval_frozen(network), full_float32():
         for chosen in torch.split(torch.arange(len(rows)), spec.batch_size):
             for one in chosen[~judged(chosen).broken].tolist():
                 alone = judged(torch.tensor([one]))

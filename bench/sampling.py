@@ -4,7 +4,6 @@ So a training resumed at an epoch's beginning, or spread over other batches, dra
 has to be saved. Axes: B = batch; images (B, c, H, W).
 """
 
-import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from bench.datasets.base import Images
 from bench.objectives.base import Batch
+from bench.randomness import generator, normal, uniform
 from bench.spec import ThreatModel
 
 
@@ -25,22 +25,6 @@ def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
         while (batch := upcoming.result()) is not None:
             upcoming = worker.submit(next, batches, None)
             yield batch
-
-
-def generator(*key: object) -> torch.Generator:
-    """A CPU generator seeded by a hash of `key`."""
-    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
-    return torch.Generator().manual_seed(seed)
-
-
-def uniform(shape: tuple[int, ...], indices: Tensor, *key: object) -> Tensor:
-    """Numbers in [0, 1), (B, *shape): row i depends on `key` and the example indices[i] alone."""
-    return torch.stack([torch.rand(shape, generator=generator(*key, int(index))) for index in indices])
-
-
-def normal(shape: tuple[int, ...], indices: Tensor, *key: object) -> Tensor:
-    """Standard normal numbers, (B, *shape), keyed as `uniform`'s."""
-    return torch.stack([torch.randn(shape, generator=generator(*key, int(index))) for index in indices])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,11 @@ from torch import nn
 
 from bench.datasets.base import Dataset
 from bench.errors import UnusableInput
+from bench.job import Subject
 from bench.parts import is_dual, is_moe
 from bench.spec import ModelInfo, ThreatModel
 from models.checkpoints import available, checkpoint_path, find_checkpoint, load_checkpoint
 from models.variants import get_variant
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model in eval mode, and what is known of it; expert_scores: sa and ra of an MoE's experts, held-out images."""
-
-    model: nn.Module
-    info: ModelInfo
-    flags: tuple[str, ...] = ()
-    expert_scores: tuple[dict[str, float], ...] = ()
 
 
 def routing_visible(model: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from bench.environment import World, git_hash, torch_device
 from bench.errors import TrainingFailed, UnusableInput
 from bench.files import write_atomically
 from bench.objectives.base import Batch, Terms
-from bench.pgd import attacking, default_step_size, pgd, random_start
+from bench.pgd import default_step_size, pgd, random_start
 from bench.recipes import architecture, objective_class
 from bench.sampling import Augmentation, Sampler, ahead, hold_out
 from bench.spec import Precision, Recipe, TrainSpec
@@ -38,6 +38,7 @@ from bench.telemetry import dead_experts, flips, routing
 from models.architecture import Dense, Dual, Routed
 from models.base import Classifier
 from models.checkpoints import Header, Part, checkpoint_path, load_checkpoint, read_header, save_checkpoint
+from models.deployed import eval_frozen
 from models.experts import pretrained_weights
 from models.moe import MoE
 from models.variants import get_variant
@@ -356,7 +357,7 @@ class _Run:
     def _validate(self) -> tuple[float, float, dict[str, float]]:
         """SA and PGD accuracy on the held-out images, of the deployed model in float32, and how it routes."""
         counts = self._attack_held_out(self.model)
-        with attacking(self.model):
+        with eval_frozen(self.model):
             images, chunks = self.sampler.images, torch.split(self.sampler.indices, 1000)
             metrics = routing(self.model, (images.floats(chunk).to(self.fabric.device) for chunk in chunks))
         return counts.pop("sa"), counts.pop("ra"), metrics | counts
@@ -367,7 +368,7 @@ class _Run:
         counts: Counter[str] = Counter()
         threat, steps = self.spec.threat_model, self.spec.recipe.val_steps
         step_size = default_step_size(threat.eps, steps)
-        with attacking(model):
+        with eval_frozen(model):
             for batch in self.validation.epoch(0):
                 start = random_start(batch.x, threat, batch.noise("validation"))
                 x_adv = pgd(partial(_cross_entropy, model, batch.y), batch.x, threat, steps, step_size, start)

@@ -4,41 +4,12 @@ Axes: m = examples judged. Distances and ε are in pixels of [0, 1].
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.parts import is_dual, is_moe
 from bench.spec import ABSOLUTE_BOX, ThreatModel
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Of the deployed model: classes (m,), whether the logits were finite (m,), first selected expert (m,) or −1."""
-
-    classes: Tensor
-    finite: Tensor
-    expert: Tensor
-
-
-def first_expert(model: Any, x: Tensor) -> Tensor:
-    """The first selected expert (m,) of a model whose routing is visible, of a dual its R's; −1 where there is none.
-
-    A dual's R without a `trace` is taken to follow its router's best score.
-    """
-    routed = model.robust if is_dual(model) else model
-    if hasattr(routed, "trace"):
-        return routed.trace(x)[1].selected_experts[:, 0]
-    return routed.router(x).argmax(1) if is_moe(routed) else torch.full((len(x),), -1, device=x.device)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, x: Tensor, routing_visible: bool) -> Prediction:
-    """What the deployed model says of x (m, C, H, W), in float32; results on the CPU."""
-    logits = model(x).float()  # of a model that computes in double, what it says in single precision
-    expert = first_expert(model, x) if routing_visible else torch.full((len(x),), -1)
-    return Prediction(logits.argmax(1).cpu(), logits.isfinite().all(1).cpu(), expert.cpu())
+from models.deployed import Prediction, predict
 
 
 @dataclass(frozen=True)

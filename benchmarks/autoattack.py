@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from bench.attacks.block import Block, PassCounter
 from bench.datasets.base import EvalSet, open_dataset
-from bench.evaluate import block_seed, full_float32
-from bench.pgd import attacking
+from bench.evaluate import full_float32
 from bench.plan import named_subject
+from bench.randomness import block_seed
 from bench.spec import ThreatModel
 from bench.suites.autoattack import AutoAttackSuite
+from models.deployed import eval_frozen
 
 
 def directly(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Tensor:
@@ -37,7 +38,7 @@ def directly(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: 
 
 def by_the_suite(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Tensor:
     """Which examples withstand the suite, (B,)."""
-    with attacking(model), full_float32(), PassCounter(model) as counter, torch.no_grad():
+    with eval_frozen(model), full_float32(), PassCounter(model) as counter, torch.no_grad():
         robust = model(x).argmax(1) == y
         with torch.enable_grad():
             block = Block(model, x, y, robust.clone(), 10, "", threat, seed, counter)

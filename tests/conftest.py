@@ -146,9 +146,10 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
     The suite is a name, or a Suite of the test's own.
     """
     from bench.evaluate import earlier_witnesses, evaluate
+    from bench.job import Job, Subject
     from bench.spec import ModelInfo, RunSpec, ThreatModel
     from bench.store import Run, run_folder
-    from bench.subjects import Subject, routing_visible, weights_sha256
+    from bench.subjects import routing_visible, weights_sha256
     from bench.suites.base import open_suites
 
     def run(
@@ -187,7 +188,7 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
         opened.check(name, dataset, spec.threat_model)
         subject = Subject(model, info)
         known = earlier_witnesses(results, spec, subject, data) if warm_start else known
-        result = evaluate(spec, subject, opened, data, num_classes, results, on_block=on_block, known=known)
+        result = evaluate(Job(spec, subject, opened, data, num_classes), results, on_block=on_block, known=known)
         return result, Run(result, run_folder(results, spec, result.run)).verdicts()
 
     return run

@@ -11,9 +11,9 @@ from torch import nn
 
 from bench.baselines import BASELINES, baseline
 from bench.errors import UnusableInput
+from bench.job import Subject
 from bench.plan import RunRequest, plan
 from bench.spec import ModelInfo
-from bench.subjects import Subject
 from models.dual import DualModel
 from models.moe import MoE
 
@@ -109,7 +109,7 @@ def test_baselines_are_named_behind_a_model(tmp_path: Path, shelve: Any):
     shelve(tmp_path, "moe-at", "dual-jtdmoe")
     words = ("moe-at@ensemble", "dual-jtdmoe@robust", f"{tmp_path}/digits/Linf/moe-at.safetensors@ensemble")
     request = RunRequest(suites=("clean",), dataset="digits", n_examples=3, models=words)
-    specs = [job.spec for job in plan(request, tmp_path, [tmp_path]).jobs]
+    specs = [job.spec for job in plan(request, tmp_path, [tmp_path])]
     assert [spec.model for spec in specs] == ["moe-at@ensemble", "dual-jtdmoe@robust", "moe-at@ensemble"]
     assert {spec.alpha for spec in specs} == {None}
     assert set(BASELINES) == {"best-expert", "ensemble", "robust"}

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from bench import evaluate as evaluation
 from bench.attacks.block import Attempt, Block
 from bench.check import check
-from bench.datasets.base import EvalSet, fingerprint
+from bench.datasets.base import EvalSet, fingerprint, input_hash
 from bench.errors import UnusableInput
-from bench.evaluate import block_seed, input_hash
+from bench.randomness import block_seed
 from bench.store import read_runs, run_folder
 from bench.suites.base import Suite
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput
-from bench.pgd import attacking, default_step_size, near_start, pgd, project, random_start
+from bench.pgd import default_step_size, near_start, pgd, project, random_start
 from bench.spec import ThreatModel
+from models.deployed import eval_frozen
 
 LINF, L2 = ThreatModel(norm="Linf", eps=0.1), ThreatModel(norm="L2", eps=0.5)
 
@@ -58,7 +59,7 @@ def test_every_mode_and_flag_is_restored_also_after_an_exception(mode: str, fail
     before = state_of(model)
     assert len(set(before[1])) == 2
     try:
-        with attacking(model):
+        with eval_frozen(model):
             assert not any(module.training for module in model.modules())
             assert not any(parameter.requires_grad for parameter in model.parameters())
             if fails:
@@ -71,7 +72,7 @@ def test_every_mode_and_flag_is_restored_also_after_an_exception(mode: str, fail
 def test_attacks_may_be_nested():
     model = mixed_model()
     before = state_of(model)
-    with attacking(model), attacking(model[1]):
+    with eval_frozen(model), eval_frozen(model[1]):
         pass
     assert state_of(model) == before
 
@@ -80,7 +81,7 @@ def test_an_attack_leaves_no_gradient_and_does_not_change_the_images_or_statisti
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3))
     x, before = rand(4, 1, 8, 8), {key: value.clone() for key, value in model.state_dict().items()}
     original = x.clone()
-    with attacking(model):
+    with eval_frozen(model):
         x_adv = ascend(lambda z: F.cross_entropy(model(z), torch.zeros(4).long()), x, LINF, 3, 0.05, None)
     assert torch.equal(x, original)
     assert not x.requires_grad

@@ -8,16 +8,18 @@ import pytest
 
 from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
-from bench.plan import Plan, RunRequest, plan, threat_model
+from bench.job import Job
+from bench.plan import RunRequest, plan, threat_model
 from bench.spec import ThreatModel
+from bench.suites.base import Suite
 
 
 @pytest.fixture
-def planned(tmp_path: Path, shelve: Any) -> Callable[..., Plan]:
-    """planned(suites=…, …): the plan with a dense model, an MoE and a dual on the shelf."""
+def planned(tmp_path: Path, shelve: Any) -> Callable[..., list[Job[Suite]]]:
+    """planned(suites=…, …): the jobs with a dense model, an MoE and a dual on the shelf."""
     shelve(tmp_path, "dense-at", "moe-at", "dual-jtdmoe")
 
-    def make(suites: tuple[str, ...] = ("clean",), **fields: Any) -> Plan:
+    def make(suites: tuple[str, ...] = ("clean",), **fields: Any) -> list[Job[Suite]]:
         return plan(RunRequest(suites=suites, **{"dataset": "digits", "n_examples": 3, **fields}), tmp_path, [tmp_path])
 
     return make
@@ -25,43 +27,43 @@ def planned(tmp_path: Path, shelve: Any) -> Callable[..., Plan]:
 
 def test_every_model_on_the_shelf_meets_every_suite(planned: Any):
     made = planned(("clean", "pgd"), seed=4, batch_size=7)
-    specs = [job.spec for job in made.jobs]
+    specs = [job.spec for job in made]
     assert [(spec.model, spec.suite) for spec in specs] == [
         (model, suite) for model in ("dense-at", "moe-at", "dual-jtdmoe") for suite in ("clean", "pgd")
     ]
     assert {(spec.n_examples, spec.seed, spec.batch_size, spec.dataset) for spec in specs} == {(3, 4, 7, "digits")}
     assert {spec.threat_model for spec in specs} == {ThreatModel(norm="Linf", eps=0.2)}
     assert [(spec.alpha, spec.combine) for spec in specs[::2]] == [(None, None), (None, "logits"), (0.7, "probs")]
-    assert (len(made.data), made.num_classes) == (3, 10)
+    assert (len(made[0].data), made[0].num_classes) == (3, 10)
 
 
 def test_all_examples_in_the_archives_order_unless_said_otherwise(planned: Any):
     whole = planned(n_examples=None)
-    assert {job.spec.n_examples for job in whole.jobs} == {500}
-    assert whole.data.idx.tolist() == list(range(500))
-    part = planned(n_examples=5).data
-    assert (part.idx.tolist(), part.y.tolist()) == (list(range(5)), whole.data.y[:5].tolist())
+    assert {job.spec.n_examples for job in whole} == {500}
+    assert whole[0].data.idx.tolist() == list(range(500))
+    part = planned(n_examples=5)[0].data
+    assert (part.idx.tolist(), part.y.tolist()) == (list(range(5)), whole[0].data.y[:5].tolist())
 
 
 def test_alphas_sweep_the_duals_alone(planned: Any):
     made = planned(alphas=(0.5, 1.0), models=("moe-at", "dual-jtdmoe"))
-    assert [(job.spec.model, job.spec.alpha, job.subject.info.alpha) for job in made.jobs] == [
+    assert [(job.spec.model, job.spec.alpha, job.subject.info.alpha) for job in made] == [
         ("moe-at", None, None),
         ("dual-jtdmoe", 0.5, 0.5),
         ("dual-jtdmoe", 1.0, 1.0),
     ]
-    keys = {job.spec.run_key(job.subject.info.checkpoint_sha256, "f") for job in made.jobs}
+    keys = {job.spec.run_key(job.subject.info.checkpoint_sha256, "f") for job in made}
     assert len(keys) == 3
 
 
 def test_settings_go_to_the_suites_that_have_them(planned: Any):
     made = planned(("clean", "pgd", "torchattacks:PGD"), models=("moe-at",), settings={"steps": 3, "step_size": 0.1})
-    assert {job.spec.suite: job.spec.suite_params for job in made.jobs} == {
+    assert {job.spec.suite: job.spec.suite_params for job in made} == {
         "clean": {},
         "pgd": {"steps": 3, "step_size": 0.1},
         "torchattacks:PGD": {"steps": 3},
     }
-    assert {job.spec.suite_version for job in made.jobs} == {1}
+    assert {job.spec.suite_version for job in made} == {1}
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.evaluate import seeded
-from bench.pgd import attacking
 from bench.probes import probe
+from bench.randomness import seeded
 from bench.spec import ThreatModel
+from models.deployed import eval_frozen
 from models.moe import MoE
 
 LINF = ThreatModel(norm="Linf", eps=0.05)
@@ -32,7 +32,7 @@ def signs(images: tuple[Tensor, Tensor]) -> Callable[..., list[str]]:
     """signs(model): its flags."""
 
     def run(model: nn.Module, threat: ThreatModel = LINF, attacked: bool = True) -> list[str]:
-        with attacking(model), seeded(0):
+        with eval_frozen(model), seeded(0):
             return probe(model, *images, threat, attacked=attacked)
 
     return run

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.datasets.base import Images
-from bench.sampling import Augmentation, Sampler, ahead, generator, hold_out, uniform
+from bench.randomness import generator, uniform
+from bench.sampling import Augmentation, Sampler, ahead, hold_out
 from bench.spec import ThreatModel
 
 N = 20

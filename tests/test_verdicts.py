@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.spec import Norm, ThreatModel
-from bench.verdicts import first_expert, inside, judge, predict
+from bench.verdicts import inside, judge
+from models.deployed import first_expert, predict
 
 # One row an example, one column a pixel; the class is 1 where the first pixel is above ½.
 

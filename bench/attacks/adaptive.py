@@ -23,8 +23,8 @@ from bench.attacks.surrogates import averaged, bpda, joint, soft
 from bench.attacks.targets import nearest, targeted
 from bench.errors import UnusableInput, did_you_mean
 from bench.parts import is_dual, parts, routed_branches
-from bench.pgd import attacking, full_float32
 from bench.spec import Norm, ThreatModel
+from models.deployed import eval_frozen, full_float32
 
 BudgetName = Literal["small", "standard", "large"]
 Recipe = Literal["full", "trial"]
@@ -154,7 +154,7 @@ class AdaptiveAttack:
 
         Modes, parameters' flags and torch's random state are as before, after it.
         """
-        with attacking(self.model), full_float32(), torch.random.fork_rng(), PassCounter(self.model) as passes:
+        with eval_frozen(self.model), full_float32(), torch.random.fork_rng(), PassCounter(self.model) as passes:
             with torch.no_grad():
                 logits = self.model(x)
             correct = logits.argmax(1) == y

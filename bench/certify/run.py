@@ -15,32 +15,26 @@ import torch
 from bench.certificates import CERTIFICATE_COLUMNS, CertificateFolder, Certification
 from bench.certify.base import Certifier, Examples
 from bench.certify.report import curve, table
-from bench.datasets.base import EvalSet
+from bench.datasets.base import input_hash
 from bench.environment import World, environment, git_hash
 from bench.errors import UnusableInput
-from bench.evaluate import first_look, input_hash, set_alpha
 from bench.files import write_atomically
-from bench.pgd import attacking, full_float32
-from bench.spec import RunSpec
+from bench.job import Job
+from bench.parts import set_alpha
 from bench.store import Accuracy, run_folder
-from bench.subjects import Subject
-from bench.verdicts import predict
+from models.deployed import eval_frozen, full_float32, predict, validate_outputs
 
 #: Called after each block with (blocks done, blocks in all, rows certified in the finished ones).
 OnBlock = Callable[[int, int, int], None]
 
 
 def certify(
-    spec: RunSpec,
-    subject: Subject,
-    certifier: Certifier,
-    data: EvalSet,
-    num_classes: int,
+    job: Job[Certifier],
     results: Path,
     device: str = "cpu",
     on_block: OnBlock = lambda *_: None,
 ) -> Certification:
-    """Certify the subject by the spec's method and store it; a certification that is finished is only read.
+    """Certify the job's subject by its method and store it; a certification that is finished is only read.
 
     Raises:
         UnusableInput: the model cannot take the data's images, or gives another number of classes; or this is one of
@@ -50,6 +44,7 @@ def certify(
         raise UnusableInput(
             f"`bench certify` is one process's work, and there are {processes}: start it without torchrun"
         )
+    spec, subject, data, num_classes = job.spec, job.subject, job.data, job.num_classes
     folder = CertificateFolder(
         run_folder(results, spec, spec.run_key(subject.info.checkpoint_sha256, data.fingerprint))
     )
@@ -66,19 +61,19 @@ def certify(
         if number not in done:
             started, chosen = time.perf_counter(), slice(start, start + spec.batch_size)
             x, y = data.x[chosen].to(device), data.y[chosen]
-            with attacking(model), full_float32(), torch.no_grad():
+            with eval_frozen(model), full_float32(), torch.no_grad():
                 if number == 0:
-                    first_look(model, x, num_classes, subject.info)
+                    validate_outputs(model, x, num_classes, subject.info)
                 clean = predict(model, x, False)
                 predicted = torch.where(clean.finite, clean.classes, -1)
                 block = Examples(model, x, y, data.idx[chosen], predicted, num_classes, spec.threat_model, spec.seed)
-                rows = _rows(certifier, block)
+                rows = _rows(job.method, block)
             side = {"seconds": time.perf_counter() - started, "right": int((predicted == y).sum())}
             folder.write_block(number, rows, side)
             certified[number] = _certified(rows)
         on_block(len(certified), len(starts), sum(certified.values()))
     # somebody else may have been faster in the same folder, and have removed the blocks
-    return folder.finished() or _finish(folder, spec, subject, certifier, data, device)
+    return folder.finished() or _finish(folder, job, device)
 
 
 def _certified(rows: pd.DataFrame) -> int:
@@ -110,9 +105,8 @@ def _rows(certifier: Certifier, block: Examples) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True).astype(CERTIFICATE_COLUMNS)
 
 
-def _finish(
-    folder: CertificateFolder, spec: RunSpec, subject: Subject, certifier: Certifier, data: EvalSet, device: str
-) -> Certification:
+def _finish(folder: CertificateFolder, job: Job[Certifier], device: str) -> Certification:
+    spec, subject, data = job.spec, job.subject, job.data
     blocks = folder.read_blocks()
     rows = pd.concat([block.rows for block in blocks], ignore_index=True)
     right = sum(block.side["right"] for block in blocks)
@@ -122,7 +116,7 @@ def _finish(
         data.fingerprint,
         Accuracy.of(pd.Series(np.arange(len(data)) < right)),
         rows,
-        params=certifier.model_dump(mode="json"),
+        params=job.method.model_dump(mode="json"),
         flags=tuple(sorted({*subject.flags, *([data.note] if data.note else [])})),
         data_note=data.note,
         environment=environment(device, torch.get_num_threads()),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
 from bench.certify.layers import NotSupported, check_untouched
-from bench.sampling import generator
+from bench.randomness import generator
 from bench.spec import Norm, ThreatModel
 from models.dual import DualModel
 

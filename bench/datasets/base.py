@@ -65,6 +65,11 @@ def fingerprint(x: Tensor, y: Tensor) -> str:
     return sha.hexdigest()
 
 
+def input_hash(x: Tensor) -> str:
+    """16 hex digits of a SHA-256 over one image's float32 pixels."""
+    return hashlib.sha256(x.float().contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
 class Dataset(ABC):
     """A data set: its constants, and how its images are read. Subclasses register with `DATASETS`.
 

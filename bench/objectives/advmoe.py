@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from bench.errors import TrainingFailed
 from bench.objectives.base import OBJECTIVES, Adversarial, Batch, Step, Terms, kl
-from bench.pgd import attacking, near_start
+from bench.pgd import near_start
+from models.deployed import eval_frozen
 
 
 @OBJECTIVES.register("advmoe")
@@ -56,7 +57,7 @@ class AdvMoE(Adversarial):
 
     def worst(self, moe: Any, batch: Batch, salt: str) -> Tensor:
         """x' for the model as it is now; TrainingFailed once the router's scores are not finite."""
-        with attacking(moe):
+        with eval_frozen(moe):
             with torch.no_grad():
                 logits, scores = moe(batch.x), moe.router(batch.x)
             if not scores.isfinite().all():

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from bench.pgd import attacking, default_step_size, pgd, random_start
+from bench.pgd import default_step_size, pgd, random_start
 from bench.registry import Registry
 from bench.spec import Spec, ThreatModel
+from models.deployed import eval_frozen
 from models.moe import MoE
 
 #: From the suffix of a salt to a tensor of the images' shape.
@@ -152,5 +153,5 @@ class Adversarial(Objective):
 
     def attack_model(self, model: Any, batch: Batch) -> Tensor:
         """x', PGD on the whole model in eval mode."""
-        with attacking(model):
+        with eval_frozen(model):
             return self.attack(model, batch.x, batch.y, batch, lambda suffix: batch.noise(f"model{suffix}"))

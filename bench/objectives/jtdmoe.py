@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench.objectives.base import OBJECTIVES, Batch, Step, Terms
 from bench.objectives.rt_er import RTER
-from bench.pgd import attacking
+from models.deployed import eval_frozen
 from models.dual import DualModel
 
 
@@ -32,7 +32,7 @@ class JTDMoE(RTER):
 
     def standard_loss(self, dual: DualModel, x: Tensor, y: Tensor) -> Terms:
         """CE(F_D(x), y) with R as it is deployed, and held fixed."""
-        with attacking(dual.robust), torch.no_grad():
+        with eval_frozen(dual.robust), torch.no_grad():
             robust = dual.robust(x)
         standard, trace = dual.standard.trace(x)
         terms = {

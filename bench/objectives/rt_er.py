@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bench.objectives.base import OBJECTIVES, Adversarial, Batch, Step, Terms, kl
-from bench.pgd import attacking
+from models.deployed import eval_frozen
 from models.moe import MoE
 from models.routing import dispatch
 
@@ -35,7 +35,7 @@ class RTER(Adversarial):
 
     def robust_loss(self, moe: MoE, batch: Batch) -> Callable[[MoE], Terms]:
         """Attack the MoE and its experts now; the loss on what was found, as a function of the MoE."""
-        with attacking(moe), torch.no_grad():
+        with eval_frozen(moe), torch.no_grad():
             if self.expert_term == "second":
                 selected = moe.router(batch.x).topk(2, dim=1).indices[:, 1:]
             else:

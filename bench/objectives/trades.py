@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from bench.objectives.base import OBJECTIVES, Adversarial, Batch, Step, Terms, kl
-from bench.pgd import attacking, near_start
+from bench.pgd import near_start
+from models.deployed import eval_frozen
 
 
 @OBJECTIVES.register("trades")
@@ -18,7 +19,7 @@ class TRADES(Adversarial):
     beta: float = Field(default=6.0, ge=0)
 
     def steps(self, model: Any, batch: Batch) -> Iterator[Step]:
-        with attacking(model):
+        with eval_frozen(model):
             with torch.no_grad():
                 clean = model(batch.x)
 

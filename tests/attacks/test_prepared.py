@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from bench.attacks.block import PassCounter
 from bench.attacks.prepared import Prepared, fold_batch_norm, prepare
-from bench.pgd import attacking
 from models.architecture import Architecture, Dense, Dual, Routed
+from models.deployed import eval_frozen
 
 SHAPE: dict[str, Any] = {"input_shape": (3, 32, 32), "num_classes": 10, "mean": (0.5,) * 3, "std": (0.25,) * 3}
 RESNET: dict[str, Any] = {"expert": "resnet10", "expert_params": {"width": 4}, **SHAPE}
@@ -140,7 +140,7 @@ def test_one_image_is_enough():
 
 def test_passes_of_the_copy_are_counted_as_the_models():
     model = trained("routed")
-    with attacking(model), PassCounter(model) as counter:
+    with eval_frozen(model), PassCounter(model) as counter:
         ready = Prepared(model)
         assert counter.lap() == (0, 0)
         with torch.no_grad():

@@ -14,9 +14,9 @@ from bench.certify.base import CERTIFIERS, Certifier
 from bench.certify.run import certify
 from bench.datasets.base import EvalSet
 from bench.errors import UnusableInput
+from bench.job import Job, Subject
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 from bench.store import read_runs, run_folder
-from bench.subjects import Subject
 
 Bench = Callable[..., tuple[int, str, str]]
 OWN: dict[str, dict[str, Any]] = {"smoothing": {"n0": 10, "n": 200}}
@@ -45,7 +45,7 @@ def made(tmp_path: Path, planted: Any, linear_moe: Any) -> Callable[..., tuple[C
             suite_version=certifier.version, n_examples=len(data), **fields,
         )  # fmt: skip
         subject = Subject(model, ModelInfo(name="m", architecture="planted", checkpoint_sha256="c" * 64))
-        result = certify(spec, subject, certifier, data, 3, results, on_block=on_block)
+        result = certify(Job(spec, subject, certifier, data, 3), results, on_block=on_block)
         return result, CertificateFolder(run_folder(results, spec, result.run)).rows(result)
 
     return run

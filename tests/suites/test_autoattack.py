@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench.attacks.block import PassCounter
 from bench.datasets.base import EvalSet, fingerprint, open_dataset
-from bench.evaluate import block_seed
+from bench.randomness import block_seed
 from bench.spec import Norm
 from bench.suites.autoattack import AutoAttackSuite, standard
 from models import load_model

@@ -1,0 +1,32 @@
+"""One run to be made: who is scored, and by which suite or way to certify."""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import nn
+
+from bench.datasets.base import EvalSet
+from bench.spec import Method, ModelInfo, RunSpec
+
+M = TypeVar("M", bound=Method)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in eval mode, and what is known of it; expert_scores: sa and ra of an MoE's experts, held-out images."""
+
+    model: nn.Module
+    info: ModelInfo
+    flags: tuple[str, ...] = ()
+    expert_scores: tuple[dict[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Job(Generic[M]):
+    """One run to be made, on the images that the spec names."""
+
+    spec: RunSpec
+    subject: Subject
+    method: M
+    data: EvalSet
+    num_classes: int
