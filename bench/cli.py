@@ -14,7 +14,7 @@ import typer
 from bench.errors import TrainingFailed, UnusableInput
 
 if TYPE_CHECKING:
-    from bench.store import Result
+    from bench.results.store import Result
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
 INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -95,7 +95,7 @@ def list_(what: Listing, as_json: JsonOption = False) -> None:
 
 def _names(what: Listing) -> list[str]:
     if what is Listing.variants:
-        from models.variants import VARIANTS
+        from bench.models.variants import VARIANTS
 
         return list(VARIANTS)
     if what is Listing.suites:
@@ -108,10 +108,10 @@ def _names(what: Listing) -> list[str]:
 
         return [f"{name}:{kind.argument}" if kind.argument else name for name, kind in DATASETS.items()]
     if what is Listing.objectives:
-        from bench.objectives.base import OBJECTIVES
+        from bench.training.objectives.base import OBJECTIVES
 
         return list(OBJECTIVES)
-    from bench.recipes import recipes
+    from bench.training.recipes import recipes
 
     return recipes()
 
@@ -134,13 +134,13 @@ def train(
     with redirect_stdout(sys.stderr):
         from bench.datasets.base import open_dataset
         from bench.environment import World
-        from bench.plan import threat_model
+        from bench.evaluation.plan import threat_model
+        from bench.models.checkpoints import read_header
         from bench.progress import TrainingProgress
-        from bench.recipes import train_spec
+        from bench.results.store import ensure_writable
         from bench.spec import parse_settings
-        from bench.store import ensure_writable
-        from bench.training import train as run_training
-        from models.checkpoints import read_header
+        from bench.training.loop import train as run_training
+        from bench.training.recipes import train_spec
 
         data = open_dataset(dataset)
         spec = train_spec(variant, data, threat_model(data, norm, eps), recipe, parse_settings(settings or ()), seed)
@@ -183,12 +183,12 @@ def run(
     """Attack models and store the verdicts; a run that is already finished is reported, not repeated."""
     with redirect_stdout(sys.stderr):
         from bench.environment import World, torch_device
-        from bench.evaluate import earlier_witnesses, evaluate
-        from bench.plan import RunRequest, plan
+        from bench.evaluation.evaluate import earlier_witnesses, evaluate
+        from bench.evaluation.plan import RunRequest, plan
+        from bench.models.checkpoints import ZOO
         from bench.progress import RunProgress
+        from bench.results.store import ensure_writable, run_folder
         from bench.spec import parse_number, parse_settings
-        from bench.store import ensure_writable, run_folder
-        from models.checkpoints import ZOO
 
         request = RunRequest(
             suites=split(suite) or ("clean", "pgd", "autoattack"),
@@ -287,11 +287,11 @@ def certify(
         from bench.certify.base import CERTIFIERS
         from bench.certify.run import certify as run_certifier
         from bench.environment import torch_device
-        from bench.plan import RunRequest, plan_methods
+        from bench.evaluation.plan import RunRequest, plan_methods
+        from bench.models.checkpoints import ZOO
         from bench.progress import RunProgress
+        from bench.results.store import ensure_writable, run_folder
         from bench.spec import build, parse_number, parse_settings
-        from bench.store import ensure_writable, run_folder
-        from models.checkpoints import ZOO
 
         certifier = build(CERTIFIERS[method], f"--method {method}", parse_settings(settings or ()))
         own = certifier.own_threat
@@ -338,8 +338,8 @@ def leaderboard(
 
     Exit status 1, and no board, where a certificate and an adversarial example contradict each other.
     """
-    from bench.certificates import conflicts, read_certificates
-    from bench.leaderboard import finished_runs, write_boards
+    from bench.boards.leaderboard import finished_runs, write_boards
+    from bench.results.certificates import conflicts, read_certificates
 
     if found := conflicts(finished_runs(results), read_certificates(results)):
         print("\n\n".join(map(str, found)))
@@ -348,7 +348,7 @@ def leaderboard(
         )
         raise typer.Exit(FAILED)
     if board_format is BoardFormat.robustbench:
-        from bench.robustbench_info import write_model_info
+        from bench.boards.robustbench import write_model_info
 
         written = write_model_info(results, out)
         for path in written.paths:
@@ -370,8 +370,8 @@ def check(
     alpha: Annotated[float, typer.Option("--alpha", help="significance level")] = 0.05,
 ) -> None:
     """Compare results with a baseline, example by example; exit status 1 on a regression."""
-    from bench.check import check as compare
-    from bench.check import render
+    from bench.boards.check import check as compare
+    from bench.boards.check import render
 
     report = compare(baseline, results, max_drop, alpha)
     print(render(report))
@@ -392,8 +392,8 @@ def replay(
     """Re-verify the adversarial examples that a run kept, on a freshly loaded model; exit status 1 if one fails."""
     with redirect_stdout(sys.stderr):
         from bench.environment import torch_device
-        from bench.replay import replay as verify
-        from models.checkpoints import ZOO
+        from bench.evaluation.replay import replay as verify
+        from bench.models.checkpoints import ZOO
 
         report = verify(run_dir, data_root, [checkpoints, ZOO], torch_device(device), model)
     for idx, attack, why in report.failures:
@@ -409,7 +409,7 @@ def doctor(data_root: DataRootOption = Path("data"), checkpoints: CheckpointsOpt
     """Print versions, devices, whether the suites import, and which data and models are found."""
     with redirect_stdout(sys.stderr):
         from bench.doctor import examine
-        from models.checkpoints import ZOO
+        from bench.models.checkpoints import ZOO
 
         findings = list(examine(data_root, [checkpoints, ZOO]))
     width = max(len(what) for what, _, _ in findings)

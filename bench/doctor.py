@@ -10,7 +10,7 @@ import bench
 from bench.datasets.base import DATASETS, open_dataset
 from bench.environment import versions
 from bench.errors import UnusableInput
-from models.checkpoints import available
+from bench.models.checkpoints import available
 
 
 def examine(data_root: Path, checkpoints: Sequence[Path]) -> Iterator[tuple[str, str, bool]]:

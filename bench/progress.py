@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench.environment import World
+from bench.results.store import Result
 from bench.spec import RunSpec, TrainSpec
-from bench.store import Result
-from bench.training import Epoch
+from bench.training.loop import Epoch
 
 
 class _Bar:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from bench.attacks.block import Block, PassCounter
 from bench.datasets.base import EvalSet, open_dataset
-from bench.evaluate import full_float32
-from bench.plan import named_subject
+from bench.evaluation.evaluate import full_float32
+from bench.evaluation.plan import named_subject
+from bench.models.deployed import eval_frozen
 from bench.randomness import block_seed
 from bench.spec import ThreatModel
 from bench.suites.autoattack import AutoAttackSuite
-from models.deployed import eval_frozen
 
 
 def directly(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Tensor:

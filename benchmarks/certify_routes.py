@@ -16,7 +16,7 @@ from tabulate import tabulate
 from bench.certify.layers import affine_map
 from bench.certify.routes import pair_distances, route_radius
 from bench.datasets.base import open_dataset
-from models.routing import AffineRouter
+from bench.models.routing import AffineRouter
 
 #: Share of CIFAR-10's 10,000 test images with a boundary within ε, %, mean of 20 initialisations, as published.
 PUBLISHED = {0.5: 47.6, 1: 75.2, 2: 95.0, 4: 99.8, 8: 99.9985}

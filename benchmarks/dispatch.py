@@ -10,8 +10,8 @@ from side_by_side import machine, medians
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from models.architecture import Routed
-from models.moe import MoE
+from bench.models.architecture import Routed
+from bench.models.moe import MoE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

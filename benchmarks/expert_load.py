@@ -9,10 +9,10 @@ from pathlib import Path
 from tabulate import tabulate
 
 from bench.datasets.base import open_dataset
-from bench.sampling import hold_out
+from bench.models.checkpoints import load_checkpoint
 from bench.spec import TrainSpec
-from bench.telemetry import routing
-from models.checkpoints import load_checkpoint
+from bench.training.routing_metrics import routing
+from bench.training.sampling import hold_out
 
 
 def loads(checkpoint: Path, data_root: Path) -> dict[str, float]:

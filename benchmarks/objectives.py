@@ -12,8 +12,8 @@ from side_by_side import machine, medians
 from tabulate import tabulate
 
 from bench.datasets.base import open_dataset
-from bench.objectives.base import OBJECTIVES, Batch
-from bench.recipes import architecture, train_spec
+from bench.training.objectives.base import OBJECTIVES, Batch
+from bench.training.recipes import architecture, train_spec
 
 CIFAR10 = open_dataset("cifar10")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

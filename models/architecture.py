@@ -5,12 +5,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
+from bench.models.base import Classifier
+from bench.models.dual import DualModel
+from bench.models.experts import build_expert, expert_label
+from bench.models.moe import Combine, MoE
+from bench.models.routing import ROUTERS, Gate
 from bench.spec import Spec
-from models.base import Classifier
-from models.dual import DualModel
-from models.experts import build_expert, expert_label
-from models.moe import Combine, MoE
-from models.routing import ROUTERS, Gate
 
 
 class Network(Spec):

@@ -14,9 +14,9 @@ from torch import nn
 
 from bench.errors import UnusableInput
 from bench.files import write_atomically
+from bench.models.architecture import Architecture, Dual
+from bench.models.variants import VARIANTS
 from bench.spec import ModelInfo, Spec, ThreatModel, path_safe
-from models.architecture import Architecture, Dual
-from models.variants import VARIANTS
 
 ZOO = Path(__file__).parent / "zoo"
 USER_CHECKPOINTS = Path("checkpoints")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput
-from bench.parts import is_dual, is_moe
+from bench.models.parts import is_dual, is_moe
 from bench.spec import ModelInfo
 
 

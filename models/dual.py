@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput
-from models.moe import Combine
-from models.routing import RoutingTrace
+from bench.models.moe import Combine
+from bench.models.routing import RoutingTrace
 
 
 class DualModel(nn.Module):

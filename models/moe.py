@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput
-from models.routing import Gate, RoutingTrace, dispatch, route
+from bench.models.routing import Gate, RoutingTrace, dispatch, route
 
 Combine = Literal["logits", "probs"]
 

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bench.models.base import Normalize
 from bench.registry import Registry
-from models.base import Normalize
 
 Gate = Literal["softmax", "argmax"]
 

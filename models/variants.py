@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bench.errors import UnusableInput, did_you_mean
-from models.moe import Combine
-from models.routing import Gate
+from bench.models.moe import Combine
+from bench.models.routing import Gate
 
 
 @dataclass(frozen=True)

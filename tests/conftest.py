@@ -53,7 +53,7 @@ def linear_net() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def linear_moe(linear_net: Callable[..., Any]) -> Callable[..., Any]:
     """linear_moe(experts, router, K, gate, combine): an MoE of such networks, each given by its rows."""
-    from models.moe import MoE
+    from bench.models.moe import MoE
 
     def build(experts: list[list[list[float]]], router: list[list[float]], *options: Any, **more: Any) -> MoE:
         return MoE([linear_net(rows) for rows in experts], linear_net(router), *options, **more)
@@ -65,8 +65,8 @@ def linear_moe(linear_net: Callable[..., Any]) -> Callable[..., Any]:
 def tiny_spec() -> Callable[..., Any]:
     """tiny_spec("moe-at", seed=1, lr=0.5): the spec of a training on 200 digits that takes under a second."""
     from bench.datasets.base import open_dataset
-    from bench.recipes import objective_class, train_spec
-    from models.variants import get_variant
+    from bench.models.variants import get_variant
+    from bench.training.recipes import objective_class, train_spec
 
     def build(variant: str, seed: int = 0, **settings: Any) -> Any:
         digits = open_dataset("digits")
@@ -99,8 +99,8 @@ def planted() -> Any:
     from torch import nn
 
     from bench.datasets.base import EvalSet, fingerprint
-    from models.dual import DualModel
-    from models.moe import MoE
+    from bench.models.dual import DualModel
+    from bench.models.moe import MoE
 
     rows = torch.from_numpy(hadamard(64)).float().repeat(1, 3)
     codes = {"loud": rows[1:11], "quiet": rows[32:42]}
@@ -145,11 +145,11 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
 
     The suite is a name, or a Suite of the test's own.
     """
-    from bench.evaluate import earlier_witnesses, evaluate
+    from bench.evaluation.evaluate import earlier_witnesses, evaluate
+    from bench.evaluation.subjects import routing_visible, weights_sha256
     from bench.job import Job, Subject
+    from bench.results.store import Run, run_folder
     from bench.spec import ModelInfo, RunSpec, ThreatModel
-    from bench.store import Run, run_folder
-    from bench.subjects import routing_visible, weights_sha256
     from bench.suites.base import open_suites
 
     def run(
@@ -249,10 +249,10 @@ def shelve() -> Callable[..., None]:
     """shelve(folder, "moe-at", "dual-jtdmoe"): checkpoints of these variants for digits, with random weights."""
     import torch
 
+    from bench.models.architecture import Dense, Dual, Routed
+    from bench.models.checkpoints import Header, checkpoint_path, save_checkpoint
+    from bench.models.variants import get_variant
     from bench.spec import ThreatModel
-    from models.architecture import Dense, Dual, Routed
-    from models.checkpoints import Header, checkpoint_path, save_checkpoint
-    from models.variants import get_variant
 
     shape: dict[str, Any] = {"input_shape": (1, 8, 8), "num_classes": 10, "mean": (0.3,), "std": (0.4,)}
     network: dict[str, Any] = {"expert": "small_cnn", "expert_params": {"width": 2}, **shape}
@@ -316,6 +316,6 @@ def block_of(planted: Any) -> Callable[..., Any]:
 @pytest.fixture
 def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No probes, for a model that counts how often it is called."""
-    from bench import evaluate
+    from bench.evaluation import evaluate
 
     monkeypatch.setattr(evaluate, "probe", lambda *_, **__: [])

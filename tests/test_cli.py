@@ -19,11 +19,11 @@ from bench.attacks.block import Attempt, Block
 from bench.cli import main, split
 from bench.datasets.base import DATASETS
 from bench.errors import UnusableInput
-from bench.objectives.base import OBJECTIVES
-from bench.recipes import recipes
-from bench.store import Result, RunFolder, read_runs, run_folder
+from bench.models.variants import VARIANTS
+from bench.results.store import Result, RunFolder, read_runs, run_folder
 from bench.suites.base import SUITES, Suite
-from models.variants import VARIANTS
+from bench.training.objectives.base import OBJECTIVES
+from bench.training.recipes import recipes
 
 Bench = Callable[..., tuple[int, str, str]]
 
@@ -458,7 +458,7 @@ def test_interrupt_is_one_line(bench: Bench, user_model: str, monkeypatch: pytes
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bench.plan.plan", interrupt)
+    monkeypatch.setattr("bench.evaluation.plan.plan", interrupt)
     assert bench("run") == (
         130,
         "",
@@ -472,7 +472,7 @@ def test_failed_training_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPat
     def fail(*_: Any) -> None:
         raise TrainingFailed("the loss is not finite at epoch 1, step 2: lower lr")
 
-    monkeypatch.setattr("bench.training.train", fail)
+    monkeypatch.setattr("bench.training.loop.train", fail)
     assert bench("train", "moe-at") == (1, "", "error: the loss is not finite at epoch 1, step 2: lower lr\n")
 
 
@@ -480,6 +480,6 @@ def test_fault_of_our_own_is_not_hidden(bench: Bench, monkeypatch: pytest.Monkey
     def fail(*_: Any) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("bench.plan.plan", fail)
+    monkeypatch.setattr("bench.evaluation.plan.plan", fail)
     with pytest.raises(RuntimeError, match="a fault"):
         main(["run"])

@@ -12,17 +12,17 @@ from PIL import Image
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from bench import training
 from bench.datasets.base import Images, open_dataset
-from bench.objectives.at import AT
-from bench.recipes import architecture, objective_class, train_spec
-from bench.sampling import Sampler
+from bench.models.base import Classifier
+from bench.models.checkpoints import load_checkpoint
+from bench.models.moe import MoE
+from bench.models.variants import VARIANTS, get_variant
 from bench.spec import ThreatModel, TrainSpec
-from bench.training import _Run, train
-from models.base import Classifier
-from models.checkpoints import load_checkpoint
-from models.moe import MoE
-from models.variants import VARIANTS, get_variant
+from bench.training import loop as training
+from bench.training.loop import _Run, train
+from bench.training.objectives.at import AT
+from bench.training.recipes import architecture, objective_class, train_spec
+from bench.training.sampling import Sampler
 
 NONE = Path("nowhere")  # digits needs no data
 DIGITS = open_dataset("digits")

@@ -1,6 +1,7 @@
-"""Imports follow the data, one way: spec, data set, model, suite, verdicts, store, board and gate."""
+"""Imports follow the data, one way and by folder: the picture of them in CONTRIBUTING.md is true."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-#: Modules of `bench` that models may import: what names things, and writes files.
-SHARED = {"bench.errors", "bench.registry", "bench.spec", "bench.files"}
-HEAVY = ("torch", "pandas", "pydantic", "numpy", "rich", "models", "sklearn", "scipy")
+HEAVY = ("torch", "pandas", "pydantic", "numpy", "rich", "sklearn", "scipy")
+#: Libraries of attacks, and the only modules that may use them.
+ATTACK_LIBRARIES = {"torchattacks", "pyautoattack", "autoattack", "robustbench"}
+USERS = {"suites/torchattacks", "suites/pgd", "suites/autoattack", "attacks/adaptive", "attacks/leaving", "compat"}
 
 
 def imports(path: Path, *, everywhere: bool = True) -> set[str]:
@@ -32,14 +34,34 @@ def imports(path: Path, *, everywhere: bool = True) -> set[str]:
     return found
 
 
-def modules(folder: str, pattern: str = "**/*.py") -> list[Path]:
-    return sorted((ROOT / folder).glob(pattern))
+def sources() -> dict[str, Path]:
+    """Every module of bench by its name; rglob follows no link, so those of bench.models are found in models/."""
+    found = {}
+    for folder, package in ((ROOT / "bench", "bench"), (ROOT / "models", "bench.models")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
 
 
-def of_bench(names: set[str]) -> set[str]:
-    """The modules of bench among the names, without what is imported from inside them."""
-    known = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules("bench")}
-    return {name for name in names if name in known}
+def folder_of(module: str) -> str:
+    """`bench.attacks.routes` → `attacks`, `bench.pgd` → `pgd`."""
+    return module.split(".")[1]
+
+
+def graph() -> dict[str, set[str]]:
+    """Which modules of bench each module of bench imports; bench itself only loads what is asked of it."""
+    known = sources()
+    return {name: (imports(path) & known.keys()) - {"bench"} for name, path in known.items() if name != "bench"}
+
+
+def picture() -> dict[str, set[str]]:
+    """The picture in CONTRIBUTING.md: each folder or module at the top, and what it imports."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    block = re.search(r"```imports\n(.*?)```", text, re.DOTALL)
+    assert block, "CONTRIBUTING.md has no picture of the imports"
+    lines = [line.split("←") for line in block[1].splitlines()]
+    return {left.strip(): set(right.replace("–", "").replace(",", " ").split()) for left, right in lines}
 
 
 def test_imports_are_read_from_the_syntax(tmp_path: Path):
@@ -49,49 +71,52 @@ def test_imports_are_read_from_the_syntax(tmp_path: Path):
     assert imports(path, everywhere=False) == {"a.b", "c", "c.d"}
 
 
-@pytest.mark.parametrize("path", modules("models"), ids=lambda path: path.stem)
-def test_models_know_of_bench_only_specs_names_and_files(path: Path):
-    assert of_bench(imports(path)) <= SHARED
-    assert {name for name in imports(path) if name.split(".")[0] == "bench"} <= SHARED | {
-        name for name in imports(path) if name.rpartition(".")[0] in SHARED
-    }
+def test_the_picture_of_the_imports_is_true():
+    found: dict[str, set[str]] = {}
+    for module, names in graph().items():
+        of = found.setdefault(folder_of(module), set())
+        of |= {folder_of(name) for name in names} - {folder_of(module)}
+    found.pop("__main__")
+    assert found == picture()
 
 
-@pytest.mark.parametrize("path", modules("bench/suites"), ids=lambda path: path.stem)
-def test_suites_know_nothing_of_what_is_made_of_their_answers(path: Path):
-    after = {"evaluate", "verdicts", "store", "metrics", "leaderboard", "check", "plan", "subjects", "cli", "progress"}
-    assert not {name.partition(".")[2].partition(".")[0] for name in imports(path) if name.startswith("bench.")} & after
+def test_imports_go_one_way():
+    above: list[str] = []
+    for folder, names in picture().items():
+        assert names <= set(above), f"{folder} imports {names - set(above)}, which stand below it"
+        above.append(folder)
 
 
-def test_verdicts_share_no_code_with_an_attack():
-    assert of_bench(imports(ROOT / "bench/verdicts.py")) == {"bench.spec", "bench.parts"}
-    assert not of_bench(imports(ROOT / "bench/parts.py"))  # what a model shows of itself, and no more
-    for library in ("torchattacks", "pyautoattack", "robustbench", "autoattack"):
-        users = {path.stem for path in modules("bench") if library in {n.split(".")[0] for n in imports(path)}}
-        assert users <= {"torchattacks", "pgd", "autoattack", "adaptive", "compat", "leaving"}, library
+def reached(module: str) -> set[str]:
+    """All modules of bench that a module imports, and those that these import, and so on."""
+    every, found, todo = graph(), set[str](), [module]
+    while todo:
+        new = every[todo.pop()] - found
+        found |= new
+        todo += new
+    return found
 
 
-@pytest.mark.parametrize("path", modules("bench/certify"), ids=lambda path: path.stem)
-def test_certificates_share_no_code_with_an_attack(path: Path):
-    names = imports(path)
-    assert not {name for name in names if name.startswith(("bench.attacks", "bench.suites"))}
-    assert not {name.split(".")[0] for name in names} & {"torchattacks", "pyautoattack", "robustbench"}
+def of_folder(folder: str) -> list[str]:
+    return sorted(name for name in graph() if folder_of(name) == folder and name != f"bench.{folder}")
 
 
-def test_what_names_things_imports_nothing_of_the_project():
-    assert of_bench(imports(ROOT / "bench/errors.py")) == set()
-    assert of_bench(imports(ROOT / "bench/registry.py")) == {"bench.errors"}
-    assert of_bench(imports(ROOT / "bench/files.py")) == set()
-    assert of_bench(imports(ROOT / "bench/spec.py")) == {"bench.errors"}
+@pytest.mark.parametrize("module", of_folder("certify"))
+def test_certificates_share_no_code_with_attacks_nor_through_a_third_module(module: str):
+    shared = reached(module)
+    assert not {folder_of(name) for name in shared} & {"attacks", "suites", "evaluation", "pgd", "compat"}
+    for name in {module} | shared:
+        assert not {library.split(".")[0] for library in imports(sources()[name])} & ATTACK_LIBRARIES, name
 
 
-def test_data_sets_and_objectives_know_no_suite_and_no_store():
-    later = {"bench.evaluate", "bench.verdicts", "bench.store", "bench.plan", "bench.subjects", "bench.cli"}
-    for folder in ("bench/datasets", "bench/objectives"):
-        for path in modules(folder):
-            names = imports(path)
-            assert not names & later, path
-            assert not any(name.startswith("bench.suites") for name in names), path
+def test_verdicts_share_no_code_with_attacks_nor_through_a_third_module():
+    assert not {folder_of(name) for name in reached("bench.evaluation.verdicts")} & {"attacks", "suites", "pgd"}
+
+
+def test_libraries_of_attacks_are_used_in_few_places():
+    for name, path in sources().items():
+        if {library.split(".")[0] for library in imports(path)} & ATTACK_LIBRARIES:
+            assert name.removeprefix("bench.").replace(".", "/") in USERS
 
 
 def loaded(statement: str, cwd: Path) -> set[str]:
@@ -102,12 +127,15 @@ def loaded(statement: str, cwd: Path) -> set[str]:
     return {name.partition(".")[0] for name in names} | {name for name in names if name.startswith("bench.")}
 
 
-@pytest.mark.parametrize("module", ["leaderboard", "robustbench_info", "check", "certificates"])
-def test_boards_and_gate_import_no_torch(module: str):
-    found = loaded(f"import bench.{module}, bench.store, bench.metrics", ROOT)
-    assert f"bench.{module}" in found
+def test_importing_bench_loads_nothing_heavy(tmp_path: Path):
+    assert not loaded("import bench", tmp_path) & set(HEAVY)
+
+
+def test_results_and_boards_import_no_torch(tmp_path: Path):
+    modules = of_folder("results") + of_folder("boards")
+    found = loaded(f"import {', '.join(modules)}", tmp_path)
+    assert set(modules) <= found
     assert "torch" not in found
-    assert "models" not in found
 
 
 def run_main(*words: str) -> str:
@@ -126,5 +154,5 @@ def test_help_imports_nothing_heavy(tmp_path: Path):
 )
 def test_commands_without_a_model_import_no_torch(words: tuple[str, ...], tmp_path: Path):
     found = loaded(run_main(*words), tmp_path)
-    assert f"bench.{words[0]}" in found
+    assert f"bench.boards.{words[0]}" in found
     assert "torch" not in found

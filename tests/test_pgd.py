@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput
+from bench.models.deployed import eval_frozen
 from bench.pgd import default_step_size, near_start, pgd, project, random_start
 from bench.spec import ThreatModel
-from models.deployed import eval_frozen
 
 LINF, L2 = ThreatModel(norm="Linf", eps=0.1), ThreatModel(norm="L2", eps=0.5)
 

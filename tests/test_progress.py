@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from bench.progress import RunProgress, TrainingProgress
+from bench.results.store import Accuracy, Result
 from bench.spec import ModelInfo, RunSpec, ThreatModel
-from bench.store import Accuracy, Result
-from bench.training import Epoch
+from bench.training.loop import Epoch
 
 SPEC = RunSpec(
     model="zoo[b]:ok",

@@ -22,9 +22,9 @@ from bench.attacks.search import Search
 from bench.attacks.surrogates import averaged, bpda, joint, soft
 from bench.attacks.targets import nearest, targeted
 from bench.errors import UnusableInput, did_you_mean
-from bench.parts import is_dual, parts, routed_branches
+from bench.models.deployed import eval_frozen, full_float32
+from bench.models.parts import is_dual, parts, routed_branches
 from bench.spec import Norm, ThreatModel
-from models.deployed import eval_frozen, full_float32
 
 BudgetName = Literal["small", "standard", "large"]
 Recipe = Literal["full", "trial"]

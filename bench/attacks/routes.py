@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bench.attacks.scores import PROBE, differentiable, has_gradient, logarithms, stand_in
 from bench.attacks.search import Search, halved, margin
-from bench.parts import routed_branches
+from bench.models.moe import MoE
+from bench.models.parts import routed_branches
+from bench.models.routing import RoutingTrace, dispatch
 from bench.pgd import ascend_once
 from bench.spec import ThreatModel
-from models.moe import MoE
-from models.routing import RoutingTrace, dispatch
 
 
 def affine_map(router: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, float] | None:

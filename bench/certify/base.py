@@ -37,7 +37,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Claim:
-    """What one method says of a block at one ε: arrays (B,), as in `bench.certificates.CERTIFICATE_COLUMNS`."""
+    """What one method says of a block at one ε: arrays (B,), as in `bench.results.certificates.CERTIFICATE_COLUMNS`."""
 
     method: str
     eps: float

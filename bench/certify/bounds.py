@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
 from bench.certify.layers import NotSupported, check_untouched, layers, terms
 from bench.certify.linear import Bounds
-from bench.parts import is_dual, is_moe
+from bench.models.dual import DualModel
+from bench.models.moe import MoE
+from bench.models.parts import is_dual, is_moe
 from bench.spec import ThreatModel
-from models.dual import DualModel
-from models.moe import MoE
 
 #: Of the magnitude of an output's terms, what is kept in reserve for a float32 network's rounding.
 LOGIT_SLACK = 1e-5

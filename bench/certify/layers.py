@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from models.base import Classifier, Normalize
-from models.routing import AffineRouter, ConvRouter
+from bench.models.base import Classifier, Normalize
+from bench.models.routing import AffineRouter, ConvRouter
 
 #: Elements of a matrix above which an affine layer is not written out.
 MAX_MATRIX = 2**20

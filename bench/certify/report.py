@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from bench.certificates import ANSWERED, ROUTES, SMOOTHED, STATUSES, Certification, succeeded
+from bench.results.certificates import ANSWERED, ROUTES, SMOOTHED, STATUSES, Certification, succeeded
 from bench.spec import ThreatModel
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#999999")

@@ -12,10 +12,10 @@ from torch import Tensor
 from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
 from bench.certify.layers import NotSupported, affine_map, check_untouched, terms
 from bench.errors import UnusableInput
-from bench.parts import routed_branch
+from bench.models.dual import DualModel
+from bench.models.moe import MoE
+from bench.models.parts import routed_branch
 from bench.spec import Norm, ThreatModel
-from models.dual import DualModel
-from models.moe import MoE
 
 #: Of the magnitude of a score's terms, how far a float32 router may be from the exact one, and the double one from it:
 #: above γ_n = n·2⁻²⁴ for the ~100 additions in a row that a blocked dot product of 3,072 terms has.

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bench.certificates import CERTIFICATE_COLUMNS, CertificateFolder, Certification
 from bench.certify.base import Certifier, Examples
 from bench.certify.report import curve, table
 from bench.datasets.base import input_hash
@@ -20,9 +19,10 @@ from bench.environment import World, environment, git_hash
 from bench.errors import UnusableInput
 from bench.files import write_atomically
 from bench.job import Job
-from bench.parts import set_alpha
-from bench.store import Accuracy, run_folder
-from models.deployed import eval_frozen, full_float32, predict, validate_outputs
+from bench.models.deployed import eval_frozen, full_float32, predict, validate_outputs
+from bench.models.parts import set_alpha
+from bench.results.certificates import CERTIFICATE_COLUMNS, CertificateFolder, Certification
+from bench.results.store import Accuracy, run_folder
 
 #: Called after each block with (blocks done, blocks in all, rows certified in the finished ones).
 OnBlock = Callable[[int, int, int], None]

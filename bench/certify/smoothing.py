@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
 from bench.certify.layers import NotSupported, check_untouched
+from bench.models.dual import DualModel
 from bench.randomness import generator
 from bench.spec import Norm, ThreatModel
-from models.dual import DualModel
 
 Counts = NDArray[np.int64]
 

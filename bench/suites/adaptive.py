@@ -6,7 +6,7 @@ from typing import ClassVar
 from bench.attacks.adaptive import BudgetName, Recipe, run
 from bench.attacks.block import Attempt, Block
 from bench.attacks.search import Search
-from bench.parts import parts
+from bench.models.parts import parts
 from bench.spec import Norm
 from bench.suites.base import SUITES, Suite
 

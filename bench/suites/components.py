@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bench.attacks.block import Attempt, Block
 from bench.attacks.scores import differentiable, logarithms
-from bench.parts import is_dual, parts, routed_branch
+from bench.models.parts import is_dual, parts, routed_branch
 from bench.pgd import pgd, random_start
 from bench.spec import Norm
 from bench.suites.base import SUITES, Suite

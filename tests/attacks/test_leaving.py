@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from bench.attacks.leaving import NobodyStands, Standing, hasten
 from bench.attacks.prepared import Prepared
 from bench.datasets.base import open_dataset
+from bench.models import load_model
 from bench.spec import Norm
-from models import load_model
 
 PARTS = ["apgd", "apgd_targeted", "fab", "square"]
 

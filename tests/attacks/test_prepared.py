@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from bench.attacks.block import PassCounter
 from bench.attacks.prepared import Prepared, fold_batch_norm, prepare
-from models.architecture import Architecture, Dense, Dual, Routed
-from models.deployed import eval_frozen
+from bench.models.architecture import Architecture, Dense, Dual, Routed
+from bench.models.deployed import eval_frozen
 
 SHAPE: dict[str, Any] = {"input_shape": (3, 32, 32), "num_classes": 10, "mean": (0.5,) * 3, "std": (0.25,) * 3}
 RESNET: dict[str, Any] = {"expert": "resnet10", "expert_params": {"width": 4}, **SHAPE}

@@ -14,10 +14,10 @@ from bench.attacks.block import Block, PassCounter
 from bench.attacks.routes import Routes, affine_map, mixture, reachable_affine
 from bench.attacks.search import Search
 from bench.attacks.targets import nearest
+from bench.models.dual import DualModel
+from bench.models.moe import MoE
+from bench.models.routing import AffineRouter, ConvRouter
 from bench.spec import ThreatModel
-from models.dual import DualModel
-from models.moe import MoE
-from models.routing import AffineRouter, ConvRouter
 
 
 def search(model: nn.Module, x: Tensor, y: Tensor, eps: float = 0.1, norm: Any = "Linf", classes: int = 2) -> Search:

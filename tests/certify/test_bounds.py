@@ -12,15 +12,15 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from bench.certificates import DETERMINISTIC, ROUTES
 from bench.certify.base import Claim, Examples
 from bench.certify.bounds import ClassBounds, Margins, least_mixture, soft_radius
 from bench.certify.layers import layers
 from bench.certify.routes import Routes
+from bench.models.dual import DualModel
+from bench.models.experts import EXPERTS
+from bench.models.moe import MoE
+from bench.results.certificates import DETERMINISTIC, ROUTES
 from bench.spec import NORMS, ThreatModel
-from models.dual import DualModel
-from models.experts import EXPERTS
-from models.moe import MoE
 
 
 def block(model: nn.Module, x: Tensor, threat: ThreatModel, y: Tensor | None = None) -> Examples:

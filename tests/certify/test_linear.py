@@ -10,10 +10,10 @@ from torchvision.models.resnet import BasicBlock
 from bench.certify import layers as lowering
 from bench.certify.layers import NotSupported, layers, terms
 from bench.certify.linear import Bounds, Region
+from bench.models.base import Classifier, Normalize
+from bench.models.experts import EXPERTS
+from bench.models.routing import AffineRouter, ConvRouter
 from bench.spec import ThreatModel
-from models.base import Classifier, Normalize
-from models.experts import EXPERTS
-from models.routing import AffineRouter, ConvRouter
 
 SHAPE = (3, 8, 8)
 COLOURS: Any = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench.certificates import CERTIFICATE_COLUMNS, Certification
 from bench.certify.report import curve, shares, table
+from bench.results.certificates import CERTIFICATE_COLUMNS, Certification
+from bench.results.store import Accuracy
 from bench.spec import ModelInfo, RunSpec, ThreatModel
-from bench.store import Accuracy
 
 
 def rows(method: str, radii: list[float], right: list[bool], eps: float = 0.2, status: str = "") -> pd.DataFrame:

@@ -19,10 +19,10 @@ from bench.certify.layers import NotSupported, affine_map
 from bench.certify.routes import Routes, distance, pair_distances, reachable, reachable_exactly, route_radius
 from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
+from bench.models.dual import DualModel
+from bench.models.moe import MoE
+from bench.models.routing import AffineRouter, ConvRouter, RoutingTrace, dispatch, route
 from bench.spec import ThreatModel
-from models.dual import DualModel
-from models.moe import MoE
-from models.routing import AffineRouter, ConvRouter, RoutingTrace, dispatch, route
 
 NORMS: tuple[Any, ...] = ("Linf", "L2")
 

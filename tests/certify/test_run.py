@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from bench.certificates import CertificateFolder, Certification, conflicts, read_certificates
 from bench.certify.base import CERTIFIERS, Certifier
 from bench.certify.run import certify
 from bench.datasets.base import EvalSet
 from bench.errors import UnusableInput
 from bench.job import Job, Subject
+from bench.results.certificates import CertificateFolder, Certification, conflicts, read_certificates
+from bench.results.store import read_runs, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel
-from bench.store import read_runs, run_folder
 
 Bench = Callable[..., tuple[int, str, str]]
 OWN: dict[str, dict[str, Any]] = {"smoothing": {"n0": 10, "n": 200}}

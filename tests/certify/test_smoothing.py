@@ -20,8 +20,8 @@ from bench.certify.smoothing import (
     tight_dual_radius,
 )
 from bench.errors import UnusableInput
+from bench.models.dual import DualModel
 from bench.spec import ThreatModel
-from models.dual import DualModel
 
 
 def certify(model: nn.Module, x: Tensor, seed: int = 0, y: Tensor | None = None, **fields: Any) -> dict[str, Claim]:

@@ -7,10 +7,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from bench.errors import UnusableInput
-from models.architecture import Architecture, Dense, Dual, Routed
-from models.dual import DualModel
-from models.moe import MoE
-from models.routing import AffineRouter, ConvRouter
+from bench.models.architecture import Architecture, Dense, Dual, Routed
+from bench.models.dual import DualModel
+from bench.models.moe import MoE
+from bench.models.routing import AffineRouter, ConvRouter
 
 NETWORK: dict[str, Any] = {
     "expert": "small_cnn", "expert_params": {"width": 3}, "input_shape": (2, 8, 8), "num_classes": 5,

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models.base import Classifier, Normalize
+from bench.models.base import Classifier, Normalize
 
 
 def test_normalize_by_hand():

@@ -12,11 +12,9 @@ from torch import nn
 
 from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
-from bench.recipes import architecture
-from bench.spec import ThreatModel, TrainSpec
-from models import checkpoints
-from models.architecture import Dense, Dual, Routed
-from models.checkpoints import (
+from bench.models import checkpoints
+from bench.models.architecture import Dense, Dual, Routed
+from bench.models.checkpoints import (
     Header,
     available,
     checkpoint_path,
@@ -26,7 +24,9 @@ from models.checkpoints import (
     read_header,
     save_checkpoint,
 )
-from models.variants import VARIANTS
+from bench.models.variants import VARIANTS
+from bench.spec import ThreatModel, TrainSpec
+from bench.training.recipes import architecture
 
 LINF = ThreatModel(norm="Linf", eps=0.2)
 NETWORK: dict[str, Any] = {

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bench.errors import UnusableInput
-from models.dual import DualModel
-from models.moe import Combine, MoE
+from bench.models.dual import DualModel
+from bench.models.moe import Combine, MoE
 
 ONE = torch.ones(1, 1, 1, 1)
 #: for a pixel of value 1: S has softmax (1, 1)/2 and R (3, 1)/4

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
-from bench.recipes import train_spec
+from bench.models.architecture import Dense, Dual, Routed
+from bench.models.experts import EXPERTS, Shape, build_expert, expert_label, pretrained_weights
 from bench.spec import Recipe
-from bench.training import load_pretrained
-from models.architecture import Dense, Dual, Routed
-from models.experts import EXPERTS, Shape, build_expert, expert_label, pretrained_weights
+from bench.training.loop import load_pretrained
+from bench.training.recipes import train_spec
 
 #: the input shape and the parameters that make a quick one; for an expert that is not here its own defaults at 32 px
 TINY: dict[str, tuple[Shape, dict[str, Any]]] = {

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.errors import UnusableInput
-from models.experts import EXPERTS, build_expert
-from models.moe import Combine, MoE
-from models.routing import ROUTERS, Gate
+from bench.models.experts import EXPERTS, build_expert
+from bench.models.moe import Combine, MoE
+from bench.models.routing import ROUTERS, Gate
 
 Build = Callable[..., MoE]
 #: one pixel of value 1 goes into each test: an expert's weights are its logits, the router's weights its scores

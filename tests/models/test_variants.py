@@ -7,13 +7,13 @@ import torch
 
 from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
-from bench.objectives.base import OBJECTIVES
-from bench.recipes import architecture
+from bench.models.base import Classifier
+from bench.models.dual import DualModel
+from bench.models.moe import MoE
+from bench.models.variants import VARIANTS, get_variant
 from bench.spec import TrainSpec
-from models.base import Classifier
-from models.dual import DualModel
-from models.moe import MoE
-from models.variants import VARIANTS, get_variant
+from bench.training.objectives.base import OBJECTIVES
+from bench.training.recipes import architecture
 
 KINDS = {"dense": Classifier, "moe": MoE, "dual": DualModel}
 

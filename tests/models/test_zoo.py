@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.models.checkpoints import ZOO, read_header
+from bench.models.variants import VARIANTS
 from bench.spec import TrainSpec
-from models.checkpoints import ZOO, read_header
-from models.variants import VARIANTS
 
 SHIPPED = sorted(ZOO.glob("*/*/*.safetensors"))
 LOADS = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/expert_load.py"))["loads"]

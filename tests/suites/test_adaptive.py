@@ -13,10 +13,10 @@ from bench.attacks.adaptive import BUDGETS, AdaptiveAttack, Budget, run
 from bench.attacks.search import Search
 from bench.datasets.base import EvalSet, fingerprint, open_dataset
 from bench.errors import UnusableInput
+from bench.models.checkpoints import ZOO, load_model
+from bench.models.dual import DualModel
+from bench.models.moe import MoE
 from bench.suites.base import open_suites
-from models.checkpoints import ZOO, load_model
-from models.dual import DualModel
-from models.moe import MoE
 
 #: The attacks on routes in the budget below.
 ROUTED = ["route-aware", "route-aware-scaled", "route-aware-first", "bpda-1", "soft-1", "joint", "averaged"]

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from bench.attacks.block import PassCounter
 from bench.datasets.base import EvalSet, fingerprint, open_dataset
+from bench.models import load_model
+from bench.models.architecture import Routed
 from bench.randomness import block_seed
 from bench.spec import Norm
 from bench.suites.autoattack import AutoAttackSuite, standard
-from models import load_model
-from models.architecture import Routed
 
 NAMES = ["apgd-ce", "apgd-t", "fab-t", "square"]
 ENGINES = ["fast", "reference"]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bench.errors import UnusableInput
-from bench.parts import parts
+from bench.models.parts import parts
 from bench.spec import Norm, ThreatModel
 from bench.suites.base import SUITES, CaughtWarnings, open_suites
 from bench.suites.clean import Clean

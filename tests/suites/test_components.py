@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.datasets.base import EvalSet, fingerprint
-from bench.metrics import component_rates
-from models.dual import DualModel
-from models.moe import MoE
+from bench.models.dual import DualModel
+from bench.models.moe import MoE
+from bench.results.metrics import component_rates
 
 EPS = 0.1
 #: class 1 where the first, or the second, signal is positive

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import bench.compat
 from bench.datasets.base import EvalSet, fingerprint, open_dataset
+from bench.models.architecture import Routed
+from bench.results.witnesses import Witnesses
 from bench.spec import ROBUSTBENCH_DATASETS, ROBUSTBENCH_NORMS, Norm
-from bench.witnesses import Witnesses
-from models.architecture import Routed
 
 #: Some examples fall to the attacks and some withstand them, with the smallest of budgets.
 BUDGET, EPS = (1, 1, 50), {"Linf": 0.02, "L2": 0.1}

@@ -1,0 +1,143 @@
+"""The boards' rows as RobustBench's `model_info` files, which RobustBench's own leaderboards are made from.
+
+A row is `<dataset>/<norm>/<model>.json`; its accuracies are texts in percent, as RobustBench writes them. Importing
+robustbench would import torch, and nothing of it is needed here.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.boards.leaderboard import Row, board_rows, finished_runs
+from bench.files import write_if_changed
+from bench.results.store import ensure_writable
+from bench.spec import ROBUSTBENCH_DATASETS, ROBUSTBENCH_NORMS, digest, path_safe
+
+#: Flags that let AutoAttack's own number seem too high: its warnings, successes that were none, and what the model
+#: shows of itself.
+_DOUBTS = re.compile(
+    r"autoattack: (AutoAttack: (?!engine)|.*re-check)|(S: |R: )?router |gradients masked|outputs |probe of "
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files of the rows, and in words what has none; each a part of one line."""
+
+    paths: list[Path]
+    left_out: list[str]
+
+
+def write_model_info(results_root: Path, out_dir: Path) -> Written:
+    """Writes `<dataset>/<norm>/<model>.json` for every row that has the default `autoattack`.
+
+    Those of other data sets and norms than RobustBench's are left out. Rows of one model have what tells them apart
+    behind its name. A file that would not change is left untouched. UnusableInput as `leaderboard.boards`, and for
+    a folder that cannot be written.
+    """
+    runs = finished_runs(results_root)
+    ensure_writable(out_dir)
+    fit: list[Row] = []
+    left_out: defaultdict[str, list[str]] = defaultdict(list)
+    for row in board_rows(runs):
+        if reason := _unfit(row):
+            left_out[reason].append(_name(row))
+        else:
+            fit.append(row)
+    files = {out_dir / path: row for path, row in _paths(fit).items()}
+    for path, row in files.items():
+        write_if_changed(path, (json.dumps(model_info(row), indent=2) + "\n").encode())
+    said = [f"{reason}: {', '.join(sorted(names))}" for reason, names in sorted(left_out.items())]
+    if failed := [str(run) for run in runs if run.result.errors]:
+        said.append(f"runs with errors: {', '.join(failed)}")
+    folders = {path.parent for path in files}
+    if foreign := sorted(str(path) for folder in folders for path in folder.glob("*.json") if path not in files):
+        said.append(f"of no row, and not touched: {', '.join(foreign)}")
+    return Written(sorted(files), said)
+
+
+def model_info(row: Row) -> dict[str, Any]:
+    """RobustBench's fields of a row that has the default `autoattack`.
+
+    `external`, the best known robust accuracy, is RA-worst. `unreliable` is what RobustBench calls an AutoAttack
+    evaluation that is potentially so: on a route that nobody attacked, or flagged by AutoAttack itself. What nobody
+    stated is empty or null.
+    """
+    spec, info = row.result.spec, row.result.model_info
+    return {
+        "link": info.link,
+        "name": _name(row),
+        "authors": info.authors,
+        "additional_data": info.additional_data,
+        "number_forward_passes": info.number_forward_passes,
+        "dataset": spec.dataset,
+        "venue": info.venue,
+        "architecture": row.cells["experts"],
+        "eps": spec.threat_model.eps_text,
+        "clean_acc": row.scores.cells["sa"],
+        "reported": "",
+        "autoattack_acc": row.scores.cells["ra"],
+        "external": row.cells["ra_worst"],
+        "footnote": _footnote(row),
+        "unreliable": not row.ranked or any(_DOUBTS.match(flag) for flag in row.flags),
+    }
+
+
+def _footnote(row: Row) -> str:
+    """What RobustBench's board has no column for, and what would flatter if it were not said."""
+    notes = [
+        f"{row.result.spec.threat_model}, the first {row.n} test images",
+        f"best known is the worst case, example by example, of {row.cells['suite_version']}",
+    ]
+    if not row.ranked:  # it has autoattack: only a route that `adaptive` has not attacked keeps it from a rank
+        notes.append("AutoAttack does not attack a route, so the accuracy may be too high")
+    if row.result.model_info.additional_data is None:
+        notes.append("extra data not stated")
+    return "; ".join(notes + row.flags)
+
+
+def _name(row: Row) -> str:
+    alpha = row.cells["alpha"]
+    return row.result.spec.model + (f" (α = {alpha}, {row.cells['combine']})" if alpha else "")
+
+
+def _unfit(row: Row) -> str:
+    """Why a row has no file; empty if it has one."""
+    spec = row.result.spec
+    if spec.dataset not in ROBUSTBENCH_DATASETS or spec.threat_model.norm not in ROBUSTBENCH_NORMS:
+        return f"RobustBench has no board of {spec.dataset} {spec.threat_model.norm}"
+    return "" if "ra" in row.scores.cells else "without the default autoattack"
+
+
+def _paths(rows: Sequence[Row]) -> dict[Path, Row]:
+    """Each row's file below the folder of all; those that would share one say in their names where they differ."""
+    groups: defaultdict[Path, list[Row]] = defaultdict(list)
+    for row in rows:
+        spec = row.result.spec
+        groups[Path(spec.dataset, spec.threat_model.norm, path_safe(spec.model))].append(row)
+    found = {}
+    for stem, group in groups.items():
+        marks = [_marks(row) for row in group]
+        differing = [key for key in marks[0] if len({mark[key] for mark in marks}) > 1]
+        for row, mark in zip(group, marks, strict=True):
+            ends = "".join(f"_{key}-{path_safe(mark[key])}" for key in differing)
+            found[stem.with_name(f"{stem.name}{ends}.json")] = row
+    return found
+
+
+def _marks(row: Row) -> dict[str, str]:
+    """What a row is of: no two rows have the same."""
+    spec, cells = row.result.spec, row.cells
+    return {
+        "name": digest(spec.model)[:8],
+        "alpha": cells["alpha"],
+        "combine": cells["combine"],
+        "eps": spec.threat_model.eps_text,
+        "n": cells["n"],
+        "set": cells["fingerprint"],
+        "checkpoint": cells["checkpoint"],
+    }

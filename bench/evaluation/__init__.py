@@ -1,0 +1,1 @@
+"""What is done with one subject: planned, attacked block by block, judged, probed, replayed."""

@@ -1,0 +1,146 @@
+"""What a model shows of itself before it is attacked: signs that an attack on it may find less than there is.
+
+Each is found on a few images of the run's first block, whatever the suite, and becomes a flag of the model's row. After
+Athalye, Carlini, Wagner (ICML 2018) and Carlini et al. ("On Evaluating Adversarial Robustness", 2019); what is about
+routers is ours: no published check looks whether the router's gradient is missing while the experts' is there.
+Axes: B = probed images, C = classes, E = experts.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.attacks.scores import differentiable, has_gradient, logarithms
+from bench.models.parts import is_dual, is_moe
+from bench.pgd import ascend_once, default_step_size, pgd, random_start
+from bench.spec import ThreatModel
+
+#: How many images are looked at.
+PROBED = 32
+#: Steps of the probes' own PGD.
+STEPS = 40
+
+
+def probe(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, attacked: bool) -> list[str]:
+    """The flags of a model in eval mode with frozen parameters, from images x (B, C, H, W) that it gets right.
+
+    `attacked`: whether the suite attacks at all; what takes an attack of its own is left out otherwise. Draws from
+    torch's global random numbers. A probe that the model makes fail is a flag, too.
+    """
+    probes = {"outputs": _outputs(model, x), "router gradient": _router_gradients(model, x, y)}
+    if attacked and threat.norm != "L1":  # the probes' own PGD has no L1 ball
+        probes |= {"routes": _routes(model, x, threat), "growth": _growth(model, x, y, threat)}
+    flags = []
+    for name, found in probes.items():
+        try:
+            flags += list(found)
+        except Exception as error:  # a user's model may fail in any way: what the other probes find is kept
+            flags.append(f"probe of {name} failed: {type(error).__name__}")
+    return flags
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, x: Tensor) -> Iterator[str]:
+    together = model(x)
+    alone = torch.cat([model(image[None]) for image in x])
+    scale = together.abs().amax().clamp_min(1)
+    if bool(((together - alone).abs() > 1e-3 * scale).any()):
+        yield "outputs depend on the batch"
+    if bool((together >= 0).all()) and bool(((together.sum(1) - 1).abs() < 1e-3).all()):
+        yield "outputs are probabilities"
+
+
+def _routed(model: Any) -> dict[str, Any]:
+    """The MoEs in a model that shows them, by what their flags begin with: itself, or a dual's branches."""
+    branches = {"S: ": model.standard, "R: ": model.robust} if is_dual(model) else {"": model}
+    if is_dual(model) and float(model.alpha) == 1:  # nothing of S is in F
+        del branches["S: "]
+    return {name: branch for name, branch in branches.items() if is_moe(branch)}
+
+
+def _router_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:
+    """Whether the loss's gradient reaches the routers' scores: AutoAttack looks at the pixels' alone."""
+    for name, moe in _routed(model).items():
+        gradients = _gradient_at(moe.router, model, x, y)
+        if gradients is None:
+            yield f"{name}router gradient cannot be seen"
+        elif not gradients.isfinite().all():
+            yield f"{name}router gradient not finite"
+        elif (zero := (gradients == 0).all(1).float().mean()) > 0:
+            yield f"{name}router gradient zero on {zero:.0%} of images"
+        if not has_gradient(moe.router, x):
+            yield f"{name}router has no gradient by the pixels"
+
+
+def _gradient_at(router: object, model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+    """The cross-entropy's gradient by the router's scores (B, E); None where it is no module, or never called."""
+    if not isinstance(router, nn.Module):
+        return None
+    seen: list[Tensor] = []
+    handle = router.register_forward_hook(lambda _module, _inputs, scores: seen.append(scores))
+    try:
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(x.detach().requires_grad_()), y, reduction="sum")
+    finally:
+        handle.remove()
+    if not seen:
+        return None
+    scores = seen[-1]
+    if not (scores.requires_grad and loss.requires_grad):
+        return torch.zeros_like(scores)
+    (gradient,) = torch.autograd.grad(loss, scores, allow_unused=True)
+    return torch.zeros_like(scores) if gradient is None else gradient
+
+
+def _routes(model: nn.Module, x: Tensor, threat: ThreatModel) -> Iterator[str]:
+    """For how many images another expert was found to come first inside the ball."""
+    for name, moe in _routed(model).items():
+        flipped = _flipped(moe.router, x, threat)
+        if flipped.any():
+            yield f"{name}routes flip within the ball for {flipped.float().mean():.0%} of images"
+
+
+def _flipped(router: Callable[[Tensor], Tensor], x: Tensor, threat: ThreatModel) -> Tensor:
+    """Where gradient ascent on the best other score has come past that of the first expert: (B,)."""
+    with torch.no_grad():
+        first = router(x).argmax(1)
+    router = differentiable(logarithms(router, x), x)
+    flipped = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    z = random_start(x, threat, 2 * torch.rand(x.shape).to(x.device) - 1)
+    for _ in range(STEPS):
+        z = z.detach().requires_grad_()
+        with torch.enable_grad():
+            scores = router(z)
+            own = F.one_hot(first, scores.shape[1]).bool()
+            lead = scores.masked_fill(own, -torch.inf).amax(1) - scores[own]
+            (gradient,) = torch.autograd.grad(lead.sum(), z)
+        flipped |= lead.detach() > 0
+        z = ascend_once(z.detach(), gradient, x, threat, default_step_size(threat.eps, STEPS))
+    return flipped
+
+
+def _growth(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Iterator[str]:
+    """PGD's success must grow with ε, and break everything where the ball is the whole box."""
+    box = 1.0 if threat.norm == "Linf" else math.sqrt(x[0].numel())
+    radii = [eps for eps in (threat.eps, 2 * threat.eps, 4 * threat.eps) if eps < box]
+    broken = []
+    for eps in [*radii, box]:
+        ball = ThreatModel(norm=threat.norm, eps=eps)
+        start = random_start(x, ball, 2 * torch.rand(x.shape).to(x.device) - 1)
+
+        def loss(z: Tensor) -> Tensor:
+            return F.cross_entropy(model(z), y, reduction="none")
+
+        z = pgd(loss, x, ball, STEPS, default_step_size(eps, STEPS), start)
+        with torch.no_grad():
+            broken.append(int((model(z).argmax(1) != y).sum()))
+    if broken[-1] < len(x):
+        yield f"gradients masked: PGD breaks {broken[-1]} of {len(x)} in a ball that holds every image"
+    drop = max((before - after for before, after in pairwise(broken)), default=0)
+    if drop > len(x) / 10:
+        yield "gradients masked: PGD breaks fewer in a larger ball"

@@ -1,0 +1,112 @@
+"""Re-verifies the adversarial examples that a run kept, on a freshly loaded model."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.datasets.base import open_dataset
+from bench.errors import UnusableInput
+from bench.evaluation.plan import named_subject
+from bench.evaluation.verdicts import Judgement, judge
+from bench.models.deployed import eval_frozen, full_float32
+from bench.models.parts import set_alpha
+from bench.results.store import Run, read_run
+from bench.results.witnesses import FILE, Witnesses
+from bench.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How many witnesses there were, and those that do not break the model: (example, attack, why)."""
+
+    run: Run
+    witnesses: int
+    failures: tuple[tuple[int, str, str], ...]
+
+
+def replay(
+    folder: Path, data_root: Path, checkpoints: Sequence[Path], device: str = "cpu", model: str | None = None
+) -> Replay:
+    """Judge every witness of the run in `folder` again, as the run did: ball, box, and F's prediction.
+
+    `model` is the word that names the model, where it is not found by the run's own name for it. A witness that fails
+    in its batch is judged alone as well, since the last bit of a sum depends on the batch. What the run's rows call
+    broken and has no witness has failed, too.
+
+    Raises:
+        UnusableInput: no finished run there, no witnesses (with the command that makes them), or the model or the data
+            are not those of the run.
+    """
+    run = read_run(folder)
+    spec, result = run.result.spec, run.result
+    remake = f"remove the folder, and run `{command(spec, folder, data_root, checkpoints[0], model)}`"
+    path, broken = folder / FILE, _broken(run)
+    if not path.is_file():
+        if not broken:
+            raise UnusableInput(f"{run} broke no example: there is nothing to replay")
+        raise UnusableInput(f"there is no '{path}': {remake}")
+    dataset = open_dataset(spec.dataset)
+    subject = named_subject(model or spec.model, dataset, spec.threat_model, checkpoints)
+    found, asked = subject.info.checkpoint_sha256, result.model_info.checkpoint_sha256
+    _, at, part = spec.model.partition("@")  # a baseline is made of the same file
+    if found != asked or subject.info.name.partition("@")[2] != part:
+        raise UnusableInput(
+            f"'{model or spec.model}' (SHA-256 {found[:12]}) is not the model of {run} (SHA-256 {asked[:12]}): name"
+            f" its file with --model FILE{at}{part}"
+        )
+    data = dataset.evaluation_set(data_root, spec.n_examples)
+    if data.fingerprint != result.fingerprint:
+        where = f"the images of {spec.dataset} at '{data_root}'"
+        raise UnusableInput(f"{where} are not those of {run}: pass its --data-root")
+    if spec.alpha is not None:
+        set_alpha(subject.model, spec.alpha)
+    try:
+        witnesses = Witnesses.read_for(path, data.idx.numpy(), tuple(data.x.shape[1:]))
+    except ValueError as error:
+        raise UnusableInput(f"{error}: {remake}") from None
+    position = {int(idx): row for row, idx in enumerate(data.idx)}
+    rows = torch.tensor([position[int(idx)] for idx in witnesses.idx], dtype=torch.int64)
+    x_adv, network = torch.from_numpy(witnesses.x_adv), subject.model.to(device)
+
+    def judged(chosen: torch.Tensor) -> Judgement:
+        x, y = data.x[rows[chosen]].to(device), data.y[rows[chosen]].to(device)
+        return judge(network, x, y, x_adv[chosen].to(device), spec.threat_model, True, None, False)
+
+    failures = []
+    with eval_frozen(network), full_float32():
+        for chosen in torch.split(torch.arange(len(rows)), spec.batch_size):
+            for one in chosen[~judged(chosen).broken].tolist():
+                alone = judged(torch.tensor([one]))
+                if not alone.broken:
+                    why = "not finite, or outside the ball or the box" if alone.error else "classified correctly"
+                    failures.append((int(witnesses.idx[one]), witnesses.attack[one], why))
+    missing = sorted(broken - set(zip(witnesses.idx.tolist(), witnesses.attack, strict=True)))
+    failures += [(idx, attack, f"broken, says the run, but not in {FILE}") for idx, attack in missing]
+    return Replay(run, len(rows) + len(missing), tuple(failures))
+
+
+def _broken(run: Run) -> set[tuple[int, str]]:
+    """The examples that the run broke, each with the attack that did; those wrong without an attack are none."""
+    rows = run.verdicts()
+    attacked = rows[(rows["target"] == "F") & (rows["attack"] != "clean") & (rows["status"] == "ok")]
+    found = attacked[attacked["clean_correct"] & ~attacked["robust"]]
+    return set(zip(found["idx"].tolist(), found["attack"].tolist(), strict=True))
+
+
+def command(spec: RunSpec, folder: Path, data_root: Path, checkpoints: Path, model: str | None = None) -> str:
+    """The `bench run` that makes the run in `folder`, below its results folder, again."""
+    deep = folder if len(folder.parents) > 4 else folder.resolve()
+    results = deep.parents[4] if len(deep.parents) > 4 else Path("results")
+    words = ["bench", "run", "--suite", spec.suite, "--dataset", spec.dataset, "--model", model or spec.model]
+    words += [] if spec.alpha is None else ["--alpha", repr(spec.alpha)]
+    words += ["--n-examples", str(spec.n_examples), "--norm", spec.threat_model.norm]
+    words += ["--eps", spec.threat_model.eps_text, "--seed", str(spec.seed), "--batch-size", str(spec.batch_size)]
+    settings = {key: value for key, value in spec.suite_params.items() if key != "warm_start"}
+    words += [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    words += ["--warm-start"] if "warm_start" in spec.suite_params else []
+    folders = {"--data-root": data_root, "--checkpoints": checkpoints, "--results": results}
+    return shlex.join([*words, *(word for option, path in folders.items() for word in (option, str(path)))])

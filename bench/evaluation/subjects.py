@@ -1,0 +1,128 @@
+"""Who is scored: from the words of `--model` to a model that can be attacked."""
+
+import hashlib
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.datasets.base import Dataset
+from bench.errors import UnusableInput
+from bench.job import Subject
+from bench.models.checkpoints import available, checkpoint_path, find_checkpoint, load_checkpoint
+from bench.models.parts import is_dual, is_moe
+from bench.models.variants import get_variant
+from bench.spec import ModelInfo, ThreatModel
+
+
+def routing_visible(model: nn.Module) -> bool:
+    """Whether a model shows its routing: `router`, `experts` (a ModuleList) and `trace`, or a dual's branches and α."""
+    return is_dual(model) or (is_moe(model) and hasattr(model, "trace"))
+
+
+def weights_sha256(model: nn.Module, code: str = "") -> str:
+    """SHA-256 over layers, weights and the code that they run: who a model is that came without a file of ours."""
+    sha = hashlib.sha256(f"{model}\n{code}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def find_models(dataset: Dataset, threat_model: ThreatModel, folders: Sequence[Path]) -> list[str]:
+    """Every variant with a checkpoint for the data set; UnusableInput if there is none."""
+    names = [name for norm in _norms(dataset, threat_model) for name in available(dataset.name, norm, list(folders))]
+    if not names:
+        places = " nor ".join(f"'{folder}'" for folder in folders)
+        raise UnusableInput(
+            f"no {threat_model.norm} checkpoint for {dataset.name} in {places}: make one with"
+            f" `bench train moe-at --dataset {dataset.name}`, or name a model with --model"
+        )
+    return list(dict.fromkeys(names))
+
+
+def load_subject(word: str, dataset: Dataset, threat_model: ThreatModel, folders: Sequence[Path]) -> Subject:
+    """The model that `word` names: a variant, a checkpoint file, `robustbench:NAME` or `package.module:callable`.
+
+    UnusableInput if there is none, if it is damaged, or if it is for other images or another number of classes.
+    """
+    if word.startswith("robustbench:"):
+        from bench.compat import zoo_model
+
+        model = zoo_model(word.partition(":")[2], dataset.name, threat_model.norm, folders[0])
+        return Subject(model, _foreign_info(word, model, dataset.name), ())
+    if word.endswith(".safetensors"):
+        return _from_checkpoint(Path(word), dataset, threat_model)
+    if ":" in word:
+        model, code = _call_factory(word)
+        visible = routing_visible(model)
+        flags = () if visible else ("routing not visible",)
+        return Subject(model, _foreign_info(word, model, None, code), flags)
+    places = [(norm, folder) for norm in _norms(dataset, threat_model) for folder in folders]
+    there = [norm for norm, folder in places if checkpoint_path(folder, dataset.name, norm, word).is_file()]
+    if not there:
+        get_variant(re.sub(r"-s[0-9]+$", "", word))  # a name that is no variant's is told so, with the nearest
+    norm = there[0] if there else threat_model.norm
+    return _from_checkpoint(find_checkpoint(word, dataset.name, norm, list(folders)), dataset, threat_model)
+
+
+def _norms(dataset: Dataset, threat_model: ThreatModel) -> list[str]:
+    """Where checkpoints are looked for: the norm of the attack, then the data set's own, which most are trained for."""
+    return list(dict.fromkeys((threat_model.norm, dataset.threat_model.norm)))
+
+
+def _from_checkpoint(path: Path, dataset: Dataset, threat_model: ThreatModel) -> Subject:
+    model, header, sha256 = load_checkpoint(path)
+    found = (header.architecture.input_shape, header.architecture.num_classes)
+    if found != (dataset.input_shape, dataset.num_classes):
+        (shape, classes), (want, num_classes) = found, (dataset.input_shape, dataset.num_classes)
+        raise UnusableInput(
+            f"'{path}' takes {'×'.join(map(str, shape))} images of {classes} classes, but {dataset.name} has"
+            f" {'×'.join(map(str, want))} images of {num_classes}: it was trained on {header.dataset}"
+        )
+    other = header.threat_model.norm != threat_model.norm
+    flags = (f"trained for {header.threat_model}",) if other else ()
+    return Subject(model, header.info(sha256), flags, tuple(header.experts))
+
+
+def _call_factory(word: str) -> tuple[nn.Module, str]:
+    """The model, and the text of the modules that it is made of: edited code with the same weights is another model."""
+    module_name, _, attribute = word.partition(":")
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it, so that a module in the current folder is found
+    try:
+        module = importlib.import_module(module_name)
+        model = getattr(module, attribute)()
+    except (Exception, SystemExit) as error:  # a user's own code may fail in any way, and that is the user's to mend
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnusableInput(f"--model '{word}' cannot be made: {reason}") from None
+    finally:
+        sys.path.pop(0)
+    if not isinstance(model, nn.Module):
+        raise UnusableInput(f"--model '{word}' gave a {type(model).__name__}: it must return a torch.nn.Module")
+    files = {getattr(module, "__file__", None), *(_source(type(part)) for part in model.modules())}
+    return model.eval(), "\n".join(Path(file).read_text(errors="replace") for file in sorted(filter(None, files)))
+
+
+def _source(kind: type) -> str | None:
+    """The file that defines a class, but for torch's own, whose release the environment states."""
+    if kind.__module__.partition(".")[0] == "torch":
+        return None
+    return getattr(sys.modules.get(kind.__module__), "__file__", None)
+
+
+def _foreign_info(word: str, model: Any, dataset: str | None, code: str = "") -> ModelInfo:
+    routed: Any = model.robust if is_dual(model) else model
+    return ModelInfo(
+        name=word,
+        architecture=type(model).__name__,
+        num_experts=len(routed.experts) if is_moe(routed) else None,  # whether or not it shows its routes
+        alpha=float(model.alpha) if is_dual(model) else None,
+        dataset=dataset,
+        checkpoint_sha256=weights_sha256(model, code),
+        routing_visible=routing_visible(model),
+    )

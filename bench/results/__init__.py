@@ -1,0 +1,1 @@
+"""Results on disk, one folder a run: their schema, reading and writing, metrics. Imports no torch."""

@@ -1,0 +1,392 @@
+"""The results folder: `<dataset>/<norm>-<eps>/<suite>-v<N>/<model>/<run>/{result.json, verdicts.parquet}`,
+and `witnesses.safetensors` where the run broke an example.
+
+Paths are an index; `result.json` is the truth. A run's folder is written once: blocks of rows while it is under way,
+`verdicts.parquet` and last of all `result.json` when it is finished. Never imports torch.
+"""
+
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from uuid import uuid4
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, ValidationError
+
+from bench.errors import UnusableInput
+from bench.files import write_atomically
+from bench.results.metrics import accuracy_after, clean_by_example, component_rates, robust_by_example, wilson
+from bench.results.witnesses import FILE, Witnesses
+from bench.spec import ModelInfo, RunSpec, Spec, path_safe
+
+#: The columns of `verdicts.parquet`, one row per (example, attack), and their pandas types.
+VERDICT_COLUMNS: dict[str, str] = {
+    "idx": "int64",  # position in the data set's own order
+    "input_hash": "str",  # of the clean image, 16 hex digits
+    "label": "int64",
+    "attack": "str",  # "clean" for the unattacked image, which every run has for every example
+    "target": "str",  # whose prediction it is: F | expert:i | S | R | R.expert:i …; only F counts in robust accuracy
+    "clean_pred": "int64",
+    "adv_pred": "int64",  # -1 where there is none (status error)
+    "clean_correct": "bool",
+    "robust": "bool",  # clean_correct, no error, and not broken by this attack
+    "linf": "float64",  # distance of the adversarial example, in pixels of [0, 1]
+    "l2": "float64",
+    "clean_expert": "int64",  # the first selected expert, -1 where routing is not visible
+    "adv_expert": "int64",
+    "status": "str",  # ok | error
+}
+
+#: The rows of a certificate (`bench.results.certificates`), whose folders lie among those of the runs.
+CERTIFICATES = "certificates.parquet"
+#: Where a block's side data lies in its file's schema metadata: one file, so that rows and side data come together.
+_SIDE = b"bench.side"
+#: In a block's side data: how many witnesses it has, in a file beside its own.
+_KEPT = "bench.results.witnesses"
+
+
+RowCheck = Callable[[pd.DataFrame], None]
+R = TypeVar("R", bound=Spec)
+
+
+class Accuracy(Spec):
+    """A fraction of `n` examples with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, correct: "pd.Series[bool]") -> Self:
+        """The accuracy of one truth value per example."""
+        successes, n = int(correct.sum()), len(correct)
+        low, high = wilson(successes, n)
+        return cls(value=successes / n, low=low, high=high, n=n)
+
+
+class Result(Spec):
+    """A finished run. Accuracies are fractions in [0, 1]."""
+
+    schema_version: Literal[1] = 1
+    spec: RunSpec
+    model_info: ModelInfo
+    fingerprint: str
+    run: str
+    work: str
+    subject: str
+    clean_accuracy: Accuracy
+    robust_accuracy: Accuracy
+    accuracy_after: dict[str, float] = Field(description="after each attack and all before it, in the order they ran")
+    components: dict[str, Accuracy] = Field(
+        default_factory=dict, description="RA-E-fixed, RA-E-any, RA-R, route-flip rate, and each part's own SA and RA"
+    )
+    errors: int = Field(description="rows with status error")
+    error_messages: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    model_flags: tuple[str, ...] = Field(default=(), description="of the model and the images, whatever the suite")
+    data_note: str = Field(default="", description="what is unusual about the evaluation set, such as a partial copy")
+    passes: dict[str, dict[str, int]] = Field(
+        default_factory=dict, description="attack → forwards and backwards, in examples"
+    )
+    environment: dict[str, str]
+    git_hash: str | None
+    seconds: float
+    finished: str = Field(description="UTC, ISO 8601")
+
+    @classmethod
+    def from_rows(
+        cls,
+        spec: RunSpec,
+        model_info: ModelInfo,
+        fingerprint: str,
+        verdicts: pd.DataFrame,
+        attacks: Iterable[str] | None = None,
+        **provenance: Any,
+    ) -> Self:
+        """The result that the rows amount to; `provenance` is the fields that no row knows, from `flags` on.
+
+        `attacks` are the attacks on F in the order they ran, also those that found nobody left standing.
+        ValueError for rows of another number of examples than the spec's.
+        """
+        known = {"spec": spec, "model_info": model_info, "fingerprint": fingerprint}
+        return cls(**known, **_derived(spec, model_info, fingerprint, verdicts, attacks), **provenance)
+
+    @property
+    def attacked(self) -> bool:
+        """Whether F was attacked at all: where it was not, what stands is no robust accuracy."""
+        return any(attack != "clean" for attack in self.accuracy_after)
+
+
+def _derived(
+    spec: RunSpec, info: ModelInfo, fingerprint: str, verdicts: pd.DataFrame, attacks: Iterable[str] | None
+) -> dict[str, Any]:
+    """The fields of a Result that follow from the others and the rows."""
+    clean = clean_by_example(verdicts)
+    if len(clean) != spec.n_examples:
+        raise ValueError(f"there are rows of {len(clean)} examples, not of {spec.n_examples}")
+    return {
+        "run": spec.run_key(info.checkpoint_sha256, fingerprint),
+        "work": spec.work_key(fingerprint),
+        "subject": spec.subject_key(info.checkpoint_sha256, fingerprint),
+        "clean_accuracy": Accuracy.of(clean),
+        "robust_accuracy": Accuracy.of(robust_by_example(verdicts)),
+        "accuracy_after": accuracy_after(verdicts, attacks),
+        "components": {name: Accuracy.of(rows) for name, rows in component_rates(verdicts).items()},
+        "errors": int((verdicts["status"] == "error").sum()),
+    }
+
+
+def suite_label(spec: RunSpec) -> str:
+    """The suite, with the parameters that are not its defaults: `pgd`, `pgd[steps=10]`."""
+    params = ", ".join(f"{key}={value}" for key, value in sorted(spec.suite_params.items()))
+    return f"{spec.suite}[{params}]" if params else spec.suite
+
+
+def check_verdicts(verdicts: pd.DataFrame) -> None:
+    """ValueError, saying which rule, for rows that no run can have."""
+    types = {str(column): str(dtype) for column, dtype in verdicts.dtypes.items()}
+    if list(types.items()) != list(VERDICT_COLUMNS.items()):
+        wrong = sorted(set(types.items()) ^ set(VERDICT_COLUMNS.items()))
+        raise ValueError(f"columns or their types are not the verdicts': {wrong or 'another order'}")
+    text = [column for column, dtype in VERDICT_COLUMNS.items() if dtype == "str"]
+    if verdicts[text].isna().to_numpy().any():
+        raise ValueError(f"one of {', '.join(text)} is missing in a row")
+    if not verdicts["status"].isin(["ok", "error"]).all():
+        raise ValueError("status is neither ok nor error in a row")
+    if (verdicts["robust"] & ~(verdicts["clean_correct"] & (verdicts["status"] == "ok"))).any():
+        raise ValueError("a row is robust although its example is misclassified or its attack failed")
+    clean = verdicts.loc[(verdicts["attack"] == "clean") & (verdicts["target"] == "F"), "idx"]
+    pairs = verdicts[["idx", "input_hash"]].drop_duplicates()
+    if not len(verdicts) or not len(clean) == clean.nunique() == verdicts["idx"].nunique() == len(pairs):
+        raise ValueError("an example does not have exactly one clean row and one input hash")
+
+
+def ensure_writable(root: Path) -> None:
+    """Makes the folder, and UnusableInput where nothing can be written into it: to be called before the work."""
+    probe = root / f".probe-{uuid4().hex}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UnusableInput(f"folder '{root}' cannot be written ({error.strerror}): name another one") from None
+
+
+def _to_parquet(rows: pd.DataFrame, side: Mapping[str, Any], check: "RowCheck") -> bytes:
+    check(rows)
+    table = pa.Table.from_pandas(rows, preserve_index=False)
+    table = table.replace_schema_metadata({**table.schema.metadata, _SIDE: json.dumps(side)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _from_parquet(path: Path, check: "RowCheck") -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows and side data; ValueError, or an OSError, for a file that is not a whole one of ours."""
+    try:
+        table = pq.read_table(path)
+        side = json.loads((table.schema.metadata or {}).get(_SIDE, b"{}"))
+    except pa.ArrowException as error:
+        raise ValueError(f"not a whole file of rows ({str(error).splitlines()[0]})") from None
+    rows = table.to_pandas()
+    check(rows)
+    return rows, side
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """The rows of one block, and what else is to be known of it: anything that JSON can hold."""
+
+    index: int
+    rows: pd.DataFrame
+    side: dict[str, Any]
+    witnesses: Witnesses | None = None
+
+
+def run_folder(root: Path, spec: RunSpec, run_key: str) -> Path:
+    """Where a run's files lie below the results folder; α is not in the path, the run key tells such runs apart."""
+    suite = path_safe(f"{spec.suite}-v{spec.suite_version}")
+    return root / path_safe(spec.dataset) / spec.threat_model.folder / suite / path_safe(spec.model) / run_key
+
+
+class Folder(ABC, Generic[R]):
+    """The folder of one run, as the loop that makes it fills it. Without `result.json` the run is unfinished.
+
+    Several processes may write blocks at a time; every file appears whole or not at all. A subclass says which
+    `file` holds the rows, and what rows (`check`) and results go together (`fit`; both raise ValueError).
+    """
+
+    file: ClassVar[str]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._blocks = path / "blocks"
+
+    @staticmethod
+    @abstractmethod
+    def check(rows: pd.DataFrame, /) -> None:
+        """ValueError, saying which rule, for rows that no run can have."""
+
+    @staticmethod
+    @abstractmethod
+    def fit(result: R, rows: pd.DataFrame) -> None:
+        """ValueError, naming the first that differs, where the result says what does not follow from the rows."""
+
+    @abstractmethod
+    def read(self) -> R:
+        """The result, checked; UnusableInput, naming the file, if it or its rows cannot be relied on."""
+
+    def finished(self) -> R | None:
+        """The result of a finished run, or None; UnusableInput where its files do not fit together."""
+        return self.read() if (self.path / "result.json").exists() else None
+
+    def rows(self, result: R) -> pd.DataFrame:
+        """The rows, read anew at each call; UnusableInput if they are not those that the result was made from."""
+        path = self.path / self.file
+        try:
+            rows, _ = _from_parquet(path, self.check)
+            self.fit(result, rows)
+        except (ValueError, OSError) as error:
+            raise _unusable(path, error) from None
+        return rows
+
+    def write_block(
+        self, index: int, rows: pd.DataFrame, side: Mapping[str, Any], witnesses: Witnesses | None = None
+    ) -> None:
+        """Stores a block's rows, side data and adversarial examples; ValueError for rows that no run can have."""
+        path = self._blocks / f"block-{index:05d}.parquet"
+        if witnesses is None:
+            whole = _to_parquet(rows, side, self.check)
+            path.with_suffix(".safetensors").unlink(missing_ok=True)
+        else:  # before the rows, which say how many there are: a block that is done has its witnesses
+            whole = _to_parquet(rows, {**side, _KEPT: len(witnesses)}, self.check)
+            write_atomically(path.with_suffix(".safetensors"), witnesses.to_bytes())
+        write_atomically(path, whole)
+
+    def read_blocks(self, known: Container[int] = ()) -> list[BlockRows]:
+        """The blocks written so far but for the `known`, in order; a file that cannot be read counts as not written."""
+        found = []
+        for path in sorted(self._blocks.glob("block-*.parquet")):
+            try:
+                index = int(path.stem.removeprefix("block-"))
+                if index in known:
+                    continue
+                rows, side = _from_parquet(path, self.check)
+                witnesses = Witnesses.read(path.with_suffix(".safetensors")) if _KEPT in side else None
+                if witnesses is not None and side.pop(_KEPT) != len(witnesses):
+                    continue
+                found.append(BlockRows(index, rows, side, witnesses))
+            except (ValueError, OSError):
+                continue  # what killed the writer also loses its block: it is attacked again
+        return found
+
+    def finish(self, result: R, rows: pd.DataFrame, witnesses: Witnesses | None = None) -> None:
+        """Writes the witnesses, the rows, then the result, and drops the blocks; ValueError if they do not fit."""
+        self.fit(result, rows)
+        if witnesses is not None:
+            write_atomically(self.path / FILE, witnesses.to_bytes())
+        write_atomically(self.path / self.file, _to_parquet(rows, {}, self.check))
+        write_atomically(self.path / "result.json", (result.model_dump_json(indent=1) + "\n").encode())
+        shutil.rmtree(self._blocks, ignore_errors=True)
+
+
+class RunFolder(Folder[Result]):
+    """The folder of one run of a suite."""
+
+    file = "verdicts.parquet"
+    check = staticmethod(check_verdicts)
+
+    @staticmethod
+    def fit(result: Result, rows: pd.DataFrame) -> None:
+        _check_fit(result, rows)
+
+    def read(self) -> Result:
+        return read_run(self.path).result
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run in its folder."""
+
+    result: Result
+    path: Path
+
+    def verdicts(self) -> pd.DataFrame:
+        """The rows, read anew at each call; UnusableInput if they are not those that the result was made from."""
+        return RunFolder(self.path).rows(self.result)
+
+    def __str__(self) -> str:
+        spec = self.result.spec
+        alpha = "" if spec.alpha is None else f" (α {spec.alpha:g})"
+        return f"{suite_label(spec)} on {spec.model}{alpha}, {spec.dataset} {spec.threat_model} (run {self.result.run})"
+
+
+def read_run(path: Path) -> Run:
+    """The finished run in the folder `path`, checked; UnusableInput, naming the file, if it cannot be relied on."""
+    run = Run(read_result(path, Result), path)
+    run.verdicts()
+    return run
+
+
+def read_result(path: Path, kind: type[R]) -> R:
+    """The `result.json` in the folder `path`; UnusableInput, naming the file, if it is none of this kind."""
+    file = path / "result.json"
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _unusable(file, f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()) from None
+    except OSError as error:
+        raise _unusable(file, error) from None
+
+
+def read_runs(root: Path) -> list[Run]:
+    """Every finished run below `root`, sorted by path; UnusableInput for no such folder and for files that do not fit.
+
+    What is under way has no `result.json` and is passed over; so are certificates, which are no runs of a suite.
+    """
+    if not root.is_dir():
+        raise UnusableInput(f"there is no results folder '{root}': make it with: bench run --results {root}")
+    return [read_run(path) for path in finished_folders(root) if not (path / CERTIFICATES).exists()]
+
+
+def finished_folders(root: Path) -> list[Path]:
+    """Every folder below `root` that has a `result.json`, sorted."""
+    return sorted(file.parent for file in root.rglob("result.json"))
+
+
+def _unusable(file: Path, reason: object) -> UnusableInput:
+    return UnusableInput(f"{file} cannot be used ({reason}): remove the folder {file.parent} and run again")
+
+
+def _claims(result: Result) -> dict[str, Any]:
+    return {
+        "run key": result.run,
+        "work key": result.work,
+        "subject key": result.subject,
+        "errors": result.errors,
+        "clean accuracy's n": result.clean_accuracy.n,
+        "clean accuracy": result.clean_accuracy.value,
+        "robust accuracy's n": result.robust_accuracy.n,
+        "robust accuracy": result.robust_accuracy.value,
+        **{f"accuracy after {attack}": value for attack, value in result.accuracy_after.items()},
+        "components": {name: round(accuracy.value, 9) for name, accuracy in result.components.items()},
+    }
+
+
+def _check_fit(result: Result, verdicts: pd.DataFrame) -> None:
+    """ValueError, naming the first that differs, where the result says what does not follow from its spec and rows."""
+    attacks = list(result.accuracy_after)
+    derived = _derived(result.spec, result.model_info, result.fingerprint, verdicts, attacks)
+    follows = _claims(result.model_copy(update=derived))
+    for name, claimed in _claims(result).items():
+        same = abs(claimed - follows[name]) < 1e-9 if isinstance(claimed, float) else claimed == follows[name]
+        if not same:
+            raise ValueError(f"the result says {name} {claimed}, its spec and rows give {follows[name]}")

@@ -1,0 +1,1 @@
+"""Training: one loop for every variant and objective; recipes are YAML files, objectives one file each."""

@@ -1,0 +1,564 @@
+"""One training loop for every variant and objective, on Lightning Fabric.
+
+Axes: B = batch, C = classes. Accuracies are fractions in [0, 1].
+"""
+
+import csv
+import glob
+import io
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from hashlib import sha256
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor, nn
+
+import bench
+from bench.datasets.base import Dataset, Images, fingerprint, open_dataset
+from bench.environment import World, git_hash, torch_device
+from bench.errors import TrainingFailed, UnusableInput
+from bench.files import write_atomically
+from bench.models.architecture import Dense, Dual, Routed
+from bench.models.base import Classifier
+from bench.models.checkpoints import Header, Part, checkpoint_path, load_checkpoint, read_header, save_checkpoint
+from bench.models.deployed import eval_frozen
+from bench.models.experts import pretrained_weights
+from bench.models.moe import MoE
+from bench.models.variants import get_variant
+from bench.pgd import default_step_size, pgd, random_start
+from bench.spec import Precision, Recipe, TrainSpec
+from bench.training.objectives.base import Batch, Terms
+from bench.training.recipes import architecture, objective_class
+from bench.training.routing_metrics import dead_experts, flips, routing
+from bench.training.sampling import Augmentation, Sampler, ahead, hold_out
+
+logger = logging.getLogger("bench")
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each precision and process
+
+
+class Engine(nn.Module):
+    """Runs a loss on the model inside one forward call, which a wrapper (autocast, data-parallel) can then cover."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, loss: Callable[[nn.Module], Terms]) -> Terms:
+        return loss(self.model)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A line of the metrics file.
+
+    loss, its terms and the routing's load and margin are of the training images; sa, ra (fractions) and the share of
+    routes that PGD flips, of the held-out ones. seconds are those of the training steps, data_seconds those of them
+    that were spent waiting for a batch.
+    """
+
+    epoch: int
+    loss: float
+    terms: dict[str, float]
+    sa: float
+    ra: float
+    routing: dict[str, float]
+    lr: float
+    seconds: float
+    data_seconds: float
+    images_per_second: float
+
+    def row(self) -> dict[str, float]:
+        terms = {f"loss_{name}": value for name, value in self.terms.items()}
+        measured = {"val_sa": self.sa, "val_ra": self.ra, **self.routing, "lr": self.lr}
+        speed = {name: getattr(self, name) for name in ("seconds", "data_seconds", "images_per_second")}
+        return {"epoch": self.epoch, "loss": self.loss, **terms, **measured, **speed}
+
+
+#: Called after each step with (epoch, steps done, steps in all, loss) and after each epoch with its record.
+OnStep = Callable[[int, int, int, float], None]
+OnEpoch = Callable[[Epoch], None]
+
+
+def train(
+    spec: TrainSpec,
+    data_root: Path,
+    checkpoints: Path,
+    device: str = "auto",
+    resume: bool = False,
+    on_step: OnStep = lambda *_: None,
+    on_epoch: OnEpoch = lambda _: None,
+) -> Path:
+    """Train by `spec` and return the checkpoint's path; the model of the best held-out epoch is kept.
+
+    Beside it lie `<name>.csv`, a line an epoch, and while training is under way `<name>.state.pt`, from which `resume`
+    goes on at the last finished epoch, and the state before that one, in case the newest is damaged. A checkpoint that
+    this very spec has made is returned without training.
+
+    Raises:
+        UnusableInput: data missing or too few, or the path holds a checkpoint that another spec has made.
+        TrainingFailed: the loss or its gradient is not finite; the best checkpoint so far is kept.
+    """
+    path = checkpoint_path(checkpoints, spec.dataset, spec.threat_model.norm, spec.checkpoint_name)
+    if get_variant(spec.variant).parts is not None:
+        return path if _is_there(path, spec, None) else _put_together(spec, path)
+    dataset = open_dataset(spec.dataset)
+    data = _read(spec, dataset, data_root)
+    if _is_there(path, spec, data.fingerprint):
+        _remove_states(path)  # of a training that was killed at its very end
+        return path
+    return _Run(spec, dataset, data, path, device).train(resume, on_step, on_epoch)
+
+
+def _is_there(path: Path, spec: TrainSpec, train_fingerprint: str | None) -> bool:
+    """Whether the checkpoint is there already, which is said; UnusableInput if another spec or other data made it."""
+    if not path.is_file():
+        return False
+    header = read_header(path)
+    wanted = {
+        "another spec": (header.training_key, spec.key),
+        "other training images": (header.train_fingerprint, train_fingerprint),
+        "another number of processes": (header.processes, 1 if train_fingerprint is None else World.here().processes),
+    }
+    for what in [what for what, (found, asked) in wanted.items() if found != asked]:
+        raise UnusableInput(f"'{path}' was made by {what} and is not overwritten: move it, or pass --checkpoints DIR")
+    logger.warning("'%s' is there already, of this very training: nothing was trained", path)
+    return True
+
+
+def _put_together(spec: TrainSpec, path: Path) -> Path:
+    variant = get_variant(spec.variant)
+    assert variant.parts is not None
+    suffix = spec.checkpoint_name.removeprefix(spec.variant)
+    files = {
+        role: path.with_name(f"{name}{suffix}.safetensors")
+        for role, name in zip(("standard", "robust"), variant.parts, strict=True)
+    }
+    headers, parts = {}, {}
+    for role, file in files.items():
+        _, headers[role], sha256 = load_checkpoint(file)
+        parts[role] = Part(file=file.name, sha256=sha256)
+    if headers["robust"].threat_model != spec.threat_model:
+        raise UnusableInput(
+            f"'{files['robust']}' was trained for {headers['robust'].threat_model}, not for {spec.threat_model}: pass"
+            " its --eps"
+        )
+    dual = Dual(
+        standard=headers["standard"].architecture,
+        robust=headers["robust"].architecture,
+        alpha=spec.recipe.alpha,
+        combine=spec.recipe.combine or variant.combine or "probs",
+    )
+    # Every process writes the same: one that did not would have to wait for the one that does.
+    extra = any(header.additional_data for header in headers.values())
+    save_checkpoint(path, None, _header(spec, dual, parts=parts, additional_data=extra))
+    return path
+
+
+def _header(spec: TrainSpec, arch: Dense | Routed | Dual, **more: Any) -> Header:
+    return Header(
+        variant=spec.variant,
+        architecture=arch,
+        dataset=spec.dataset,
+        threat_model=spec.threat_model,
+        objective=get_variant(spec.variant).objective,
+        seed=spec.seed,
+        training=spec.model_dump(mode="json"),
+        training_key=spec.key,
+        bench_version=bench.__version__,
+        git_hash=git_hash(),
+        **more,
+    )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Training images, and which of them are trained on and held out; the fingerprint is of those trained on."""
+
+    images: Images
+    train: Tensor
+    held_out: Tensor
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.images.x[self.train], self.images.y[self.train])
+
+
+def _read(spec: TrainSpec, dataset: Dataset, root: Path) -> _Data:
+    recipe = spec.recipe
+    wanted = None if recipe.n_train is None else recipe.n_train + recipe.n_val
+    images = dataset.read("train", root, wanted)
+    if len(images.y) < (wanted or recipe.n_val + 1):
+        raise UnusableInput(
+            f"{spec.dataset} has {len(images.y):,} training images at '{root}', fewer than the n_train + n_val ="
+            f" {wanted or recipe.n_val + 1:,} asked for: lower them with --set n_train=… or --set n_val=…"
+        )
+    if 0 < images.available < images.published:
+        logger.warning("%s: partial copy: %d of %d training images", spec.dataset, images.available, images.published)
+    return _Data(images, *hold_out(len(images.y), recipe.n_train, recipe.n_val))
+
+
+class _Run:
+    """One training under way."""
+
+    def __init__(self, spec: TrainSpec, dataset: Dataset, data: _Data, path: Path, device: str) -> None:
+        self.spec, self.path = spec, path
+        recipe = spec.recipe
+        self.objective = objective_class(get_variant(spec.variant)).model_validate(spec.objective_params)
+        self.architecture = architecture(spec, dataset)
+        self.fabric = _fabric(device, recipe.precision, routed=not isinstance(self.architecture, Dense))
+        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            self.model: nn.Module = self.architecture.build().to(memory_format=memory_format)
+        self.engine = self.fabric.setup_module(Engine(self.model))
+        deal = partial(
+            Sampler,
+            images=data.images,
+            threat_model=spec.threat_model,
+            device=self.fabric.device,
+            memory_format=memory_format,
+            rank=self.fabric.global_rank,
+            processes=self.fabric.world_size,
+        )
+        self.sampler = deal(
+            indices=data.train,
+            batch_size=recipe.batch_size,
+            seed=spec.seed,
+            augmentation=Augmentation(recipe.flip, recipe.translate, recipe.cutout),
+            noise_sigma=recipe.noise_sigma,
+        )
+        self.validation = deal(indices=data.held_out, batch_size=500, seed=0)
+        self.train_fingerprint = data.fingerprint
+        total = recipe.epochs * len(self.sampler)
+        self.parts = self.objective.parts(self.model)
+        self.optimizers: dict[str, Any] = {}
+        self.schedules: dict[str, torch.optim.lr_scheduler.LRScheduler] = {}
+        for name, part in self.parts.items():
+            optimizer = _optimizer(part, _router_parameters(self.model), recipe)
+            self.schedules[name] = _schedule(optimizer, recipe, total)
+            self.optimizers[name] = self.fabric.setup_optimizers(optimizer)
+        self.epochs: list[Epoch] = []
+        self.best: tuple[float, float, int] | None = None  # selecting accuracy, the other one, epoch
+        self.best_weights: dict[str, Tensor] = {}
+        self.newest_is_whole = True  # the newest state on disk
+
+    def train(self, resume: bool, on_step: OnStep, on_epoch: OnEpoch) -> Path:
+        state = self._read_state() if resume else None
+        if state is not None:
+            self._restore(state)
+        elif self.spec.recipe.pretrained:  # a state has all weights: where they once came from may be out of reach
+            load_pretrained(self.model, self.spec.recipe)
+        for epoch in range(len(self.epochs), self.spec.recipe.epochs):
+            start, waited, losses, terms = time.perf_counter(), 0.0, 0.0, dict[str, float]()
+            self.model.train()
+            batches = ahead(self.sampler.epoch(epoch))
+            for done in range(1, len(self.sampler) + 1):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                values = self._step(batch, epoch, done)
+                losses += sum(values.values())
+                for name, value in values.items():
+                    terms[name] = terms.get(name, 0.0) + value / len(self.sampler)
+                if self.fabric.is_global_zero:
+                    on_step(epoch, done, len(self.sampler), losses / done)
+            seconds = time.perf_counter() - start
+            if self.fabric.world_size > 1:  # batch statistics are each process's own: the first one's are kept
+                for buffer in self.model.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+            sa, ra, routing_metrics = self._validate()
+            lr = max(group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups)
+            speed = len(self.sampler.indices) / seconds
+            record = Epoch(
+                epoch + 1, sum(terms.values()), terms, sa, ra, routing_metrics, lr, seconds, waited, speed
+            )  # fmt: skip
+            self.epochs.append(record)
+            score = (ra, sa, epoch + 1) if self.objective.adversarial else (sa, ra, epoch + 1)
+            if self.best is None or score[:2] > self.best[:2]:
+                self.best = score
+                self.best_weights = {
+                    key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()
+                }
+            if not self.fabric.is_global_zero:
+                continue
+            self._save_state()
+            on_epoch(record)
+            softmax = get_variant(self.spec.variant).gate == "softmax"  # under argmax there is no balance loss
+            hint = "; a larger balance or a smaller router_lr may wake it" if softmax else ""
+            for line in dead_experts(routing_metrics):
+                logger.warning("epoch %d: %s%s", epoch + 1, line, hint)
+        return self._finish()
+
+    def _step(self, batch: Batch, epoch: int, done: int) -> dict[str, float]:
+        """All optimiser steps of one batch; the value of each term of their losses."""
+        values: dict[str, float] = {}
+        where = f"at epoch {epoch + 1}, step {done}"
+        steps = self.objective.steps(self.model, batch)
+        while True:
+            step, failure = None, ""
+            try:
+                with self.fabric.autocast():  # the inner attacks run when the generator is advanced
+                    step = next(steps, None)
+            except TrainingFailed as error:
+                failure = str(error)
+            if failures := self._everywhere(failure):  # what stops one process stops all
+                self._stop(f"{failures[0]} {where}")
+            if step is None:
+                break
+            self.model.zero_grad(set_to_none=True)
+            terms = self.engine(step.loss)
+            weighted = batch.weight * torch.stack(list(terms.values()))
+            loss = weighted.sum()
+            means = self.fabric.all_reduce(weighted.detach(), reduce_op="mean")
+            assert isinstance(means, Tensor)
+            values |= dict(zip(terms, means.tolist(), strict=True))
+            if not math.isfinite(sum(values.values())):
+                self._stop(f"the loss is not finite {where} ({values})")
+            self.fabric.backward(loss)
+            part, optimizer = self.parts[step.part], self.optimizers[step.part]
+            limit = self.spec.recipe.clip_grad_norm or math.inf
+            norm = self.fabric.clip_gradients(part, optimizer, max_norm=limit, error_if_nonfinite=False)
+            # In fp16 a gradient may overflow: the scaler then skips the step and lowers its scale.
+            if norm is not None and not norm.isfinite() and self.spec.recipe.precision != "16-mixed":
+                self._stop(f"the gradient is not finite {where} ({values})")
+            optimizer.step()
+            self.schedules[step.part].step()
+            self.model.zero_grad(set_to_none=True)
+        return values
+
+    def _everywhere(self, text: str) -> list[str]:
+        """What the processes say, of those that say something."""
+        if self.fabric.world_size == 1:
+            return [text] if text else []
+        texts: list[str | None] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(texts, text)
+        return [text for text in texts if text]
+
+    def _stop(self, reason: str) -> NoReturn:
+        # Under another name than the finished training's, which it must not pass for.
+        path = self.path.with_suffix(".stopped.safetensors")
+        self._save_best(path)
+        self.fabric.barrier()
+        kept = f"; the best epoch so far is kept at '{path}'" if self.best else ""
+        raise TrainingFailed(f"{reason}: lower lr{kept}")
+
+    @torch.no_grad()
+    def _validate(self) -> tuple[float, float, dict[str, float]]:
+        """SA and PGD accuracy on the held-out images, of the deployed model in float32, and how it routes."""
+        counts = self._attack_held_out(self.model)
+        with eval_frozen(self.model):
+            images, chunks = self.sampler.images, torch.split(self.sampler.indices, 1000)
+            metrics = routing(self.model, (images.floats(chunk).to(self.fabric.device) for chunk in chunks))
+        return counts.pop("sa"), counts.pop("ra"), metrics | counts
+
+    @torch.no_grad()
+    def _attack_held_out(self, model: nn.Module) -> dict[str, float]:
+        """sa, ra under PGD, and the share of routes that PGD flips: fractions of the held-out images."""
+        counts: Counter[str] = Counter()
+        threat, steps = self.spec.threat_model, self.spec.recipe.val_steps
+        step_size = default_step_size(threat.eps, steps)
+        with eval_frozen(model):
+            for batch in self.validation.epoch(0):
+                start = random_start(batch.x, threat, batch.noise("validation"))
+                x_adv = pgd(partial(_cross_entropy, model, batch.y), batch.x, threat, steps, step_size, start)
+                counted = {
+                    "sa": int((model(batch.x).argmax(1) == batch.y).sum()),
+                    "ra": int((model(x_adv).argmax(1) == batch.y).sum()),
+                    **flips(model, batch.x, x_adv),
+                }
+                counts.update({name: count if batch.weight else 0 for name, count in counted.items()})
+        sums = self.fabric.all_reduce(torch.tensor(list(counts.values()), device=self.fabric.device), reduce_op="sum")
+        assert isinstance(sums, Tensor)
+        return {name: count / len(self.validation.indices) for name, count in zip(counts, sums.tolist(), strict=True)}
+
+    # --- what is written ----------------------------------------------------------------------------------------------
+
+    @property
+    def _key(self) -> list[str | int]:
+        return [self.spec.key, self.train_fingerprint, self.fabric.world_size]
+
+    def _save_state(self) -> None:
+        """After each epoch: all that the next epoch depends on. Randomness is keyed, so no random state is needed."""
+        # The table goes first: after the last epoch's state, a resumed training writes none.
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(self.epochs[0].row()), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(record.row() for record in self.epochs)
+        write_atomically(self.path.with_suffix(".csv"), table.getvalue().encode())
+        state = {
+            "key": self._key,
+            "model": self.model.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
+            "precision": self.fabric._precision.state_dict(),
+            "epochs": [vars(record) for record in self.epochs],
+            "best": self.best,
+            "best_weights": self.best_weights,
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        newest, before = _state_paths(self.path)
+        if newest.is_file() and self.newest_is_whole:
+            newest.replace(before)
+        write_atomically(newest, sha256(buffer.getvalue()).digest() + buffer.getvalue())
+        self.newest_is_whole = True
+
+    def _read_state(self) -> dict[str, Any] | None:
+        """The newest state that is whole, None where there is none; UnusableInput if all are damaged."""
+        paths = [path for path in _state_paths(self.path) if path.is_file()]
+        for path in paths:
+            state = _load_state(path, self.fabric.device)
+            if state is None:
+                logger.warning("'%s' is damaged or none of ours: going on from the state before it", path)
+                self.newest_is_whole = False
+                continue
+            if state["key"] != self._key:
+                raise UnusableInput(
+                    f"'{path}' belongs to another spec, other data or another number of processes: pass the same"
+                    " options, or drop --resume"
+                )
+            return state
+        if paths:
+            raise UnusableInput(f"'{paths[0]}' is damaged or none of ours: drop --resume")
+        return None
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        for name in self.parts:
+            self.optimizers[name].load_state_dict(state["optimizers"][name])
+            self.schedules[name].load_state_dict(state["schedules"][name])
+        self.fabric._precision.load_state_dict(state["precision"])
+        self.epochs = [Epoch(**record) for record in state["epochs"]]
+        self.best, self.best_weights = tuple(state["best"]), state["best_weights"]
+
+    def _save_best(self, path: Path) -> None:
+        if self.best is None:
+            return
+        self.model.load_state_dict(self.best_weights)
+        experts = list(self.model.experts) if isinstance(self.model, MoE) else []
+        alone = [self._attack_held_out(expert) for expert in experts]
+        if not self.fabric.is_global_zero:
+            return
+        last = len(self.epochs)
+        adversarial = self.objective.adversarial
+        ra, sa = self.best[:2] if adversarial else self.best[1::-1]
+        header = _header(
+            self.spec,
+            self.architecture,
+            train_fingerprint=self.train_fingerprint,
+            train_images=len(self.sampler.indices),
+            epochs=last,
+            examples_seen=last * len(self.sampler.indices),
+            validation={"sa": sa, "ra": ra, "epoch": self.best[2], "images": len(self.validation.indices)},
+            experts=alone,
+            additional_data=self.spec.recipe.pretrained is not False,
+            processes=self.fabric.world_size,
+            seconds=round(sum(record.seconds for record in self.epochs), 1),
+        )
+        save_checkpoint(path, self.model, header)
+
+    def _finish(self) -> Path:
+        self._save_best(self.path)
+        if self.fabric.is_global_zero:
+            _remove_states(self.path)
+        self.fabric.barrier()
+        return self.path
+
+
+def _state_paths(checkpoint: Path) -> tuple[Path, Path]:
+    """The newest state, and the one before it, for the case that the newest is damaged."""
+    return checkpoint.with_suffix(".state.pt"), checkpoint.with_suffix(".state-before.pt")
+
+
+def _load_state(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """What a state file holds behind its digest; None for one that is cut off, changed, or none of ours."""
+    data = path.read_bytes()
+    size = sha256().digest_size
+    if sha256(data[size:]).digest() != data[:size]:
+        return None
+    try:
+        return torch.load(io.BytesIO(data[size:]), map_location=device, weights_only=True)
+    except UnpicklingError:  # whole, but somebody else's
+        return None
+
+
+def _remove_states(checkpoint: Path) -> None:
+    """Take away what only an unfinished training needs, and files that a killed one was writing."""
+    for path in (*_state_paths(checkpoint), *checkpoint.parent.glob(f".{glob.escape(checkpoint.stem)}.*")):
+        path.unlink(missing_ok=True)
+
+
+def _fabric(device: str, precision: Precision, routed: bool) -> Fabric:
+    """One process on one device, or, started by torchrun, one of several that share each batch."""
+    accelerator, _, index = torch_device(device).partition(":")
+    world = World.here()
+    if accelerator == "cpu" and precision == "16-mixed":
+        raise UnusableInput("precision 16-mixed needs a GPU: on a CPU take --set precision=bf16-mixed, or 32")
+    if world.processes == 1:
+        return Fabric(accelerator=accelerator, devices=[int(index)] if index else 1, precision=precision)
+    if device not in ("auto", "cpu", "cuda"):
+        raise UnusableInput(f"--device {device} is one device, and torchrun has started several processes: pass cuda")
+    # An expert that no image of the batch was sent to has no gradient, and a step may train one part alone.
+    strategy = DDPStrategy(find_unused_parameters=routed)
+    devices = world.processes // world.machines
+    fabric = Fabric(
+        accelerator=accelerator, devices=devices, num_nodes=world.machines, strategy=strategy, precision=precision
+    )
+    fabric.launch()
+    return fabric
+
+
+def _cross_entropy(model: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def load_pretrained(model: nn.Module, recipe: Recipe) -> None:
+    """Put timm's weights into each expert of the model; all start alike, but for their heads."""
+    backbones = [part.backbone for part in model.modules() if isinstance(part, Classifier)]
+    source = recipe.pretrained if isinstance(recipe.pretrained, str) else None
+    weights = pretrained_weights(recipe.expert, backbones[0], source)
+    for backbone in backbones:
+        backbone.load_state_dict(weights, strict=False)  # the head's are not among them
+
+
+def _router_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of all routers inside a model."""
+    return {p for module in model.modules() if isinstance(module, MoE) for p in module.router.parameters()}
+
+
+def _optimizer(part: nn.Module, routers: set[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD, Adam or AdamW; `routers`' parameters are a group of their own, with their own peak learning rate."""
+    rates = {False: recipe.lr, True: recipe.lr * recipe.router_lr}
+    groups = [{"params": [p for p in part.parameters() if (p in routers) is of], "lr": lr} for of, lr in rates.items()]
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    adam = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return adam(groups, weight_decay=recipe.weight_decay)
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    if recipe.schedule == "one_cycle":
+        # The momentum stays as the recipe has it; only the rate is cycled.
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps, cycle_momentum=False)
+    if recipe.schedule == "cyclic":
+        # The released code's: from half the peak to the peak in 500 steps, and back.
+        base = [peak / 2 for peak in peaks]
+        return torch.optim.lr_scheduler.CyclicLR(optimizer, base, peaks, step_size_up=500, cycle_momentum=False)
+    if recipe.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

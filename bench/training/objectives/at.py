@@ -1,0 +1,15 @@
+"""Adversarial training (Madry et al. 2018): CE(F(x'), y), x' maximises CE."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from bench.training.objectives.base import OBJECTIVES, Adversarial, Batch, Step
+
+
+@OBJECTIVES.register("at")
+class AT(Adversarial):
+    """CE(F(x'), y)."""
+
+    def steps(self, model: Any, batch: Batch) -> Iterator[Step]:
+        x_adv = self.attack_model(model, batch)
+        yield Step("model", lambda m: self.cross_entropy(m, x_adv, batch.y))

@@ -1,0 +1,157 @@
+"""What a training objective is to the loop.
+
+Axes: B = batch, E = experts, C = classes. An objective's fields are its hyper-parameters; the loop asks it for the
+optimiser steps of a batch, one after the other, so that each step sees the weights that the one before has left.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from bench.models.deployed import eval_frozen
+from bench.models.moe import MoE
+from bench.pgd import default_step_size, pgd, random_start
+from bench.registry import Registry
+from bench.spec import Spec, ThreatModel
+
+#: From the suffix of a salt to a tensor of the images' shape.
+Start = Callable[[str], Tensor]
+
+#: Named terms of a loss, already weighted: the loss is their sum.
+Terms = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x (B, c, H, W) in [0, 1], y (B,); `noise(salt)` is uniform in [−1, 1], of x's shape.
+
+    The noise of an example depends on (seed, epoch, example, salt) alone, not on the batch that it is in. `weight` is
+    what the batch's loss counts where several processes share one batch: a mean over the processes is then one over
+    its images.
+    """
+
+    x: Tensor
+    y: Tensor
+    threat_model: ThreatModel
+    noise: Callable[[str], Tensor]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: on the parameters of `part`, down the gradient of `loss(model)`."""
+
+    part: str
+    loss: Callable[[Any], Terms]
+
+
+def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(softmax p ‖ softmax q) of each row, (B,), from two (B, C); the first is the target."""
+    # CPU autocast would take these logarithms in bfloat16, which is coarser than the divergence
+    dtype = torch.promote_types(p_logits.dtype, torch.float32)
+    log_p, log_q = p_logits.log_softmax(1, dtype=dtype), q_logits.log_softmax(1, dtype=dtype)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+def load_balance(gate_logits: Tensor) -> Tensor:
+    """E · Σ_i f_i P_i (Fedus et al. 2021, Switch, equation 4), gate_logits (B, E).
+
+    f_i is the share of rows whose best expert is i, P_i the mean gate probability of i. It is 1 for a balanced router
+    and E for one that sends everything to one expert; its gradient flows through P alone.
+    """
+    num_experts = gate_logits.shape[1]
+    counts = F.one_hot(gate_logits.argmax(1), num_experts).sum(0)
+    if (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    ):  # f_i is the whole batch's, also where several processes share it
+        torch.distributed.all_reduce(counts)
+    share = counts / counts.sum()
+    return num_experts * (share * gate_logits.softmax(1).mean(0)).sum()
+
+
+OBJECTIVES: Registry[type["Objective"]] = Registry("objective", "bench.training.objectives")
+
+
+class Objective(Spec):
+    """Base of all objectives; subclasses register with `OBJECTIVES`.
+
+    `routed`: needs an MoE or a dual. `adversarial`: the checkpoint is chosen by robust, not by clean accuracy.
+    """
+
+    routed: ClassVar[bool] = False
+    adversarial: ClassVar[bool] = False
+
+    balance: float = Field(default=0.5, ge=0, description="weight of the load-balance loss of a softmax gate")
+
+    def parts(self, model: Any) -> Mapping[str, nn.Module]:
+        """The parts of the model that have an optimiser each."""
+        return {"model": model}
+
+    def steps(self, model: Any, batch: Batch) -> Iterator[Step]:
+        """The optimiser steps of one batch; the loop takes each before it asks for the next."""
+        raise NotImplementedError
+
+    def clean_terms(self, model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Terms]:
+        """F(x) (B, C), and its cross-entropy with the load-balance term of an MoE whose router trains."""
+        if not isinstance(model, MoE):
+            logits = model(x)
+            return logits, {"ce": F.cross_entropy(logits, y)}
+        logits, trace = model.trace(x)
+        return logits, {"ce": F.cross_entropy(logits, y), **self.balance_term(model, trace.gate_logits)}
+
+    def cross_entropy(self, model: Any, x: Tensor, y: Tensor) -> Terms:
+        """The terms of CE(F(x), y)."""
+        return self.clean_terms(model, x, y)[1]
+
+    def balance_term(self, moe: MoE, gate_logits: Tensor) -> Terms:
+        """The weighted load-balance loss; nothing for `gate=argmax`, whose router is never trained."""
+        if moe.gate != "softmax" or not self.balance:
+            return {}
+        return {"balance": self.balance * load_balance(gate_logits)}
+
+
+class Adversarial(Objective):
+    """Shared by the objectives with an inner maximisation."""
+
+    adversarial: ClassVar[bool] = True
+
+    reach: ClassVar[float] = 2.5
+
+    inner_steps: int = Field(default=10, gt=0)
+    step_size: float | None = Field(
+        default=None, gt=0, description="in pixels of [0, 1]; None: reach · ε / inner_steps"
+    )
+    restarts: int = Field(default=1, gt=0, description="random starts; of each image the end of highest loss is taken")
+
+    def ascend(self, loss: Callable[[Tensor], Tensor], x: Tensor, batch: Batch, start: Start) -> Tensor:
+        """PGD on `loss` (images → a value each) inside the ball around x, which may repeat the batch's images.
+
+        start(suffix) is a starting point, drawn from the batch's noise under a salt that ends in `suffix`.
+        """
+        threat, steps = batch.threat_model, self.inner_steps
+        step_size = self.step_size or default_step_size(threat.eps, steps, self.reach)
+        suffixes = ["", *(f", start {number}" for number in range(2, self.restarts + 1))]
+        ends = torch.stack([pgd(loss, x, threat, steps, step_size, start(suffix)) for suffix in suffixes])
+        if self.restarts == 1:
+            return ends[0]
+        with torch.no_grad():
+            strongest = torch.stack([loss(end) for end in ends]).argmax(0)
+        return ends[strongest, torch.arange(len(x), device=x.device)]
+
+    def attack(self, f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch: Batch, noise: Start) -> Tensor:
+        """PGD on the cross-entropy of f (images → logits) from random starts; noise(suffix) is uniform in [−1, 1]."""
+
+        def start(suffix: str) -> Tensor:
+            return random_start(x, batch.threat_model, noise(suffix))
+
+        return self.ascend(lambda x_adv: F.cross_entropy(f(x_adv), y, reduction="none"), x, batch, start)
+
+    def attack_model(self, model: Any, batch: Batch) -> Tensor:
+        """x', PGD on the whole model in eval mode."""
+        with eval_frozen(model):
+            return self.attack(model, batch.x, batch.y, batch, lambda suffix: batch.noise(f"model{suffix}"))

@@ -1,0 +1,137 @@
+"""The presets of training, `*.yaml` in this folder, and the way from a user's words to a TrainSpec."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.datasets.base import Dataset
+from bench.errors import UnusableInput, did_you_mean
+from bench.models.architecture import Dense, Dual, Network, Routed
+from bench.models.variants import Variant, get_variant
+from bench.spec import Recipe, ThreatModel, TrainSpec, build, parse_value
+from bench.training.objectives.base import OBJECTIVES, Objective
+
+FOLDER = Path(__file__).parent
+
+
+def recipes() -> list[str]:
+    """Names of the presets in this folder."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def read_recipe(name: str) -> Recipe:
+    """The preset called `name`; UnusableInput with the nearest name where there is none."""
+    if name not in recipes():
+        raise UnusableInput(f"unknown recipe '{name}': {did_you_mean(name, recipes())}")
+    return build(Recipe, f"recipe '{name}'", _numbers(yaml.safe_load((FOLDER / f"{name}.yaml").read_text())))
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with fractions such as 2/255 as numbers."""
+    return {
+        key: _numbers(value) if isinstance(value, dict) else parse_value(value, key) for key, value in values.items()
+    }
+
+
+def train_spec(
+    variant: str,
+    dataset: Dataset,
+    threat_model: ThreatModel,
+    recipe: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> TrainSpec:
+    """The spec of a training: the recipe (default: the data set's own) with `settings` over it.
+
+    A setting is a field of the recipe or of the objective; UnusableInput, with the nearest name, for any other, and for
+    one that changes nothing of this variant. A dual that is put together is not trained, and takes them all.
+    """
+    objective = objective_class(get_variant(variant))
+    name = recipe or dataset.recipe
+    preset = read_recipe(name)
+    special = preset.objective.get(get_variant(variant).objective or "", {})
+    for key in set(special) - {*objective.model_fields, *Recipe.model_fields}:
+        raise UnusableInput(f"recipe '{name}' presets '{key}' of '{variant}', which has no such parameter")
+    own = {key: value for key, value in (preset.objective | special).items() if key in objective.model_fields}
+    changed = {key: value for key, value in special.items() if key in Recipe.model_fields}
+    for key, value in (settings or {}).items():
+        if key in _idle(get_variant(variant)):
+            raise UnusableInput(f"--set {key}: nothing of '{variant}' depends on it: drop it")
+        if key in objective.model_fields:
+            own[key] = value
+        elif key in Recipe.model_fields and key != "objective":
+            changed[key] = value
+        else:
+            known = sorted({*objective.model_fields, *Recipe.model_fields} - {"objective"})
+            raise UnusableInput(f"--set {key}: '{variant}' has no such parameter: {did_you_mean(key, known)}")
+    params = build(objective, f"objective of '{variant}'", own)
+    merged = build(Recipe, f"recipe '{name}'", {**preset.model_dump(exclude={"objective"}), **changed})
+    gate = get_variant(variant).gate
+    if gate and merged.gate not in (None, gate):
+        other = f"{variant}-argmax" if merged.gate == "argmax" else variant.removesuffix("-argmax")
+        raise UnusableInput(f"recipe '{name}' is for gate={merged.gate}, and '{variant}' has {gate}: train {other}")
+    if get_variant(variant).kind == "dual" and get_variant(variant).objective and merged.alpha == 1:
+        raise UnusableInput("alpha=1: of such a dual nothing is left of its standard branch: train an moe-rt_er")
+    if merged.noise_sigma and objective.adversarial:
+        raise UnusableInput(
+            f"--set noise_sigma={merged.noise_sigma:g}: '{variant}' trains on adversarial examples, which stay in"
+            " [0, 1] and near the image: train a -standard variant with noise"
+        )
+    if threat_model.norm == "L1":
+        raise UnusableInput("no training inside an L1 ball: take --norm Linf or L2, and evaluate the file under L1")
+    return TrainSpec(
+        variant=variant,
+        dataset=dataset.name,
+        threat_model=threat_model,
+        recipe_name=name,
+        recipe=merged,
+        objective_params=params.model_dump(mode="json"),
+        seed=seed,
+    )
+
+
+def _idle(variant: Variant) -> set[str]:
+    """The settings that change nothing of a variant; to take them would let a user believe otherwise."""
+    if variant.kind == "dense":
+        return {"num_experts", "num_selected_experts", "router", "router_lr", "balance", "combine", "alpha"}
+    idle = set() if variant.kind == "dual" else {"alpha"}
+    if variant.gate == "argmax":  # the router is never trained, but by AdvMoE's own steps
+        idle |= {"balance"} if variant.objective == "advmoe" else {"balance", "router_lr"}
+    return idle
+
+
+def objective_class(variant: Variant) -> type[Objective]:
+    """The class of a variant's objective; a variant that is put together has the base class's, which has no steps."""
+    return Objective if variant.objective is None else OBJECTIVES[variant.objective]
+
+
+def architecture(spec: TrainSpec, dataset: Dataset) -> Dense | Routed | Dual:
+    """What the spec's variant is made of, for the given data set."""
+    variant, recipe = get_variant(spec.variant), spec.recipe
+    names = ("width", "image_size", "patch_size", "norm")
+    sizes = {name: getattr(recipe, name) for name in names}
+    network = Network(
+        expert=recipe.expert,
+        expert_params={key: value for key, value in sizes.items() if value is not None},
+        input_shape=dataset.input_shape,
+        num_classes=dataset.num_classes,
+        mean=dataset.mean,
+        std=dataset.std,
+    )
+    if variant.kind == "dense":
+        return Dense(**dict(network))
+    assert variant.gate is not None
+    routed = Routed(
+        **dict(network),
+        router=recipe.router,
+        num_experts=recipe.num_experts,
+        num_selected_experts=recipe.num_selected_experts,
+        gate=variant.gate,
+        combine="logits" if variant.kind == "dual" else recipe.combine or "logits",
+    )
+    if variant.kind == "moe":
+        return routed
+    combine = recipe.combine or variant.combine or "probs"
+    return Dual(standard=routed, robust=routed, alpha=recipe.alpha, combine=combine)

@@ -1,0 +1,99 @@
+"""From the words of `bench run` to runs: what is asked for is what is planned, and what cannot be is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.datasets.base import open_dataset
+from bench.errors import UnusableInput
+from bench.evaluation.plan import RunRequest, plan, threat_model
+from bench.job import Job
+from bench.spec import ThreatModel
+from bench.suites.base import Suite
+
+
+@pytest.fixture
+def planned(tmp_path: Path, shelve: Any) -> Callable[..., list[Job[Suite]]]:
+    """planned(suites=…, …): the jobs with a dense model, an MoE and a dual on the shelf."""
+    shelve(tmp_path, "dense-at", "moe-at", "dual-jtdmoe")
+
+    def make(suites: tuple[str, ...] = ("clean",), **fields: Any) -> list[Job[Suite]]:
+        return plan(RunRequest(suites=suites, **{"dataset": "digits", "n_examples": 3, **fields}), tmp_path, [tmp_path])
+
+    return make
+
+
+def test_every_model_on_the_shelf_meets_every_suite(planned: Any):
+    made = planned(("clean", "pgd"), seed=4, batch_size=7)
+    specs = [job.spec for job in made]
+    assert [(spec.model, spec.suite) for spec in specs] == [
+        (model, suite) for model in ("dense-at", "moe-at", "dual-jtdmoe") for suite in ("clean", "pgd")
+    ]
+    assert {(spec.n_examples, spec.seed, spec.batch_size, spec.dataset) for spec in specs} == {(3, 4, 7, "digits")}
+    assert {spec.threat_model for spec in specs} == {ThreatModel(norm="Linf", eps=0.2)}
+    assert [(spec.alpha, spec.combine) for spec in specs[::2]] == [(None, None), (None, "logits"), (0.7, "probs")]
+    assert (len(made[0].data), made[0].num_classes) == (3, 10)
+
+
+def test_all_examples_in_the_archives_order_unless_said_otherwise(planned: Any):
+    whole = planned(n_examples=None)
+    assert {job.spec.n_examples for job in whole} == {500}
+    assert whole[0].data.idx.tolist() == list(range(500))
+    part = planned(n_examples=5)[0].data
+    assert (part.idx.tolist(), part.y.tolist()) == (list(range(5)), whole[0].data.y[:5].tolist())
+
+
+def test_alphas_sweep_the_duals_alone(planned: Any):
+    made = planned(alphas=(0.5, 1.0), models=("moe-at", "dual-jtdmoe"))
+    assert [(job.spec.model, job.spec.alpha, job.subject.info.alpha) for job in made] == [
+        ("moe-at", None, None),
+        ("dual-jtdmoe", 0.5, 0.5),
+        ("dual-jtdmoe", 1.0, 1.0),
+    ]
+    keys = {job.spec.run_key(job.subject.info.checkpoint_sha256, "f") for job in made}
+    assert len(keys) == 3
+
+
+def test_settings_go_to_the_suites_that_have_them(planned: Any):
+    made = planned(("clean", "pgd", "torchattacks:PGD"), models=("moe-at",), settings={"steps": 3, "step_size": 0.1})
+    assert {job.spec.suite: job.spec.suite_params for job in made} == {
+        "clean": {},
+        "pgd": {"steps": 3, "step_size": 0.1},
+        "torchattacks:PGD": {"steps": 3},
+    }
+    assert {job.spec.suite_version for job in made} == {1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"alphas": (0.5,), "models": ("moe-at", "dense-at")}, "--alpha sets a dual's α, and moe-at, dense-at is none"),
+        ({"alphas": (0.5, 1.5)}, r"--alpha 1.5 must be in \[0, 1\]"),
+        ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
+        ({"seed": -1}, "--seed -1 must be at least 0"),
+        ({"n_examples": 0}, "--n-examples 0 must be at least 1"),
+        ({"n_examples": 501}, "--n-examples 501 is more than the 500 test images of digits"),
+        ({"norm": "L2"}, "--norm L2 needs an --eps: digits's own ε 0.2 is for Linf"),
+        ({"norm": "L3"}, "unknown norm 'L3'"),
+        ({"eps": "0"}, "ε '0' must be above 0"),
+        ({"norm": "L1", "eps": "3", "suites": ("clean", "pgd")}, "suite 'pgd' has no L1 attack: it has Linf, L2"),
+        ({"dataset": "digit"}, "unknown data set 'digit': did you mean 'digits'"),
+        ({"models": ("moe-att",)}, "unknown variant 'moe-att': did you mean 'moe-at'"),
+        ({"norm": "L2", "eps": "1", "models": ("moe-trades",)}, "no L2 checkpoint of 'moe-trades'"),
+        ({"settings": {"steps": 3}}, "--set steps: clean has no such parameter"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_runs(fields: dict[str, Any], message: str, planned: Any):
+    with pytest.raises(UnusableInput, match=message):
+        planned(**fields)
+
+
+def test_threat_is_the_data_sets_own_unless_said_otherwise():
+    digits, cifar = open_dataset("digits"), open_dataset("cifar10")
+    assert threat_model(digits, None, None) == ThreatModel(norm="Linf", eps=0.2)
+    assert threat_model(cifar, None, None) == ThreatModel(norm="Linf", eps=8 / 255)
+    assert threat_model(cifar, None, "4/255") == ThreatModel(norm="Linf", eps=4 / 255)
+    assert threat_model(cifar, "linf", None) == ThreatModel(norm="Linf", eps=8 / 255)
+    assert threat_model(cifar, "L2", "0.5") == ThreatModel(norm="L2", eps=0.5)

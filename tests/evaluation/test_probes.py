@@ -1,0 +1,217 @@
+"""Signs that an attack may find less than there is: planted in models that have exactly one, and absent elsewhere."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.evaluation.probes import probe
+from bench.models.deployed import eval_frozen
+from bench.models.moe import MoE
+from bench.randomness import seeded
+from bench.spec import ThreatModel
+
+LINF = ThreatModel(norm="Linf", eps=0.05)
+#: A class a half of the pixels: the brighter one wins.
+HALVES = [[10.0, 10, 0, 0], [0, 0, 10, 10]]
+
+
+@pytest.fixture
+def images() -> tuple[Tensor, Tensor]:
+    """Twenty images (20, 1, 1, 4), each with one bright half, and which it is."""
+    y = torch.arange(20) % 2
+    x = torch.full((20, 4), 0.3)
+    x[y == 0, :2], x[y == 1, 2:] = 0.7, 0.7
+    return x.view(20, 1, 1, 4), y
+
+
+@pytest.fixture
+def signs(images: tuple[Tensor, Tensor]) -> Callable[..., list[str]]:
+    """signs(model): its flags."""
+
+    def run(model: nn.Module, threat: ThreatModel = LINF, attacked: bool = True) -> list[str]:
+        with eval_frozen(model), seeded(0):
+            return probe(model, *images, threat, attacked=attacked)
+
+    return run
+
+
+class Changed(nn.Module):
+    """A model whose logits are changed by a function of them."""
+
+    def __init__(self, model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.change = model, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.model(x))
+
+
+@pytest.mark.parametrize("threat", [LINF, ThreatModel(norm="L2", eps=0.1), ThreatModel(norm="L1", eps=0.1)])
+def test_an_honest_model_has_none(threat: ThreatModel, signs: Callable[..., list[str]], linear_net: Any):
+    assert signs(linear_net(HALVES), threat) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        (lambda z: z - z.mean(0), "outputs depend on the batch"),
+        (lambda z: z.softmax(1), "outputs are probabilities"),
+    ],
+)
+def test_what_the_outputs_show(change: Any, flag: str, signs: Callable[..., list[str]], linear_net: Any):
+    assert signs(Changed(linear_net(HALVES), change), attacked=False) == [flag]
+
+
+def test_log_probabilities_are_none(signs: Callable[..., list[str]], linear_net: Any):
+    assert signs(Changed(linear_net(HALVES), lambda z: z.log_softmax(1))) == []
+
+
+def routed(linear_moe: Any, gate: str) -> MoE:
+    """Two experts that agree but for a factor, and a router that looks at the last pixel: 0.3 or 0.7, its edge 0.5."""
+    double = [[2 * weight for weight in row] for row in HALVES]
+    moe = linear_moe([HALVES, double], [[0, 0, 0, 1.0], [0, 0, 0, -1.0]], 1, gate)
+    linear = moe.router[1]
+    linear.bias = nn.Parameter(torch.tensor([-0.5, 0.5]))
+    return moe
+
+
+def test_a_hard_gate_has_no_router_gradient_and_a_soft_one_has(signs: Callable[..., list[str]], linear_moe: Any):
+    assert signs(routed(linear_moe, "softmax"), attacked=False) == []
+    assert signs(routed(linear_moe, "argmax"), attacked=False) == ["router gradient zero on 100% of images"]
+
+
+def test_experts_that_are_not_selected_need_no_gradient(signs: Callable[..., list[str]], linear_moe: Any):
+    """Two of three, with the weights renormalised over the two: the third score changes nothing, and need not."""
+    half = [[weight / 2 for weight in row] for row in HALVES]
+    moe = linear_moe([HALVES, half, HALVES], [[0.5, 0, 0, 0], [0, 0.5, 0, 0], [0, 0, 0, -1.0]], 2, "softmax")
+    assert signs(moe, attacked=False) == []
+
+
+def test_logits_without_a_gradient_have_none_for_the_router(signs: Callable[..., list[str]], linear_moe: Any):
+    moe = routed(linear_moe, "softmax")
+    mix = moe.mix
+    moe.mix = lambda *given: mix(*given).detach()  # type: ignore[method-assign]
+    assert signs(moe, attacked=False) == ["router gradient zero on 100% of images"]
+
+
+def test_of_a_dual_each_branch_is_looked_at(signs: Callable[..., list[str]], linear_moe: Any):
+    from bench.models.dual import DualModel
+
+    dual = DualModel(routed(linear_moe, "argmax"), routed(linear_moe, "softmax"))
+    assert signs(dual, attacked=False) == ["S: router gradient zero on 100% of images"]
+
+
+def test_a_router_gradient_that_is_not_finite_is_seen(signs: Callable[..., list[str]], linear_moe: Any):
+    moe = routed(linear_moe, "softmax")
+    mix = moe.mix
+    moe.mix = lambda *given: mix(*given) + (mix(*given) * 0).sqrt()  # type: ignore[method-assign]
+    assert signs(moe, attacked=False) == ["router gradient not finite"]
+
+
+def test_a_router_that_is_passed_by_is_said(signs: Callable[..., list[str]], linear_moe: Any):
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            moe = routed(linear_moe, "softmax")
+            self.router, self.experts = moe.router, moe.experts
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.experts[0](x)
+
+    assert signs(Foreign(), attacked=False) == ["router gradient cannot be seen"]
+
+
+class Detached(nn.Module):
+    """A router without a gradient by the pixels; as deep inside as one may write it."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.router(x).detach()
+
+
+def test_a_router_without_a_gradient_by_the_pixels_is_probed_all_the_same(
+    signs: Callable[..., list[str]], linear_moe: Any
+):
+    moe = routed(linear_moe, "softmax")
+    moe.router = Detached(moe.router)
+    assert signs(moe, ThreatModel(norm="Linf", eps=0.21)) == [
+        "router gradient zero on 100% of images",
+        "router has no gradient by the pixels",
+        "routes flip within the ball for 100% of images",
+    ]
+
+
+def test_a_router_that_is_no_module_is_probed_all_the_same(signs: Callable[..., list[str]], linear_moe: Any):
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            moe = routed(linear_moe, "softmax")
+            self.experts, self._router = moe.experts, moe.router
+
+        def router(self, x: Tensor) -> Tensor:
+            return self._router(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs = torch.stack([expert(x) for expert in self.experts], 1)
+            return outputs[torch.arange(len(x)), self.router(x).argmax(1)]
+
+    assert signs(Foreign(), ThreatModel(norm="Linf", eps=0.21)) == [
+        "router gradient cannot be seen", "routes flip within the ball for 100% of images",
+    ]  # fmt: skip
+
+
+def test_a_probe_that_fails_is_said_and_leaves_the_others(signs: Callable[..., list[str]], linear_moe: Any):
+    class Whole(nn.Module):
+        """Takes all images at once alone, and says probabilities."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            moe = routed(linear_moe, "argmax")
+            self.router, self.experts, self._moe = moe.router, moe.experts, [moe]
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) == 20, "20 images, please"
+            return self._moe[0](x)
+
+    assert signs(Whole(), attacked=False) == [
+        "probe of outputs failed: AssertionError", "router gradient zero on 100% of images",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("eps", "flags"), [(0.19, []), (0.21, ["routes flip within the ball for 100% of images"])])
+def test_routes_flip_from_the_distance_of_the_edge_on(
+    eps: float, flags: list[str], signs: Callable[..., list[str]], linear_moe: Any
+):
+    assert signs(routed(linear_moe, "softmax"), ThreatModel(norm="Linf", eps=eps)) == flags
+
+
+def test_saturated_logits_mask_the_gradient(signs: Callable[..., list[str]], linear_net: Any):
+    # at a gap of 400 the softmax is 1 in float32, and the gradient 0: PGD stays where it started
+    saturated = linear_net([[1e4 * weight for weight in row] for row in HALVES])
+    (flag,) = signs(saturated)
+    assert flag.startswith("gradients masked: PGD breaks ")
+    assert flag.endswith(" of 20 in a ball that holds every image")
+
+
+def test_success_that_falls_as_the_ball_grows_is_masking(signs: Callable[..., list[str]], linear_net: Any):
+    class Trapped(nn.Module):
+        """Wrong at a distance of about 0.05 from the images, and their gradient leads nowhere farther away."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = linear_net(HALVES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.net(x)
+            near = ((x - 0.3).abs().minimum((x - 0.7).abs()) < 0.051).flatten(1).all(1)
+            edge = ((x - 0.3).abs().minimum((x - 0.7).abs()) > 0.049).flatten(1).all(1)
+            return torch.where((near & edge)[:, None], -logits, logits) if near.any() else logits * 1e4
+
+    found = signs(Trapped())
+    assert "gradients masked: PGD breaks fewer in a larger ball" in found

@@ -1,0 +1,331 @@
+"""The results folder: what is written is whole, what is read fits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from bench.errors import UnusableInput
+from bench.files import write_atomically
+from bench.results.store import (
+    VERDICT_COLUMNS,
+    Result,
+    Run,
+    RunFolder,
+    check_verdicts,
+    ensure_writable,
+    read_runs,
+    run_folder,
+    suite_label,
+)
+from bench.spec import ModelInfo, RunSpec, ThreatModel
+
+INFO = ModelInfo(name="m", architecture="tiny", checkpoint_sha256="c" * 64)
+PROVENANCE: dict[str, Any] = {"environment": {"torch": "2"}, "git_hash": None, "seconds": 1.5, "finished": "2030-01-01"}
+
+STATUS = {"1": "ok", "0": "ok", "e": "error"}
+
+
+def frame(first: int = 0, **attacks: str) -> pd.DataFrame:
+    """Rows from one letter an example: 1 robust, 0 broken, e error, `.` no row."""
+    clean = attacks["clean"]
+    rows = [
+        (i, f"{i:016x}", 0, attack, "F", 0, 0, clean[i - first] == "1", mark == "1", 0.0, 0.0, -1, -1, STATUS[mark])
+        for attack, marks in attacks.items()
+        for i, mark in enumerate(marks, start=first)
+        if mark != "."
+    ]
+    return pd.DataFrame(rows, columns=list(VERDICT_COLUMNS)).astype(VERDICT_COLUMNS)
+
+
+def spec(**fields: Any) -> RunSpec:
+    given = {"model": "m", "dataset": "digits", "threat_model": ThreatModel(norm="Linf", eps=8 / 255), "suite": "pgd"}
+    return RunSpec(**{**given, "suite_version": 1, "n_examples": 4, **fields})
+
+
+def result(rows: pd.DataFrame, **fields: Any) -> Result:
+    return Result.from_rows(spec(**fields), INFO, "f" * 16, rows, **PROVENANCE)
+
+
+ROWS = frame(clean="1110", pgd="100.")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A finished run below tmp_path."""
+    made = result(ROWS)
+    folder = RunFolder(run_folder(tmp_path, made.spec, made.run))
+    folder.finish(made, ROWS)
+    return folder
+
+
+def test_result_is_what_the_rows_amount_to():
+    made = result(frame(clean="1110", pgd="1e0."), seed=3)
+    assert (made.clean_accuracy.value, made.robust_accuracy.value, made.errors) == (0.75, 0.25, 1)
+    # Wilson, k = 1, n = 4: centre (0.25 + 0.480182) / 1.960365 = 0.372472, half width 0.326884
+    assert (made.robust_accuracy.low, made.robust_accuracy.high) == pytest.approx((0.045587, 0.699358), abs=1e-5)
+    assert made.accuracy_after == {"clean": 0.75, "pgd": 0.25}
+    assert made.run == made.spec.run_key("c" * 64, "f" * 16)
+    assert (made.work, made.subject) == (result(ROWS).work, result(ROWS).subject)  # neither knows the seed
+    with pytest.raises(ValueError, match="rows of 4 examples, not of 5"):
+        result(ROWS, n_examples=5)
+
+
+def test_layout_and_round_trip(tmp_path: Path, folder: RunFolder):
+    made = result(ROWS)
+    assert folder.path == tmp_path / "digits" / "Linf-8_255" / "pgd-v1" / "m" / made.run
+    odd = run_folder(tmp_path, spec(dataset="imagefolder:/a b", suite="torchattacks:FGSM", model="a.b:c"), "k")
+    assert odd == tmp_path / "imagefolder__a_b" / "Linf-8_255" / "torchattacks_FGSM-v1" / "a.b_c" / "k"
+    assert sorted(path.name for path in folder.path.iterdir()) == ["result.json", "verdicts.parquet"]
+    assert folder.finished() == made
+    (run,) = read_runs(tmp_path)
+    assert (run.result, run.path) == (made, folder.path)
+    pd.testing.assert_frame_equal(run.verdicts(), ROWS)
+    text = (folder.path / "result.json").read_text()
+    assert text.endswith("}\n")
+    assert text.startswith('{\n "schema_version": 1,\n "spec": {\n')
+
+
+def test_attacks_stay_in_the_order_they_ran(tmp_path: Path):
+    rows = frame(clean="1111", square="1011", apgd="1.01")
+    made = Result.from_rows(spec(), INFO, "f", rows, ["square", "apgd", "last"], **PROVENANCE)
+    RunFolder(tmp_path / "run").finish(made, rows)
+    assert list(read_runs(tmp_path)[0].result.accuracy_after) == ["clean", "square", "apgd", "last"]
+
+
+def written(folder: RunFolder) -> set[int]:
+    return {block.index for block in folder.read_blocks()}
+
+
+def test_blocks_come_back_with_their_side_data(tmp_path: Path):
+    folder = RunFolder(tmp_path / "run")
+    assert (written(folder), folder.finished()) == (set(), None)
+    side = {"flags": ["ünusual"], "passes": {"pgd": {"forwards": 8}}, "seconds": 0.5, "errors": []}
+    folder.write_block(11, frame(2, clean="10", pgd="0."), {})
+    folder.write_block(3, frame(0, clean="11", pgd="10"), side)
+    assert sorted(path.name for path in (tmp_path / "run" / "blocks").iterdir()) == [
+        "block-00003.parquet",
+        "block-00011.parquet",
+    ]
+    assert written(folder) == {3, 11}
+    assert [(block.index, block.side) for block in folder.read_blocks()] == [(3, side), (11, {})]
+    assert [block.index for block in folder.read_blocks(known={3})] == [11]
+    joined = pd.concat([block.rows for block in folder.read_blocks()], ignore_index=True)
+    assert folder.finished() is None
+    folder.finish(result(joined), joined)
+    assert not (tmp_path / "run" / "blocks").exists()
+    assert folder.finished() == result(joined)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_truncated_block_is_not_written(tmp_path: Path, kept: int):
+    folder = RunFolder(tmp_path)
+    for index in (0, 1):
+        folder.write_block(index, ROWS, {})
+    torn = tmp_path / "blocks" / "block-00001.parquet"
+    torn.write_bytes(torn.read_bytes()[:kept])
+    (tmp_path / "blocks" / ".block-00002.parquet.0123").write_bytes(b"PAR1")
+    (tmp_path / "blocks" / "block-00004.parquet").symlink_to("nowhere")
+    ROWS.drop(columns="robust").to_parquet(tmp_path / "blocks" / "block-00005.parquet")
+    assert written(folder) == {0}
+    folder.write_block(1, ROWS, {})
+    assert written(folder) == {0, 1}
+
+
+@pytest.mark.parametrize(("call", "replaced"), [("write_block", 0), ("finish", 0), ("finish", 1)])
+def test_killed_in_the_middle_of_writing(tmp_path: Path, call: str, replaced: int):
+    """SIGKILL before the file number `replaced` gets its name: the run is unfinished, its blocks are all there."""
+    folder = RunFolder(tmp_path / "run")
+    folder.write_block(0, ROWS, {})
+    ROWS.to_pickle(tmp_path / "rows")
+    (tmp_path / "result").write_text(result(ROWS).model_dump_json())
+    child = f"""
+        import os, signal, pandas as pd
+        from pathlib import Path
+        from bench.results.store import Result, RunFolder
+        rows, folder, replace, left = pd.read_pickle("rows"), RunFolder(Path("run")), os.replace, [{replaced}]
+        def kill(*paths):
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            replace(*paths)
+        os.replace = kill
+        if {call!r} == "finish":
+            folder.finish(Result.model_validate_json(Path("result").read_text()), rows)
+        folder.write_block(1, rows, {{}})
+    """
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", dedent(child)], cwd=tmp_path, env=env, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert folder.finished() is None
+    assert read_runs(tmp_path) == []
+    assert written(folder) == {0}
+    folder.finish(result(ROWS), ROWS)
+    assert [run.result for run in read_runs(tmp_path)] == [result(ROWS)]
+
+
+def test_atomic_write_leaves_nothing_behind_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    write_atomically(tmp_path / "a", b"old")
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(tmp_path / "a", b"new")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def broken_rows(name: str) -> pd.DataFrame:
+    match name:
+        case "type":
+            return ROWS.astype({"label": "int32"})
+        case "extra":
+            return ROWS.assign(more=1)
+        case "order":
+            return ROWS[ROWS.columns[::-1]]
+        case "empty":
+            return ROWS.iloc[:0]
+        case "missing":
+            return ROWS.assign(attack=ROWS["attack"].where(ROWS.index != 2))
+        case "status":
+            return ROWS.assign(status="crash").astype(VERDICT_COLUMNS)
+        case "error is robust":
+            return ROWS.assign(status="error").astype(VERDICT_COLUMNS)
+        case "wrong is robust":
+            return ROWS.assign(clean_correct=False)
+        case "clean twice":
+            return pd.concat([ROWS, ROWS.iloc[:1]])
+        case "no clean":
+            return ROWS.iloc[1:]
+        case _:
+            return ROWS.assign(input_hash=ROWS["input_hash"].where(ROWS["attack"] == "clean", "other"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("type", "'label', 'int32'"),
+        ("extra", "'more'"),
+        ("order", "another order"),
+        ("empty", "exactly one clean row"),
+        ("missing", "is missing in a row"),
+        ("status", "status is neither"),
+        ("error is robust", "its attack failed"),
+        ("wrong is robust", "misclassified"),
+        ("clean twice", "exactly one clean row"),
+        ("no clean", "exactly one clean row"),
+        ("two hashes", "one input hash"),
+    ],
+)
+def test_rows_that_no_run_can_have(tmp_path: Path, name: str, said: str):
+    check_verdicts(ROWS)
+    with pytest.raises(ValueError, match=said):
+        RunFolder(tmp_path).write_block(0, broken_rows(name), {})
+    assert not (tmp_path / "blocks").exists()
+
+
+def edited(**changes: Any) -> Callable[[Path], None]:
+    """Changes values of result.json, by their dotted path."""
+
+    def edit(path: Path) -> None:
+        file = path / "result.json"
+        content = json.loads(file.read_text())
+        for key, value in changes.items():
+            *outer, last = key.split("__")
+            inner = content
+            for name in outer:
+                inner = inner[name]
+            inner[last] = value
+        file.write_text(json.dumps(content))
+
+    return edit
+
+
+def half(path: Path) -> None:
+    (path / "result.json").write_bytes((path / "result.json").read_bytes()[:200])
+
+
+def rewritten(rows: pd.DataFrame) -> Callable[[Path], None]:
+    return lambda path: rows.to_parquet(path / "verdicts.parquet", index=False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (half, "result.json cannot be used (Invalid JSON"),
+        (
+            lambda path: (path / "result.json").write_text("[1]"),
+            "result.json cannot be used (Input should be an object",
+        ),
+        (lambda path: (path / "result.json").write_bytes(b"\xff\xfe"), "result.json cannot be used"),
+        (edited(schema_version=2), "schema_version Input should be 1"),
+        (edited(score=1), "score Extra inputs"),
+        (edited(spec__threat_model__eps=-1), "spec.threat_model.eps"),
+        (edited(spec__model="other"), "run key"),
+        (edited(model_info__checkpoint_sha256="d" * 64), "run key"),
+        (edited(subject="0"), "subject key 0"),
+        (edited(spec__n_examples=5), "rows of 4 examples, not of 5"),
+        (edited(clean_accuracy__n=5), "clean accuracy's n 5"),
+        (edited(clean_accuracy__value=0.8), "clean accuracy 0.8, its spec and rows give 0.75"),
+        (edited(robust_accuracy__value=0.5), "robust accuracy 0.5"),
+        (edited(robust_accuracy__value=float("nan")), "robust accuracy nan, its spec and rows give 0.25"),
+        (edited(accuracy_after__pgd=0.5), "accuracy after pgd 0.5"),
+        (edited(errors=1), "errors 1"),
+        (lambda path: (path / "verdicts.parquet").unlink(), "verdicts.parquet cannot be used ("),
+        (lambda path: (path / "verdicts.parquet").write_bytes(b"PAR1"), "verdicts.parquet cannot be used"),
+        (rewritten(ROWS.drop(columns="l2")), "'l2', 'float64'"),
+        (rewritten(ROWS.iloc[:-1]), "robust accuracy"),
+        (rewritten(frame(clean="1110", pgd="1e0.")), "errors 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    tmp_path: Path, folder: RunFolder, spoil: Callable[[Path], None], said: str
+):
+    spoil(folder.path)
+    for read in (lambda: read_runs(tmp_path), folder.finished):
+        with pytest.raises(UnusableInput) as refused:
+            read()
+        assert said in str(refused.value)
+        assert str(folder.path) in str(refused.value)
+        assert "run again" in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_finish_refuses_a_result_of_other_rows(tmp_path: Path):
+    with pytest.raises(ValueError, match="robust accuracy"):
+        RunFolder(tmp_path).finish(result(ROWS), frame(clean="1110", pgd="110."))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_are_sorted_and_unfinished_ones_passed_over(tmp_path: Path):
+    for name in ("b", "a", "c"):
+        made = result(ROWS, model=name)
+        RunFolder(tmp_path / name).finish(made, ROWS)
+    RunFolder(tmp_path / "under way").write_block(0, ROWS, {})
+    assert [run.result.spec.model for run in read_runs(tmp_path)] == ["a", "b", "c"]
+    with pytest.raises(UnusableInput, match=r"no results folder '.*nowhere'"):
+        read_runs(tmp_path / "nowhere")
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path):
+    ensure_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/results")):
+        with pytest.raises(UnusableInput, match=f"'{root}' cannot be written"):
+            ensure_writable(root)
+
+
+def test_names_say_what_is_not_default(tmp_path: Path):
+    assert suite_label(spec()) == "pgd"
+    assert suite_label(spec(suite_params={"steps": 10, "step_size": 0.1})) == "pgd[step_size=0.1, steps=10]"
+    made = result(ROWS, alpha=0.7)
+    assert str(Run(made, tmp_path)) == f"pgd on m (α 0.7), digits Linf 8/255 (run {made.run})"

@@ -1,0 +1,300 @@
+"""Training on several processes: real ones, started by torchrun on the CPU, beside one with as large batches."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bench.datasets.base import open_dataset
+from bench.errors import UnusableInput
+from bench.models.checkpoints import checkpoint_path, load_checkpoint, read_header
+from bench.spec import TrainSpec
+from bench.training import loop as training
+from bench.training.loop import _Run, train
+
+ROOT = Path(__file__).parents[2]
+NONE = Path("nowhere")  # digits needs no data
+DIGITS = open_dataset("digits")
+Specs = Callable[..., TrainSpec]
+Torchrun = Callable[..., tuple[str, str]]
+
+pytestmark = pytest.mark.slow
+
+#: Sums are taken in another order, and what rounding changes passes through PGD's signs and a few optimiser steps.
+NEAR = {"rtol": 0, "atol": 5e-6}
+
+
+#: What each of several processes runs: the specs of jobs.json, one after the other. Their last weights are kept.
+DRIVER = """
+    import json, sys, time
+    from pathlib import Path
+
+    import torch
+    from safetensors.torch import save_file
+
+    from bench import cli
+    from bench.training import loop as training
+    from bench.datasets.base import open_dataset
+    from bench.environment import World
+    from bench.errors import TrainingFailed, UnusableInput
+    from bench.spec import TrainSpec
+    from bench.training.loop import _Run
+
+    folder, digits, rank = Path(sys.argv[1]), open_dataset("digits"), World.here().rank
+    jobs = json.loads((folder / "jobs.json").read_text())
+    specs = {name: TrainSpec.model_validate(job) for name, job in jobs.items()}
+    said = {}
+
+    def run(name, prepare=lambda run: None, resume=False):
+        spec = specs[name]
+        path = folder / f"{name}.safetensors"
+        run = _Run(spec, digits, training._read(spec, digits, folder), path, "cpu")
+        prepare(run)
+        finish = run._finish
+
+        def keep():
+            save_file(run.model.state_dict(), folder / f"{name}.{rank}.last")
+            return finish()
+
+        run._finish = keep
+        try:
+            run.train(resume, lambda *_: None, lambda _: None)
+        except (TrainingFailed, UnusableInput) as error:
+            said[name] = [type(error).__name__, str(error)]
+"""
+
+
+@pytest.fixture
+def drive(tmp_path: Path, torchrun: Torchrun) -> Callable[..., list[dict[str, list[str]]]]:
+    """drive(2, {"a": spec}, script): run the script after DRIVER; the errors of each process, by the job's name."""
+
+    def call(processes: int, specs: dict[str, TrainSpec], script: str) -> list[dict[str, list[str]]]:
+        jobs = {name: spec.model_dump(mode="json") for name, spec in specs.items()}
+        (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+        end = '(folder / f"said.{rank}.json").write_text(json.dumps(said))'
+        (tmp_path / "driver.py").write_text("\n".join(map(dedent, (DRIVER, script, end))))
+        torchrun(processes, tmp_path / "driver.py", tmp_path)
+        return [json.loads((tmp_path / f"said.{rank}.json").read_text()) for rank in range(processes)]
+
+    return call
+
+
+def alone(spec: TrainSpec, path: Path, processes: int) -> dict[str, Tensor]:
+    """The last weights that one process finds with a batch as large as the given number of processes have together."""
+    wide = spec.model_copy(
+        update={"recipe": spec.recipe.model_copy(update={"batch_size": processes * spec.recipe.batch_size})}
+    )
+    run = _Run(wide, DIGITS, training._read(wide, DIGITS, NONE), path, "cpu")
+    last: dict[str, Tensor] = {}
+    run.train(False, lambda *_: None, lambda _: last.update({k: v.clone() for k, v in run.model.state_dict().items()}))
+    return last
+
+
+def near(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], **NEAR, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def table(path: Path) -> list[dict[str, float]]:
+    """The metrics file beside a checkpoint, without its times."""
+    names, *rows = [line.split(",") for line in path.with_suffix(".csv").read_text().splitlines()]
+    times = ("seconds", "data_seconds", "images_per_second")
+    return [{k: float(v) for k, v in zip(names, row, strict=True) if k not in times} for row in rows]
+
+
+def alike(a: Path, b: Path) -> None:
+    """That two metrics files say the same, but for their times and for rounding.
+
+    AdvMoE's attack begins where its gradient is next to nothing, so that rounding decides some of its signs.
+    """
+    rows, others = table(a), table(b)
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others, strict=True):
+        assert row == pytest.approx(other, rel=0, abs=2e-4)
+
+
+# --- the same training ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_of_the_command_train_as_one_with_twice_the_batch(torchrun: Torchrun, tmp_path: Path):
+    # 391 images are three batches of 2 · 60 and one of 31, of which the processes have 16 and 15
+    settings = ["norm=group", "n_train=391", "n_val=60", "epochs=2", "width=4", "inner_steps=2", "val_steps=2"]
+    settings += ["flip=true", "translate=1"]
+    folders = [tmp_path / "two", tmp_path / "one"]
+    words = ["train", "moe-rt_er", "--dataset", "digits", "--device", "cpu", "--checkpoints"]
+
+    def options(batch_size: int) -> list[str]:
+        return [word for setting in (*settings, f"batch_size={batch_size}") for word in ("--set", setting)]
+
+    out, _ = torchrun(2, "-m", "bench", *words, folders[0], *options(60))
+    two, one = (checkpoint_path(folder, "digits", "Linf", "moe-rt_er") for folder in folders)
+    assert out.count("\n") == 1  # of the two, one speaks
+    assert out.startswith(f"{two}: SA ")
+
+    spec = TrainSpec.model_validate(read_header(two).training)
+    wide = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"batch_size": 120})})
+    assert train(wide, NONE, folders[1], "cpu") == one
+    near(load_checkpoint(two)[0].state_dict(), load_checkpoint(one)[0].state_dict())
+    alike(two, one)
+    headers = [read_header(path) for path in (two, one)]
+    assert [header.processes for header in headers] == [2, 1]
+    assert headers[0].validation == headers[1].validation
+    assert headers[0].experts == headers[1].experts
+    assert (headers[0].train_images, headers[0].examples_seen) == (391, 782)
+
+    # the same spec, but one process: another training
+    with pytest.raises(UnusableInput, match=f"^'{two}' was made by another number of processes and is not overwrit"):
+        train(spec, NONE, folders[0], "cpu")
+
+
+def test_two_processes_train_every_kind_of_model_as_one_does(
+    drive: Callable[..., Any], tiny_spec: Specs, tmp_path: Path
+):
+    augmented: dict[str, Any] = {"norm": "group", "flip": True, "translate": 1}
+    specs = {
+        # batches of 2 · 32 and one of 27, so 14 and 13
+        "dual": tiny_spec("dual-jtdmoe", n_train=91, batch_size=32, **augmented),
+        "advmoe": tiny_spec("moe-advmoe", n_train=91, batch_size=32, **augmented),
+        # the last batch is one image, which the second process is without
+        "dense": tiny_spec("dense-at", n_train=129, batch_size=32, **augmented),
+        # two images a process and four experts: two at least have none, in each step
+        "idle": tiny_spec("moe-at", n_train=39, batch_size=2, **augmented),
+    }
+    drive(2, specs, "for name in specs: run(name)")
+    for name, spec in specs.items():
+        last = [load_file(tmp_path / f"{name}.{rank}.last") for rank in range(2)]
+        assert all(torch.equal(last[0][key], last[1][key]) for key in last[0]), name
+        path = tmp_path / f"{name}-one.safetensors"
+        near(last[0], alone(spec, path, 2))
+        alike(tmp_path / f"{name}.safetensors", path)
+
+
+# --- three processes, and what can go wrong ---------------------------------------------------------------------------
+
+
+TROUBLE = """
+    run("remainder")
+    run("batch-norm")
+
+    def plant(run):
+        steps, calls = type(run.objective).steps, []
+
+        def failing(self, model, batch):
+            calls.append(None)
+            if rank == 1 and len(calls) == 2 * len(run.sampler):
+                raise TrainingFailed("planted")
+            yield from steps(self, model, batch)
+
+        type(run.objective).steps = failing
+
+    run("failing", plant)
+    run("resumed", resume=True)
+
+    # whoever comes first to the end finds the checkpoint
+    save = training.save_checkpoint
+    training.save_checkpoint = lambda *arguments: (time.sleep(2 * (rank == 0)), save(*arguments))
+    try:
+        cli.main(["train", "dual", "--checkpoints", f"{folder}/parts", "--device", "cpu"])
+    except SystemExit as stopped:
+        said["dual"] = stopped.code
+"""
+
+
+class Stop(Exception):
+    """What a test stops a training by."""
+
+
+def test_three_processes_agree_and_stop_together(drive: Callable[..., Any], tiny_spec: Specs, tmp_path: Path):
+    specs = {
+        # batches of 3 · 4 and one of two images, so that one process has none
+        "remainder": tiny_spec("moe-standard", n_train=38, batch_size=4, norm="group"),
+        "batch-norm": tiny_spec("moe-standard", n_train=60, batch_size=8),
+        "failing": tiny_spec("moe-rt_er", n_train=60, batch_size=10),
+        "resumed": tiny_spec("moe-at", n_train=60),
+    }
+    paths = {name: tmp_path / f"{name}.safetensors" for name in specs}
+
+    def stop(_: Any) -> None:
+        raise Stop
+
+    resumed = _Run(specs["resumed"], DIGITS, training._read(specs["resumed"], DIGITS, NONE), paths["resumed"], "cpu")
+    with pytest.raises(Stop):
+        resumed.train(False, lambda *_: None, stop)
+    for part in ("moe-standard", "moe-rt_er"):
+        train(tiny_spec(part, epochs=1), NONE, tmp_path / "parts", "cpu")
+
+    said = drive(3, specs, TROUBLE)
+    assert said[0] == said[1] == said[2]
+    last = {name: [load_file(tmp_path / f"{name}.{r}.last") for r in range(3)] for name in ("remainder", "batch-norm")}
+    one = tmp_path / "one.safetensors"
+    near(last["remainder"][0], alone(specs["remainder"], one, 3))
+    alike(paths["remainder"], one)
+
+    # statistics of a process's own batches: at the end all have those of the first
+    buffers = [key for key in last["batch-norm"][0] if "running" in key or "tracked" in key]
+    assert buffers
+    for name, (first, *others) in last.items():
+        for other in others:
+            assert all(torch.equal(first[key], other[key]) for key in first), name
+
+    # what one process raises stops all of them, in the step where it is, and the best epoch so far is kept
+    stopped = paths["failing"].with_suffix(".stopped.safetensors")
+    kept = f"the best epoch so far is kept at '{stopped}'"
+    assert said[0]["failing"] == ["TrainingFailed", f"planted at epoch 2, step 2: lower lr; {kept}"]
+    assert read_header(stopped).epochs == 1
+    assert read_header(stopped).processes == 3
+    assert not paths["failing"].exists()
+
+    # nor does one process go on with what three have begun, or three with one's
+    kind, message = said[0]["resumed"]
+    assert kind == "UnusableInput"
+    other = "belongs to another spec, other data or another number of processes: "
+    assert message.startswith(f"'{paths['resumed'].with_suffix('.state.pt')}' {other}")
+    assert "\n" not in message
+    spec = specs["failing"]
+    with pytest.raises(UnusableInput, match=other):
+        _Run(spec, DIGITS, training._read(spec, DIGITS, NONE), paths["failing"], "cpu")._read_state()
+
+    assert said[0]["dual"] == 0
+
+
+def test_two_machines_train_as_two_processes_of_one_do(torchrun: Torchrun, tmp_path: Path):
+    settings = ["n_train=60", "n_val=20", "epochs=1", "width=4", "val_steps=1", "inner_steps=1", "norm=group"]
+    words = ["train", "moe-rt_er", "--dataset", "digits", "--device", "cpu"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    torchrun(2, "-m", "bench", *words, "--checkpoints", tmp_path / "one")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launch += ["--master-addr", "127.0.0.1", "--master-port", port]
+    machines = [
+        subprocess.Popen(
+            [*launch, "--node-rank", str(rank), "-m", "bench", *words, "--checkpoints", tmp_path / "two"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [machine.communicate(timeout=180)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    one, two = (checkpoint_path(tmp_path / name, "digits", "Linf", "moe-rt_er") for name in ("one", "two"))
+    assert read_header(two).processes == 2
+    near(load_file(one), load_file(two))

@@ -1,0 +1,791 @@
+"""The loop: what it trains, keeps, writes and refuses; on a few digits, in a fraction of a second each."""
+
+import csv
+import hashlib
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bench.datasets.base import fingerprint, open_dataset
+from bench.datasets.digits import Digits
+from bench.errors import TrainingFailed, UnusableInput
+from bench.models.architecture import Dual, Routed
+from bench.models.checkpoints import load_checkpoint, load_model, read_header, save_checkpoint
+from bench.models.variants import VARIANTS
+from bench.spec import Recipe, ThreatModel, TrainSpec
+from bench.training import loop as training
+from bench.training.loop import Epoch, _optimizer, _router_parameters, _Run, _schedule, train
+from bench.training.objectives.base import Objective, Terms
+from bench.training.recipes import read_recipe, train_spec
+from bench.training.sampling import hold_out
+
+NONE = Path("nowhere")  # digits needs no data
+DIGITS = open_dataset("digits")
+TRAINED = [name for name, variant in VARIANTS.items() if variant.parts is None]
+Specs = Callable[..., TrainSpec]
+
+
+@dataclass
+class Training:
+    """One training on the CPU, and what it reported."""
+
+    folder: Path
+    epochs: list[Epoch] = field(default_factory=list)
+
+    def __call__(self, spec: TrainSpec, **options: Any) -> Path:
+        options = {"on_epoch": self.epochs.append, **options}
+        return train(spec, NONE, self.folder, "cpu", **options)
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Training:
+    return Training(tmp_path)
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Callable[[TrainSpec], _Run]:
+    """The loop of a spec before its first step, with its model in reach."""
+
+    def build(spec: TrainSpec) -> _Run:
+        return _Run(spec, DIGITS, training._read(spec, DIGITS, NONE), tmp_path / "run.safetensors", "cpu")
+
+    return build
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def loaded(path: Path) -> dict[str, Tensor]:
+    return weights(load_checkpoint(path)[0])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.with_suffix(".csv").read_text().splitlines()))
+
+
+def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "data_seconds", "images_per_second")} for row in rows]
+
+
+# --- every variant ----------------------------------------------------------------------------------------------------
+
+#: the terms of each objective's loss under a softmax gate; an argmax gate and a dense model have no balance
+TERMS = {
+    "standard": ["ce", "balance"],
+    "at": ["ce", "balance"],
+    "trades": ["ce", "balance", "kl"],
+    "advmoe": ["ce", "kl", "router_ce", "router_kl"],
+    "rt_er": ["ce", "balance", "kl"],
+    "jtdmoe": ["ce", "balance", "kl", "standard_ce", "standard_balance"],
+}
+
+
+@pytest.mark.parametrize("variant", TRAINED)
+def test_every_trained_variant_leaves_a_model_a_table_and_a_header(variant: str, trained: Training, tiny_spec: Specs):
+    spec = tiny_spec(variant, seed=3)
+    path = trained(spec)
+    assert path == trained.folder / "digits" / "Linf" / f"{variant}-s3.safetensors"
+    model, header, _ = load_checkpoint(path)
+    assert model(torch.rand(2, 1, 8, 8)).isfinite().all()
+
+    assert (header.variant, header.objective, header.dataset) == (variant, VARIANTS[variant].objective, "digits")
+    assert (header.threat_model, header.seed) == (DIGITS.threat_model, 3)
+    assert TrainSpec.model_validate(header.training) == spec
+    assert header.training_key == spec.key
+    assert (header.train_images, header.epochs, header.examples_seen) == (200, 2, 400)
+    assert header.bench_version
+    assert header.seconds == round(sum(epoch.seconds for epoch in trained.epochs), 1)
+
+    rows = table(path)
+    terms = [term for term in TERMS[header.objective or ""] if VARIANTS[variant].gate == "softmax" or "bal" not in term]
+    branches = {"dense": [], "moe": [""], "dual": ["robust_", "standard_"]}[VARIANTS[variant].kind]
+    loads = [f"load_{i}" for i in range(4)]
+    routing = [f"{branch}{name}" for branch in branches for name in [*loads, "load_entropy", "router_margin"]]
+    routing += [f"{branch}route_flip_rate" for branch in branches]
+    assert list(rows[0]) == [
+        "epoch", "loss", *(f"loss_{term}" for term in terms), "val_sa", "val_ra", *routing, "lr",
+        "seconds", "data_seconds", "images_per_second",
+    ]  # fmt: skip
+    for row in rows:
+        assert 0 < float(row["data_seconds"]) < float(row["seconds"])
+        for branch in branches:
+            assert sum(float(row[branch + load]) for load in loads) == pytest.approx(1)
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert [float(row["val_sa"]) for row in rows] == [epoch.sa for epoch in trained.epochs]
+    for row in rows:
+        assert float(row["loss"]) == pytest.approx(sum(float(row[f"loss_{term}"]) for term in terms))
+    best = rows[int(header.validation["epoch"]) - 1]
+    assert header.validation == {
+        "sa": float(best["val_sa"]), "ra": float(best["val_ra"]), "epoch": float(best["epoch"]), "images": 50,
+    }  # fmt: skip
+    assert sorted(file.name for file in path.parent.iterdir()) == [f"{variant}-s3.csv", f"{variant}-s3.safetensors"]
+
+
+def test_training_learns(trained: Training, tiny_spec: Specs):
+    trained(tiny_spec("moe-standard", n_train=1000, epochs=8, width=8))
+    assert trained.epochs[-1].sa > 0.85
+    assert trained.epochs[-1].loss < trained.epochs[0].loss / 2
+
+
+def test_progress_is_reported_after_each_step(trained: Training, tiny_spec: Specs):
+    steps: list[tuple[Any, ...]] = []
+    trained(tiny_spec("dense-at"), on_step=lambda *step: steps.append(step))
+    assert [step[:3] for step in steps] == [(0, 1, 2), (0, 2, 2), (1, 1, 2), (1, 2, 2)]
+    assert [steps[1][3], steps[3][3]] == pytest.approx([epoch.loss for epoch in trained.epochs])  # the mean so far
+
+
+def test_the_fingerprint_is_of_the_images_that_were_trained_on(trained: Training, tiny_spec: Specs):
+    header = read_header(trained(tiny_spec("dense-standard")))
+    images = DIGITS.read("train", NONE, 250)
+    indices, _ = hold_out(250, 200, 50)
+    assert header.train_fingerprint == fingerprint(images.x[indices], images.y[indices])
+
+
+@pytest.mark.parametrize("variant", ["dense-standard", "dual-jtdmoe"])
+def test_the_test_images_are_never_read(
+    variant: str, trained: Training, tiny_spec: Specs, monkeypatch: pytest.MonkeyPatch
+):
+    splits, read = [], Digits.read
+
+    def recording(self: Digits, split: Any, *rest: Any) -> Any:
+        splits.append(split)
+        return read(self, split, *rest)
+
+    monkeypatch.setattr(Digits, "read", recording)
+    trained(tiny_spec(variant))
+    assert set(splits) == {"train"}
+
+
+# --- what is there already --------------------------------------------------------------------------------------------
+
+
+def test_a_spec_that_was_trained_is_not_trained_again(trained: Training, tiny_spec: Specs):
+    path = trained(tiny_spec("dense-at"))
+    before = path.read_bytes()
+    assert trained(tiny_spec("dense-at")) == path
+    assert len(trained.epochs) == 2
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_another_spec_is_not_overwritten(trained: Training, tiny_spec: Specs):
+    path = trained(tiny_spec("dense-at"))
+    before = path.read_bytes()
+    with pytest.raises(UnusableInput, match=f"^'{path}' was made by another spec and is not overwritten: "):
+        trained(tiny_spec("dense-at", lr=0.05))
+    assert path.read_bytes() == before
+
+
+def test_too_few_images_are_refused(trained: Training, tiny_spec: Specs):
+    with pytest.raises(UnusableInput, match=r"^digits has 1,297 training images .* fewer than .* = 1,300 asked for: "):
+        trained(tiny_spec("dense-at", n_train=1250))
+    with pytest.raises(UnusableInput, match=r"^digits has 1,297 training images .* 1,298 asked for: "):
+        trained(tiny_spec("dense-at", n_train=None, n_val=1297))
+
+
+# --- the same again ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["moe-rt_er", "dual-jtdmoe"])
+def test_a_seed_gives_the_same_weights_bit_by_bit_and_another_seed_others(
+    variant: str, tmp_path: Path, tiny_spec: Specs
+):
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(found))  # what else was drawn in the process does not matter
+        found.append(loaded(Training(tmp_path / name)(tiny_spec(variant, seed=seed, flip=True, translate=1, cutout=2))))
+    assert equal(found[0], found[1])
+    assert not equal(found[0], found[2])
+
+
+def test_training_leaves_torchs_own_random_state_alone(trained: Training, tiny_spec: Specs):
+    before = torch.random.get_rng_state()
+    trained(tiny_spec("moe-at"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class Stop(Exception):
+    """What a test stops a training by."""
+
+
+@pytest.mark.parametrize("where", ["on_step", "on_epoch"])
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("moe-standard", {"schedule": "one_cycle", "noise_sigma": 0.25}),
+        ("moe-at-argmax", {"schedule": "cyclic", "clip_grad_norm": None}),
+        ("moe-rt_er", {"schedule": "cosine", "optimizer": "adamw", "lr": 0.01, "flip": True}),
+        ("dual-jtdmoe", {"schedule": "constant", "precision": "bf16-mixed"}),
+    ],
+)
+def test_a_training_that_was_stopped_and_resumed_ends_bit_by_bit_as_the_undisturbed_one(
+    variant: str, settings: dict[str, Any], where: str, tmp_path: Path, tiny_spec: Specs
+):
+    spec = tiny_spec(variant, epochs=3, **settings)
+    whole = Training(tmp_path / "whole")(spec)
+
+    def on_step(epoch: int, done: int, *_: Any) -> None:
+        if (epoch, done) == (1, 1):
+            raise Stop
+
+    def on_epoch(record: Epoch) -> None:
+        if record.epoch == 2:
+            raise Stop
+
+    resumed = Training(tmp_path / "resumed")
+    with pytest.raises(Stop):
+        resumed(spec, **{"on_step": on_step} if where == "on_step" else {"on_epoch": on_epoch})
+    path = resumed.folder / whole.relative_to(tmp_path / "whole")
+    assert not path.exists()
+    assert resumed(spec, resume=True) == path
+    assert [epoch.epoch for epoch in resumed.epochs][-2:] == ([2, 3] if where == "on_step" else [3])
+    assert equal(loaded(path), loaded(whole))
+    assert without_times(table(path)) == without_times(table(whole))
+    assert read_header(path).validation == read_header(whole).validation
+    assert not path.with_suffix(".state.pt").exists()
+
+
+@pytest.fixture
+def stopped(trained: Training, tiny_spec: Specs) -> Path:
+    """The state file of a training of dense-at that was stopped after its first epoch."""
+
+    def stop(_: Epoch) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        trained(tiny_spec("dense-at"), on_epoch=stop)
+    (path,) = trained.folder.rglob("*.state.pt")
+    return path
+
+
+def test_without_resume_it_starts_over(trained: Training, tiny_spec: Specs, stopped: Path):
+    trained(tiny_spec("dense-at"))
+    assert [epoch.epoch for epoch in trained.epochs] == [1, 2]
+    assert not stopped.exists()
+
+
+def test_resume_without_a_state_starts_at_the_beginning(trained: Training, tiny_spec: Specs):
+    trained(tiny_spec("dense-at"), resume=True)
+    assert [epoch.epoch for epoch in trained.epochs] == [1, 2]
+
+
+def test_a_state_of_another_spec_is_not_resumed(trained: Training, tiny_spec: Specs, stopped: Path):
+    with pytest.raises(
+        UnusableInput, match=f"^'{stopped}' belongs to another spec, other data or another number of processes: "
+    ):
+        trained(tiny_spec("dense-at", lr=0.05), resume=True)
+
+
+def sealed(content: object) -> bytes:
+    """What torch.save makes of it, behind the digest that a state has."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
+
+
+def test_a_damaged_or_planted_state_is_refused_and_not_executed(
+    trained: Training, tiny_spec: Specs, stopped: Path, malicious: Callable[[Path], object]
+):
+    executed = stopped.with_name("executed")
+    for content in (
+        b"",
+        stopped.read_bytes()[:1000],
+        b"nonsense",
+        pickle.dumps(malicious(executed), 2),
+        pickle.dumps([1], 2),
+        sealed(malicious(executed)),  # whole by its digest, and yet nothing to be unpickled
+    ):
+        stopped.write_bytes(content)
+        with pytest.raises(UnusableInput, match=f"^'{stopped}' is damaged or none of ours: drop --resume$"):
+            trained(tiny_spec("dense-at"), resume=True)
+    assert not executed.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(lambda data, part=part: data[: int(part * len(data))] for part in (0.05, 0.25, 0.5, 0.75)),
+        lambda data: data[:-1],
+        lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
+    ],
+)
+def test_a_damaged_newest_state_falls_back_to_the_one_before(
+    damage: Callable[[bytes], bytes],
+    trained: Training,
+    tiny_spec: Specs,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    spec = tiny_spec("dense-at", epochs=3)
+    undisturbed = loaded(trained(spec))
+
+    def stop_after_two(epoch: Epoch) -> None:
+        if epoch.epoch == 2:
+            raise Stop
+
+    trained.folder = tmp_path / "again"
+    with pytest.raises(Stop):
+        trained(spec, on_epoch=stop_after_two)
+    (newest,) = trained.folder.rglob("*.state.pt")
+    newest.write_bytes(damage(newest.read_bytes()))
+
+    def stop(path: Path, data: bytes) -> None:
+        if path == newest:
+            raise Stop
+
+    with monkeypatch.context() as patch:  # stopped again before the next state is written
+        patch.setattr(training, "write_atomically", stop)
+        with pytest.raises(Stop):
+            trained(spec, resume=True)
+    trained.epochs.clear()
+    path = trained(spec, resume=True)
+    assert caplog.text.count("is damaged or none of ours: going on from the state before it") == 2
+    assert [epoch.epoch for epoch in trained.epochs] == [2, 3]
+    weights = loaded(path)
+    assert all(torch.equal(value, undisturbed[key]) for key, value in weights.items())
+    assert [file.suffix for file in path.parent.iterdir() if file.suffix == ".pt"] == []
+
+
+def test_what_a_killed_training_has_left_is_removed_with_the_states(trained: Training, tiny_spec: Specs):
+    path = trained(tiny_spec("dense-at"))
+    left = [path.with_name(name) for name in (".dense-at.state.pt.1f", ".dense-at.safetensors.2e")]
+    states = [path.with_name("dense-at.state.pt"), path.with_name("dense-at.state-before.pt")]
+    others = [path.with_name(".dense-at-s1.state.pt.1f"), path.with_name("dense-at-s1.state.pt")]
+    for file in (*left, *states, *others):
+        file.write_bytes(b"")
+    trained(tiny_spec("dense-at"))
+    assert [file.exists() for file in (*left, *states, *others)] == [False] * 4 + [True] * 2
+
+
+# --- inside a step ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["moe-standard", "dense-at", "moe-at", "moe-rt_er", "dual-jtdmoe"])
+def test_losses_are_taken_in_train_mode_although_attacks_ran_before(
+    variant: str, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+):
+    # the released code's attack puts the model into eval mode for the rest of the epoch
+    run, modes = loop(tiny_spec(variant)), []
+    run.engine.register_forward_pre_hook(lambda *_: modes.append([m.training for m in run.model.modules()]))
+    run.train(False, lambda *_: modes.append([m.training for m in run.model.modules()]), lambda _: None)
+    assert len(modes) >= 2 * 2 * 2  # epochs, steps, before and after
+    assert all(all(row) for row in modes)
+
+
+def test_no_gradient_is_left_over_from_the_step_before(loop: Callable[[TrainSpec], _Run], tiny_spec: Specs):
+    # the released code does not clear them after the standard branch's step
+    run, left = loop(tiny_spec("dual-jtdmoe")), []
+    note = lambda *_: left.append([name for name, p in run.model.named_parameters() if p.grad is not None])  # noqa: E731
+    run.engine.register_forward_pre_hook(note)
+    run.train(False, note, lambda _: None)
+    assert left == [[]] * 12  # 2 epochs of 2 batches: before the R step, before the S step, after both
+
+
+@pytest.mark.parametrize("variant", ["moe-standard", "moe-at", "moe-rt_er", "dual-jtdmoe"])
+@pytest.mark.parametrize(("suffix", "trains"), [("", True), ("-argmax", False)])
+def test_a_router_trains_under_softmax_and_never_under_argmax(
+    variant: str, suffix: str, trains: bool, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+):
+    run = loop(tiny_spec(variant + suffix))
+    before = weights(run.model)
+    run.train(False, lambda *_: None, lambda _: None)
+    after = weights(run.model)
+    moved = {key: not torch.equal(before[key], after[key]) for key in before if ".linear." in f".{key}"}
+    assert len(moved) == (4 if variant == "dual-jtdmoe" else 2)
+    assert set(moved.values()) == {trains}
+    assert any(not torch.equal(before[key], after[key]) for key in before if key.endswith("backbone.0.weight"))
+
+
+def test_gradients_are_clipped(loop: Callable[[TrainSpec], _Run], tiny_spec: Specs):
+    norms = {}
+    for limit in (0.01, None):
+        run = loop(tiny_spec("dense-standard", clip_grad_norm=limit))
+        (optimizer,) = run.optimizers.values()
+        norms[limit] = []
+        optimizer.optimizer.register_step_pre_hook(
+            lambda *_, run=run, limit=limit: norms[limit].append(
+                torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()
+            )
+        )
+        run.train(False, lambda *_: None, lambda _: None)
+    assert norms[0.01] == [pytest.approx(0.01, rel=1e-3)] * 4
+    assert min(norms[None]) > 0.1
+
+
+def test_bf16_is_for_training_and_validation_is_in_float32(loop: Callable[[TrainSpec], _Run], tiny_spec: Specs):
+    run = loop(tiny_spec("moe-at", precision="bf16-mixed"))
+    dtypes: dict[str, set[torch.dtype]] = {"train": set(), "validate": set()}
+    phase = "train"
+    run.model.experts[0].register_forward_hook(lambda _, __, output: dtypes[phase].add(output.dtype))
+    validate = run._validate
+
+    def watched() -> tuple[float, float]:
+        nonlocal phase
+        phase = "validate"
+        try:
+            return validate()
+        finally:
+            phase = "train"
+
+    run._validate = watched
+    run._save_best = lambda path: None  # it attacks the experts, as validation does
+    run.train(False, lambda *_: None, lambda _: None)
+    assert dtypes == {"train": {torch.bfloat16}, "validate": {torch.float32}}
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+# --- validation and the best epoch ------------------------------------------------------------------------------------
+
+
+def test_validation_counts_the_held_out_images_of_the_deployed_model(
+    loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+):
+    run = loop(tiny_spec("moe-at"))
+    run.train(False, lambda *_: None, lambda _: None)
+    run.model.train()
+    before = weights(run.model)
+    sa, ra, routing = run._validate()
+    assert all(module.training for module in run.model.modules())
+    assert equal(weights(run.model), before)
+    images = DIGITS.read("train", NONE, 250)
+    train_set, held_out = hold_out(250, 200, 50)
+    predicted = run.model.eval()(images.floats(held_out)).argmax(1)
+    assert sa == (predicted == images.y[held_out]).sum().item() / 50
+    assert 0 <= ra < sa
+    best = run.model.router(images.floats(train_set)).argmax(1)
+    assert [routing[f"load_{i}"] for i in range(4)] == pytest.approx((best.bincount(minlength=4) / 200).tolist())
+    assert 0 <= routing["route_flip_rate"] <= 1
+
+
+def test_a_seed_draws_the_weights_and_the_batches_and_validation_is_the_same_for_all(
+    loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+):
+    first, again, other = (loop(tiny_spec("dense-at", seed=seed)) for seed in (0, 0, 1))
+    assert equal(weights(first.model), weights(again.model))
+    assert not torch.equal(first.model.backbone[0].weight, other.model.backbone[0].weight)
+    images, held_out = [
+        [next(iter(sampler.epoch(0))) for sampler in samplers]
+        for samplers in ((first.sampler, other.sampler), (first.validation, other.validation))
+    ]
+    assert not torch.equal(images[0].x, images[1].x)
+    assert torch.equal(held_out[0].x, held_out[1].x)
+    assert torch.equal(held_out[0].noise("validation"), held_out[1].noise("validation"))
+
+
+@pytest.mark.parametrize(
+    ("variant", "best"),
+    [
+        ("moe-standard", 1),  # the best SA
+        ("moe-at", 3),  # the best RA, and of these the best SA
+    ],
+)
+def test_the_best_held_out_epoch_is_kept(variant: str, best: int, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs):
+    run, after = loop(tiny_spec(variant, epochs=4)), []
+    measured = iter([(0.9, 0.1, {}), (0.5, 0.3, {}), (0.7, 0.3, {}), (0.7, 0.3, {})])
+    run._validate = lambda: next(measured)
+    path = run.train(False, lambda *_: None, lambda _: after.append(weights(run.model)))
+    kept = [equal(loaded(path), epoch) for epoch in after]
+    assert kept == [epoch == best for epoch in (1, 2, 3, 4)]
+    header = read_header(path)
+    sa, ra = [(0.9, 0.1), (0.5, 0.3), (0.7, 0.3)][best - 1]
+    assert header.validation == {"sa": sa, "ra": ra, "epoch": best, "images": 50}
+    assert (header.epochs, header.examples_seen) == (4, 800)
+
+
+# --- a loss that is not finite ----------------------------------------------------------------------------------------
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, at: int, how: Callable[[Tensor], Tensor]) -> None:
+    """From the `at`-th step on (from 1), the cross-entropy is how(it)."""
+    calls, cross_entropy = [0], Objective.cross_entropy
+
+    def spoilt(self: Objective, *arguments: Any) -> Terms:
+        calls[0] += 1
+        terms = cross_entropy(self, *arguments)
+        return {**terms, "ce": how(terms["ce"])} if calls[0] >= at else terms
+
+    monkeypatch.setattr(Objective, "cross_entropy", spoilt)
+
+
+def test_a_loss_that_is_not_finite_stops_and_the_best_epoch_is_kept(
+    trained: Training, tiny_spec: Specs, monkeypatch: pytest.MonkeyPatch
+):
+    spoil(monkeypatch, 4, lambda ce: ce * float("nan"))  # 2 steps an epoch
+    with pytest.raises(TrainingFailed) as failed:
+        trained(tiny_spec("dense-standard", epochs=3))
+    message = str(failed.value)
+    assert "the loss is not finite at epoch 2, step 2 ({'ce': nan})" in message
+    finished = trained.folder / "digits" / "Linf" / "dense-standard.safetensors"
+    path = finished.with_suffix(".stopped.safetensors")
+    assert f"the best epoch so far is kept at '{path}'" in message
+    assert not finished.exists()  # or the next `bench train` would take it for a training that is done
+    header = read_header(path)
+    assert (header.epochs, header.examples_seen, header.validation["epoch"]) == (1, 200, 1)
+    assert all(value.isfinite().all() for value in loaded(path).values())
+
+
+def test_a_loss_that_is_not_finite_in_the_first_epoch_leaves_nothing(
+    trained: Training, tiny_spec: Specs, monkeypatch: pytest.MonkeyPatch
+):
+    spoil(monkeypatch, 1, lambda ce: ce / 0)
+    with pytest.raises(TrainingFailed, match=r"not finite at epoch 1, step 1 .*: lower lr$"):
+        trained(tiny_spec("dense-standard"))
+    assert list(trained.folder.rglob("*.safetensors")) == []
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
+    clip: float | None, trained: Training, tiny_spec: Specs, monkeypatch: pytest.MonkeyPatch
+):
+    spoil(monkeypatch, 3, lambda ce: ce + (ce * 0).sqrt())  # finite, with a slope of 0 · ∞
+    with pytest.raises(TrainingFailed, match=r"^the gradient is not finite at epoch 2, step 1 .* is kept at "):
+        trained(tiny_spec("dense-standard", clip_grad_norm=clip))
+
+
+def test_the_same_spec_on_other_images_is_neither_done_nor_resumed(
+    trained: Training, tiny_spec: Specs, monkeypatch: pytest.MonkeyPatch
+):
+    spec = tiny_spec("dense-standard")
+    trained(spec)
+    read = type(DIGITS).read
+
+    def darker(self: Any, *arguments: Any) -> Any:
+        images = read(self, *arguments)
+        return replace(images, x=images.x // 2)
+
+    monkeypatch.setattr(type(DIGITS), "read", darker)
+    with pytest.raises(UnusableInput, match="was made by other training images and is not overwritten"):
+        trained(spec)
+
+
+def test_fp16_is_refused_on_a_cpu(trained: Training, tiny_spec: Specs):
+    with pytest.raises(UnusableInput, match=r"^precision 16-mixed needs a GPU: .*bf16-mixed"):
+        trained(tiny_spec("dense-standard", precision="16-mixed"))
+
+
+# --- optimisers and schedules -----------------------------------------------------------------------------------------
+
+
+def rates(recipe: Recipe, steps: int) -> list[list[float]]:
+    """The learning rates (experts', router's) of a routed model before each step, and after the last."""
+    routed = Routed(
+        expert="small_cnn", expert_params={"width": 2}, input_shape=(1, 8, 8), num_classes=3, mean=(0.5,), std=(0.5,)
+    )
+    model = routed.build()
+    optimizer = _optimizer(model, _router_parameters(model), recipe)
+    schedule, found = _schedule(optimizer, recipe, steps), []
+    for _ in range(steps):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    return [*found, [group["lr"] for group in optimizer.param_groups]]
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "cyclic", "cosine", "constant"])
+@pytest.mark.parametrize("fraction", [0.1, 1.0, 0.0])
+def test_a_routers_rate_is_its_fraction_of_the_experts(schedule: Any, fraction: float):
+    found = rates(Recipe(lr=0.2, router_lr=fraction, schedule=schedule), 20)
+    assert [router for _, router in found] == pytest.approx([fraction * experts for experts, _ in found])
+
+
+def test_the_schedules():
+    def experts(schedule: Any, steps: int) -> list[float]:
+        return [rate for rate, _ in rates(Recipe(lr=0.2, schedule=schedule), steps)]
+
+    assert experts("constant", 9) == [0.2] * 10
+    assert experts("cosine", 10)[::5] == pytest.approx([0.2, 0.1, 0])
+    cycle = experts("one_cycle", 100)[:-1]
+    assert (cycle[0], max(cycle), cycle[-1]) == pytest.approx((0.2 / 25, 0.2, 0), abs=1e-5)
+    assert cycle.index(max(cycle)) == 29  # at 30 %
+    cyclic = experts("cyclic", 1000)
+    assert [cyclic[step] for step in (0, 250, 500, 750, 1000)] == pytest.approx([0.1, 0.15, 0.2, 0.15, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "expected"),
+    [
+        ({}, torch.optim.SGD, {"momentum": 0.8, "weight_decay": 0.01}),
+        ({"optimizer": "adamw"}, torch.optim.AdamW, {"weight_decay": 0.01}),
+    ],
+)
+def test_the_optimisers_have_the_recipes_parameters(settings: Any, kind: type, expected: dict[str, float]):
+    optimizer = _optimizer(nn.Linear(2, 2), set(), Recipe(momentum=0.8, weight_decay=0.01, lr=0.3, **settings))
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert {key: group[key] for key in expected} == expected
+    assert group["lr"] == 0.3
+    _schedule(optimizer, Recipe(momentum=0.8, lr=0.3), 10)
+    assert {key: group[key] for key in expected} == expected  # the schedule cycles the rate alone
+
+
+def test_every_parameter_is_in_one_group():
+    routed = Routed(
+        expert="small_cnn", expert_params={"width": 2}, input_shape=(1, 8, 8), num_classes=3, mean=(0.5,), std=(0.5,)
+    )
+    model = routed.build()
+    optimizer = _optimizer(model, _router_parameters(model), Recipe())
+    experts, router = (group["params"] for group in optimizer.param_groups)
+    assert {id(p) for p in router} == {id(p) for p in model.router.parameters()}
+    assert sorted(map(id, [*experts, *router])) == sorted(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("variant", [name for name in TRAINED if VARIANTS[name].gate == "softmax"])
+def test_a_rate_of_zero_leaves_the_router_where_it_was(
+    variant: str, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+):
+    run = loop(tiny_spec(variant, router_lr=0.0))
+    before = weights(run.model)
+    run.train(False, lambda *_: None, lambda _: None)
+    moved = {key for key, value in weights(run.model).items() if not torch.equal(value, before[key])}
+    assert moved
+    assert not any("router." in key for key in moved)
+
+
+# --- the published recipes --------------------------------------------------------------------------------------------
+
+PUBLISHED = ["paper-cifar10", "released-code-cifar10", "paper-tinyimagenet"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_rate_goes_from_half_its_peak_to_the_peak_in_500_steps_and_back(name: str):
+    experts = [rate for rate, _ in rates(read_recipe(name), 1000)]
+    assert [experts[step] for step in (0, 250, 500, 1000)] == pytest.approx([5e-5, 7.5e-5, 1e-4, 5e-5])
+    assert max(experts) == pytest.approx(1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dataset", "name", "variant", "settings"),
+    [
+        ("cifar10", "paper-cifar10", "moe-rt_er", {}),
+        ("cifar10", "released-code-cifar10", "moe-rt_er-argmax", {}),
+        ("cifar10", "released-code-cifar10", "dual-jtdmoe-argmax", {}),
+        ("tinyimagenet", "paper-tinyimagenet", "moe-rt_er", {"pretrained": False}),
+    ],
+)
+def test_a_published_recipe_takes_its_first_step(
+    dataset: str, name: str, variant: str, settings: dict[str, Any], tmp_path: Path, data_root: Path
+):
+    data = open_dataset(dataset)
+    cut = {"n_train": 2, "n_val": 1, "batch_size": 2, "inner_steps": 1, "val_steps": 1, "epochs": 1, **settings}
+    spec = train_spec(variant, data, data.threat_model, name, cut)
+    run = _Run(spec, data, training._read(spec, data, data_root), tmp_path / "run.safetensors", "cpu")
+    stepped = []
+    for optimizer in run.optimizers.values():
+        optimizer.optimizer.register_step_pre_hook(lambda o, *_: stepped.append((type(o), o.param_groups[0]["lr"])))
+    path = run.train(False, lambda *_: None, lambda _: None)
+    assert stepped == [(torch.optim.Adam, pytest.approx(5e-5))] * len(run.parts)
+    (epoch,) = run.epochs
+    assert epoch.lr == pytest.approx(5e-5 + 5e-5 / 500)
+
+    model, header, _ = load_checkpoint(path)
+    path.unlink()  # hundreds of megabytes
+    assert equal(weights(model), weights(run.model))
+    robust = model.robust if VARIANTS[variant].kind == "dual" else model
+    sizes = [sum(p.numel() for p in expert.parameters()) for expert in robust.experts]
+    # ResNet18 for 10 classes; ViT-small/16 at 224 px for 200: the published 22,050,664 without 800 · 385 of its head
+    assert sizes == [11_173_962 if dataset == "cifar10" else 21_742_664] * 4
+    assert header.architecture.label == ("resnet18" if dataset == "cifar10" else "vit_small")
+    assert model(torch.rand(1, *data.input_shape)).shape == (1, data.num_classes)
+
+
+def test_a_training_starts_from_a_file_of_pretrained_weights(trained: Training, tiny_spec: Specs, tmp_path: Path):
+    file = tmp_path / "vit.safetensors"
+    tensors = timm.create_model("vit_small_patch16_224", embed_dim=12).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {key: torch.randn(value.shape, generator=generator) for key, value in tensors.items()}
+    save_file(tensors, file)
+    tiny = {"expert": "vit_small", "width": 12, "image_size": 16, "num_experts": 2, "n_train": 10, "n_val": 5}
+    # at such a rate the weights stay as they were read
+    path = trained(tiny_spec("moe-standard", **tiny, pretrained=str(file), lr=1e-12, epochs=1))
+    found = loaded(path)
+    for key in ("blocks.0.attn.qkv.weight", "blocks.11.mlp.fc2.bias", "norm.weight"):
+        for expert in range(2):
+            torch.testing.assert_close(found[f"experts.{expert}.backbone.{key}"], tensors[key], atol=1e-6, rtol=0)
+    # digits are grey: the three colours' weights are summed
+    grey = tensors["patch_embed.proj.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(found["experts.0.backbone.patch_embed.proj.weight"], grey, atol=1e-5, rtol=0)
+    header = read_header(path)
+    assert header.training is not None
+    assert header.training["recipe"]["pretrained"] == str(file)
+    assert header.info("").additional_data is True
+
+
+def test_a_resumed_training_needs_no_pretrained_weights(trained: Training, tiny_spec: Specs, tmp_path: Path):
+    file = tmp_path / "vit.safetensors"
+    save_file(timm.create_model("vit_small_patch16_224", embed_dim=12).state_dict(), file)
+    tiny = {"expert": "vit_small", "width": 12, "image_size": 16, "num_experts": 2, "n_train": 10, "n_val": 5}
+    spec = tiny_spec("moe-standard", **tiny, pretrained=str(file))
+
+    def stop(_: Epoch) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        trained(spec, on_epoch=stop)
+    file.unlink()
+    trained(spec, resume=True)
+    assert [epoch.epoch for epoch in trained.epochs] == [2]
+
+
+# --- models that are put together -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_dual_is_put_together_from_the_parts_of_its_seed(seed: int, trained: Training, tiny_spec: Specs):
+    parts = [trained(tiny_spec(name, seed=seed)) for name in ("moe-standard", "moe-rt_er")]
+    path = trained(tiny_spec("dual", seed=seed, alpha=0.6))
+    assert len(trained.epochs) == 4  # nothing was trained for it
+    model, header, _ = load_checkpoint(path)
+    assert (header.info("").additional_data, header.info("").number_forward_passes) == (False, 2)
+    for branch, part in zip((model.standard, model.robust), parts, strict=True):
+        assert equal(weights(branch), loaded(part))
+    assert isinstance(header.architecture, Dual)
+    assert (header.architecture.alpha, header.architecture.combine) == (0.6, "probs")
+    assert (header.objective, header.epochs, header.seed) == (None, 0, seed)
+    x = torch.rand(3, 1, 8, 8)
+    standard, robust = (load_checkpoint(part)[0](x).softmax(1) for part in parts)
+    torch.testing.assert_close(model(x), (0.4 * standard + 0.6 * robust).log())
+    assert torch.equal(load_model(path.stem, model_dir=trained.folder)(x), model(x))
+    assert trained(tiny_spec("dual", seed=seed, alpha=0.6)) == path
+
+
+def test_a_dual_with_a_part_missing_is_refused(trained: Training, tiny_spec: Specs):
+    trained(tiny_spec("moe-standard"))
+    with pytest.raises(UnusableInput, match=r"^no checkpoint at '.*/moe-rt_er.safetensors': train one with "):
+        trained(tiny_spec("dual"))
+    with pytest.raises(UnusableInput, match=r"^no checkpoint at '.*/moe-standard-s1.safetensors'"):
+        trained(tiny_spec("dual", seed=1))
+
+
+def test_a_dual_for_another_radius_than_its_robust_part_is_refused(trained: Training, tiny_spec: Specs):
+    for name in ("moe-standard", "moe-rt_er"):
+        trained(tiny_spec(name))
+    spec = train_spec("dual", DIGITS, ThreatModel(norm="Linf", eps=0.1))
+    with pytest.raises(UnusableInput, match=r"moe-rt_er.safetensors' was trained for Linf 0.2, not for Linf 0.1: "):
+        trained(spec)
+
+
+def test_a_file_of_ours_in_the_way_is_read_and_not_trusted(trained: Training, tiny_spec: Specs):
+    spec = tiny_spec("dense-at")
+    path = trained(spec)
+    model, header, _ = load_checkpoint(path)
+    save_checkpoint(path, model, header.model_copy(update={"training_key": None}))
+    with pytest.raises(UnusableInput, match="was made by another spec"):
+        trained(spec)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(UnusableInput, match="is truncated or no safetensors file"):
+        trained(spec)
