@@ -10,10 +10,10 @@ import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
+from bench import load_model
 from bench.attacks.leaving import NobodyStands, Standing, hasten
 from bench.attacks.prepared import Prepared
 from bench.datasets.base import open_dataset
-from bench.models import load_model
 from bench.spec import Norm
 
 PARTS = ["apgd", "apgd_targeted", "fab", "square"]

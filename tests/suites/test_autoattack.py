@@ -10,9 +10,9 @@ import torch
 from pyautoattack import AutoAttack, checks
 from torch import Tensor, nn
 
+from bench import load_model
 from bench.attacks.block import PassCounter
 from bench.datasets.base import EvalSet, fingerprint, open_dataset
-from bench.models import load_model
 from bench.models.architecture import Routed
 from bench.randomness import block_seed
 from bench.spec import Norm
