@@ -138,7 +138,7 @@ def train(
         from bench.models.checkpoints import read_header
         from bench.progress import TrainingProgress
         from bench.results.store import ensure_writable
-        from bench.spec import parse_settings
+        from bench.settings import parse_settings
         from bench.training.loop import train as run_training
         from bench.training.recipes import train_spec
 
@@ -188,7 +188,7 @@ def run(
         from bench.models.checkpoints import ZOO
         from bench.progress import RunProgress
         from bench.results.store import ensure_writable, run_folder
-        from bench.spec import parse_number, parse_settings
+        from bench.settings import parse_number, parse_settings
 
         request = RunRequest(
             suites=split(suite) or ("clean", "pgd", "autoattack"),
@@ -291,7 +291,8 @@ def certify(
         from bench.models.checkpoints import ZOO
         from bench.progress import RunProgress
         from bench.results.store import ensure_writable, run_folder
-        from bench.spec import build, parse_number, parse_settings
+        from bench.settings import parse_number, parse_settings
+        from bench.spec import build
 
         certifier = build(CERTIFIERS[method], f"--method {method}", parse_settings(settings or ()))
         own = certifier.own_threat

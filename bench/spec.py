@@ -8,13 +8,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bench.errors import UnusableInput, did_you_mean
+from bench.settings import parse_number
 
 Norm = Literal["Linf", "L2", "L1"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
@@ -42,15 +42,6 @@ def path_safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", name)
 
 
-def parse_number(text: str, name: str) -> float:
-    """A number as a user writes it: '0.2', '8/255'. UnusableInput, naming the value, for anything else."""
-    numerator, slash, denominator = text.partition("/")
-    try:
-        return float(numerator) / (float(denominator) if slash else 1.0)
-    except (ValueError, ZeroDivisionError):
-        raise UnusableInput(f"{name} '{text}' is not a number: write it as 8/255 or 0.03") from None
-
-
 class Spec(BaseModel):
     """Frozen, hashable by content, and strict about unknown fields."""
 
@@ -73,6 +64,10 @@ def build(kind: type[S], what: str, values: Mapping[str, Any]) -> S:
             known = sorted(kind.model_fields)
             hint = did_you_mean(key, known) if known else "it takes none"
             raise UnusableInput(f"{what} has no parameter '{key}': {hint}")
+    for key, value in values.items():  # pydantic takes `yes`, which YAML makes true, for the number 1
+        annotation = kind.model_fields[key].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise UnusableInput(f"{what}: {key}: Input should not be yes or no (got {value})")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -83,28 +78,6 @@ def build(kind: type[S], what: str, values: Mapping[str, Any]) -> S:
         raise UnusableInput(f"{what}: {message.removeprefix('Value error, ')}{got}") from None
 
 
-def parse_value(value: Any, name: str) -> Any:
-    """A YAML scalar; a text such as 2/255 or 1e-3, which YAML leaves a text, becomes the number that it means."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9.]+/[0-9.]+|[0-9.]+[eE][-+]?[0-9]+", value):
-        return parse_number(value, name)
-    return value
-
-
-def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
-    """`--set k=v` options as a dict; values are YAML scalars, and fractions such as 2/255 become numbers."""
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise UnusableInput(f"--set '{pair}' is not of the form key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        settings[key.strip()] = parse_value(value, f"--set {key}")
-    return settings
-
-
 class ThreatModel(Spec):
     """An Lp ball of radius `eps`, in pixel units of [0, 1], cut with the box [0, 1]."""
 
@@ -113,13 +86,21 @@ class ThreatModel(Spec):
 
     @classmethod
     def parse(cls, norm: str, eps: str | float) -> Self:
-        """From a command line's words; UnusableInput for an unknown norm, or an ε that is not a number above 0."""
+        """From a command line's words.
+
+        Raises:
+            UnusableInput: an unknown norm; an ε that is not a number above 0; an L∞ ball that holds every image.
+        """
         by_lower = {known.lower(): known for known in NORMS}
         if norm.lower() not in by_lower:
             raise UnusableInput(f"unknown norm '{norm}': {did_you_mean(norm, NORMS)}")
         value = parse_number(eps, "ε") if isinstance(eps, str) else eps
         if not 0 < value < float("inf"):
             raise UnusableInput(f"ε '{eps}' must be above 0 and finite: write it as 8/255 or 0.03, in pixels of [0, 1]")
+        if norm.lower() == "linf" and value >= 1:
+            raise UnusableInput(
+                f"ε '{eps}' holds every image, since pixels lie in [0, 1]: {value:g} of 255 steps is {value:g}/255"
+            )
         return cls(norm=by_lower[norm.lower()], eps=value)
 
     @property
@@ -149,6 +130,8 @@ class Method(Spec):
 
     A change that can change a row raises `version`; unlike versions are never compared.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     version: ClassVar[int] = 1
 
@@ -198,6 +181,8 @@ class Recipe(Spec):
     a field's name for every objective that has it, or an objective's name with fields of its own, which go over those,
     and may be the recipe's too: AdvMoE has a schedule of its own.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     # model
     expert: str = "small_cnn"

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bench.errors import UnusableInput
-from bench.spec import Recipe, RunSpec, ThreatModel, TrainSpec, build, digest, parse_number, parse_settings, path_safe
+from bench.settings import parse_number
+from bench.spec import Method, Recipe, RunSpec, ThreatModel, TrainSpec, build, digest, path_safe
 
 LINF = ThreatModel(norm="Linf", eps=0.2)
 RUN: dict[str, Any] = {
@@ -54,6 +55,13 @@ def test_eps_that_is_not_above_zero_and_finite(eps: str | float):
 def test_eps_that_is_no_number(eps: str):
     with pytest.raises(UnusableInput, match=f"^ε '{eps}' is not a number: write it as 8/255"):
         ThreatModel.parse("Linf", eps)
+
+
+@pytest.mark.parametrize("eps", ["8", "1", "255/255", 2.0])
+def test_a_linf_ball_that_holds_every_image_is_refused_with_the_right_unit(eps: str | float):
+    with pytest.raises(UnusableInput, match=f"^ε '{eps}' holds every image, since pixels lie in .* steps is .*/255$"):
+        ThreatModel.parse("linf", eps)
+    assert ThreatModel.parse("L2", eps).eps >= 1
 
 
 def test_an_unknown_norm_is_refused_with_the_nearest():
@@ -211,6 +219,10 @@ def test_a_spec_is_frozen_and_knows_its_fields():
         ({"epoch": 3}, "x has no parameter 'epoch': did you mean 'epochs'?"),
         ({"epochs": "many"}, "x: epochs: Input should be a valid integer"),
         ({"epochs": 0}, "x: epochs: Input should be greater than 0 (got 0)"),
+        ({"epochs": True}, "x: epochs: Input should not be yes or no (got True)"),
+        ({"schedule": False}, "x: schedule: Input should not be yes or no (got False)"),
+        ({"lr": float("inf")}, "x: lr: Input should be a finite number (got inf)"),
+        ({"lr": float("nan")}, "x: lr: Input should be a finite number (got nan)"),
         ({"schedule": "steps"}, "x: schedule: Input should be 'one_cycle', 'cyclic', 'cosine' or 'constant'"),
         ({"num_experts": 3, "num_selected_experts": 4}, "x: num_selected_experts 4 is more than num_experts 3"),
     ],
@@ -222,25 +234,14 @@ def test_what_cannot_be_built_is_one_line(values: dict[str, Any], said: str):
     assert "\n" not in str(refused.value)
 
 
-def test_settings_have_the_types_that_were_meant():
-    pairs = ["a=3", "b=0.5", "c=true", "d=null", "e=word", "f=2/255", "g=1e-3", "h=a=b", " i =1", "j=[1, 2]", "k={x"]
-    found = parse_settings(pairs)
-    assert found == {
-        "a": 3, "b": 0.5, "c": True, "d": None, "e": "word", "f": 2 / 255, "g": 0.001, "h": "a=b", "i": 1,
-        "j": [1, 2], "k": "{x",
-    }  # fmt: skip
-    assert [type(found[key]) for key in "abcf"] == [int, float, bool, float]
+def test_yes_is_no_number_but_for_a_field_that_is_true_or_false():
+    class Some(Method):
+        steps: int | None = 3
+        exact: bool | None = None
 
-
-@pytest.mark.parametrize("pair", ["steps", "=3", ""])
-def test_a_setting_that_is_no_pair(pair: str):
-    with pytest.raises(UnusableInput, match=f"^--set '{pair}' is not of the form key=value$"):
-        parse_settings([pair])
-
-
-def test_a_setting_that_divides_by_zero():
-    with pytest.raises(UnusableInput, match=r"^--set eps '1/0' is not a number"):
-        parse_settings(["eps=1/0"])
+    assert build(Some, "x", {"exact": True, "steps": None}) == Some(exact=True, steps=None)
+    with pytest.raises(UnusableInput, match=r"^x: steps: Input should not be yes or no \(got True\)$"):
+        build(Some, "x", {"steps": True})
 
 
 def test_names_as_files():

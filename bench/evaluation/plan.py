@@ -1,5 +1,6 @@
 """From the words of `bench run` to the runs that they ask for, all checked before the first one starts."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,13 @@ def threat_model(dataset: Dataset, norm: str | None, eps: str | None) -> ThreatM
     chosen = ThreatModel.parse(norm or own.norm, own.eps if eps is None else eps)
     if eps is None and chosen.norm != own.norm:
         raise UnusableInput(f"--norm {norm} needs an --eps: {dataset.name}'s own ε {own.eps_text} is for {own.norm}")
+    pixels = math.prod(dataset.input_shape)
+    widest = {"Linf": 1.0, "L2": math.sqrt(pixels), "L1": float(pixels)}[chosen.norm]
+    if chosen.eps >= widest:
+        raise UnusableInput(
+            f"--eps {eps}: this {chosen.norm} ball holds every image of {dataset.name}, whose pixels lie in [0, 1]:"
+            f" it must be below {widest:.4g}"
+        )
     return chosen
 
 

@@ -1,6 +1,7 @@
 """`torchattacks:NAME`: any attack of that library, under its own name and with its own parameters."""
 
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -23,6 +24,21 @@ NAMES = sorted(set(torchattacks.__all__) - set(torchattacks.__wrapper__))
 
 def _signature(name: str | None) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(torchattacks, name or "").__init__).parameters
+
+
+def _unfit(value: Any, default: Any) -> str | None:
+    """Why a setting cannot stand for its default, whose kind and sign it must have; None where it can.
+
+    The library itself checks nothing: with a negative step size an attack walks the wrong way.
+    """
+    if isinstance(default, bool) or not isinstance(default, int | float):
+        same = isinstance(value, list if isinstance(default, tuple) else type(default))
+        return None if same or default in (None, inspect.Parameter.empty) else "is of another kind"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return "is not a finite number"
+    if value < 0 or value == 0 < default:
+        return "is not above 0" if default else "is below 0"
+    return None
 
 
 @SUITES.register("torchattacks")
@@ -48,10 +64,8 @@ class TorchAttacks(Suite):
     def open(cls, argument: str | None, settings: Mapping[str, Any]) -> Self:
         for key, value in settings.items():
             default = _signature(argument)[key].default
-            if isinstance(default, int | float) and not isinstance(value, int | float):
-                raise UnusableInput(
-                    f"torchattacks:{argument}: --set {key}={value} is not a number (by default {default})"
-                )
+            if (wrong := _unfit(value, default)) is not None:
+                raise UnusableInput(f"torchattacks:{argument}: --set {key}={value} {wrong} (by default {default})")
         return build(cls, f"suite 'torchattacks:{argument}'", {"name": argument, "settings": dict(settings)})
 
     @property

@@ -78,6 +78,13 @@ def test_settings_go_to_the_suites_that_have_them(planned: Any):
         ({"norm": "L2"}, "--norm L2 needs an --eps: digits's own ε 0.2 is for Linf"),
         ({"norm": "L3"}, "unknown norm 'L3'"),
         ({"eps": "0"}, "ε '0' must be above 0"),
+        ({"eps": "8"}, "ε '8' holds every image, since pixels lie in .* is 8/255"),
+        (
+            {"norm": "L2", "eps": "8", "models": ("moe-at",)},
+            "--eps 8: this L2 ball holds every image .* must be below 8",
+        ),
+        ({"norm": "L1", "eps": "64"}, "this L1 ball holds every image of digits, .* must be below 64"),
+        ({"suites": ("pgd",), "settings": {"steps": True}}, "steps: Input should not be yes or no"),
         ({"norm": "L1", "eps": "3", "suites": ("clean", "pgd")}, "suite 'pgd' has no L1 attack: it has Linf, L2"),
         ({"dataset": "digit"}, "unknown data set 'digit': did you mean 'digits'"),
         ({"models": ("moe-att",)}, "unknown variant 'moe-att': did you mean 'moe-at'"),

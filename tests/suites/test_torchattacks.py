@@ -94,6 +94,13 @@ def test_settings_reach_the_attack_and_are_recorded(planted: Any, score: Any):
         ("APGD", {"norm": "L2"}, "--set norm"),
         ("PIFGSM", {"max_epsilon": 1}, "--set max_epsilon"),
         ("PGD", {"model": 1}, "--set model"),
+        ("PGD", {"alpha": -1}, r"--set alpha=-1 is not above 0 \(by default 0\.0078"),
+        ("PGD", {"steps": 0}, "--set steps=0 is not above 0"),
+        ("PGD", {"steps": True}, "--set steps=True is not a finite number"),
+        ("PGD", {"alpha": float("nan")}, "--set alpha=nan is not a finite number"),
+        ("PGD", {"random_start": 3}, r"--set random_start=3 is of another kind \(by default True"),
+        ("CW", {"kappa": -1}, "--set kappa=-1 is below 0"),
+        ("Square", {"loss": 1}, "--set loss=1 is of another kind"),
     ],
 )
 def test_what_the_library_has_not_or_the_harness_sets_is_refused(name: str, settings: dict[str, Any], message: str):

@@ -10,7 +10,8 @@ from bench.datasets.base import Dataset
 from bench.errors import UnusableInput, did_you_mean
 from bench.models.architecture import Dense, Dual, Network, Routed
 from bench.models.variants import Variant, get_variant
-from bench.spec import Recipe, ThreatModel, TrainSpec, build, parse_value
+from bench.settings import parse_value
+from bench.spec import Recipe, ThreatModel, TrainSpec, build
 from bench.training.objectives.base import OBJECTIVES, Objective
 
 FOLDER = Path(__file__).parent
