@@ -1,13 +1,17 @@
-"""A deployed model as the harness asks it: in eval mode, frozen, in full float32; and what it then predicts.
+"""A deployed model as the harness asks it: in eval mode, frozen, in full float32; what it then predicts, and whether
+that follows from the single image alone.
 
-Axes: m = images, B = images of a block.
+Axes: m = images, B = images of a block, C = classes.
 """
 
+import pickle
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -92,3 +96,122 @@ def validate_outputs(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -
         raise UnusableInput(
             f"'{name}' gives {got} for {len(x)} images, where logits of {num_classes} classes are needed"
         )
+
+
+#: Batch sizes in which `dependence` asks for the same images.
+BATCH_SIZES = (1, 2, 8, 32)
+#: Times that it asks for the same batch.
+_ASKED = 4
+#: What rounding may change of an image's logits from batch to batch, as a share of the batch's largest logit.
+_ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """What a model's logits depend on beside the image, as `dependence` has seen it.
+
+    chance: the same batch is answered differently, or the forward pass draws or seeds random numbers. batch: an image's
+    logits depend on the size of its batch or on its neighbours. state: a forward pass in eval mode changes parameters,
+    buffers or numbers that the model keeps. in_place: it writes into its input.
+    """
+
+    chance: bool
+    batch: bool
+    state: bool
+    in_place: bool
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the model is no function of a single image, in words; () where it is one. `in_place` does not matter."""
+        found = {
+            "outputs depend on chance": self.chance,
+            "outputs depend on the batch": self.batch,
+            "forward passes change the model's state": self.state,
+        }
+        return tuple(reason for reason, seen in found.items() if seen)
+
+
+@torch.no_grad()
+def dependence(model: nn.Module, x: Tensor) -> Dependence:
+    """Whether a model in eval mode answers for each image by that image alone; x (B, C, H, W) is one batch to ask for.
+
+    Images of the probe's own are added to small batches, so that the answer depends on no batch size of a run. The same
+    batch is asked for several times; then 32 of its images in batches of 1, 2, 8 and 32, and among other neighbours.
+    Torch's, NumPy's and Python's random states are as before afterwards. Whatever the model raises is raised.
+    """
+    own = torch.rand(BATCH_SIZES[-1], *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    images = torch.cat([x, own.to(x)])
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    in_place = False
+
+    def ask(batch: Tensor) -> Tensor:
+        nonlocal in_place
+        given = batch.clone()
+        logits = model(given).detach().double().clone()
+        in_place |= not torch.equal(given, batch)
+        return logits
+
+    kept = (random.getstate(), np.random.get_state())
+    with torch.random.fork_rng(devices=devices):
+        before, drawn = _tensors(model), _random_state(devices)
+        whole = ask(images)
+        numbers = _numbers(model)
+        same = all(_equal(ask(images), whole) for _ in range(_ASKED - 1))
+        state = not _same(before, _tensors(model)) or not _same(numbers, _numbers(model))
+        chance = not same or _random_state(devices) != drawn
+        batch = False
+        # half of them x's own, half the probe's, spread over the batch
+        rows = torch.linspace(0, len(images) - 1, BATCH_SIZES[-1], device=x.device).round().long()
+        orders = [rows, rows.flip(0), rows[torch.arange(len(rows)).view(2, -1).T.flatten()]]
+        for order in orders:
+            for size in BATCH_SIZES if order is rows else BATCH_SIZES[1:]:
+                parts = torch.cat([ask(images[part]) for part in torch.split(order, size)])
+                batch |= not _equal(parts, whole[order])
+    random.setstate(kept[0])
+    np.random.set_state(kept[1])
+    # a model that answers by chance differs from batch to batch as well
+    return Dependence(chance, batch and not chance, state, in_place)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two batches of logits (m, C) differ by rounding alone."""
+    finite = b.isfinite()
+    if not torch.equal(a.isfinite(), finite):
+        return False
+    scale = b[finite].abs().max() if finite.any() else 0.0
+    return bool(((a - b)[finite].abs() <= _ROUNDING * scale).all())
+
+
+def _tensors(model: nn.Module) -> dict[str, Any]:
+    """Copies of all parameters and buffers, by name."""
+    return {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def _numbers(model: nn.Module) -> dict[str, Any]:
+    """The numbers and copies of the tensors that modules keep as plain attributes."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, int | float):
+                found[f"{name}.{key}"] = value
+            elif isinstance(value, Tensor):
+                found[f"{name}.{key}"] = value.detach().clone()
+    return found
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(_identical(a[name], b[name]) for name in a)
+
+
+def _identical(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+    return type(a) is type(b) and (a == b or a != a)
+
+
+def _random_state(devices: list[int]) -> tuple[bytes, ...]:
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+    return (
+        *(state.numpy().tobytes() for state in states),
+        *map(pickle.dumps, (random.getstate(), np.random.get_state())),
+    )
