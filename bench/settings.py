@@ -1,5 +1,6 @@
 """Values as a user writes them: numbers, fractions such as 8/255, and `--set key=value`."""
 
+import json
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -19,8 +20,10 @@ def parse_number(text: str, name: str) -> float:
 
 
 def parse_value(value: Any, name: str) -> Any:
-    """A YAML scalar; a text such as 2/255 or 1e-3, which YAML leaves a text, becomes the number that it means."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9.]+/[0-9.]+|[0-9.]+[eE][-+]?[0-9]+", value):
+    """A YAML value; a text such as 2/255 or 1e-3, which YAML leaves a text, becomes the number that it means."""
+    if isinstance(value, list):
+        return [parse_value(item, name) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[0-9.]+/[0-9.]+|[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
         return parse_number(value, name)
     return value
 
@@ -38,3 +41,9 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
             value = text
         settings[key.strip()] = parse_value(value, f"--set {key}")
     return settings
+
+
+def setting(key: str, value: Any) -> str:
+    """`key=value` such that `parse_settings` gives this value; a text is quoted only where it has to be."""
+    plain = f"{key}={value}"
+    return plain if isinstance(value, str) and parse_settings([plain])[key] == value else f"{key}={json.dumps(value)}"

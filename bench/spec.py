@@ -8,13 +8,15 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bench.errors import UnusableInput, did_you_mean
-from bench.settings import parse_number
+from bench.settings import parse_number, setting
 
 Norm = Literal["Linf", "L2", "L1"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
@@ -159,19 +161,44 @@ class RunSpec(Spec):
     n_examples: int = Field(gt=0)
     seed: int = Field(default=0, ge=0)
     batch_size: int = Field(default=128, gt=0)
+    warm_start: bool = Field(default=False, description="the adversarial examples of earlier runs are tried first")
+
+    def _keyed(self) -> dict[str, Any]:
+        """What run and work keys are made of: runs from before `warm_start` was a field keep theirs."""
+        return self.model_dump(mode="json", exclude=set() if self.warm_start else {"warm_start"})
 
     def run_key(self, checkpoint_sha256: str, fingerprint: str) -> str:
         """Identifies a run: what resumes, and what is reported and not repeated once it is finished."""
-        return digest("run", self.model_dump(mode="json"), checkpoint_sha256, fingerprint)
+        return digest("run", self._keyed(), checkpoint_sha256, fingerprint)
 
     def work_key(self, fingerprint: str) -> str:
         """A run without its checkpoint and seed: what a baseline is paired over."""
-        return digest("work", self.model_dump(mode="json", exclude={"seed"}), fingerprint)
+        return digest("work", {key: value for key, value in self._keyed().items() if key != "seed"}, fingerprint)
 
     def subject_key(self, checkpoint_sha256: str, fingerprint: str) -> str:
         """Who was attacked, with which pixels, inside which ball: what the worst case is taken over."""
         fields = {"model", "alpha", "combine", "dataset", "threat_model"}
         return digest("subject", self.model_dump(mode="json", include=fields), checkpoint_sha256, fingerprint)
+
+    def command(
+        self, results: Path, model: str | None = None, data_root: Path | None = None, checkpoints: Path | None = None
+    ) -> str:
+        """The `bench run` or `bench certify` that makes this run, as a shell takes it.
+
+        `model` is the word that names the model, where the run's own name for it finds another or none. Folders that
+        are not given are left to the command's defaults.
+        """
+        kind, _, method = self.suite.partition("certify-")
+        words = ["bench", "run", "--suite", kind] if kind else ["bench", "certify", "--method", method]
+        words += ["--dataset", self.dataset, "--model", model or self.model]
+        words += [] if self.alpha is None else ["--alpha", repr(self.alpha)]
+        words += ["--n-examples", str(self.n_examples), "--norm", self.threat_model.norm]
+        words += ["--eps", self.threat_model.eps_text, "--seed", str(self.seed), "--batch-size", str(self.batch_size)]
+        words += [word for item in self.suite_params.items() for word in ("--set", setting(*item))]
+        words += ["--warm-start"] if self.warm_start else []
+        folders = {"--data-root": data_root, "--checkpoints": checkpoints, "--results": results}
+        words += [word for option, path in folders.items() if path is not None for word in (option, str(path))]
+        return shlex.join(words)
 
 
 class Recipe(Spec):

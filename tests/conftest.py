@@ -181,7 +181,8 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
             threat_model=ThreatModel(norm=norm, eps=eps or planted.balls[norm]),
             suite=name,
             suite_version=opened.version,
-            suite_params=opened.params | ({"warm_start": True} if warm_start else {}),
+            suite_params=opened.params,
+            warm_start=warm_start,
             n_examples=len(data),
             **fields,
         )

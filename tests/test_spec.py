@@ -1,26 +1,30 @@
 """The specs: what they accept, what identifies them, and how a threat is written."""
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bench.errors import UnusableInput
-from bench.settings import parse_number
+from bench.settings import parse_number, parse_settings, parse_value
 from bench.spec import Method, Recipe, RunSpec, ThreatModel, TrainSpec, build, digest, path_safe
 
 LINF = ThreatModel(norm="Linf", eps=0.2)
 RUN: dict[str, Any] = {
     "model": "moe-at", "alpha": None, "combine": None, "dataset": "digits", "threat_model": LINF, "suite": "pgd",
     "suite_version": 1, "suite_params": {"steps": 50}, "n_examples": 200, "seed": 0, "batch_size": 128,
+    "warm_start": False,
 }  # fmt: skip
 #: another value for each of its fields
 OTHER: dict[str, Any] = {
     "model": "dual", "alpha": 0.5, "combine": "logits", "dataset": "cifar10",
     "threat_model": ThreatModel(norm="L2", eps=0.2), "suite": "clean", "suite_version": 2,
     "suite_params": {"steps": 51}, "n_examples": 201, "seed": 1, "batch_size": 64,
+    "warm_start": True,
 }  # fmt: skip
 TRAIN: dict[str, Any] = {
     "variant": "moe-at", "dataset": "digits", "threat_model": LINF, "recipe_name": "digits", "recipe": Recipe(),
@@ -129,6 +133,7 @@ SENSITIVE: dict[str, set[str]] = {
     "n_examples": {"run", "work"},
     "batch_size": {"run", "work"},
     "seed": {"run"},
+    "warm_start": {"run", "work"},
 }
 
 
@@ -145,6 +150,15 @@ def test_every_field_of_a_run_is_judged():
 @pytest.mark.parametrize("field", list(SENSITIVE))
 def test_what_changes_which_key_of_a_run(field: str):
     assert changed_keys(**{field: OTHER[field]}) == SENSITIVE[field]
+
+
+def test_a_cold_run_keeps_the_keys_that_it_had_before_warm_start_was_a_field():
+    spec = RunSpec(**RUN)
+    before = spec.model_dump(mode="json")
+    assert before.pop("warm_start") is False
+    assert spec.run_key("c", "f") == digest("run", before, "c", "f")
+    del before["seed"]
+    assert spec.work_key("f") == digest("work", before, "f")
 
 
 def test_a_retrained_model_is_the_same_work_and_other_pixels_are_not():
@@ -190,6 +204,26 @@ def test_a_training_without_noise_keeps_the_key_that_it_had_before_there_was_noi
 def test_a_checkpoint_is_named_by_variant_and_seed():
     assert TrainSpec(**TRAIN).checkpoint_name == "moe-at"
     assert TrainSpec(**{**TRAIN, "seed": 3}).checkpoint_name == "moe-at-s3"
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+#: a text that means a number is one, as on the command line
+TEXTS = st.text(st.characters(codec="ascii", exclude_categories=["Cc"])).filter(lambda t: parse_value(t, "") == t)
+LEAVES = st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS | st.none()
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), LEAVES | st.lists(LEAVES, max_size=3)))
+@example({"a": "yes", "b": -1e-05, "c": [1e-05], "d": "a: b", "e": "#", "f": "it's", "g": 1e300, "h": "", "i": "1"})
+def test_the_settings_of_a_command_are_read_back(params: dict[str, Any]):
+    words = shlex.split(RunSpec(**{**RUN, "suite_params": params}).command(Path("r")))
+    assert parse_settings(words[at + 1] for at, word in enumerate(words) if word == "--set") == params
+
+
+def test_the_command_of_a_certification_is_certify():
+    command = RunSpec(**{**RUN, "suite": "certify-routes", "suite_params": {}}).command(Path("r"))
+    assert command.startswith("bench certify --method routes --dataset digits --model moe-at --n-examples 200")
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

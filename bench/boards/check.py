@@ -4,8 +4,6 @@ A drop is a regression when it is larger than is tolerated and is not chance: on
 examples that changed, adjusted over the runs by Holm's method. What cannot be compared is refused, never passed over.
 """
 
-import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -150,7 +148,7 @@ def _only(root: Path, side: str) -> dict[tuple[str, int], Run]:
 def _refusal(run: Run, others: list[Run], side: str, root: Path) -> UnusableInput:
     """Why `run` has no counterpart among `others`, the runs of `side`: what the nearest of them has otherwise."""
     spec = run.result.spec
-    make = f"make one with: {_command(spec, root)}"
+    make = f"make one with: {spec.command(root)}"
     alike = [
         _differences(run, other)
         for other in others
@@ -167,18 +165,6 @@ def _differences(run: Run, other: Run) -> dict[str, tuple[Any, Any]]:
     values = {name: (getattr(run.result.spec, name), getattr(other.result.spec, name)) for name in names}
     values["fingerprint"] = (run.result.fingerprint, other.result.fingerprint)
     return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
-
-
-def _command(spec: RunSpec, root: Path) -> str:
-    """The `bench run` that asks for `spec`."""
-    words = ["bench", "run", "--suite", spec.suite, "--dataset", spec.dataset, "--model", spec.model]
-    if spec.alpha is not None:
-        words += ["--alpha", str(spec.alpha)]
-    words += ["--n-examples", str(spec.n_examples), "--norm", spec.threat_model.norm]
-    words += ["--eps", spec.threat_model.eps_text, "--seed", str(spec.seed), "--batch-size", str(spec.batch_size)]
-    for key, value in spec.suite_params.items():
-        words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
-    return shlex.join([*words, "--results", str(root)])
 
 
 def _measured(run: Run, measure: Measure) -> "pd.Series[bool]":

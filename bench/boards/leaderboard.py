@@ -290,9 +290,8 @@ def _subject(run: Run) -> str:
 
 def _adaptive(run: Run) -> bool:
     """Whether it is `adaptive` at no less than its standard budget. Known witnesses to start from only add to it."""
-    params = {key: value for key, value in run.result.spec.suite_params.items() if key != "warm_start"}
     spec = run.result.spec
-    strong = params in ({}, {"budget": "large"}) and spec.suite_version >= _ADAPTIVE_VERSION
+    strong = spec.suite_params in ({}, {"budget": "large"}) and spec.suite_version >= _ADAPTIVE_VERSION
     return spec.suite == "adaptive" and strong
 
 

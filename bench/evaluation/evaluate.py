@@ -90,7 +90,7 @@ def evaluate(
         folder.write_block(number, rows, side, witnesses)
         look()
     if world.rank > 0:
-        while "warm_start" in spec.suite_params and folder.finished() is None:  # the next run starts from this one
+        while spec.warm_start and folder.finished() is None:  # the next run starts from this one
             time.sleep(_POLL)
         return None
     while folder.finished() is None and len(done) < len(starts):

@@ -96,10 +96,11 @@ def plan_methods(
                     threat_model=threat,
                     suite=name,
                     suite_version=method.version,
-                    suite_params=method.params | ({"warm_start": True} if request.warm_start else {}),
+                    suite_params=method.params,
                     n_examples=len(data),
                     seed=request.seed,
                     batch_size=request.batch_size,
+                    warm_start=request.warm_start,
                 )
                 jobs.append(Job(spec, chosen, method, data, dataset.num_classes))
     return jobs

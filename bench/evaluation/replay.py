@@ -1,7 +1,5 @@
 """Re-verifies the adversarial examples that a run kept, on a freshly loaded model."""
 
-import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,6 @@ from bench.models.deployed import eval_frozen, full_float32
 from bench.models.parts import set_alpha
 from bench.results.store import Run, read_run
 from bench.results.witnesses import FILE, Witnesses
-from bench.spec import RunSpec
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,8 @@ def replay(
     """
     run = read_run(folder)
     spec, result = run.result.spec, run.result
-    remake = f"remove the folder, and run `{command(spec, folder, data_root, checkpoints[0], model)}`"
+    again = spec.command(_results_of(folder), model, data_root, checkpoints[0])
+    remake = f"remove the folder, and run `{again}`"
     path, broken = folder / FILE, _broken(run)
     if not path.is_file():
         if not broken:
@@ -97,16 +95,7 @@ def _broken(run: Run) -> set[tuple[int, str]]:
     return set(zip(found["idx"].tolist(), found["attack"].tolist(), strict=True))
 
 
-def command(spec: RunSpec, folder: Path, data_root: Path, checkpoints: Path, model: str | None = None) -> str:
-    """The `bench run` that makes the run in `folder`, below its results folder, again."""
+def _results_of(folder: Path) -> Path:
+    """The results folder that a run's `folder` lies in, five levels up."""
     deep = folder if len(folder.parents) > 4 else folder.resolve()
-    results = deep.parents[4] if len(deep.parents) > 4 else Path("results")
-    words = ["bench", "run", "--suite", spec.suite, "--dataset", spec.dataset, "--model", model or spec.model]
-    words += [] if spec.alpha is None else ["--alpha", repr(spec.alpha)]
-    words += ["--n-examples", str(spec.n_examples), "--norm", spec.threat_model.norm]
-    words += ["--eps", spec.threat_model.eps_text, "--seed", str(spec.seed), "--batch-size", str(spec.batch_size)]
-    settings = {key: value for key, value in spec.suite_params.items() if key != "warm_start"}
-    words += [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    words += ["--warm-start"] if "warm_start" in spec.suite_params else []
-    folders = {"--data-root": data_root, "--checkpoints": checkpoints, "--results": results}
-    return shlex.join([*words, *(word for option, path in folders.items() for word in (option, str(path)))])
+    return deep.parents[4] if len(deep.parents) > 4 else Path("results")

@@ -144,8 +144,9 @@ def _derived(
 
 
 def suite_label(spec: RunSpec) -> str:
-    """The suite, with the parameters that are not its defaults: `pgd`, `pgd[steps=10]`."""
-    params = ", ".join(f"{key}={value}" for key, value in sorted(spec.suite_params.items()))
+    """The suite, with what is not its default: `pgd`, `pgd[steps=10]`, `pgd[warm_start=True]`."""
+    settings = spec.suite_params | ({"warm_start": True} if spec.warm_start else {})
+    params = ", ".join(f"{key}={value}" for key, value in sorted(settings.items()))
     return f"{spec.suite}[{params}]" if params else spec.suite
 
 

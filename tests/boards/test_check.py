@@ -238,10 +238,21 @@ def test_the_refusal_says_the_command(old: Path, new: Path):
     save(new, "1" * 10)
     params = {"steps": 10, "loss": "dlr", "flip": True}
     threat = ThreatModel(norm="L2", eps=8 / 255)
-    save(new, "1" * 10, model="dual", alpha=0.7, suite_params=params, threat_model=threat, seed=2, batch_size=5)
+    save(
+        new,
+        "1" * 10,
+        model="dual",
+        alpha=0.7,
+        suite_params=params,
+        threat_model=threat,
+        seed=2,
+        batch_size=5,
+        warm_start=True,
+    )
     assert refusal(old, new).endswith(
         "make one with: bench run --suite pgd --dataset digits --model dual --alpha 0.7 --n-examples 10 --norm L2 "
-        f"--eps 8/255 --seed 2 --batch-size 5 --set steps=10 --set loss=dlr --set flip=true --results {old}"
+        f"--eps 8/255 --seed 2 --batch-size 5 --set steps=10 --set loss=dlr --set flip=true --warm-start "
+        f"--results {old}"
     )
 
 

@@ -351,7 +351,7 @@ def test_boards_and_the_gate_do_without_torch():
 
 
 def test_a_warm_started_run_has_its_own_column_counts_in_the_worst_case_and_is_no_default(tmp_path: Path):
-    warm = {"suite_params": {"warm_start": True}}
+    warm = {"warm_start": True}
     save(tmp_path, "pgd", {"clean": "1110", "pgd": "111."})
     save(tmp_path, "pgd", {"clean": "1110", "warm-start": "0...", "pgd": ".11."}, **warm)
     row = table(tmp_path).loc["dense-at"]
@@ -363,21 +363,21 @@ def test_a_warm_started_run_has_its_own_column_counts_in_the_worst_case_and_is_n
 
 
 @pytest.mark.parametrize(
-    ("params", "ranked"),
+    ("fields", "ranked"),
     [
         ({}, True),
-        ({"budget": "large"}, True),
+        ({"suite_params": {"budget": "large"}}, True),
         ({"warm_start": True}, True),  # it has broken what earlier runs had, and then attacked as by default
-        ({"budget": "small"}, False),
-        ({"budget": "small", "warm_start": True}, False),
-        ({"recipe": "trial"}, False),
+        ({"suite_params": {"budget": "small"}}, False),
+        ({"suite_params": {"budget": "small"}, "warm_start": True}, False),
+        ({"suite_params": {"recipe": "trial"}}, False),
     ],
 )
 def test_a_routed_row_is_ranked_for_an_adaptive_run_of_the_standard_budget_or_more(
-    params: dict[str, Any], ranked: bool, tmp_path: Path
+    fields: dict[str, Any], ranked: bool, tmp_path: Path
 ):
     save(tmp_path, "autoattack", {"clean": "111", "apgd-ce": "011"}, info=MOE)
-    save(tmp_path, "adaptive", {"clean": "111", "route-aware": "00."}, info=MOE, suite_params=params)
+    save(tmp_path, "adaptive", {"clean": "111", "route-aware": "00."}, info=MOE, **fields)
     row = table(tmp_path).loc["dense-at"]
     assert (row["rank"], row["flags"]) == (("1", "") if ranked else ("", "no adaptive attack"))
     assert row["ra_worst"] == "33.33"
@@ -388,7 +388,7 @@ def test_what_one_attack_alone_broke_is_counted_by_hand(tmp_path: Path):
     save(tmp_path, "autoattack", {"clean": "111110", "apgd-ce": "0111..", "square": ".110.."})
     save(tmp_path, "autoattack", {"clean": "111110", "apgd-ce": "0111..", "square": ".110.."}, seed=1)
     save(tmp_path, "components", {"clean": "111110", "pgd": "111100"}, target="expert:0")
-    save(tmp_path, "clean", {"clean": "111110", "warm-start": "00.0.."}, suite_params={"warm_start": True})
+    save(tmp_path, "clean", {"clean": "111110", "warm-start": "00.0.."}, warm_start=True)
     # what a warm start tries again counts for nobody
     # 0: both suites; 1: pgd alone; 3: Square alone, with both seeds; 4: a part, not F; 5: wrong from the start
     row = table(tmp_path).loc["dense-at"]
