@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput
-from bench.models.parts import is_dual, is_moe
+from bench.models.parts import is_dual, is_moe, is_traced
 from bench.spec import ModelInfo
 
 
@@ -62,13 +62,13 @@ class Prediction:
     expert: Tensor
 
 
-def first_expert(model: Any, x: Tensor) -> Tensor:
+def first_expert(model: object, x: Tensor) -> Tensor:
     """The first selected expert (m,) of a model whose routing is visible, of a dual its R's; −1 where there is none.
 
     A dual's R without a `trace` is taken to follow its router's best score.
     """
-    routed = model.robust if is_dual(model) else model
-    if hasattr(routed, "trace"):
+    routed: object = model.robust if is_dual(model) else model
+    if is_traced(routed):
         return routed.trace(x)[1].selected_experts[:, 0]
     return routed.router(x).argmax(1) if is_moe(routed) else torch.full((len(x),), -1, device=x.device)
 

@@ -3,35 +3,67 @@
 An MoE has `router` (x → (B, E)) and `experts` (a ModuleList); a dual has branches `standard` (S) and `robust` (R).
 """
 
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput
+from bench.models.routing import RoutingTrace
 
 
-def is_dual(model: Any) -> bool:
+class RoutedModel(Protocol):
+    """An MoE of whole networks: x (B, C, H, W) → logits; its router gives scores (B, E)."""
+
+    experts: nn.ModuleList
+
+    @property
+    def router(self) -> Any: ...  # a module, or any function of a user's own class
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Traced(Protocol):
+    """A model that shows how it routed a batch."""
+
+    def trace(self, x: Tensor) -> tuple[Tensor, RoutingTrace]: ...
+
+
+class Dual(Protocol):
+    """A standard branch S and a robust branch R, mixed with weight α on R."""
+
+    standard: nn.Module
+    robust: nn.Module
+    alpha: float | Tensor
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+def is_dual(model: object) -> TypeGuard[Dual]:
     """Whether the model shows its branches and α."""
     return all(hasattr(model, name) for name in ("standard", "robust", "alpha"))
 
 
-def is_moe(model: Any) -> bool:
+def is_moe(model: object) -> TypeGuard[RoutedModel]:
     """Whether the model shows its router and its experts."""
     return hasattr(model, "router") and isinstance(getattr(model, "experts", None), nn.ModuleList)
 
 
-def routed_branches(model: Any) -> dict[str, Any]:
+def is_traced(model: object) -> TypeGuard[Traced]:
+    """Whether the model shows how it routed a batch."""
+    return hasattr(model, "trace")
+
+
+def routed_branches(model: object) -> dict[str, RoutedModel]:
     """The MoEs inside a model whose images can go to more than one expert: `R` and `S` of a dual, `""` for itself."""
     branches = {"R": model.robust, "S": model.standard} if is_dual(model) else {"": model}
     return {name: branch for name, branch in branches.items() if is_moe(branch) and len(branch.experts) > 1}
 
 
-def routed_branch(model: Any) -> Any:
+def routed_branch(model: object) -> RoutedModel | None:
     """The MoE whose routes a model's own are said to be: itself, a dual's R; None where there is none to be seen."""
     return routed_branches(model).get("R" if is_dual(model) else "")
 
 
-def parts(model: Any) -> dict[str, nn.Module]:
+def parts(model: object) -> dict[str, nn.Module]:
     """The classifiers inside a model by name: `expert:i` of an MoE; `S`, `R`, and `R.expert:i` … of a dual."""
     if is_dual(model):
         branches = {"S": model.standard, "R": model.robust}
@@ -41,7 +73,11 @@ def parts(model: Any) -> dict[str, nn.Module]:
 
 
 def set_alpha(model: Any, alpha: float) -> None:
-    """A dual's α is a number; in a user's own it may be a tensor, which nn.Module does not let a number replace."""
+    """A dual's α is a number; in a user's own it may be a tensor, which nn.Module does not let a number replace.
+
+    Raises:
+        UnusableInput: `alpha` is a property that cannot be set.
+    """
     if isinstance(model.alpha, Tensor):
         model.alpha.data.fill_(alpha)
     else:

@@ -9,14 +9,13 @@ Axes: B = probed images, C = classes, E = experts.
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.attacks.scores import differentiable, has_gradient, logarithms
-from bench.models.parts import is_dual, is_moe
+from bench.models.parts import RoutedModel, is_dual, routed_branches
 from bench.pgd import ascend_once, default_step_size, pgd, random_start
 from bench.spec import ThreatModel
 
@@ -55,12 +54,12 @@ def _outputs(model: nn.Module, x: Tensor) -> Iterator[str]:
         yield "outputs are probabilities"
 
 
-def _routed(model: Any) -> dict[str, Any]:
-    """The MoEs in a model that shows them, by what their flags begin with: itself, or a dual's branches."""
-    branches = {"S: ": model.standard, "R: ": model.robust} if is_dual(model) else {"": model}
-    if is_dual(model) and float(model.alpha) == 1:  # nothing of S is in F
-        del branches["S: "]
-    return {name: branch for name, branch in branches.items() if is_moe(branch)}
+def _routed(model: object) -> dict[str, RoutedModel]:
+    """The MoEs that a model shows, by what their flags begin with; S only where something of it is in F."""
+    branches = routed_branches(model)
+    if is_dual(model) and float(model.alpha) == 1:
+        branches.pop("S", None)
+    return {f"{name}: " if name else "": branches[name] for name in sorted(branches, reverse=True)}
 
 
 def _router_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:

@@ -15,14 +15,14 @@ from bench.datasets.base import Dataset
 from bench.errors import UnusableInput
 from bench.job import Subject
 from bench.models.checkpoints import available, checkpoint_path, find_checkpoint, load_checkpoint
-from bench.models.parts import is_dual, is_moe
+from bench.models.parts import is_dual, is_moe, is_traced
 from bench.models.variants import get_variant
 from bench.spec import ModelInfo, ThreatModel
 
 
-def routing_visible(model: nn.Module) -> bool:
+def routing_visible(model: object) -> bool:
     """Whether a model shows its routing: `router`, `experts` (a ModuleList) and `trace`, or a dual's branches and α."""
-    return is_dual(model) or (is_moe(model) and hasattr(model, "trace"))
+    return is_dual(model) or (is_moe(model) and is_traced(model))
 
 
 def weights_sha256(model: nn.Module, code: str = "") -> str:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from bench.models.dual import DualModel
 from bench.models.moe import MoE
+from bench.models.parts import routed_branches
 
 #: An expert with less of the load than this is dead: it sees too few images to learn anything.
 DEAD = 0.01
@@ -18,10 +18,9 @@ DEAD = 0.01
 
 def routed(model: nn.Module) -> dict[str, MoE]:
     """The MoEs in a model by a prefix for their metrics: '' for an MoE itself, 'robust_' and 'standard_' in a dual."""
-    branches = {"": model}
-    if isinstance(model, DualModel):
-        branches = {"robust_": model.robust, "standard_": model.standard}
-    return {prefix: branch for prefix, branch in branches.items() if isinstance(branch, MoE)}
+    prefixes = {"": "", "R": "robust_", "S": "standard_"}
+    branches = routed_branches(model).items()
+    return {prefixes[name]: branch for name, branch in branches if isinstance(branch, MoE)}
 
 
 @torch.no_grad()
