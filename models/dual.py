@@ -1,12 +1,12 @@
 """The dual model F_D(x) = (1 − α) F_S(x) + α F_R(x) (paper, section 5)."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from bench.errors import UnusableInput
+from bench.errors import UnusableInput, did_you_mean
 from bench.models.moe import Combine
 from bench.models.routing import RoutingTrace
 
@@ -21,13 +21,17 @@ class DualModel(nn.Module):
             suites expect logits; `logits` mixes raw logits, as the released code does.
 
     Raises:
-        UnusableInput: α outside [0, 1].
+        UnusableInput: α outside [0, 1], or an unknown way to combine.
+
+    Each branch has a copy of the images of its own: one may be written to work in place.
     """
 
     def __init__(self, standard: Any, robust: Any, alpha: float = 0.7, combine: Combine = "probs") -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
             raise UnusableInput(f"α {alpha} must be in [0, 1]")
+        if combine not in get_args(Combine):
+            raise UnusableInput(f"unknown combine '{combine}': {did_you_mean(combine, get_args(Combine))}")
         # Any: an nn.Module has no `trace` for the type checker, and a user's branches need not be MoEs
         self.standard: Any = standard
         self.robust: Any = robust
@@ -45,9 +49,9 @@ class DualModel(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mix(self.standard(x), self.robust(x))
+        return self.mix(self.standard(x.clone()), self.robust(x.clone()))
 
     def trace(self, x: Tensor) -> tuple[Tensor, RoutingTrace]:
         """The logits (B, C) and how the robust branch, the one that matters under attack, routed the batch."""
-        robust, trace = self.robust.trace(x)
-        return self.mix(self.standard(x), robust), trace
+        robust, trace = self.robust.trace(x.clone())
+        return self.mix(self.standard(x.clone()), robust), trace

@@ -1,12 +1,12 @@
 """The mixture of experts F(x) = Σ_i a_i(x) f_i(x) (paper, section 3)."""
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from bench.errors import UnusableInput
+from bench.errors import UnusableInput, did_you_mean
 from bench.models.routing import Gate, RoutingTrace, dispatch, route
 
 Combine = Literal["logits", "probs"]
@@ -23,8 +23,9 @@ class MoE(nn.Module):
         combine: what is mixed with the gate's weights: `logits`, or `probs`, which returns log-probabilities.
 
     Raises:
-        UnusableInput: K out of 1 … E; `combine=probs` with K = 1, since cross-entropy normalises log(a·p) over the
-            classes, where the gate's weight a cancels: the router would get no gradient.
+        UnusableInput: an unknown gate or way to combine; K out of 1 … E; `combine=probs` with K = 1, since
+            cross-entropy normalises log(a·p) over the classes, where the gate's weight a cancels: the router would get
+            no gradient.
     """
 
     def __init__(
@@ -36,6 +37,9 @@ class MoE(nn.Module):
         combine: Combine = "logits",
     ) -> None:
         super().__init__()
+        for name, word, known in (("gate", gate, get_args(Gate)), ("combine", combine, get_args(Combine))):
+            if word not in known:
+                raise UnusableInput(f"unknown {name} '{word}': {did_you_mean(word, known)}")
         self.experts = nn.ModuleList(experts)
         self.router = router
         if not 1 <= num_selected_experts <= len(self.experts):
@@ -58,8 +62,11 @@ class MoE(nn.Module):
         return self.mix(trace, dispatch(list(self.experts), x, trace.selected_experts)), trace
 
     def route(self, x: Tensor) -> RoutingTrace:
-        """Which experts the images (B, c, H, W) go to, and with what weight."""
-        return route(self.router(x), self.num_selected_experts, self.gate)
+        """Which experts the images (B, c, H, W) go to, and with what weight.
+
+        The router has a copy of its own, as the experts have by `dispatch`: one may be written to work in place.
+        """
+        return route(self.router(x.clone()), self.num_selected_experts, self.gate)
 
     def mix(self, trace: RoutingTrace, outputs: Tensor) -> Tensor:
         """The logits (B, C) from the selected experts' outputs (B, K, C)."""

@@ -99,7 +99,8 @@ def dispatch(experts: Sequence[nn.Module], x: Tensor, selected: Tensor) -> Tenso
     order = selected.flatten().argsort(stable=True)
     counts = selected.flatten().bincount(minlength=len(experts)).tolist()
     parts = torch.split(x[order // k], counts)
-    outputs = [expert(part) for expert, part in zip(experts, parts, strict=True) if len(part)]
+    # copies: autograd refuses work in place on one of several views
+    outputs = [expert(part.clone()) for expert, part in zip(experts, parts, strict=True) if len(part)]
     outputs = outputs or [experts[0](x)]
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     flat = torch.cat(outputs)[back]

@@ -86,3 +86,21 @@ def test_trace_is_of_the_robust_branch(linear_moe: Callable[..., MoE]):
     assert trace.gate_logits.tolist() == [[0, 9]]
     assert torch.equal(logits, dual(ONE))
     torch.testing.assert_close(logits, torch.tensor([[1.5 + 0.7 * log(3), 1.5]]))
+
+
+def test_an_unknown_way_to_combine_is_refused(linear_net: Callable[..., nn.Module]):
+    with pytest.raises(UnusableInput, match="unknown combine 'prob': did you mean 'probs'"):
+        DualModel(linear_net(S), linear_net(R), combine="prob")  # type: ignore[arg-type]
+
+
+def test_a_branch_that_works_in_place_changes_no_other_branchs_images(linear_moe: Callable[..., MoE]):
+    class InPlace(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sub_(0.3).flatten(1).repeat(1, 2) * torch.tensor([5.0, 1.0])
+
+    robust = linear_moe([R, S], [[1.0], [0.0]])
+    dual, x = DualModel(InPlace(), robust), ONE.clone()
+    expected = dual.mix(torch.tensor([[3.5, 0.7]]), robust(ONE))
+    torch.testing.assert_close(dual(x), expected)
+    torch.testing.assert_close(dual.trace(x)[0], expected)
+    assert float(x) == 1

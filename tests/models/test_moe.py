@@ -1,5 +1,6 @@
 """F(x) = Σ a_i(x) f_i(x), by hand; what reaches the router; and what is refused."""
 
+import re
 from collections.abc import Callable
 from math import log
 
@@ -154,3 +155,44 @@ def test_a_row_does_not_depend_on_the_others_in_eval_mode(expert: str, gate: Gat
     assert len(trace.selected_experts.unique()) > 1
     torch.testing.assert_close(torch.cat([moe(row[None]) for row in x]), whole, atol=1e-5, rtol=0)
     torch.testing.assert_close(moe(x.flip(0)).flip(0), whole, atol=1e-5, rtol=0)
+
+
+# --- words, and parts that work in place ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"gate": "Softmax"}, "unknown gate 'Softmax': did you mean 'softmax'?"),
+    ({"gate": "noisy_topk"}, "unknown gate 'noisy_topk': there are: softmax, argmax"),
+    ({"combine": "probabilities"}, "unknown combine 'probabilities': did you mean 'probs'?"),
+])  # fmt: skip
+def test_an_unknown_word_is_refused_when_the_model_is_made(linear_moe: Build, given: dict[str, str], said: str):
+    with pytest.raises(UnusableInput, match=f"^{re.escape(said)}$"):
+        linear_moe(EXPERTS_OF_TWO, ROUTER_OF_TWO, 2, **given)
+
+
+class InPlace(nn.Module):
+    """Changes its input before its own network sees it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x.sub_(1.0))
+
+
+def test_a_part_that_works_in_place_changes_no_other_parts_images(linear_moe: Build):
+    def moe(part: Callable[[nn.Module], nn.Module]) -> MoE:
+        made = linear_moe([[[3.0], [1.0]], [[2.0], [5.0]]], ROUTER_OF_TWO, 2, "softmax")
+        made.router, made.experts[0] = part(made.router), part(made.experts[0])
+        return made
+
+    class Shifted(InPlace):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.network(x - 1.0)
+
+    x = (3 * ONE).requires_grad_()
+    expected, found = moe(Shifted)(x), moe(InPlace)(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(z[0, 0], x) for z in (found, expected)))
+    assert x.item() == 3
