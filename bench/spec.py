@@ -20,6 +20,10 @@ from bench.settings import parse_number, setting
 
 Norm = Literal["Linf", "L2", "L1"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
+#: How a router's scores become weights, and what these mix (`bench.models.routing`, `bench.models.moe`); here, since
+#: the variants are listed without torch.
+Gate = Literal["softmax", "argmax"]
+Combine = Literal["logits", "probs"]
 NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")
 #: What RobustBench has boards of, by its own names; here, since importing robustbench imports torch.
 ROBUSTBENCH_DATASETS = ("cifar10", "cifar100", "imagenet")
@@ -152,7 +156,7 @@ class RunSpec(Spec):
 
     model: str
     alpha: float | None = None
-    combine: Literal["logits", "probs"] | None = None
+    combine: Combine | None = None
     dataset: str
     threat_model: ThreatModel
     suite: str
@@ -220,13 +224,13 @@ class Recipe(Spec):
         default=None, description="a CNN's normalisation; group has no statistics of the batch; None: its own default"
     )
     pretrained: bool | str = Field(default=False, description="timm's ImageNet weights of a ViT, or a file of weights")
-    gate: Literal["softmax", "argmax"] | None = Field(
+    gate: Gate | None = Field(
         default=None, description="the gate that the recipe is made for, which the variant's name decides; None: any"
     )
     num_experts: int = Field(default=4, ge=2)
     num_selected_experts: int = Field(default=1, ge=1)
     router: Literal["affine", "conv"] = "affine"
-    combine: Literal["logits", "probs"] | None = Field(default=None, description="None: the variant's own")
+    combine: Combine | None = Field(default=None, description="None: the variant's own")
     alpha: float = Field(default=0.7, ge=0, le=1, description="a dual's weight of its robust branch")
     # data
     n_train: int | None = Field(default=None, gt=0, description="training images used; None: all")
@@ -296,8 +300,8 @@ class ModelInfo(Spec):
     name: str
     architecture: str
     objective: str | None = None
-    gate: Literal["softmax", "argmax"] | None = None
-    combine: Literal["logits", "probs"] | None = None
+    gate: Gate | None = None
+    combine: Combine | None = None
     num_experts: int | None = None
     num_selected_experts: int | None = None
     alpha: float | None = None

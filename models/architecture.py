@@ -8,9 +8,9 @@ from torch import nn
 from bench.models.base import Classifier
 from bench.models.dual import DualModel
 from bench.models.experts import build_expert, expert_label
-from bench.models.moe import Combine, MoE
-from bench.models.routing import ROUTERS, Gate
-from bench.spec import Spec
+from bench.models.moe import MoE
+from bench.models.routing import ROUTERS
+from bench.spec import Combine, Gate, Spec
 
 
 class Network(Spec):

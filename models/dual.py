@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput, did_you_mean
-from bench.models.moe import Combine
 from bench.models.routing import RoutingTrace
+from bench.spec import Combine
 
 
 class DualModel(nn.Module):

@@ -1,15 +1,14 @@
 """The mixture of experts F(x) = Σ_i a_i(x) f_i(x) (paper, section 3)."""
 
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput, did_you_mean
-from bench.models.routing import Gate, RoutingTrace, dispatch, route
-
-Combine = Literal["logits", "probs"]
+from bench.models.routing import RoutingTrace, dispatch, route
+from bench.spec import Combine, Gate
 
 
 class MoE(nn.Module):

@@ -4,15 +4,14 @@ Axes: B = batch, E = experts, K = selected experts, C = classes.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bench.models.base import Normalize
 from bench.registry import Registry
-
-Gate = Literal["softmax", "argmax"]
+from bench.spec import Gate
 
 
 class RoutingTrace(NamedTuple):

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bench.errors import UnusableInput, did_you_mean
-from bench.models.moe import Combine
-from bench.models.routing import Gate
+from bench.spec import Combine, Gate
 
 
 @dataclass(frozen=True)

@@ -150,9 +150,15 @@ def test_help_imports_nothing_heavy(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "words", [("leaderboard",), ("leaderboard", "--format", "robustbench"), ("check", "--baseline", "results")]
+    "words",
+    [
+        ("list", "variants"),
+        ("leaderboard",),
+        ("leaderboard", "--format", "robustbench"),
+        ("check", "--baseline", "results"),
+    ],
 )
 def test_commands_without_a_model_import_no_torch(words: tuple[str, ...], tmp_path: Path):
     found = loaded(run_main(*words), tmp_path)
-    assert f"bench.boards.{words[0]}" in found
+    assert {"list": "bench.models.variants"}.get(words[0], f"bench.boards.{words[0]}") in found
     assert "torch" not in found

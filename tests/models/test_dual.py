@@ -12,7 +12,8 @@ from torch import nn
 
 from bench.errors import UnusableInput
 from bench.models.dual import DualModel
-from bench.models.moe import Combine, MoE
+from bench.models.moe import MoE
+from bench.spec import Combine
 
 ONE = torch.ones(1, 1, 1, 1)
 #: for a pixel of value 1: S has softmax (1, 1)/2 and R (3, 1)/4

@@ -11,8 +11,9 @@ from torch import nn
 
 from bench.errors import UnusableInput
 from bench.models.experts import EXPERTS, build_expert
-from bench.models.moe import Combine, MoE
-from bench.models.routing import ROUTERS, Gate
+from bench.models.moe import MoE
+from bench.models.routing import ROUTERS
+from bench.spec import Combine, Gate
 
 Build = Callable[..., MoE]
 #: one pixel of value 1 goes into each test: an expert's weights are its logits, the router's weights its scores

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bench.models.routing import ROUTERS, AffineRouter, Gate, dispatch, route
+from bench.models.routing import ROUTERS, AffineRouter, dispatch, route
+from bench.spec import Gate
 
 #: its softmax is (4, 2, 1, 1)/8
 SCORES = torch.tensor([[4.0, 2.0, 1.0, 1.0]]).log()
