@@ -14,7 +14,7 @@ import typer
 from bench.errors import TrainingFailed, UnusableInput
 
 if TYPE_CHECKING:
-    from bench.results.store import Result
+    from bench.results.schema import Result
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
 INTERRUPTED = 130  # what typer makes of Ctrl-C

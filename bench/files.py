@@ -12,7 +12,10 @@ def write_if_changed(path: Path, data: bytes) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """The whole file or none of it, also when the process is killed: written beside its place, then renamed."""
+    """The whole file or none of it, also when the process is killed or the power fails.
+
+    It is written beside its place and then renamed; file and folder are flushed to disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
@@ -21,5 +24,11 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+        if hasattr(os, "O_DIRECTORY"):  # the new name lies in the folder; Windows opens none
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         beside.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench.environment import World
-from bench.results.store import Result
+from bench.results.schema import Result
 from bench.spec import RunSpec, TrainSpec
 from bench.training.loop import Epoch
 

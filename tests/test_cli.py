@@ -20,7 +20,8 @@ from bench.cli import main, split
 from bench.datasets.base import DATASETS
 from bench.errors import UnusableInput
 from bench.models.variants import VARIANTS
-from bench.results.store import Result, RunFolder, read_runs, run_folder
+from bench.results.schema import Result
+from bench.results.store import RunFolder, read_runs, run_folder
 from bench.suites.base import SUITES, Suite
 from bench.training.objectives.base import OBJECTIVES
 from bench.training.recipes import recipes

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from bench.progress import RunProgress, TrainingProgress
-from bench.results.store import Accuracy, Result
+from bench.results.schema import Accuracy, Result
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 from bench.training.loop import Epoch
 

@@ -13,7 +13,8 @@ from tabulate import tabulate
 
 from bench.errors import UnusableInput
 from bench.results.metrics import clean_by_example, holm, mcnemar, robust_by_example
-from bench.results.store import Run, read_runs, suite_label
+from bench.results.schema import suite_label
+from bench.results.store import Run, read_runs
 from bench.spec import RunSpec
 
 Measure = Literal["robust", "clean_correct"]

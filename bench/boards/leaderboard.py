@@ -25,7 +25,8 @@ from bench.results.metrics import (
     robust_by_example,
     unique_kills,
 )
-from bench.results.store import Accuracy, Result, Run, ensure_writable, read_runs, suite_label
+from bench.results.schema import Accuracy, Result, suite_label
+from bench.results.store import Run, ensure_writable, read_runs
 from bench.spec import path_safe
 
 #: CSV header → title in markdown; the columns of the attacks stand between the two.

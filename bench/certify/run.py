@@ -22,7 +22,8 @@ from bench.job import Job
 from bench.models.deployed import eval_frozen, full_float32, predict, validate_outputs
 from bench.models.parts import set_alpha
 from bench.results.certificates import CERTIFICATE_COLUMNS, CertificateFolder, Certification
-from bench.results.store import Accuracy, run_folder
+from bench.results.schema import Accuracy
+from bench.results.store import run_folder
 
 #: Called after each block with (blocks done, blocks in all, rows certified in the finished ones).
 OnBlock = Callable[[int, int, int], None]

@@ -27,7 +27,8 @@ from bench.models.deployed import Prediction, eval_frozen, full_float32, predict
 from bench.models.parts import parts, set_alpha
 from bench.randomness import block_seed, seeded
 from bench.results.metrics import robust_by_example
-from bench.results.store import VERDICT_COLUMNS, Result, RunFolder, read_runs, run_folder
+from bench.results.schema import VERDICT_COLUMNS, Result
+from bench.results.store import RunFolder, read_runs, run_folder
 from bench.results.witnesses import FILE, Witnesses
 from bench.spec import ModelInfo, RunSpec
 from bench.suites.base import Suite

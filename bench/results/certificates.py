@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from bench.results.store import CERTIFICATES, Accuracy, Folder, Run, finished_folders, read_result
+from bench.results.schema import Accuracy
+from bench.results.store import CERTIFICATES, Folder, Run, finished_folders, read_result
 from bench.spec import ModelInfo, RunSpec, Spec, ThreatModel
 
 #: The columns of `certificates.parquet` and their pandas types.

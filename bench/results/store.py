@@ -6,42 +6,25 @@ Paths are an index; `result.json` is the truth. A run's folder is written once: 
 """
 
 import json
+import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 from uuid import uuid4
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from bench.errors import UnusableInput
 from bench.files import write_atomically
-from bench.results.metrics import accuracy_after, clean_by_example, component_rates, robust_by_example, wilson
+from bench.results.schema import Result, check_fit, check_verdicts, suite_label
 from bench.results.witnesses import FILE, Witnesses
-from bench.spec import ModelInfo, RunSpec, Spec, path_safe
-
-#: The columns of `verdicts.parquet`, one row per (example, attack), and their pandas types.
-VERDICT_COLUMNS: dict[str, str] = {
-    "idx": "int64",  # position in the data set's own order
-    "input_hash": "str",  # of the clean image, 16 hex digits
-    "label": "int64",
-    "attack": "str",  # "clean" for the unattacked image, which every run has for every example
-    "target": "str",  # whose prediction it is: F | expert:i | S | R | R.expert:i …; only F counts in robust accuracy
-    "clean_pred": "int64",
-    "adv_pred": "int64",  # -1 where there is none (status error)
-    "clean_correct": "bool",
-    "robust": "bool",  # clean_correct, no error, and not broken by this attack
-    "linf": "float64",  # distance of the adversarial example, in pixels of [0, 1]
-    "l2": "float64",
-    "clean_expert": "int64",  # the first selected expert, -1 where routing is not visible
-    "adv_expert": "int64",
-    "status": "str",  # ok | error
-}
+from bench.spec import RunSpec, Spec, path_safe
 
 #: The rows of a certificate (`bench.results.certificates`), whose folders lie among those of the runs.
 CERTIFICATES = "certificates.parquet"
@@ -53,120 +36,6 @@ _KEPT = "bench.results.witnesses"
 
 RowCheck = Callable[[pd.DataFrame], None]
 R = TypeVar("R", bound=Spec)
-
-
-class Accuracy(Spec):
-    """A fraction of `n` examples with its 95 % Wilson interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, correct: "pd.Series[bool]") -> Self:
-        """The accuracy of one truth value per example."""
-        successes, n = int(correct.sum()), len(correct)
-        low, high = wilson(successes, n)
-        return cls(value=successes / n, low=low, high=high, n=n)
-
-
-class Result(Spec):
-    """A finished run. Accuracies are fractions in [0, 1]."""
-
-    schema_version: Literal[1] = 1
-    spec: RunSpec
-    model_info: ModelInfo
-    fingerprint: str
-    run: str
-    work: str
-    subject: str
-    clean_accuracy: Accuracy
-    robust_accuracy: Accuracy
-    accuracy_after: dict[str, float] = Field(description="after each attack and all before it, in the order they ran")
-    components: dict[str, Accuracy] = Field(
-        default_factory=dict, description="RA-E-fixed, RA-E-any, RA-R, route-flip rate, and each part's own SA and RA"
-    )
-    errors: int = Field(description="rows with status error")
-    error_messages: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
-    model_flags: tuple[str, ...] = Field(default=(), description="of the model and the images, whatever the suite")
-    data_note: str = Field(default="", description="what is unusual about the evaluation set, such as a partial copy")
-    passes: dict[str, dict[str, int]] = Field(
-        default_factory=dict, description="attack → forwards and backwards, in examples"
-    )
-    environment: dict[str, str]
-    git_hash: str | None
-    seconds: float
-    finished: str = Field(description="UTC, ISO 8601")
-
-    @classmethod
-    def from_rows(
-        cls,
-        spec: RunSpec,
-        model_info: ModelInfo,
-        fingerprint: str,
-        verdicts: pd.DataFrame,
-        attacks: Iterable[str] | None = None,
-        **provenance: Any,
-    ) -> Self:
-        """The result that the rows amount to; `provenance` is the fields that no row knows, from `flags` on.
-
-        `attacks` are the attacks on F in the order they ran, also those that found nobody left standing.
-        ValueError for rows of another number of examples than the spec's.
-        """
-        known = {"spec": spec, "model_info": model_info, "fingerprint": fingerprint}
-        return cls(**known, **_derived(spec, model_info, fingerprint, verdicts, attacks), **provenance)
-
-    @property
-    def attacked(self) -> bool:
-        """Whether F was attacked at all: where it was not, what stands is no robust accuracy."""
-        return any(attack != "clean" for attack in self.accuracy_after)
-
-
-def _derived(
-    spec: RunSpec, info: ModelInfo, fingerprint: str, verdicts: pd.DataFrame, attacks: Iterable[str] | None
-) -> dict[str, Any]:
-    """The fields of a Result that follow from the others and the rows."""
-    clean = clean_by_example(verdicts)
-    if len(clean) != spec.n_examples:
-        raise ValueError(f"there are rows of {len(clean)} examples, not of {spec.n_examples}")
-    return {
-        "run": spec.run_key(info.checkpoint_sha256, fingerprint),
-        "work": spec.work_key(fingerprint),
-        "subject": spec.subject_key(info.checkpoint_sha256, fingerprint),
-        "clean_accuracy": Accuracy.of(clean),
-        "robust_accuracy": Accuracy.of(robust_by_example(verdicts)),
-        "accuracy_after": accuracy_after(verdicts, attacks),
-        "components": {name: Accuracy.of(rows) for name, rows in component_rates(verdicts).items()},
-        "errors": int((verdicts["status"] == "error").sum()),
-    }
-
-
-def suite_label(spec: RunSpec) -> str:
-    """The suite, with what is not its default: `pgd`, `pgd[steps=10]`, `pgd[warm_start=True]`."""
-    settings = spec.suite_params | ({"warm_start": True} if spec.warm_start else {})
-    params = ", ".join(f"{key}={value}" for key, value in sorted(settings.items()))
-    return f"{spec.suite}[{params}]" if params else spec.suite
-
-
-def check_verdicts(verdicts: pd.DataFrame) -> None:
-    """ValueError, saying which rule, for rows that no run can have."""
-    types = {str(column): str(dtype) for column, dtype in verdicts.dtypes.items()}
-    if list(types.items()) != list(VERDICT_COLUMNS.items()):
-        wrong = sorted(set(types.items()) ^ set(VERDICT_COLUMNS.items()))
-        raise ValueError(f"columns or their types are not the verdicts': {wrong or 'another order'}")
-    text = [column for column, dtype in VERDICT_COLUMNS.items() if dtype == "str"]
-    if verdicts[text].isna().to_numpy().any():
-        raise ValueError(f"one of {', '.join(text)} is missing in a row")
-    if not verdicts["status"].isin(["ok", "error"]).all():
-        raise ValueError("status is neither ok nor error in a row")
-    if (verdicts["robust"] & ~(verdicts["clean_correct"] & (verdicts["status"] == "ok"))).any():
-        raise ValueError("a row is robust although its example is misclassified or its attack failed")
-    clean = verdicts.loc[(verdicts["attack"] == "clean") & (verdicts["target"] == "F"), "idx"]
-    pairs = verdicts[["idx", "input_hash"]].drop_duplicates()
-    if not len(verdicts) or not len(clean) == clean.nunique() == verdicts["idx"].nunique() == len(pairs):
-        raise ValueError("an example does not have exactly one clean row and one input hash")
 
 
 def ensure_writable(root: Path) -> None:
@@ -192,7 +61,7 @@ def _to_parquet(rows: pd.DataFrame, side: Mapping[str, Any], check: "RowCheck") 
 def _from_parquet(path: Path, check: "RowCheck") -> tuple[pd.DataFrame, dict[str, Any]]:
     """Rows and side data; ValueError, or an OSError, for a file that is not a whole one of ours."""
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(pa.BufferReader(path.read_bytes()))  # given a path, pyarrow expands `~` and wants UTF-8
         side = json.loads((table.schema.metadata or {}).get(_SIDE, b"{}"))
     except pa.ArrowException as error:
         raise ValueError(f"not a whole file of rows ({str(error).splitlines()[0]})") from None
@@ -306,7 +175,7 @@ class RunFolder(Folder[Result]):
 
     @staticmethod
     def fit(result: Result, rows: pd.DataFrame) -> None:
-        _check_fit(result, rows)
+        check_fit(result, rows)
 
     def read(self) -> Result:
         return read_run(self.path).result
@@ -359,35 +228,19 @@ def read_runs(root: Path) -> list[Run]:
 
 
 def finished_folders(root: Path) -> list[Path]:
-    """Every folder below `root` that has a `result.json`, sorted."""
-    return sorted(file.parent for file in root.rglob("result.json"))
+    """Every folder below `root` that has a `result.json`, sorted; links are followed, and no folder comes twice."""
+    found, seen = [], set[str]()
+    for name, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(name)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()  # which of several links to one folder comes first
+        if "result.json" in files:
+            found.append(Path(name))
+    return sorted(found)
 
 
 def _unusable(file: Path, reason: object) -> UnusableInput:
     return UnusableInput(f"{file} cannot be used ({reason}): remove the folder {file.parent} and run again")
-
-
-def _claims(result: Result) -> dict[str, Any]:
-    return {
-        "run key": result.run,
-        "work key": result.work,
-        "subject key": result.subject,
-        "errors": result.errors,
-        "clean accuracy's n": result.clean_accuracy.n,
-        "clean accuracy": result.clean_accuracy.value,
-        "robust accuracy's n": result.robust_accuracy.n,
-        "robust accuracy": result.robust_accuracy.value,
-        **{f"accuracy after {attack}": value for attack, value in result.accuracy_after.items()},
-        "components": {name: round(accuracy.value, 9) for name, accuracy in result.components.items()},
-    }
-
-
-def _check_fit(result: Result, verdicts: pd.DataFrame) -> None:
-    """ValueError, naming the first that differs, where the result says what does not follow from its spec and rows."""
-    attacks = list(result.accuracy_after)
-    derived = _derived(result.spec, result.model_info, result.fingerprint, verdicts, attacks)
-    follows = _claims(result.model_copy(update=derived))
-    for name, claimed in _claims(result).items():
-        same = abs(claimed - follows[name]) < 1e-9 if isinstance(claimed, float) else claimed == follows[name]
-        if not same:
-            raise ValueError(f"the result says {name} {claimed}, its spec and rows give {follows[name]}")

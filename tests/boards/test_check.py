@@ -8,7 +8,8 @@ import pytest
 
 from bench.boards.check import Comparison, check, render
 from bench.errors import UnusableInput
-from bench.results.store import VERDICT_COLUMNS, Result, RunFolder, run_folder
+from bench.results.schema import VERDICT_COLUMNS, Result
+from bench.results.store import RunFolder, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 
 STATUS = {"1": "ok", "0": "ok", "e": "error"}

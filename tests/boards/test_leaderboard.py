@@ -11,7 +11,8 @@ import pytest
 
 from bench.boards.leaderboard import boards, render, write_boards
 from bench.errors import UnusableInput
-from bench.results.store import VERDICT_COLUMNS, Result, RunFolder, run_folder
+from bench.results.schema import VERDICT_COLUMNS, Result
+from bench.results.store import RunFolder, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 
 MOE = {"architecture": "resnet10", "num_experts": 4, "num_selected_experts": 1, "gate": "softmax"}

@@ -12,7 +12,8 @@ from bench.boards.leaderboard import board_rows, finished_runs
 from bench.boards.robustbench import write_model_info
 from bench.cli import main
 from bench.errors import UnusableInput
-from bench.results.store import VERDICT_COLUMNS, Result, RunFolder, run_folder
+from bench.results.schema import VERDICT_COLUMNS, Result
+from bench.results.store import RunFolder, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 
 MOE = {"num_experts": 4, "num_selected_experts": 1, "additional_data": False}

@@ -9,7 +9,7 @@ import pytest
 
 from bench.certify.report import curve, shares, table
 from bench.results.certificates import CERTIFICATE_COLUMNS, Certification
-from bench.results.store import Accuracy
+from bench.results.schema import Accuracy
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 
 

@@ -14,7 +14,8 @@ from bench.attacks.block import Attempt, Block
 from bench.datasets.base import EvalSet, fingerprint
 from bench.evaluation.plan import RunRequest, plan
 from bench.results.metrics import robust_by_example
-from bench.results.store import read_runs, suite_label
+from bench.results.schema import suite_label
+from bench.results.store import read_runs
 from bench.results.witnesses import FILE, Witnesses
 from bench.suites.base import Suite
 

@@ -22,7 +22,8 @@ from bench.results.certificates import (
     conflicts,
     read_certificates,
 )
-from bench.results.store import VERDICT_COLUMNS, Accuracy, Result, RunFolder, read_runs, run_folder
+from bench.results.schema import VERDICT_COLUMNS, Accuracy, Result
+from bench.results.store import RunFolder, read_runs, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 
 INFO = ModelInfo(name="m", architecture="cnn", checkpoint_sha256="c" * 64)

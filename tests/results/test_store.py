@@ -10,22 +10,14 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from bench.errors import UnusableInput
-from bench.files import write_atomically
-from bench.results.store import (
-    VERDICT_COLUMNS,
-    Result,
-    Run,
-    RunFolder,
-    check_verdicts,
-    ensure_writable,
-    read_runs,
-    run_folder,
-    suite_label,
-)
+from bench.results.schema import VERDICT_COLUMNS, Result, check_verdicts, suite_label
+from bench.results.store import Run, RunFolder, ensure_writable, read_runs, run_folder
+from bench.results.witnesses import FILE, Witnesses
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 
 INFO = ModelInfo(name="m", architecture="tiny", checkpoint_sha256="c" * 64)
@@ -150,7 +142,8 @@ def test_killed_in_the_middle_of_writing(tmp_path: Path, call: str, replaced: in
     child = f"""
         import os, signal, pandas as pd
         from pathlib import Path
-        from bench.results.store import Result, RunFolder
+        from bench.results.schema import Result
+        from bench.results.store import RunFolder
         rows, folder, replace, left = pd.read_pickle("rows"), RunFolder(Path("run")), os.replace, [{replaced}]
         def kill(*paths):
             if not left[0]:
@@ -170,17 +163,6 @@ def test_killed_in_the_middle_of_writing(tmp_path: Path, call: str, replaced: in
     assert written(folder) == {0}
     folder.finish(result(ROWS), ROWS)
     assert [run.result for run in read_runs(tmp_path)] == [result(ROWS)]
-
-
-def test_atomic_write_leaves_nothing_behind_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    write_atomically(tmp_path / "a", b"old")
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(tmp_path / "a", b"new")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 def broken_rows(name: str) -> pd.DataFrame:
@@ -313,6 +295,31 @@ def test_runs_are_sorted_and_unfinished_ones_passed_over(tmp_path: Path):
     assert [run.result.spec.model for run in read_runs(tmp_path)] == ["a", "b", "c"]
     with pytest.raises(UnusableInput, match=r"no results folder '.*nowhere'"):
         read_runs(tmp_path / "nowhere")
+
+
+def test_links_are_followed_and_a_run_that_is_reached_twice_is_read_once(tmp_path: Path):
+    made = result(ROWS)
+    RunFolder(tmp_path / "disk" / "run").finish(made, ROWS)
+    (tmp_path / "results").mkdir()
+    for name in ("one", "other"):
+        (tmp_path / "results" / name).symlink_to(tmp_path / "disk", target_is_directory=True)
+    (tmp_path / "disk" / "round").symlink_to(tmp_path / "results", target_is_directory=True)
+    (run,) = read_runs(tmp_path / "results")
+    assert (run.path, run.result) == (tmp_path / "results" / "one" / "run", made)
+
+
+@pytest.mark.parametrize("name", [b"~", b"~root", b"r\xe9sultats", b"a b", "ε".encode()])
+def test_a_folder_of_any_name_is_written_and_found(name: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    root = Path(os.fsdecode(name))  # relative: pyarrow expands a leading `~`
+    folder = RunFolder(root / "run")
+    witnesses = Witnesses(np.array([1]), ("pgd",), np.zeros((1, 1, 2, 2), dtype="float32"))
+    folder.write_block(0, ROWS, {}, witnesses)
+    assert written(folder) == {0}
+    folder.finish(result(ROWS), ROWS, witnesses)
+    assert [run.verdicts().equals(ROWS) for run in read_runs(root)] == [True]
+    assert len(Witnesses.read(folder.path / FILE)) == 1
+    assert os.listdir(b".") == [name]
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file, save, save_file
 
-from bench.results.store import VERDICT_COLUMNS, RunFolder
+from bench.results.schema import VERDICT_COLUMNS
+from bench.results.store import RunFolder
 from bench.results.witnesses import FILE, Witnesses
 
 NUMBERS = {"attacks": '["pgd", "fab-t"]'}
