@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
@@ -51,7 +51,6 @@ class Header(Spec):
     train_fingerprint: str | None = None
     train_images: int = 0
     epochs: int = 0
-    examples_seen: int = 0
     validation: dict[str, float] = Field(default_factory=dict, description="sa and ra (fractions) and epoch")
     experts: list[dict[str, float]] = Field(
         default_factory=list, description="sa and ra of each expert of an MoE alone, on the held-out images"
@@ -62,6 +61,12 @@ class Header(Spec):
     bench_version: str = ""
     git_hash: str | None = None
     parts: dict[str, Part] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_examples_seen(cls, header: Any) -> Any:
+        """Headers of earlier versions have `examples_seen`, the product of train_images and epochs."""
+        return {k: v for k, v in header.items() if k != "examples_seen"} if isinstance(header, dict) else header
 
     @property
     def name(self) -> str:

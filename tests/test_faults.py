@@ -18,8 +18,7 @@ from bench.models.checkpoints import load_checkpoint
 from bench.models.moe import MoE
 from bench.models.variants import VARIANTS, get_variant
 from bench.spec import ThreatModel, TrainSpec
-from bench.training import loop as training
-from bench.training.loop import _Run, train
+from bench.training.loop import Trainer, read_training_data, train
 from bench.training.objectives.at import AT
 from bench.training.recipes import architecture, objective_class, train_spec
 from bench.training.sampling import Sampler
@@ -33,20 +32,20 @@ Specs = Callable[..., TrainSpec]
 
 
 @pytest.fixture
-def loop(tmp_path: Path) -> Callable[[TrainSpec], _Run]:
+def loop(tmp_path: Path) -> Callable[[TrainSpec], Trainer]:
     """The loop of a spec before its first step, with its model in reach."""
 
-    def build(spec: TrainSpec) -> _Run:
-        return _Run(spec, DIGITS, training._read(spec, DIGITS, NONE), tmp_path / "run.safetensors", "cpu")
+    def build(spec: TrainSpec) -> Trainer:
+        return Trainer(spec, DIGITS, read_training_data(spec, DIGITS, NONE), tmp_path / "run.safetensors", "cpu")
 
     return build
 
 
-def before_each_step(run: _Run, look: Callable[[str], None]) -> None:
+def before_each_step(run: Trainer, look: Callable[[str], None]) -> None:
     """Train; look(part) is called before each optimiser step, when its gradients are there."""
     for part, optimizer in run.optimizers.items():
         optimizer.optimizer.register_step_pre_hook(lambda *_, part=part: look(part))
-    run.train(False, lambda *_: None, lambda _: None)
+    run.train()
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -62,7 +61,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 @pytest.mark.parametrize("variant", ROUTED)
 def test_a_router_trains_under_softmax_and_under_argmax_it_stays_as_it_was_drawn(
-    variant: str, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs, caplog: pytest.LogCaptureFixture
+    variant: str, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs, caplog: pytest.LogCaptureFixture
 ):
     softmax = get_variant(variant).gate == "softmax"
     # the balance loss would train it even where the classes' loss does not
@@ -86,13 +85,13 @@ def test_a_router_trains_under_softmax_and_under_argmax_it_stays_as_it_was_drawn
 
 
 def test_a_dead_expert_is_told_how_to_wake_where_the_router_trains_and_not_where_it_does_not(
-    loop: Callable[[TrainSpec], _Run], tiny_spec: Specs, caplog: pytest.LogCaptureFixture
+    loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs, caplog: pytest.LogCaptureFixture
 ):
     for variant in ("moe-standard", "moe-standard-argmax"):
         run = loop(tiny_spec(variant, epochs=1))
         with torch.no_grad():
             run.model.router.linear.bias[0] = -1e4
-        run.train(False, lambda *_: None, lambda _: None)
+        run.train()
     said = [message for message in caplog.messages if "expert 0" in message]
     line = "epoch 1: expert 0 has 0.0% of the load"
     assert said == [f"{line}; a larger balance or a smaller router_lr may wake it", line]
@@ -103,7 +102,7 @@ def test_a_dead_expert_is_told_how_to_wake_where_the_router_trains_and_not_where
 
 @pytest.mark.parametrize("variant", [name for name in ATTACKED if VARIANTS[name].gate != "argmax"])
 def test_every_step_is_taken_in_train_mode_and_every_batch_moves_the_batch_statistics(
-    variant: str, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+    variant: str, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
 ):
     routed = VARIANTS[variant].kind != "dense"
     every = {"num_experts": 2, "num_selected_experts": 2} if routed else {}  # so that every expert sees every batch
@@ -111,7 +110,7 @@ def test_every_step_is_taken_in_train_mode_and_every_batch_moves_the_batch_stati
     modes, statistics = set[bool](), [state(run.model)]
     for optimizer in run.optimizers.values():
         optimizer.optimizer.register_step_pre_hook(lambda *_: modes.update(m.training for m in run.model.modules()))
-    run.train(False, lambda *_: statistics.append(state(run.model)), lambda _: None)
+    run.train(on_step=lambda *_: statistics.append(state(run.model)))
     assert modes == {True}
     means = {key for key in statistics[0] if key.endswith("running_mean")}
     assert means
@@ -123,7 +122,7 @@ def test_every_step_is_taken_in_train_mode_and_every_batch_moves_the_batch_stati
 # --- 3. BatchNorm sees batches of one ---------------------------------------------------------------------------------
 
 
-def test_an_expert_runs_once_a_step_on_all_of_its_images(loop: Callable[[TrainSpec], _Run], tiny_spec: Specs):
+def test_an_expert_runs_once_a_step_on_all_of_its_images(loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs):
     run = loop(tiny_spec("moe-standard", batch_size=100))
     sizes: list[dict[int, list[int]]] = []
     run.engine.register_forward_pre_hook(lambda *_: sizes.append({i: [] for i in range(4)}))
@@ -132,7 +131,7 @@ def test_an_expert_runs_once_a_step_on_all_of_its_images(loop: Callable[[TrainSp
         norm.register_forward_hook(
             lambda module, inputs, _, i=i: sizes[-1][i].append(len(inputs[0])) if module.training else None
         )
-    run.train(False, lambda *_: None, lambda _: None)
+    run.train()
     assert len(sizes) == 4
     for step in sizes:
         assert max(len(calls) for calls in step.values()) == 1
@@ -181,7 +180,7 @@ def test_training_attacks_start_uniformly_in_the_ball_whatever_the_mean():
     ("variant", "parts"), [("dual-jtdmoe", ["robust", "standard"]), ("moe-advmoe", ["experts", "router"])]
 )
 def test_each_step_begins_without_gradients_and_changes_what_it_names_bit_for_bit_nothing_else(
-    variant: str, parts: list[str], optimizer: str, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+    variant: str, parts: list[str], optimizer: str, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
 ):
     # K = E, so that every expert has a gradient; Adam's momentum would move a parameter whose gradient is zero
     rates = {"optimizer": optimizer, "lr": 0.01, "router_lr": 1.0, "schedule": "constant"}
@@ -193,7 +192,7 @@ def test_each_step_begins_without_gradients_and_changes_what_it_names_bit_for_bi
         states.append(state(run.model))
 
     run.engine.register_forward_pre_hook(note)
-    run.train(False, note, lambda _: None)
+    run.train(on_step=note)
     assert len(states) == 12  # of 2 epochs of 2 batches: before a batch's first step, before its second, after both
     constant = {key for key in states[0] if ".normalize." in f".{key}"}
     for first, second, third in zip(states[0::3], states[1::3], states[2::3], strict=True):

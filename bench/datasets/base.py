@@ -85,7 +85,6 @@ class Dataset(ABC):
     std: tuple[float, ...]
     threat_model: ThreatModel
     recipe: str
-    needs_root: ClassVar[bool] = True
     argument: ClassVar[str] = ""
 
     @abstractmethod

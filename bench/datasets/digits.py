@@ -21,7 +21,6 @@ class Digits(Dataset):
     std = (0.3755,)
     threat_model = ThreatModel(norm="Linf", eps=0.2)
     recipe = "digits"
-    needs_root = False
 
     def read(self, split: Split, root: Path, limit: int | None = None) -> Images:
         """The split's first `limit` images, (n, 1, 8, 8); `root` is not looked at."""

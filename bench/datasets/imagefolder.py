@@ -27,7 +27,6 @@ class ImageFolder(Dataset):
     mean = (0.5, 0.5, 0.5)
     std = (0.5, 0.5, 0.5)
     threat_model = ThreatModel(norm="Linf", eps=8 / 255)
-    needs_root = False
 
     def __init__(self, path: str) -> None:
         """Looks at the folders and one image's header; UnusableInput if they are not laid out as above."""

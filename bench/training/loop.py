@@ -4,7 +4,6 @@ Axes: B = batch, C = classes. Accuracies are fractions in [0, 1].
 """
 
 import csv
-import glob
 import io
 import logging
 import math
@@ -13,9 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from hashlib import sha256
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
@@ -30,18 +27,19 @@ from bench.environment import World, git_hash, torch_device
 from bench.errors import TrainingFailed, UnusableInput
 from bench.files import write_atomically
 from bench.models.architecture import Dense, Dual, Routed
-from bench.models.base import Classifier
 from bench.models.checkpoints import Header, Part, checkpoint_path, load_checkpoint, read_header, save_checkpoint
 from bench.models.deployed import eval_frozen
-from bench.models.experts import pretrained_weights
 from bench.models.moe import MoE
 from bench.models.variants import get_variant
 from bench.pgd import default_step_size, pgd, random_start
-from bench.spec import Precision, Recipe, TrainSpec
+from bench.spec import Precision, TrainSpec
+from bench.training.initial_weights import load_pretrained
 from bench.training.objectives.base import Batch, Terms
+from bench.training.optimisers import make_optimizer, make_schedule, router_parameters
 from bench.training.recipes import architecture, objective_class
 from bench.training.routing_metrics import dead_experts, flips, routing
 from bench.training.sampling import Augmentation, Sampler, ahead, hold_out
+from bench.training.state import StateFiles
 
 logger = logging.getLogger("bench")
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each precision and process
@@ -113,11 +111,11 @@ def train(
     if get_variant(spec.variant).parts is not None:
         return path if _is_there(path, spec, None) else _put_together(spec, path)
     dataset = open_dataset(spec.dataset)
-    data = _read(spec, dataset, data_root)
+    data = read_training_data(spec, dataset, data_root)
     if _is_there(path, spec, data.fingerprint):
-        _remove_states(path)  # of a training that was killed at its very end
+        StateFiles(path).remove()  # of a training that was killed at its very end
         return path
-    return _Run(spec, dataset, data, path, device).train(resume, on_step, on_epoch)
+    return Trainer(spec, dataset, data, path, device).train(resume, on_step, on_epoch)
 
 
 def _is_there(path: Path, spec: TrainSpec, train_fingerprint: str | None) -> bool:
@@ -182,7 +180,7 @@ def _header(spec: TrainSpec, arch: Dense | Routed | Dual, **more: Any) -> Header
 
 
 @dataclass(frozen=True)
-class _Data:
+class TrainingData:
     """Training images, and which of them are trained on and held out; the fingerprint is of those trained on."""
 
     images: Images
@@ -194,7 +192,7 @@ class _Data:
         return fingerprint(self.images.x[self.train], self.images.y[self.train])
 
 
-def _read(spec: TrainSpec, dataset: Dataset, root: Path) -> _Data:
+def read_training_data(spec: TrainSpec, dataset: Dataset, root: Path) -> TrainingData:
     recipe = spec.recipe
     wanted = None if recipe.n_train is None else recipe.n_train + recipe.n_val
     images = dataset.read("train", root, wanted)
@@ -205,14 +203,14 @@ def _read(spec: TrainSpec, dataset: Dataset, root: Path) -> _Data:
         )
     if 0 < images.available < images.published:
         logger.warning("%s: partial copy: %d of %d training images", spec.dataset, images.available, images.published)
-    return _Data(images, *hold_out(len(images.y), recipe.n_train, recipe.n_val))
+    return TrainingData(images, *hold_out(len(images.y), recipe.n_train, recipe.n_val))
 
 
-class _Run:
+class Trainer:
     """One training under way."""
 
-    def __init__(self, spec: TrainSpec, dataset: Dataset, data: _Data, path: Path, device: str) -> None:
-        self.spec, self.path = spec, path
+    def __init__(self, spec: TrainSpec, dataset: Dataset, data: TrainingData, path: Path, device: str) -> None:
+        self.spec, self.path, self.files = spec, path, StateFiles(path)
         recipe = spec.recipe
         self.objective = objective_class(get_variant(spec.variant)).model_validate(spec.objective_params)
         self.architecture = architecture(spec, dataset)
@@ -245,16 +243,17 @@ class _Run:
         self.optimizers: dict[str, Any] = {}
         self.schedules: dict[str, torch.optim.lr_scheduler.LRScheduler] = {}
         for name, part in self.parts.items():
-            optimizer = _optimizer(part, _router_parameters(self.model), recipe)
-            self.schedules[name] = _schedule(optimizer, recipe, total)
+            optimizer = make_optimizer(part, router_parameters(self.model), recipe)
+            self.schedules[name] = make_schedule(optimizer, recipe, total)
             self.optimizers[name] = self.fabric.setup_optimizers(optimizer)
         self.epochs: list[Epoch] = []
         self.best: tuple[float, float, int] | None = None  # selecting accuracy, the other one, epoch
         self.best_weights: dict[str, Tensor] = {}
-        self.newest_is_whole = True  # the newest state on disk
 
-    def train(self, resume: bool, on_step: OnStep, on_epoch: OnEpoch) -> Path:
-        state = self._read_state() if resume else None
+    def train(
+        self, resume: bool = False, on_step: OnStep = lambda *_: None, on_epoch: OnEpoch = lambda _: None
+    ) -> Path:
+        state = self.files.read(self._key, self.fabric.device) if resume else None
         if state is not None:
             self._restore(state)
         elif self.spec.recipe.pretrained:  # a state has all weights: where they once came from may be out of reach
@@ -267,7 +266,7 @@ class _Run:
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
-                values = self._step(batch, epoch, done)
+                values = self.step(batch, epoch, done)
                 losses += sum(values.values())
                 for name, value in values.items():
                     terms[name] = terms.get(name, 0.0) + value / len(self.sampler)
@@ -277,7 +276,7 @@ class _Run:
             if self.fabric.world_size > 1:  # batch statistics are each process's own: the first one's are kept
                 for buffer in self.model.buffers():
                     torch.distributed.broadcast(buffer, src=0)
-            sa, ra, routing_metrics = self._validate()
+            sa, ra, routing_metrics = self.validate()
             lr = max(group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups)
             speed = len(self.sampler.indices) / seconds
             record = Epoch(
@@ -298,9 +297,9 @@ class _Run:
             hint = "; a larger balance or a smaller router_lr may wake it" if softmax else ""
             for line in dead_experts(routing_metrics):
                 logger.warning("epoch %d: %s%s", epoch + 1, line, hint)
-        return self._finish()
+        return self.finish()
 
-    def _step(self, batch: Batch, epoch: int, done: int) -> dict[str, float]:
+    def step(self, batch: Batch, epoch: int, done: int) -> dict[str, float]:
         """All optimiser steps of one batch; the value of each term of their losses."""
         values: dict[str, float] = {}
         where = f"at epoch {epoch + 1}, step {done}"
@@ -348,13 +347,13 @@ class _Run:
     def _stop(self, reason: str) -> NoReturn:
         # Under another name than the finished training's, which it must not pass for.
         path = self.path.with_suffix(".stopped.safetensors")
-        self._save_best(path)
+        self.save_best(path)
         self.fabric.barrier()
         kept = f"; the best epoch so far is kept at '{path}'" if self.best else ""
         raise TrainingFailed(f"{reason}: lower lr{kept}")
 
     @torch.no_grad()
-    def _validate(self) -> tuple[float, float, dict[str, float]]:
+    def validate(self) -> tuple[float, float, dict[str, float]]:
         """SA and PGD accuracy on the held-out images, of the deployed model in float32, and how it routes."""
         counts = self._attack_held_out(self.model)
         with eval_frozen(self.model):
@@ -396,7 +395,7 @@ class _Run:
         writer.writeheader()
         writer.writerows(record.row() for record in self.epochs)
         write_atomically(self.path.with_suffix(".csv"), table.getvalue().encode())
-        state = {
+        self.files.write({
             "key": self._key,
             "model": self.model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -405,33 +404,7 @@ class _Run:
             "epochs": [vars(record) for record in self.epochs],
             "best": self.best,
             "best_weights": self.best_weights,
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        newest, before = _state_paths(self.path)
-        if newest.is_file() and self.newest_is_whole:
-            newest.replace(before)
-        write_atomically(newest, sha256(buffer.getvalue()).digest() + buffer.getvalue())
-        self.newest_is_whole = True
-
-    def _read_state(self) -> dict[str, Any] | None:
-        """The newest state that is whole, None where there is none; UnusableInput if all are damaged."""
-        paths = [path for path in _state_paths(self.path) if path.is_file()]
-        for path in paths:
-            state = _load_state(path, self.fabric.device)
-            if state is None:
-                logger.warning("'%s' is damaged or none of ours: going on from the state before it", path)
-                self.newest_is_whole = False
-                continue
-            if state["key"] != self._key:
-                raise UnusableInput(
-                    f"'{path}' belongs to another spec, other data or another number of processes: pass the same"
-                    " options, or drop --resume"
-                )
-            return state
-        if paths:
-            raise UnusableInput(f"'{paths[0]}' is damaged or none of ours: drop --resume")
-        return None
+        })  # fmt: skip
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -442,7 +415,7 @@ class _Run:
         self.epochs = [Epoch(**record) for record in state["epochs"]]
         self.best, self.best_weights = tuple(state["best"]), state["best_weights"]
 
-    def _save_best(self, path: Path) -> None:
+    def save_best(self, path: Path) -> None:
         if self.best is None:
             return
         self.model.load_state_dict(self.best_weights)
@@ -459,7 +432,6 @@ class _Run:
             train_fingerprint=self.train_fingerprint,
             train_images=len(self.sampler.indices),
             epochs=last,
-            examples_seen=last * len(self.sampler.indices),
             validation={"sa": sa, "ra": ra, "epoch": self.best[2], "images": len(self.validation.indices)},
             experts=alone,
             additional_data=self.spec.recipe.pretrained is not False,
@@ -468,35 +440,12 @@ class _Run:
         )
         save_checkpoint(path, self.model, header)
 
-    def _finish(self) -> Path:
-        self._save_best(self.path)
+    def finish(self) -> Path:
+        self.save_best(self.path)
         if self.fabric.is_global_zero:
-            _remove_states(self.path)
+            self.files.remove()
         self.fabric.barrier()
         return self.path
-
-
-def _state_paths(checkpoint: Path) -> tuple[Path, Path]:
-    """The newest state, and the one before it, for the case that the newest is damaged."""
-    return checkpoint.with_suffix(".state.pt"), checkpoint.with_suffix(".state-before.pt")
-
-
-def _load_state(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """What a state file holds behind its digest; None for one that is cut off, changed, or none of ours."""
-    data = path.read_bytes()
-    size = sha256().digest_size
-    if sha256(data[size:]).digest() != data[:size]:
-        return None
-    try:
-        return torch.load(io.BytesIO(data[size:]), map_location=device, weights_only=True)
-    except UnpicklingError:  # whole, but somebody else's
-        return None
-
-
-def _remove_states(checkpoint: Path) -> None:
-    """Take away what only an unfinished training needs, and files that a killed one was writing."""
-    for path in (*_state_paths(checkpoint), *checkpoint.parent.glob(f".{glob.escape(checkpoint.stem)}.*")):
-        path.unlink(missing_ok=True)
 
 
 def _fabric(device: str, precision: Precision, routed: bool) -> Fabric:
@@ -521,44 +470,3 @@ def _fabric(device: str, precision: Precision, routed: bool) -> Fabric:
 
 def _cross_entropy(model: nn.Module, y: Tensor, x: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y, reduction="none")
-
-
-def load_pretrained(model: nn.Module, recipe: Recipe) -> None:
-    """Put timm's weights into each expert of the model; all start alike, but for their heads."""
-    backbones = [part.backbone for part in model.modules() if isinstance(part, Classifier)]
-    source = recipe.pretrained if isinstance(recipe.pretrained, str) else None
-    weights = pretrained_weights(recipe.expert, backbones[0], source)
-    for backbone in backbones:
-        backbone.load_state_dict(weights, strict=False)  # the head's are not among them
-
-
-def _router_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of all routers inside a model."""
-    return {p for module in model.modules() if isinstance(module, MoE) for p in module.router.parameters()}
-
-
-def _optimizer(part: nn.Module, routers: set[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW; `routers`' parameters are a group of their own, with their own peak learning rate."""
-    rates = {False: recipe.lr, True: recipe.lr * recipe.router_lr}
-    groups = [{"params": [p for p in part.parameters() if (p in routers) is of], "lr": lr} for of, lr in rates.items()]
-    groups = [group for group in groups if group["params"]]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    adam = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return adam(groups, weight_decay=recipe.weight_decay)
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    if recipe.schedule == "one_cycle":
-        # The momentum stays as the recipe has it; only the rate is cycled.
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps, cycle_momentum=False)
-    if recipe.schedule == "cyclic":
-        # The released code's: from half the peak to the peak in 500 steps, and back.
-        base = [peak / 2 for peak in peaks]
-        return torch.optim.lr_scheduler.CyclicLR(optimizer, base, peaks, step_size_up=500, cycle_momentum=False)
-    if recipe.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

@@ -92,7 +92,7 @@ def test_loading_does_not_move_the_random_state(path: Path):
 def test_every_field_of_the_header_comes_back(path: Path):
     full = header(
         objective="at", seed=3, training={"lr": 0.1}, training_key="k", train_fingerprint="f", train_images=1100,
-        epochs=60, examples_seen=66000, validation={"sa": 0.9, "ra": 0.5, "epoch": 58}, seconds=12.5,
+        epochs=60, validation={"sa": 0.9, "ra": 0.5, "epoch": 58}, seconds=12.5,
         bench_version="0.1.0", git_hash="abc",
     )  # fmt: skip
     saved(path, full)

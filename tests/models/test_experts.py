@@ -19,7 +19,7 @@ from bench.errors import UnusableInput
 from bench.models.architecture import Dense, Dual, Routed
 from bench.models.experts import EXPERTS, Shape, build_expert, expert_label, pretrained_weights
 from bench.spec import Recipe
-from bench.training.loop import load_pretrained
+from bench.training.initial_weights import load_pretrained
 from bench.training.recipes import train_spec
 
 #: the input shape and the parameters that make a quick one; for an expert that is not here its own defaults at 32 px

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -19,8 +18,7 @@ from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
 from bench.models.checkpoints import checkpoint_path, load_checkpoint, read_header
 from bench.spec import TrainSpec
-from bench.training import loop as training
-from bench.training.loop import _Run, train
+from bench.training.loop import Trainer, read_training_data, train
 
 ROOT = Path(__file__).parents[2]
 NONE = Path("nowhere")  # digits needs no data
@@ -33,57 +31,17 @@ pytestmark = pytest.mark.slow
 #: Sums are taken in another order, and what rounding changes passes through PGD's signs and a few optimiser steps.
 NEAR = {"rtol": 0, "atol": 5e-6}
 
-
-#: What each of several processes runs: the specs of jobs.json, one after the other. Their last weights are kept.
-DRIVER = """
-    import json, sys, time
-    from pathlib import Path
-
-    import torch
-    from safetensors.torch import save_file
-
-    from bench import cli
-    from bench.training import loop as training
-    from bench.datasets.base import open_dataset
-    from bench.environment import World
-    from bench.errors import TrainingFailed, UnusableInput
-    from bench.spec import TrainSpec
-    from bench.training.loop import _Run
-
-    folder, digits, rank = Path(sys.argv[1]), open_dataset("digits"), World.here().rank
-    jobs = json.loads((folder / "jobs.json").read_text())
-    specs = {name: TrainSpec.model_validate(job) for name, job in jobs.items()}
-    said = {}
-
-    def run(name, prepare=lambda run: None, resume=False):
-        spec = specs[name]
-        path = folder / f"{name}.safetensors"
-        run = _Run(spec, digits, training._read(spec, digits, folder), path, "cpu")
-        prepare(run)
-        finish = run._finish
-
-        def keep():
-            save_file(run.model.state_dict(), folder / f"{name}.{rank}.last")
-            return finish()
-
-        run._finish = keep
-        try:
-            run.train(resume, lambda *_: None, lambda _: None)
-        except (TrainingFailed, UnusableInput) as error:
-            said[name] = [type(error).__name__, str(error)]
-"""
+PROGRAM = Path(__file__).parent / "programs" / "several_processes.py"
 
 
 @pytest.fixture
 def drive(tmp_path: Path, torchrun: Torchrun) -> Callable[..., list[dict[str, list[str]]]]:
-    """drive(2, {"a": spec}, script): run the script after DRIVER; the errors of each process, by the job's name."""
+    """drive(2, {"a": spec}, "trouble"): run that scenario; the errors of each process, by the job's name."""
 
-    def call(processes: int, specs: dict[str, TrainSpec], script: str) -> list[dict[str, list[str]]]:
+    def call(processes: int, specs: dict[str, TrainSpec], scenario: str) -> list[dict[str, list[str]]]:
         jobs = {name: spec.model_dump(mode="json") for name, spec in specs.items()}
         (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-        end = '(folder / f"said.{rank}.json").write_text(json.dumps(said))'
-        (tmp_path / "driver.py").write_text("\n".join(map(dedent, (DRIVER, script, end))))
-        torchrun(processes, tmp_path / "driver.py", tmp_path)
+        torchrun(processes, PROGRAM, tmp_path, scenario)
         return [json.loads((tmp_path / f"said.{rank}.json").read_text()) for rank in range(processes)]
 
     return call
@@ -94,9 +52,9 @@ def alone(spec: TrainSpec, path: Path, processes: int) -> dict[str, Tensor]:
     wide = spec.model_copy(
         update={"recipe": spec.recipe.model_copy(update={"batch_size": processes * spec.recipe.batch_size})}
     )
-    run = _Run(wide, DIGITS, training._read(wide, DIGITS, NONE), path, "cpu")
+    run = Trainer(wide, DIGITS, read_training_data(wide, DIGITS, NONE), path, "cpu")
     last: dict[str, Tensor] = {}
-    run.train(False, lambda *_: None, lambda _: last.update({k: v.clone() for k, v in run.model.state_dict().items()}))
+    run.train(on_epoch=lambda _: last.update({k: v.clone() for k, v in run.model.state_dict().items()}))
     return last
 
 
@@ -151,7 +109,7 @@ def test_two_processes_of_the_command_train_as_one_with_twice_the_batch(torchrun
     assert [header.processes for header in headers] == [2, 1]
     assert headers[0].validation == headers[1].validation
     assert headers[0].experts == headers[1].experts
-    assert (headers[0].train_images, headers[0].examples_seen) == (391, 782)
+    assert headers[0].train_images == 391
 
     # the same spec, but one process: another training
     with pytest.raises(UnusableInput, match=f"^'{two}' was made by another number of processes and is not overwrit"):
@@ -171,7 +129,7 @@ def test_two_processes_train_every_kind_of_model_as_one_does(
         # two images a process and four experts: two at least have none, in each step
         "idle": tiny_spec("moe-at", n_train=39, batch_size=2, **augmented),
     }
-    drive(2, specs, "for name in specs: run(name)")
+    drive(2, specs, "every_kind")
     for name, spec in specs.items():
         last = [load_file(tmp_path / f"{name}.{rank}.last") for rank in range(2)]
         assert all(torch.equal(last[0][key], last[1][key]) for key in last[0]), name
@@ -181,34 +139,6 @@ def test_two_processes_train_every_kind_of_model_as_one_does(
 
 
 # --- three processes, and what can go wrong ---------------------------------------------------------------------------
-
-
-TROUBLE = """
-    run("remainder")
-    run("batch-norm")
-
-    def plant(run):
-        steps, calls = type(run.objective).steps, []
-
-        def failing(self, model, batch):
-            calls.append(None)
-            if rank == 1 and len(calls) == 2 * len(run.sampler):
-                raise TrainingFailed("planted")
-            yield from steps(self, model, batch)
-
-        type(run.objective).steps = failing
-
-    run("failing", plant)
-    run("resumed", resume=True)
-
-    # whoever comes first to the end finds the checkpoint
-    save = training.save_checkpoint
-    training.save_checkpoint = lambda *arguments: (time.sleep(2 * (rank == 0)), save(*arguments))
-    try:
-        cli.main(["train", "dual", "--checkpoints", f"{folder}/parts", "--device", "cpu"])
-    except SystemExit as stopped:
-        said["dual"] = stopped.code
-"""
 
 
 class Stop(Exception):
@@ -228,13 +158,15 @@ def test_three_processes_agree_and_stop_together(drive: Callable[..., Any], tiny
     def stop(_: Any) -> None:
         raise Stop
 
-    resumed = _Run(specs["resumed"], DIGITS, training._read(specs["resumed"], DIGITS, NONE), paths["resumed"], "cpu")
+    resumed = Trainer(
+        specs["resumed"], DIGITS, read_training_data(specs["resumed"], DIGITS, NONE), paths["resumed"], "cpu"
+    )
     with pytest.raises(Stop):
-        resumed.train(False, lambda *_: None, stop)
+        resumed.train(on_epoch=stop)
     for part in ("moe-standard", "moe-rt_er"):
         train(tiny_spec(part, epochs=1), NONE, tmp_path / "parts", "cpu")
 
-    said = drive(3, specs, TROUBLE)
+    said = drive(3, specs, "trouble")
     assert said[0] == said[1] == said[2]
     last = {name: [load_file(tmp_path / f"{name}.{r}.last") for r in range(3)] for name in ("remainder", "batch-norm")}
     one = tmp_path / "one.safetensors"
@@ -264,7 +196,7 @@ def test_three_processes_agree_and_stop_together(drive: Callable[..., Any], tiny
     assert "\n" not in message
     spec = specs["failing"]
     with pytest.raises(UnusableInput, match=other):
-        _Run(spec, DIGITS, training._read(spec, DIGITS, NONE), paths["failing"], "cpu")._read_state()
+        Trainer(spec, DIGITS, read_training_data(spec, DIGITS, NONE), paths["failing"], "cpu").train(resume=True)
 
     assert said[0]["dual"] == 0
 

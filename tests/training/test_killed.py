@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 import torch
@@ -19,61 +18,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  #
 
 pytestmark = pytest.mark.slow
 
-#: Runs commands in children of a process that has imported what they need, which takes longer than the trainings.
-#: Three epochs of two steps; each entry of KILLS sets a command up to be killed at one point.
-SERVER = """
-    import json, os, signal, sys
-    import sklearn.datasets
-    from bench import cli, progress
-    from bench.training import loop as training
-
-    ENDINGS = {"state": ".state.pt", "checkpoint": ".safetensors"}
-
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def at_step(*where):
-        progress.TrainingProgress.on_step = lambda self, *step: die() if step[:2] == where else None
-
-    def writing(kind, number, how):
-        # at the number-th file of that kind
-        module, name = {"state": (training, "write_atomically"), "checkpoint": (training, "save_checkpoint")}[kind]
-        write, calls = getattr(module, name), []
-
-        def killing(path, *content):
-            calls.append(path.name) if path.name.endswith(ENDINGS[kind]) else None
-            now = path.name.endswith(ENDINGS[kind]) and len(calls) == number
-            if now and how == "before":
-                die()
-            if now and how == "half":
-                os.fsync = lambda file: (os.ftruncate(file, os.fstat(file).st_size // 2), die())
-            write(path, *content)
-            if now:
-                die()
-
-        setattr(module, name, killing)
-
-    KILLS = {
-        None: lambda: None,
-        "in the first epoch": lambda: at_step(0, 1),
-        "in the last epoch": lambda: at_step(2, 1),
-        "between two states": lambda: writing("state", 2, "before"),
-        "in the middle of a state": lambda: writing("state", 2, "half"),
-        "after the last state": lambda: writing("state", 3, "after"),
-        "in the middle of the checkpoint": lambda: writing("checkpoint", 1, "half"),
-    }
-
-    for line in sys.stdin:
-        kill, log, words = json.loads(line)
-        child = os.fork()
-        if not child:
-            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            KILLS[kill]()
-            cli.main(words)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+PROGRAM = Path(__file__).parent / "programs" / "killed.py"
 
 Bench = Callable[..., tuple[int, str]]
 
@@ -82,9 +27,8 @@ Bench = Callable[..., tuple[int, str]]
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """bench("train", …, kill="in the first epoch"): a command's exit status and what it printed."""
     log = tmp_path_factory.mktemp("server") / "log"
-    words = [sys.executable, "-c", dedent(SERVER)]
     with subprocess.Popen(
-        words, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, PROGRAM], cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
 
         def call(*words: str, kill: str | None = None) -> tuple[int, str]:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from bench.datasets.base import fingerprint, open_dataset
 from bench.datasets.digits import Digits
 from bench.errors import TrainingFailed, UnusableInput
-from bench.models.architecture import Dual, Routed
+from bench.models.architecture import Dual
 from bench.models.checkpoints import load_checkpoint, load_model, read_header, save_checkpoint
 from bench.models.variants import VARIANTS
-from bench.spec import Recipe, ThreatModel, TrainSpec
-from bench.training import loop as training
-from bench.training.loop import Epoch, _optimizer, _router_parameters, _Run, _schedule, train
+from bench.spec import ThreatModel, TrainSpec
+from bench.training import state
+from bench.training.loop import Epoch, Trainer, read_training_data, train
 from bench.training.objectives.base import Objective, Terms
-from bench.training.recipes import read_recipe, train_spec
+from bench.training.recipes import train_spec
 from bench.training.sampling import hold_out
 
 NONE = Path("nowhere")  # digits needs no data
@@ -52,11 +52,11 @@ def trained(tmp_path: Path) -> Training:
 
 
 @pytest.fixture
-def loop(tmp_path: Path) -> Callable[[TrainSpec], _Run]:
+def loop(tmp_path: Path) -> Callable[[TrainSpec], Trainer]:
     """The loop of a spec before its first step, with its model in reach."""
 
-    def build(spec: TrainSpec) -> _Run:
-        return _Run(spec, DIGITS, training._read(spec, DIGITS, NONE), tmp_path / "run.safetensors", "cpu")
+    def build(spec: TrainSpec) -> Trainer:
+        return Trainer(spec, DIGITS, read_training_data(spec, DIGITS, NONE), tmp_path / "run.safetensors", "cpu")
 
     return build
 
@@ -106,7 +106,7 @@ def test_every_trained_variant_leaves_a_model_a_table_and_a_header(variant: str,
     assert (header.threat_model, header.seed) == (DIGITS.threat_model, 3)
     assert TrainSpec.model_validate(header.training) == spec
     assert header.training_key == spec.key
-    assert (header.train_images, header.epochs, header.examples_seen) == (200, 2, 400)
+    assert (header.train_images, header.epochs) == (200, 2)
     assert header.bench_version
     assert header.seconds == round(sum(epoch.seconds for epoch in trained.epochs), 1)
 
@@ -309,7 +309,9 @@ def test_a_damaged_or_planted_state_is_refused_and_not_executed(
         sealed(malicious(executed)),  # whole by its digest, and yet nothing to be unpickled
     ):
         stopped.write_bytes(content)
-        with pytest.raises(UnusableInput, match=f"^'{stopped}' is damaged or none of ours: drop --resume$"):
+        with pytest.raises(
+            UnusableInput, match=f"^'{stopped}' is damaged or not a state of bench: start again with --restart$"
+        ):
             trained(tiny_spec("dense-at"), resume=True)
     assert not executed.exists()
 
@@ -348,12 +350,12 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(
             raise Stop
 
     with monkeypatch.context() as patch:  # stopped again before the next state is written
-        patch.setattr(training, "write_atomically", stop)
+        patch.setattr(state, "write_atomically", stop)
         with pytest.raises(Stop):
             trained(spec, resume=True)
     trained.epochs.clear()
     path = trained(spec, resume=True)
-    assert caplog.text.count("is damaged or none of ours: going on from the state before it") == 2
+    assert caplog.text.count("is damaged or not a state of bench: using the state before it") == 2
     assert [epoch.epoch for epoch in trained.epochs] == [2, 3]
     weights = loaded(path)
     assert all(torch.equal(value, undisturbed[key]) for key, value in weights.items())
@@ -376,33 +378,33 @@ def test_what_a_killed_training_has_left_is_removed_with_the_states(trained: Tra
 
 @pytest.mark.parametrize("variant", ["moe-standard", "dense-at", "moe-at", "moe-rt_er", "dual-jtdmoe"])
 def test_losses_are_taken_in_train_mode_although_attacks_ran_before(
-    variant: str, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+    variant: str, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
 ):
     # the released code's attack puts the model into eval mode for the rest of the epoch
     run, modes = loop(tiny_spec(variant)), []
     run.engine.register_forward_pre_hook(lambda *_: modes.append([m.training for m in run.model.modules()]))
-    run.train(False, lambda *_: modes.append([m.training for m in run.model.modules()]), lambda _: None)
+    run.train(on_step=lambda *_: modes.append([m.training for m in run.model.modules()]))
     assert len(modes) >= 2 * 2 * 2  # epochs, steps, before and after
     assert all(all(row) for row in modes)
 
 
-def test_no_gradient_is_left_over_from_the_step_before(loop: Callable[[TrainSpec], _Run], tiny_spec: Specs):
+def test_no_gradient_is_left_over_from_the_step_before(loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs):
     # the released code does not clear them after the standard branch's step
     run, left = loop(tiny_spec("dual-jtdmoe")), []
     note = lambda *_: left.append([name for name, p in run.model.named_parameters() if p.grad is not None])  # noqa: E731
     run.engine.register_forward_pre_hook(note)
-    run.train(False, note, lambda _: None)
+    run.train(on_step=note)
     assert left == [[]] * 12  # 2 epochs of 2 batches: before the R step, before the S step, after both
 
 
 @pytest.mark.parametrize("variant", ["moe-standard", "moe-at", "moe-rt_er", "dual-jtdmoe"])
 @pytest.mark.parametrize(("suffix", "trains"), [("", True), ("-argmax", False)])
 def test_a_router_trains_under_softmax_and_never_under_argmax(
-    variant: str, suffix: str, trains: bool, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+    variant: str, suffix: str, trains: bool, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
 ):
     run = loop(tiny_spec(variant + suffix))
     before = weights(run.model)
-    run.train(False, lambda *_: None, lambda _: None)
+    run.train()
     after = weights(run.model)
     moved = {key: not torch.equal(before[key], after[key]) for key in before if ".linear." in f".{key}"}
     assert len(moved) == (4 if variant == "dual-jtdmoe" else 2)
@@ -410,7 +412,7 @@ def test_a_router_trains_under_softmax_and_never_under_argmax(
     assert any(not torch.equal(before[key], after[key]) for key in before if key.endswith("backbone.0.weight"))
 
 
-def test_gradients_are_clipped(loop: Callable[[TrainSpec], _Run], tiny_spec: Specs):
+def test_gradients_are_clipped(loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs):
     norms = {}
     for limit in (0.01, None):
         run = loop(tiny_spec("dense-standard", clip_grad_norm=limit))
@@ -421,17 +423,17 @@ def test_gradients_are_clipped(loop: Callable[[TrainSpec], _Run], tiny_spec: Spe
                 torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()
             )
         )
-        run.train(False, lambda *_: None, lambda _: None)
+        run.train()
     assert norms[0.01] == [pytest.approx(0.01, rel=1e-3)] * 4
     assert min(norms[None]) > 0.1
 
 
-def test_bf16_is_for_training_and_validation_is_in_float32(loop: Callable[[TrainSpec], _Run], tiny_spec: Specs):
+def test_bf16_is_for_training_and_validation_is_in_float32(loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs):
     run = loop(tiny_spec("moe-at", precision="bf16-mixed"))
     dtypes: dict[str, set[torch.dtype]] = {"train": set(), "validate": set()}
     phase = "train"
     run.model.experts[0].register_forward_hook(lambda _, __, output: dtypes[phase].add(output.dtype))
-    validate = run._validate
+    validate = run.validate
 
     def watched() -> tuple[float, float]:
         nonlocal phase
@@ -441,9 +443,9 @@ def test_bf16_is_for_training_and_validation_is_in_float32(loop: Callable[[Train
         finally:
             phase = "train"
 
-    run._validate = watched
-    run._save_best = lambda path: None  # it attacks the experts, as validation does
-    run.train(False, lambda *_: None, lambda _: None)
+    run.validate = watched
+    run.save_best = lambda path: None  # it attacks the experts, as validation does
+    run.train()
     assert dtypes == {"train": {torch.bfloat16}, "validate": {torch.float32}}
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
 
@@ -452,13 +454,13 @@ def test_bf16_is_for_training_and_validation_is_in_float32(loop: Callable[[Train
 
 
 def test_validation_counts_the_held_out_images_of_the_deployed_model(
-    loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+    loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
 ):
     run = loop(tiny_spec("moe-at"))
-    run.train(False, lambda *_: None, lambda _: None)
+    run.train()
     run.model.train()
     before = weights(run.model)
-    sa, ra, routing = run._validate()
+    sa, ra, routing = run.validate()
     assert all(module.training for module in run.model.modules())
     assert equal(weights(run.model), before)
     images = DIGITS.read("train", NONE, 250)
@@ -472,7 +474,7 @@ def test_validation_counts_the_held_out_images_of_the_deployed_model(
 
 
 def test_a_seed_draws_the_weights_and_the_batches_and_validation_is_the_same_for_all(
-    loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+    loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
 ):
     first, again, other = (loop(tiny_spec("dense-at", seed=seed)) for seed in (0, 0, 1))
     assert equal(weights(first.model), weights(again.model))
@@ -493,17 +495,19 @@ def test_a_seed_draws_the_weights_and_the_batches_and_validation_is_the_same_for
         ("moe-at", 3),  # the best RA, and of these the best SA
     ],
 )
-def test_the_best_held_out_epoch_is_kept(variant: str, best: int, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs):
+def test_the_best_held_out_epoch_is_kept(
+    variant: str, best: int, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
+):
     run, after = loop(tiny_spec(variant, epochs=4)), []
     measured = iter([(0.9, 0.1, {}), (0.5, 0.3, {}), (0.7, 0.3, {}), (0.7, 0.3, {})])
-    run._validate = lambda: next(measured)
-    path = run.train(False, lambda *_: None, lambda _: after.append(weights(run.model)))
+    run.validate = lambda: next(measured)
+    path = run.train(on_epoch=lambda _: after.append(weights(run.model)))
     kept = [equal(loaded(path), epoch) for epoch in after]
     assert kept == [epoch == best for epoch in (1, 2, 3, 4)]
     header = read_header(path)
     sa, ra = [(0.9, 0.1), (0.5, 0.3), (0.7, 0.3)][best - 1]
     assert header.validation == {"sa": sa, "ra": ra, "epoch": best, "images": 50}
-    assert (header.epochs, header.examples_seen) == (4, 800)
+    assert header.epochs == 4
 
 
 # --- a loss that is not finite ----------------------------------------------------------------------------------------
@@ -534,7 +538,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_best_epoch_is_kept(
     assert f"the best epoch so far is kept at '{path}'" in message
     assert not finished.exists()  # or the next `bench train` would take it for a training that is done
     header = read_header(path)
-    assert (header.epochs, header.examples_seen, header.validation["epoch"]) == (1, 200, 1)
+    assert (header.epochs, header.validation["epoch"]) == (1, 1)
     assert all(value.isfinite().all() for value in loaded(path).values())
 
 
@@ -577,94 +581,22 @@ def test_fp16_is_refused_on_a_cpu(trained: Training, tiny_spec: Specs):
         trained(tiny_spec("dense-standard", precision="16-mixed"))
 
 
-# --- optimisers and schedules -----------------------------------------------------------------------------------------
-
-
-def rates(recipe: Recipe, steps: int) -> list[list[float]]:
-    """The learning rates (experts', router's) of a routed model before each step, and after the last."""
-    routed = Routed(
-        expert="small_cnn", expert_params={"width": 2}, input_shape=(1, 8, 8), num_classes=3, mean=(0.5,), std=(0.5,)
-    )
-    model = routed.build()
-    optimizer = _optimizer(model, _router_parameters(model), recipe)
-    schedule, found = _schedule(optimizer, recipe, steps), []
-    for _ in range(steps):
-        found.append([group["lr"] for group in optimizer.param_groups])
-        optimizer.step()
-        schedule.step()
-    return [*found, [group["lr"] for group in optimizer.param_groups]]
-
-
-@pytest.mark.parametrize("schedule", ["one_cycle", "cyclic", "cosine", "constant"])
-@pytest.mark.parametrize("fraction", [0.1, 1.0, 0.0])
-def test_a_routers_rate_is_its_fraction_of_the_experts(schedule: Any, fraction: float):
-    found = rates(Recipe(lr=0.2, router_lr=fraction, schedule=schedule), 20)
-    assert [router for _, router in found] == pytest.approx([fraction * experts for experts, _ in found])
-
-
-def test_the_schedules():
-    def experts(schedule: Any, steps: int) -> list[float]:
-        return [rate for rate, _ in rates(Recipe(lr=0.2, schedule=schedule), steps)]
-
-    assert experts("constant", 9) == [0.2] * 10
-    assert experts("cosine", 10)[::5] == pytest.approx([0.2, 0.1, 0])
-    cycle = experts("one_cycle", 100)[:-1]
-    assert (cycle[0], max(cycle), cycle[-1]) == pytest.approx((0.2 / 25, 0.2, 0), abs=1e-5)
-    assert cycle.index(max(cycle)) == 29  # at 30 %
-    cyclic = experts("cyclic", 1000)
-    assert [cyclic[step] for step in (0, 250, 500, 750, 1000)] == pytest.approx([0.1, 0.15, 0.2, 0.15, 0.1])
-
-
-@pytest.mark.parametrize(
-    ("settings", "kind", "expected"),
-    [
-        ({}, torch.optim.SGD, {"momentum": 0.8, "weight_decay": 0.01}),
-        ({"optimizer": "adamw"}, torch.optim.AdamW, {"weight_decay": 0.01}),
-    ],
-)
-def test_the_optimisers_have_the_recipes_parameters(settings: Any, kind: type, expected: dict[str, float]):
-    optimizer = _optimizer(nn.Linear(2, 2), set(), Recipe(momentum=0.8, weight_decay=0.01, lr=0.3, **settings))
-    assert type(optimizer) is kind
-    (group,) = optimizer.param_groups
-    assert {key: group[key] for key in expected} == expected
-    assert group["lr"] == 0.3
-    _schedule(optimizer, Recipe(momentum=0.8, lr=0.3), 10)
-    assert {key: group[key] for key in expected} == expected  # the schedule cycles the rate alone
-
-
-def test_every_parameter_is_in_one_group():
-    routed = Routed(
-        expert="small_cnn", expert_params={"width": 2}, input_shape=(1, 8, 8), num_classes=3, mean=(0.5,), std=(0.5,)
-    )
-    model = routed.build()
-    optimizer = _optimizer(model, _router_parameters(model), Recipe())
-    experts, router = (group["params"] for group in optimizer.param_groups)
-    assert {id(p) for p in router} == {id(p) for p in model.router.parameters()}
-    assert sorted(map(id, [*experts, *router])) == sorted(map(id, model.parameters()))
+# --- the router's rate -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", [name for name in TRAINED if VARIANTS[name].gate == "softmax"])
 def test_a_rate_of_zero_leaves_the_router_where_it_was(
-    variant: str, loop: Callable[[TrainSpec], _Run], tiny_spec: Specs
+    variant: str, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
 ):
     run = loop(tiny_spec(variant, router_lr=0.0))
     before = weights(run.model)
-    run.train(False, lambda *_: None, lambda _: None)
+    run.train()
     moved = {key for key, value in weights(run.model).items() if not torch.equal(value, before[key])}
     assert moved
     assert not any("router." in key for key in moved)
 
 
 # --- the published recipes --------------------------------------------------------------------------------------------
-
-PUBLISHED = ["paper-cifar10", "released-code-cifar10", "paper-tinyimagenet"]
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_rate_goes_from_half_its_peak_to_the_peak_in_500_steps_and_back(name: str):
-    experts = [rate for rate, _ in rates(read_recipe(name), 1000)]
-    assert [experts[step] for step in (0, 250, 500, 1000)] == pytest.approx([5e-5, 7.5e-5, 1e-4, 5e-5])
-    assert max(experts) == pytest.approx(1e-4)
 
 
 @pytest.mark.slow
@@ -683,11 +615,11 @@ def test_a_published_recipe_takes_its_first_step(
     data = open_dataset(dataset)
     cut = {"n_train": 2, "n_val": 1, "batch_size": 2, "inner_steps": 1, "val_steps": 1, "epochs": 1, **settings}
     spec = train_spec(variant, data, data.threat_model, name, cut)
-    run = _Run(spec, data, training._read(spec, data, data_root), tmp_path / "run.safetensors", "cpu")
+    run = Trainer(spec, data, read_training_data(spec, data, data_root), tmp_path / "run.safetensors", "cpu")
     stepped = []
     for optimizer in run.optimizers.values():
         optimizer.optimizer.register_step_pre_hook(lambda o, *_: stepped.append((type(o), o.param_groups[0]["lr"])))
-    path = run.train(False, lambda *_: None, lambda _: None)
+    path = run.train()
     assert stepped == [(torch.optim.Adam, pytest.approx(5e-5))] * len(run.parts)
     (epoch,) = run.epochs
     assert epoch.lr == pytest.approx(5e-5 + 5e-5 / 500)

@@ -26,7 +26,6 @@ class AdvMoE(Adversarial):
     attack is 2 steps of 5/255 in a ball of 8/255: 1.25 ε / inner_steps each.
     """
 
-    routed: ClassVar[bool] = True
     reach: ClassVar[float] = 1.25
 
     inner_steps: int = Field(default=2, gt=0)

@@ -80,10 +80,9 @@ OBJECTIVES: Registry[type["Objective"]] = Registry("objective", "bench.training.
 class Objective(Spec):
     """Base of all objectives; subclasses register with `OBJECTIVES`.
 
-    `routed`: needs an MoE or a dual. `adversarial`: the checkpoint is chosen by robust, not by clean accuracy.
+    `adversarial`: the checkpoint is chosen by robust, not by clean accuracy.
     """
 
-    routed: ClassVar[bool] = False
     adversarial: ClassVar[bool] = False
 
     balance: float = Field(default=0.5, ge=0, description="weight of the load-balance loss of a softmax gate")

@@ -4,7 +4,7 @@ CE(F(x'), y) + (β/B) Σ_x Σ_s KL(softmax f_s(x) ‖ softmax f_s(x'_s)), x'_s =
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -23,8 +23,6 @@ class RTER(Adversarial):
     `one_dispatch`: the attacks on F and on the experts go through the experts together, in each of their steps. They
     find the same up to rounding; which is faster depends on the device (see benchmarks/README.md).
     """
-
-    routed: ClassVar[bool] = True
 
     beta: float = Field(default=6.0, ge=0)
     expert_term: Literal["second", "all"] = "second"

@@ -1,0 +1,101 @@
+"""What each of several processes runs, started by torchrun: several_processes.py FOLDER SCENARIO.
+
+FOLDER/jobs.json holds the specs by name. Each process leaves the last weights of each training in
+FOLDER/<name>.<rank>.last, and the errors by name in FOLDER/said.<rank>.json.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from bench import cli
+from bench.datasets.base import open_dataset
+from bench.environment import World
+from bench.errors import TrainingFailed, UnusableInput
+from bench.spec import TrainSpec
+from bench.training import loop
+from bench.training.loop import Trainer, read_training_data
+
+DIGITS = open_dataset("digits")
+RANK = World.here().rank
+
+
+class Trainings:
+    """The trainings of a scenario, and what they ended with in this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        jobs = json.loads((folder / "jobs.json").read_text())
+        self.specs = {name: TrainSpec.model_validate(job) for name, job in jobs.items()}
+        self.said: dict[str, Any] = {}
+
+    def run(self, name: str, prepare: Callable[[Trainer], None] = lambda _: None, resume: bool = False) -> None:
+        spec = self.specs[name]
+        data = read_training_data(spec, DIGITS, self.folder)
+        trainer = Trainer(spec, DIGITS, data, self.folder / f"{name}.safetensors", "cpu")
+        prepare(trainer)
+        finish = trainer.finish
+
+        def keep() -> Path:
+            save_file(trainer.model.state_dict(), self.folder / f"{name}.{RANK}.last")
+            return finish()
+
+        trainer.finish = keep  # type: ignore[method-assign]
+        try:
+            trainer.train(resume)
+        except (TrainingFailed, UnusableInput) as error:
+            self.said[name] = [type(error).__name__, str(error)]
+
+
+def every_kind(trainings: Trainings) -> None:
+    for name in trainings.specs:
+        trainings.run(name)
+
+
+def trouble(trainings: Trainings) -> None:
+    trainings.run("remainder")
+    trainings.run("batch-norm")
+
+    def plant(trainer: Trainer) -> None:
+        """The second process fails in the last step of the second epoch."""
+        kind: Any = type(trainer.objective)
+        steps, calls = kind.steps, list[None]()
+
+        def failing(self: Any, model: Any, batch: Any) -> Iterator[Any]:
+            calls.append(None)
+            if RANK == 1 and len(calls) == 2 * len(trainer.sampler):
+                raise TrainingFailed("planted")
+            yield from steps(self, model, batch)
+
+        kind.steps = failing
+
+    trainings.run("failing", plant)
+    trainings.run("resumed", resume=True)
+
+    # whichever process comes first to the end finds no checkpoint yet, or the other's
+    save = loop.save_checkpoint
+
+    def late(*arguments: Any) -> None:
+        time.sleep(2 * (RANK == 0))
+        save(*arguments)
+
+    loop.save_checkpoint = late
+    try:
+        cli.main(["train", "dual", "--checkpoints", f"{trainings.folder}/parts", "--device", "cpu"])
+    except SystemExit as stopped:
+        trainings.said["dual"] = stopped.code
+
+
+def main() -> None:
+    trainings = Trainings(Path(sys.argv[1]))
+    {"every_kind": every_kind, "trouble": trouble}[sys.argv[2]](trainings)
+    (trainings.folder / f"said.{RANK}.json").write_text(json.dumps(trainings.said))
+
+
+if __name__ == "__main__":
+    main()
