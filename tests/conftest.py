@@ -317,6 +317,6 @@ def block_of(planted: Any) -> Callable[..., Any]:
 @pytest.fixture
 def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No probes, for a model that counts how often it is called."""
-    from bench.evaluation import evaluate
+    from bench.evaluation import examine
 
-    monkeypatch.setattr(evaluate, "probe", lambda *_, **__: [])
+    monkeypatch.setattr(examine, "probe", lambda *_, **__: [])

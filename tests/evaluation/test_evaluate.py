@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
@@ -26,6 +26,7 @@ from bench.boards.check import check
 from bench.datasets.base import EvalSet, fingerprint, input_hash
 from bench.errors import UnusableInput
 from bench.evaluation import evaluate as evaluation
+from bench.evaluation import examine
 from bench.randomness import block_seed
 from bench.results.store import read_runs, run_folder
 from bench.suites.base import Suite
@@ -559,6 +560,43 @@ def test_two_processes_that_finish_the_same_run_agree(run: Any, tmp_path: Path, 
     pd.testing.assert_frame_equal(rows, same)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_waiting_for_a_process_that_is_gone_ends_and_names_the_block(
+    rank: int, run: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(evaluation, "_PATIENCE", 0.2)
+    monkeypatch.setattr(evaluation, "_PATIENCE_BLOCKS", 0)
+    monkeypatch.setattr(evaluation, "_POLL", 0.05)
+    data = images([0.45, 0.55, 0.4, 0.7])
+    with pytest.raises(UnusableInput, match=r"^block [01] of .* was not written by its process .* the same command"):
+        run(push(0.12), data, batch_size=2, warm_start=True)
+
+
+def test_waiting_goes_on_as_long_as_blocks_come(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    data = images([0.45, 0.55, 0.4, 0.7, 0.3, 0.8])
+    monkeypatch.setattr(evaluation, "_PATIENCE", 100)
+    clock = iter(range(0, 10_000, 60))  # each look takes a minute: the whole wait is longer than the patience
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: next(clock))
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("RANK", "0")
+    waits: list[float] = []
+
+    def another_process_works(seconds: float) -> None:
+        waits.append(seconds)
+        with pytest.MonkeyPatch.context() as other:
+            other.setattr(evaluation.time, "sleep", lambda _: None)
+            other.setenv("RANK", str(len(waits)))
+            with suppress(AttributeError):  # the fixture reads the result, which is the first process's alone
+                run(push(0.12), data, batch_size=1)
+
+    monkeypatch.setattr(evaluation.time, "sleep", another_process_works)
+    result, _ = run(push(0.12), data, batch_size=1)
+    assert result.spec.n_examples == 6
+    assert len(waits) == 5
+
+
 def test_a_model_that_fails_on_a_later_block_has_error_rows(planted: Any, score: Any):
     class Squeezes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -595,7 +633,7 @@ def test_what_a_model_shows_of_itself_is_a_flag_and_changes_no_draw(
     result, rows = score(argmax, "pgd")
     assert result.flags == ()
     assert result.model_flags[0] == "router gradient zero on 100% of images"
-    monkeypatch.setattr(evaluation, "probe", lambda *_, **__: [])
+    monkeypatch.setattr(examine, "probe", lambda *_, **__: [])
     unlooked, same = score(argmax, "pgd", results=tmp_path / "elsewhere")
     assert unlooked.model_flags == ()
     pd.testing.assert_frame_equal(rows, same)

@@ -28,7 +28,7 @@ SERVER = """
     import json, os, signal, sys
     import sklearn.datasets, torchattacks
     from bench import cli, progress
-    from bench.evaluation import evaluate, plan
+    from bench.evaluation import evaluate, examine, plan
     from bench.results import store
 
     def die():
@@ -50,13 +50,13 @@ SERVER = """
 
         store.write_atomically = killing
 
-    attack = evaluate._Examiner.run
+    attack = examine.Examiner.run
 
     def told(self, number, *rest):
         print("attacked", number, file=sys.stderr)
         return attack(self, number, *rest)
 
-    evaluate._Examiner.run = told
+    examine.Examiner.run = told
 
     for line in sys.stdin:
         log, kills, words = json.loads(line)

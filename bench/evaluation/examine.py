@@ -1,0 +1,226 @@
+"""One attack block: attacked by a suite, every answer judged again, and written down as verdict rows.
+
+Axes: B = examples of a block, m = examples that an attack was run on; images (B, C, H, W).
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bench.attacks.block import Attempt, Block, PassCounter
+from bench.datasets.base import input_hash
+from bench.errors import UnusableInput
+from bench.evaluation.probes import PROBED, probe
+from bench.evaluation.report import BlockReport
+from bench.evaluation.verdicts import Judgement, judge, legal
+from bench.job import Job
+from bench.models.deployed import Prediction, predict
+from bench.models.parts import parts
+from bench.randomness import block_seed, seeded
+from bench.results.schema import VERDICT_COLUMNS
+from bench.results.witnesses import Witnesses
+from bench.suites.base import Suite
+
+#: What known adversarial examples are called as an attack; it comes before the suite's own.
+WARM_START = "warm-start"
+
+
+@dataclass(frozen=True)
+class ExaminedBlock:
+    """A block's verdict rows, its report, and the adversarial examples that were found."""
+
+    rows: pd.DataFrame
+    report: BlockReport
+    witnesses: Witnesses | None
+
+
+@dataclass
+class _Record:
+    """What is known of a block so far. columns: of F's rows, what does not depend on the attack.
+
+    unbroken (B,): classified correctly, and by no attack broken or driven to an error.
+    """
+
+    x: Tensor
+    y: Tensor
+    idx: Tensor
+    columns: dict[str, Any]
+    correct: Tensor
+    unbroken: Tensor
+    frames: list[pd.DataFrame] = field(default_factory=list)
+    witnesses: list[Witnesses] = field(default_factory=list)
+    report: BlockReport = field(default_factory=BlockReport)
+
+
+class Examiner:
+    """Turns the blocks of a job into verdict rows; `known` are adversarial examples that are tried first.
+
+    The images that a suite is given are a copy: what it or the model does to them changes no verdict.
+    """
+
+    def __init__(self, job: Job[Suite], model: nn.Module, known: Witnesses | None) -> None:
+        self.spec, self.suite, self.num_classes, self.info = job.spec, job.method, job.num_classes, job.subject.info
+        self.model, self.known = model, known
+
+    def run(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> ExaminedBlock:
+        """Attack and judge block `number`: images x (B, C, H, W), labels y (B,), their indices idx (B,) in the data.
+
+        Raises:
+            UnusableInput: logits that are not finite on the first block; whatever the suite refuses.
+        """
+        started = time.perf_counter()
+        record = self._clean(number, x, y, idx)
+        if number == 0:
+            record.report.model_flags += self._probe(x[record.correct.to(x.device)], y[record.correct.to(x.device)])
+        with PassCounter(self.model) as counter:
+            threat, seed = self.spec.threat_model, block_seed(self.spec.seed, number)
+            to_attack = record.correct.to(x.device, copy=True)  # a copy, as known adversarial examples change it
+            block = Block(
+                self.model, x.clone(), y, to_attack, self.num_classes, self.spec.dataset, threat, seed, counter
+            )
+            try:
+                if record.correct.any() or self.suite.every:
+                    for attempt in self._attempts(block, record):
+                        self._take(attempt, block, record)
+            except UnusableInput:
+                raise
+            except Exception as error:  # whatever an attack raises: what it left is unknown, never robust
+                self._fail(error, record)
+        report = record.report
+        report.flags, report.attacks = sorted({*report.flags, *block.flags}), block.attacks
+        report.seconds, report.thread_counts = time.perf_counter() - started, [torch.get_num_threads()]
+        rows = pd.concat(record.frames, ignore_index=True).astype(VERDICT_COLUMNS)
+        return ExaminedBlock(rows, report, Witnesses.joined([found for found in record.witnesses if len(found)]))
+
+    def _clean(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> _Record:
+        """The record of a block that is not attacked yet: its clean rows."""
+        try:
+            clean = predict(self.model, x, self.info.routing_visible)
+        except Exception:  # a user's model may fail on a block of another size: its rows are errors
+            nowhere = torch.full((len(x),), -1)
+            clean = Prediction(nowhere, torch.zeros(len(x), dtype=torch.bool), nowhere)
+        failed = int((~clean.finite).sum())
+        if number == 0 and failed:
+            bad = f"{failed} of the first {len(x)} clean images"
+            raise UnusableInput(f"'{self.info.name}' gives logits that are not finite for {bad}: train it again")
+        correct = clean.finite & (clean.classes == y.cpu())
+        of_image = {
+            "idx": idx.numpy(),
+            "input_hash": [input_hash(image) for image in x],
+            "label": y.cpu().numpy(),
+        }
+        record = _Record(x, y, idx, of_image | _clean_columns(clean, y), correct, correct.clone())
+        zero = torch.zeros(len(x), dtype=torch.double)
+        nothing = Judgement(clean, zero, zero, ~clean.finite, ~correct, torch.zeros_like(correct))
+        record.frames.append(_frame(record.columns, torch.arange(len(x)), "clean", "F", nothing))
+        if failed:
+            record.report.errors.append(
+                f"clean: the model failed, or gave logits that are not finite, on {failed} images"
+            )
+        return record
+
+    def _probe(self, x: Tensor, y: Tensor) -> list[str]:
+        """What the model shows of itself on images (m, C, H, W) that it gets right."""
+        if not len(x):
+            return []
+        with seeded(0):  # the suite's own draws stay as they are
+            return probe(self.model, x[:PROBED], y[:PROBED], self.spec.threat_model, attacked=self.suite.has_attack)
+
+    def _attempts(self, block: Block, record: _Record) -> Iterator[Attempt]:
+        """The known adversarial examples of the block's images, then the suite on what they leave unbroken.
+
+        One that is not legal is left out: its image can still be judged by the suite. One that is legal and breaks
+        nothing is flagged, as any claim that is not confirmed.
+        """
+        if self.known is not None:
+            known = self.known.of(np.isin(self.known.idx, record.idx.numpy()))
+            position = {int(example): row for row, example in enumerate(record.idx)}
+            for turn in range(len(known)):  # one of each image, then another of those that are not yet broken …
+                every = torch.tensor([position[int(example)] for example in known.idx], device=block.x.device)
+                chosen = (_occurrence(known.idx) == turn) & block.correct[every].cpu().numpy()
+                if not chosen.any():
+                    break
+                rows, x_adv = every[torch.from_numpy(chosen)], torch.from_numpy(known.x_adv[chosen]).to(block.x.device)
+                fine = legal(record.x[rows], x_adv, block.threat_model).to(rows.device)
+                if not fine.all():
+                    block.flags.append(f"{WARM_START}: adversarial examples outside the ball or not finite, left out")
+                if fine.any():
+                    claimed = torch.ones(int(fine.sum()), dtype=torch.bool)
+                    yield block.attempt(WARM_START, rows[fine], x_adv[fine], claimed=claimed)
+                    block.correct.copy_(record.unbroken)
+        yield from self.suite.attack(block)
+
+    def _take(self, attempt: Attempt, block: Block, record: _Record) -> None:
+        """Judge an attempt, and take its rows, its cost and what it broke into the record."""
+        whole = attempt.target == "F"
+        target = self.model if whole else parts(self.model)[attempt.target]
+        x, y = record.x[attempt.rows], record.y[attempt.rows]
+        self.model.eval()  # the attack may have left it in another mode
+        visible = self.info.routing_visible
+        judged = judge(target, x, y, attempt.x_adv, block.threat_model, attempt.bounded, attempt.claimed, visible)
+        columns, rows = record.columns, attempt.rows.cpu()
+        if whole:
+            record.unbroken[rows] &= ~judged.broken & ~judged.error
+            found = attempt.x_adv.cpu()[judged.broken].float().numpy()
+            own = record.idx[rows[judged.broken]].numpy()
+            record.witnesses.append(Witnesses(own, (attempt.attack,) * len(found), found))
+        else:
+            columns = columns | _clean_columns(predict(target, record.x.clone(), visible), record.y)
+        block.passes.lap()  # the re-check's own passes are not the attack's
+        # what a warm start broke is in no suite's own count
+        if self.known is None and _disagrees(attempt, record):
+            block.flags.append(f"{attempt.attack}: the suite's own accuracies are not the re-check's")
+        record.frames.append(_frame(columns, rows, attempt.attack, attempt.target, judged))
+        record.report.add(attempt, judged)
+
+    def _fail(self, error: Exception, record: _Record) -> None:
+        """The rows of a suite that raised: errors for what it was to attack and has not broken."""
+        record.report.errors.append(f"{self.spec.suite}: {type(error).__name__}: {error}")
+        rows = torch.arange(len(record.x)) if self.suite.every else record.unbroken.nonzero()[:, 0]
+        record.frames.append(_frame(record.columns, rows, self.spec.suite, "F", _unknown(len(rows))))
+
+
+def _clean_columns(clean: Prediction, y: Tensor) -> dict[str, Any]:
+    """The columns that tell what F, or a part, predicts for the clean images."""
+    return {
+        "clean_pred": clean.classes.numpy(),
+        "clean_correct": (clean.finite & (clean.classes == y.cpu())).numpy(),
+        "clean_expert": clean.expert.numpy(),
+    }
+
+
+def _occurrence(idx: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often the same value stood before each."""
+    return np.asarray(pd.Series(idx).groupby(idx).cumcount(), dtype=np.int64)
+
+
+def _disagrees(attempt: Attempt, record: _Record) -> bool:
+    """Whether the suite states another number of right or of unbroken examples than the re-check found."""
+    found = (int(record.correct.sum()), int(record.unbroken.sum()))
+    return attempt.stated is not None and tuple(round(len(record.x) * value) for value in attempt.stated) != found
+
+
+def _unknown(count: int) -> Judgement:
+    """The judgement of examples on which an attack failed."""
+    far, yes = torch.full((count,), float("nan"), dtype=torch.double), torch.ones(count, dtype=torch.bool)
+    nowhere = torch.full((count,), -1)
+    return Judgement(Prediction(nowhere, yes, nowhere), far, far, yes, ~yes, ~yes)
+
+
+def _frame(columns: dict[str, Any], rows: Tensor, attack: str, target: str, judged: Judgement) -> pd.DataFrame:
+    frame = pd.DataFrame(columns).iloc[rows.numpy()].copy()
+    error = judged.error.numpy()
+    frame["attack"], frame["target"] = attack, target
+    frame["adv_pred"] = np.where(error, -1, judged.prediction.classes.numpy())
+    frame["adv_expert"] = np.where(error, -1, judged.prediction.expert.numpy())
+    frame["robust"] = frame["clean_correct"].to_numpy() & ~judged.broken.numpy() & ~error
+    frame["linf"], frame["l2"] = judged.linf.numpy(), judged.l2.numpy()
+    frame["status"] = np.where(error, "error", "ok")
+    return frame[list(VERDICT_COLUMNS)]
