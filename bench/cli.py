@@ -339,7 +339,8 @@ def leaderboard(
 
     Exit status 1, and no board, where a certificate and an adversarial example contradict each other.
     """
-    from bench.boards.leaderboard import finished_runs, write_boards
+    from bench.boards.leaderboard import write_boards
+    from bench.boards.rows import finished_runs
     from bench.results.certificates import conflicts, read_certificates
 
     if found := conflicts(finished_runs(results), read_certificates(results)):

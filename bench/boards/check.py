@@ -1,4 +1,4 @@
-"""The gate: compares the runs of a results folder with a baseline's, example by example. Never imports torch.
+"""The regression check: the runs of a results folder against a baseline's, example by example. Never imports torch.
 
 A drop is a regression when it is larger than is tolerated and is not chance: one-sided exact McNemar test on the
 examples that changed, adjusted over the runs by Holm's method. What cannot be compared is refused, never passed over.

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.boards.leaderboard import Row, board_rows, finished_runs
+from bench.boards.columns import percent
+from bench.boards.rows import Row, board_rows, finished_runs
 from bench.files import write_if_changed
 from bench.results.store import ensure_writable
 from bench.spec import ROBUSTBENCH_DATASETS, ROBUSTBENCH_NORMS, digest, path_safe
@@ -67,7 +68,7 @@ def model_info(row: Row) -> dict[str, Any]:
     evaluation that is potentially so: on a route that nobody attacked, or flagged by AutoAttack itself. What nobody
     stated is empty or null.
     """
-    spec, info = row.result.spec, row.result.model_info
+    spec, info = row.spec, row.info
     return {
         "link": info.link,
         "name": _name(row),
@@ -76,12 +77,12 @@ def model_info(row: Row) -> dict[str, Any]:
         "number_forward_passes": info.number_forward_passes,
         "dataset": spec.dataset,
         "venue": info.venue,
-        "architecture": row.cells["experts"],
+        "architecture": row.experts,
         "eps": spec.threat_model.eps_text,
-        "clean_acc": row.scores.cells["sa"],
+        "clean_acc": percent(row.scores.clean.value),
         "reported": "",
-        "autoattack_acc": row.scores.cells["ra"],
-        "external": row.cells["ra_worst"],
+        "autoattack_acc": "" if row.scores.ra is None else percent(row.scores.ra.value),
+        "external": "" if row.worst is None else percent(row.worst.value),
         "footnote": _footnote(row),
         "unreliable": not row.ranked or any(_DOUBTS.match(flag) for flag in row.flags),
     }
@@ -90,34 +91,33 @@ def model_info(row: Row) -> dict[str, Any]:
 def _footnote(row: Row) -> str:
     """What RobustBench's board has no column for, and what would flatter if it were not said."""
     notes = [
-        f"{row.result.spec.threat_model}, the first {row.n} test images",
-        f"best known is the worst case, example by example, of {row.cells['suite_version']}",
+        f"{row.spec.threat_model}, the first {row.n} test images",
+        f"best known is the worst case, example by example, of {', '.join(row.suites)}",
     ]
     if not row.ranked:  # it has autoattack: only a route that `adaptive` has not attacked keeps it from a rank
         notes.append("AutoAttack does not attack a route, so the accuracy may be too high")
-    if row.result.model_info.additional_data is None:
+    if row.info.additional_data is None:
         notes.append("extra data not stated")
-    return "; ".join(notes + row.flags)
+    return "; ".join([*notes, *row.flags])
 
 
 def _name(row: Row) -> str:
-    alpha = row.cells["alpha"]
-    return row.result.spec.model + (f" (α = {alpha}, {row.cells['combine']})" if alpha else "")
+    return row.spec.model + ("" if row.alpha is None else f" (α = {row.alpha:g}, {row.combine})")
 
 
 def _unfit(row: Row) -> str:
     """Why a row has no file; empty if it has one."""
-    spec = row.result.spec
+    spec = row.spec
     if spec.dataset not in ROBUSTBENCH_DATASETS or spec.threat_model.norm not in ROBUSTBENCH_NORMS:
         return f"RobustBench has no board of {spec.dataset} {spec.threat_model.norm}"
-    return "" if "ra" in row.scores.cells else "without the default autoattack"
+    return "" if row.scores.ra else "without the default autoattack"
 
 
 def _paths(rows: Sequence[Row]) -> dict[Path, Row]:
     """Each row's file below the folder of all; those that would share one say in their names where they differ."""
     groups: defaultdict[Path, list[Row]] = defaultdict(list)
     for row in rows:
-        spec = row.result.spec
+        spec = row.spec
         groups[Path(spec.dataset, spec.threat_model.norm, path_safe(spec.model))].append(row)
     found = {}
     for stem, group in groups.items():
@@ -131,13 +131,12 @@ def _paths(rows: Sequence[Row]) -> dict[Path, Row]:
 
 def _marks(row: Row) -> dict[str, str]:
     """What a row is of: no two rows have the same."""
-    spec, cells = row.result.spec, row.cells
     return {
-        "name": digest(spec.model)[:8],
-        "alpha": cells["alpha"],
-        "combine": cells["combine"],
-        "eps": spec.threat_model.eps_text,
-        "n": cells["n"],
-        "set": cells["fingerprint"],
-        "checkpoint": cells["checkpoint"],
+        "name": digest(row.spec.model)[:8],
+        "alpha": "" if row.alpha is None else f"{row.alpha:g}",
+        "combine": row.combine,
+        "eps": row.spec.threat_model.eps_text,
+        "n": str(row.n),
+        "set": row.result.fingerprint[:12],
+        "checkpoint": row.info.checkpoint_sha256[:12],
     }

@@ -177,37 +177,49 @@ def read_certificates(root: Path) -> list[Certificates]:
     return found
 
 
-def board_cells(
-    certificates: Iterable[Certificates], spec: RunSpec, info: ModelInfo, fingerprint: str
-) -> dict[str, str]:
-    """What a board says of a subject on one evaluation set, percent; what nobody certified is not there.
+@dataclass(frozen=True)
+class CertifiedShares:
+    """What is certified of a subject on one evaluation set, as fractions; None where nobody asked."""
 
-    certified_accuracy: in the board's norm, at no less than its ε, by whichever deterministic method does best on each
-    example. route_stable: the share whose route stays, there as well. smoothed: of the smoothed model, at the L2 radius
-    of each of its runs.
+    accuracy: float | None = None
+    route_stable: float | None = None
+    smoothed: tuple[tuple[str, float], ...] = ()  # of each run: method, σ and radius in words, and the share
+
+
+def certified_shares(
+    certificates: Iterable[Certificates], spec: RunSpec, info: ModelInfo, fingerprint: str
+) -> CertifiedShares:
+    """What the certificates of this subject on this evaluation set amount to, inside the spec's ball.
+
+    accuracy: in the ball's norm, at no less than its ε, by whichever deterministic method does best on each example.
+    route_stable: the share whose route stays, there as well. smoothed: of the smoothed model, at the L2 radius of each
+    of its runs.
     """
     threat, subject = spec.threat_model, model_key(spec, info)
     mine = [one for one in certificates if one.result.model_key == subject and one.result.fingerprint == fingerprint]
-    cells = {}
+    shares: dict[str, float] = {}
     rows = pd.concat([one.rows for one in mine]) if mine else pd.DataFrame(columns=list(CERTIFICATE_COLUMNS))
     here = rows[(rows["norm"] == threat.norm) & rows["status"].isin(ANSWERED)]
     for name, methods, reach in (
-        ("certified_accuracy", DETERMINISTIC, threat.eps),
+        ("accuracy", DETERMINISTIC, threat.eps),
         ("route_stable", ROUTES[:1], threat.reach),
     ):
         own = here[here["method"].isin(methods)]
         firm = (own["radius"] >= reach) & (own["correct"] | own["method"].isin(ROUTES))
         # a radius that was asked for at a smaller ε alone says nothing of this one, unless it is larger
         if len(own) and (name == "route_stable" or (own["eps"] >= threat.eps).any()):
-            cells[name] = f"{100 * firm.groupby(own['idx']).any().mean():.2f}"
-    smoothed = [
-        f"{100 * share.value:.2f} ({method.replace('smoothing', 'smoothed')}, σ {one.result.params['sigma']:g}, "
-        f"{one.result.spec.threat_model})"
+            shares[name] = float(firm.groupby(own["idx"]).any().mean())
+    smoothed = tuple(
+        (
+            f"{method.replace('smoothing', 'smoothed')}, σ {one.result.params['sigma']:g}, "
+            f"{one.result.spec.threat_model}",
+            share.value,
+        )
         for one in mine
         for method, share in one.result.certified.items()
         if method in SMOOTHED
-    ]
-    return cells | ({"smoothed": "; ".join(smoothed)} if smoothed else {})
+    )
+    return CertifiedShares(**shares, smoothed=smoothed)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The gate: planted regressions are found, chance and gains are not, and what cannot be compared is refused."""
+"""The regression check: planted regressions are found, chance is none, and what cannot be compared is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -230,7 +230,7 @@ def test_a_run_without_counterpart_is_refused_on_both_sides(old: Path, new: Path
     message = refusal(old, new)
     assert message.startswith("no baseline for ")
     assert "the nearest" not in message
-    # a gate that silently stops measuring is no gate
+    # a check that silently stops measuring is none
     assert refusal(new, old).startswith("no results for ")
 
 

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 import bench.compat  # noqa: F401  # makes robustbench importable
-from bench.boards.leaderboard import board_rows, finished_runs
+from bench.boards.columns import percent
+from bench.boards.rows import board_rows, finished_runs
 from bench.boards.robustbench import write_model_info
 from bench.cli import main
 from bench.errors import UnusableInput
@@ -112,8 +113,12 @@ def test_numbers_are_the_boards(tmp_path: Path):
     save(tmp_path / "results", "autoattack", "11101", suite_params={"version": "rand"})
     files, _ = written(tmp_path)
     (row,) = board_rows(finished_runs(tmp_path / "results"))
+    assert row.scores.ra is not None
     (info,) = files.values()
-    assert (info["clean_acc"], info["autoattack_acc"]) == (row.scores.cells["sa"], row.scores.cells["ra"])
+    assert (info["clean_acc"], info["autoattack_acc"]) == (
+        percent(row.scores.clean.value),
+        percent(row.scores.ra.value),
+    )
     assert info["autoattack_acc"] == "40.00"  # examples 1 and 4
 
 

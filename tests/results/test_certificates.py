@@ -17,7 +17,8 @@ from bench.results.certificates import (
     CERTIFICATE_COLUMNS,
     CertificateFolder,
     Certification,
-    board_cells,
+    CertifiedShares,
+    certified_shares,
     check_certificates,
     conflicts,
     read_certificates,
@@ -125,7 +126,7 @@ def test_a_method_that_could_not_be_applied_has_no_share(tmp_path: Path):
     made = save(tmp_path, frame(methods={("network", 0.2): "--"}))
     assert made.certified == {}
     assert made.statuses == {"network": {"not_applicable": 2}}
-    assert board_cells(read_certificates(tmp_path), made.spec, INFO, "f" * 16) == {}
+    assert certified_shares(read_certificates(tmp_path), made.spec, INFO, "f" * 16) == CertifiedShares()
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path):
@@ -170,7 +171,7 @@ def test_the_boards_columns_by_hand(tmp_path: Path):
 def test_smaller_balls_alone_fill_no_column(tmp_path: Path):
     made = attack(tmp_path, [], n=2)
     save(tmp_path, frame(methods={("union", 0.1): "11"}), threat_model=ThreatModel(norm="Linf", eps=0.1))
-    assert board_cells(read_certificates(tmp_path), made.spec, INFO, "f" * 16) == {}
+    assert certified_shares(read_certificates(tmp_path), made.spec, INFO, "f" * 16) == CertifiedShares()
 
 
 BREAKS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [

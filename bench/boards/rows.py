@@ -1,0 +1,246 @@
+"""The rows of boards, computed from verdict rows alone: a subject on one evaluation set. Nothing is formatted here.
+
+A subject is a model, its checkpoint, α, combine and the threat model. Shares are fractions in [0, 1]. No torch.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+
+from bench.errors import UnusableInput
+from bench.results.certificates import Certificates, CertifiedShares, certified_shares
+from bench.results.metrics import (
+    accuracy_after,
+    clean_by_example,
+    component_rates,
+    holm,
+    mcnemar,
+    robust_by_example,
+    unique_kills,
+)
+from bench.results.schema import Accuracy, Result, suite_label
+from bench.results.store import Run, read_runs
+from bench.spec import ModelInfo, RunSpec
+
+#: The first version of suite `adaptive` that ranks: v1 could miss routes.
+_ADAPTIVE_VERSION = 2
+#: By how much (fraction) RA under PGD may exceed RA before it is flagged.
+_PGD_GAP = 0.1
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the suites' own columns show, on one evaluation set. Over several runs an example counts at its worst."""
+
+    clean: Accuracy
+    ra: Accuracy | None  # under the default autoattack
+    ra_by_seed: tuple[float, ...]  # of each of its runs, where there are several
+    after: Mapping[str, float]  # by attack of the default autoattack: what is robust to it and to all before it
+    under: Mapping[str, float]  # RA by suite, but for `clean`, `components` and the default autoattack
+    components: Mapping[str, Accuracy]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A subject on one evaluation set. `rank` and `p_first` are known once it is in a table."""
+
+    result: Result  # of one of its runs on that set
+    runs: tuple[Run, ...]  # all that cover the set
+    ranked: bool
+    robust: "pd.Series[bool]"  # by idx: to every attack that ran
+    worst: Accuracy | None  # None: nothing attacked it
+    scores: Scores
+    kills: Mapping[str, int]
+    flags: tuple[str, ...]
+    certified: CertifiedShares = field(default_factory=CertifiedShares)
+    rank: int | None = None
+    p_first: float | None = None
+
+    @property
+    def spec(self) -> RunSpec:
+        """Of one of its runs: model, α, combine, data set and threat model are those of all."""
+        return self.result.spec
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is known of the model."""
+        return self.result.model_info
+
+    @property
+    def n(self) -> int:
+        """Examples of the evaluation set."""
+        return len(self.robust)
+
+    @property
+    def alpha(self) -> float | None:
+        """A dual's α in this row."""
+        return self.info.alpha if self.spec.alpha is None else self.spec.alpha
+
+    @property
+    def experts(self) -> str:
+        """The architecture, of an MoE with how many experts are selected of how many."""
+        info = self.info
+        routed = f"{info.num_selected_experts} of {info.num_experts} × {info.architecture}"
+        return info.architecture if info.num_experts is None else routed
+
+    @property
+    def combine(self) -> str:
+        """What a dual or an MoE mixes: logits or probabilities."""
+        return self.spec.combine or self.info.combine or ""
+
+    @property
+    def suites(self) -> list[str]:
+        """All suites that attacked the subject, with their versions."""
+        return sorted({f"{run.result.spec.suite}-v{run.result.spec.suite_version}" for run in self.runs})
+
+    @property
+    def run_keys(self) -> list[str]:
+        """The first digits of the keys of all runs."""
+        return [run.result.run[:8] for run in self.runs]
+
+    @property
+    def order(self) -> tuple[bool, float, float, list[str]]:
+        """Ranked rows first, the most robust at the top; the rest makes the order the same for the same runs."""
+        alpha = "" if self.alpha is None else f"{self.alpha:g}"
+        identity = [self.spec.model, alpha, self.combine, self.info.checkpoint_sha256[:12], ", ".join(self.run_keys)]
+        return not self.ranked, -1 if self.worst is None else -self.worst.value, -self.scores.clean.value, identity
+
+
+def finished_runs(results_root: Path) -> list[Run]:
+    """All finished runs below `results_root`; UnusableInput if there is none or one cannot be used."""
+    runs = read_runs(results_root)
+    if not runs:
+        raise UnusableInput(f"there is no finished run below '{results_root}': run one with: bench run")
+    return runs
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items by their key, in the order of the first of each."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
+def board_rows(runs: Iterable[Run]) -> list[Row]:
+    """The rows of all boards, in no order; runs with errors count in none."""
+    sound = [run for run in runs if not run.result.errors]
+    return [row for subject in grouped(sound, _subject).values() for row in _rows(subject)]
+
+
+def tables(rows: Sequence[Row], certificates: Sequence[Certificates]) -> list[list[Row]]:
+    """The rows of one board, by evaluation set (the largest first), each table in order, ranked and compared."""
+    sets = grouped(rows, lambda row: (-row.n, row.result.fingerprint))
+    return [_ranked(table, certificates) for _, table in sorted(sets.items())]
+
+
+def _ranked(table: list[Row], certificates: Sequence[Certificates]) -> list[Row]:
+    """In order; with rank, what is certified, and the p-value of each ranked row against the first."""
+    table = sorted(table, key=lambda row: row.order)
+    others = [row for row in table[1:] if row.ranked]  # none without a first
+    changes = [(table[0].robust, row.robust) for row in others]
+    p = holm([mcnemar(int((a & ~b).sum()), int((~a & b).sum()), "two-sided") for a, b in changes])
+    against_first = dict(zip(map(id, others), p, strict=True))
+    return [
+        replace(
+            row,
+            rank=rank if row.ranked else None,
+            p_first=against_first.get(id(row)),
+            certified=certified_shares(certificates, row.spec, row.info, row.result.fingerprint),
+        )
+        for rank, row in enumerate(table, start=1)
+    ]
+
+
+def _subject(run: Run) -> str:
+    """The subject on whatever evaluation set: rows of one may count for another that it covers."""
+    return run.result.spec.subject_key(run.result.model_info.checkpoint_sha256, fingerprint="")
+
+
+def _adaptive(run: Run) -> bool:
+    """Whether it is `adaptive` at no less than its standard budget. Known witnesses to start from only add to it."""
+    spec = run.result.spec
+    strong = spec.suite_params in ({}, {"budget": "large"}) and spec.suite_version >= _ADAPTIVE_VERSION
+    return spec.suite == "adaptive" and strong
+
+
+def _rows(subject: list[Run]) -> list[Row]:
+    """One row for each evaluation set that the subject was run on."""
+    rows_of = {run.path: run.verdicts() for run in subject}
+    rows = []
+    for own in grouped(subject, lambda run: run.result.fingerprint).values():
+        examples = rows_of[own[0].path].loc[lambda frame: frame["attack"] == "clean", ["idx", "input_hash"]]
+        shared = {run.path: rows_of[run.path].merge(examples, on=["idx", "input_hash"]) for run in subject}
+        covering = [run for run in subject if shared[run.path]["idx"].nunique() == len(examples)]
+        for run in own:
+            if run not in covering:
+                raise UnusableInput(f"{run} has other examples than {own[0]} but the same fingerprint: run it again")
+        of_suites = {run.path: f"{suite_label(run.result.spec)}/" for run in covering}
+        named = [shared[run.path].assign(suite=of_suites[run.path]) for run in covering]
+        rows.append(_row(covering, pd.concat(named), own[0], _scores(own, rows_of)))
+    return rows
+
+
+def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: Scores) -> Row:
+    """The row of `one`, a run on this evaluation set: all `covering` runs count in it, the scores are of its own.
+
+    `verdicts` are the rows of all of them, with the column `suite`.
+    """
+    robust = robust_by_example(verdicts)
+    named = verdicts["attack"].where(verdicts["attack"] == "clean", verdicts["suite"] + verdicts["attack"])
+    # what a warm start tried again, the attack that had found it keeps
+    kills = unique_kills(verdicts.assign(attack=named)[verdicts["attack"] != "warm-start"])
+    spec, info = one.result.spec, one.result.model_info
+    labels = {suite_label(run.result.spec) for run in covering}
+    dual = info.alpha is not None or spec.alpha is not None
+    unproven = (dual or info.num_experts is not None or info.routing_visible) and not any(map(_adaptive, covering))
+    flags = ["no adaptive attack"] * unproven + ["no autoattack"] * ("autoattack" not in labels)
+    flags += [flag for run in covering for flag in run.result.model_flags]
+    if scores.ra is not None and "pgd" in scores.under:
+        gap = scores.under["pgd"] - scores.ra.value
+        flags += [f"PGD {100 * gap:.1f} points above AutoAttack"] * (gap > _PGD_GAP)
+    flags += [f"{suite_label(run.result.spec)}: {flag}" for run in covering for flag in run.result.flags]
+    return Row(
+        result=one.result,
+        runs=tuple(covering),
+        ranked="autoattack" in labels and not unproven,
+        robust=robust,
+        worst=Accuracy.of(robust) if any(run.result.attacked for run in covering) else None,
+        scores=scores,
+        kills=kills,
+        flags=tuple(dict.fromkeys(flags)),
+    )
+
+
+def _scores(own: list[Run], rows_of: Mapping[Path, pd.DataFrame]) -> Scores:
+    """SA by the clean rows that every run has, and each suite's accuracy in its newest version."""
+    clean = Accuracy.of(clean_by_example(pd.concat([rows_of[run.path] for run in own])))
+    ra: Accuracy | None = None
+    by_seed: tuple[float, ...] = ()
+    after: dict[str, float] = {}
+    under: dict[str, float] = {}
+    components: dict[str, Accuracy] = {}
+    for label, runs in grouped(own, lambda run: suite_label(run.result.spec)).items():
+        newest = max(run.result.spec.suite_version for run in runs)
+        runs = [run for run in runs if run.result.spec.suite_version == newest]
+        rows = pd.concat([rows_of[run.path] for run in runs])
+        robust = Accuracy.of(robust_by_example(rows))
+        if label == "autoattack":
+            ra = robust
+            if len({run.result.spec.seed for run in runs}) > 1:
+                by_seed = tuple(run.result.robust_accuracy.value for run in runs)
+            names = dict.fromkeys(name for run in runs for name in run.result.accuracy_after if name != "clean")
+            shares = accuracy_after(rows, names)
+            after = {name: shares[name] for name in names}
+        elif label == "components":
+            components = {name: Accuracy.of(rate) for name, rate in component_rates(rows).items()}
+        elif any(run.result.attacked for run in runs):  # attacks on the parts alone say nothing of the whole
+            under[label] = robust.value
+    return Scores(clean, ra, by_seed, after, under, components)
