@@ -27,7 +27,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-DatasetOption = Annotated[str, typer.Option("--dataset", help="digits, cifar10, tinyimagenet or imagefolder:PATH")]
+DatasetOption = Annotated[
+    str, typer.Option("--dataset", help="digits, cifar10, tinyimagenet, imagefolder:PATH or imagefolder-grey:PATH")
+]
 SettingsOption = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="a parameter; may be repeated")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1)]
 ModelOption = Annotated[

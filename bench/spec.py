@@ -48,6 +48,29 @@ def path_safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", name)
 
 
+def dataset_name(word: str) -> str:
+    """A data set's one name: a folder of images is its absolute path, without links, however a user writes it.
+
+    UnusableInput for a path that cannot be resolved.
+    """
+    kind, colon, path = word.partition(":")
+    if not colon or not kind.startswith("imagefolder"):
+        return word
+    try:
+        return f"{kind}:{Path(path).expanduser().resolve()}"
+    except (OSError, RuntimeError) as error:  # a home folder of nobody's, a link to itself
+        raise UnusableInput(f"data set '{word}': {error}") from None
+
+
+def dataset_folder(name: str) -> str:
+    """The folder of a data set's checkpoints and results: `digits`, `imagefolder_flowers-1a2b3c4d`.
+
+    The digest is of the argument, so that no two data sets share a folder.
+    """
+    kind, colon, argument = name.partition(":")
+    return path_safe(f"{kind}_{Path(argument).name}-{digest(argument)[:8]}" if colon else name)
+
+
 class Spec(BaseModel):
     """Frozen, hashable by content, and strict about unknown fields."""
 
@@ -168,8 +191,13 @@ class RunSpec(Spec):
     warm_start: bool = Field(default=False, description="the adversarial examples of earlier runs are tried first")
 
     def _keyed(self) -> dict[str, Any]:
-        """What run and work keys are made of: runs from before `warm_start` was a field keep theirs."""
-        return self.model_dump(mode="json", exclude=set() if self.warm_start else {"warm_start"})
+        """What the keys are made of: runs from before `warm_start` was a field keep theirs.
+
+        Of a data set with an argument only the kind: where the images lie is no part of what they are, which the
+        fingerprint says.
+        """
+        fields = self.model_dump(mode="json", exclude=set() if self.warm_start else {"warm_start"})
+        return fields | {"dataset": self.dataset.partition(":")[0]}
 
     def run_key(self, checkpoint_sha256: str, fingerprint: str) -> str:
         """Identifies a run: what resumes, and what is reported and not repeated once it is finished."""
@@ -181,8 +209,9 @@ class RunSpec(Spec):
 
     def subject_key(self, checkpoint_sha256: str, fingerprint: str) -> str:
         """Who was attacked, with which pixels, inside which ball: what the worst case is taken over."""
-        fields = {"model", "alpha", "combine", "dataset", "threat_model"}
-        return digest("subject", self.model_dump(mode="json", include=fields), checkpoint_sha256, fingerprint)
+        names = ("model", "alpha", "combine", "dataset", "threat_model")
+        fields = self._keyed()
+        return digest("subject", {name: fields[name] for name in names}, checkpoint_sha256, fingerprint)
 
     def command(
         self, results: Path, model: str | None = None, data_root: Path | None = None, checkpoints: Path | None = None

@@ -16,7 +16,7 @@ from bench.errors import UnusableInput
 from bench.files import write_atomically
 from bench.models.architecture import Architecture, Dual
 from bench.models.variants import VARIANTS
-from bench.spec import ModelInfo, Spec, ThreatModel, path_safe
+from bench.spec import ModelInfo, Spec, ThreatModel, dataset_folder, dataset_name, path_safe
 
 ZOO = Path(__file__).parent / "zoo"
 USER_CHECKPOINTS = Path("checkpoints")
@@ -105,8 +105,8 @@ class Header(Spec):
 
 
 def checkpoint_path(folder: Path, dataset: str, norm: str, name: str) -> Path:
-    """`folder/<dataset>/<norm>/<name>.safetensors`."""
-    return folder / path_safe(dataset) / norm / f"{path_safe(name)}.safetensors"
+    """`folder/<dataset>/<norm>/<name>.safetensors`; of a data set with an argument, with that in the folder's name."""
+    return folder / dataset_folder(dataset) / norm / f"{path_safe(name)}.safetensors"
 
 
 def save_checkpoint(path: Path, model: nn.Module | None, header: Header) -> None:
@@ -208,4 +208,4 @@ def load_model(
         UnusableInput: there is no such checkpoint, or it is damaged.
     """
     folders = [USER_CHECKPOINTS, ZOO] if model_dir is None else [Path(model_dir)]
-    return load_checkpoint(find_checkpoint(name, dataset, threat_model, folders))[0]
+    return load_checkpoint(find_checkpoint(name, dataset_name(dataset), threat_model, folders))[0]

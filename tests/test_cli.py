@@ -92,7 +92,7 @@ def user_model(tmp_path: Path) -> Iterator[str]:
     ("what", "names"),
     [
         ("variants", list(VARIANTS)),
-        ("datasets", ["cifar10", "digits", "imagefolder:PATH", "tinyimagenet"]),
+        ("datasets", ["cifar10", "digits", "imagefolder:PATH", "imagefolder-grey:PATH", "tinyimagenet"]),
         ("objectives", list(OBJECTIVES)),
         ("recipes", recipes()),
     ],
@@ -350,7 +350,7 @@ BAD: list[tuple[str, str]] = [
     ("run --dataset cifar10 --data-root nowhere", "nowhere"),
     ("run --dataset tinyimagenet --data-root nowhere", "nowhere"),
     ("train moe-at --dataset cifar10 --data-root nowhere", "nowhere"),
-    ("run --dataset imagefolder:nowhere", "imagefolder:nowhere has no images"),
+    ("run --dataset imagefolder:nowhere", "/nowhere has no images"),
     ("run --model missing.safetensors", "no checkpoint at 'missing.safetensors'"),
     ("run --model moe-at-s9", "no Linf checkpoint of 'moe-at-s9' for digits"),
     ("run --model robustbench:Standard", "RobustBench's zoo has no models for digits"),

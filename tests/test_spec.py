@@ -1,5 +1,6 @@
 """The specs: what they accept, what identifies them, and how a threat is written."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bench.errors import UnusableInput
-from bench.settings import parse_number, parse_settings, parse_value
-from bench.spec import Method, Recipe, RunSpec, ThreatModel, TrainSpec, build, digest, path_safe
+from bench.settings import parse_number, parse_settings
+from bench.spec import (
+    Method,
+    Recipe,
+    RunSpec,
+    ThreatModel,
+    TrainSpec,
+    build,
+    dataset_folder,
+    dataset_name,
+    digest,
+    path_safe,
+)
 
 LINF = ThreatModel(norm="Linf", eps=0.2)
 RUN: dict[str, Any] = {
@@ -209,7 +221,7 @@ def test_a_checkpoint_is_named_by_variant_and_seed():
 # --- the command ------------------------------------------------------------------------------------------------------
 
 #: a text that means a number is one, as on the command line
-TEXTS = st.text(st.characters(codec="ascii", exclude_categories=["Cc"])).filter(lambda t: parse_value(t, "") == t)
+TEXTS = st.text(st.characters(codec="ascii", exclude_categories=["Cc"])).filter(lambda t: not re.match(r"[0-9.]", t))
 LEAVES = st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS | st.none()
 
 
@@ -276,6 +288,28 @@ def test_yes_is_no_number_but_for_a_field_that_is_true_or_false():
     assert build(Some, "x", {"exact": True, "steps": None}) == Some(exact=True, steps=None)
     with pytest.raises(UnusableInput, match=r"^x: steps: Input should not be yes or no \(got True\)$"):
         build(Some, "x", {"steps": True})
+
+
+def test_no_two_data_sets_share_a_folder_and_none_has_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert dataset_folder("digits") == "digits"
+    alike = ["a/b", "a_b", "a:b", "ä", "ö", "x/a", "y/a"]
+    folders = {dataset_folder(dataset_name(f"imagefolder:{path}")) for path in alike}
+    assert len(folders) == len(alike)
+    assert all(re.fullmatch(r"imagefolder_[A-Za-z0-9._-]+-[0-9a-f]{8}", folder) for folder in folders)
+    monkeypatch.chdir(tmp_path)
+    one = {dataset_name(f"imagefolder:{path}") for path in ("x", "x/", "./x", "y/../x", tmp_path / "x")}
+    assert one == {f"imagefolder:{tmp_path}/x"}
+    assert dataset_name("digits") == "digits"
+    assert dataset_name("other:x") == "other:x"  # what an argument means, its data set knows
+
+
+def test_where_images_lie_is_no_part_of_a_run():
+    """The fingerprint says which images they are: a baseline made on another machine is of the same work."""
+    here, there = (RunSpec(**RUN | {"dataset": f"imagefolder:/{home}/flowers"}) for home in ("one", "two"))
+    for key in ("work_key", "run_key", "subject_key"):
+        arguments = ["f"] if key == "work_key" else ["c", "f"]
+        assert getattr(here, key)(*arguments) == getattr(there, key)(*arguments)
+        assert getattr(here, key)(*arguments) != getattr(RunSpec(**RUN), key)(*arguments)
 
 
 def test_names_as_files():

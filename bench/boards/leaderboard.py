@@ -15,7 +15,7 @@ from bench.boards.rows import Row, board_rows, finished_runs, grouped, tables
 from bench.files import write_if_changed
 from bench.results.certificates import Certificates, read_certificates
 from bench.results.store import Run, ensure_writable
-from bench.spec import path_safe
+from bench.spec import dataset_folder
 
 _LEGEND = (
     "RA is the accuracy under AutoAttack with its default parameters, RA-worst the accuracy under all attacks that "
@@ -66,7 +66,7 @@ def write_boards(results_root: Path, out_dir: Path) -> list[Path]:
 
 
 def _stem(run: Run) -> str:
-    return f"{path_safe(run.result.spec.dataset)}_{run.result.spec.threat_model.folder}"
+    return f"{dataset_folder(run.result.spec.dataset)}_{run.result.spec.threat_model.folder}"
 
 
 def _board(stem: str, runs: list[Run], certificates: list[Certificates]) -> Board:

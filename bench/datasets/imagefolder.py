@@ -1,11 +1,13 @@
 """A user's own images, in a folder for each class."""
 
+import os
 from pathlib import Path
+from typing import ClassVar, NoReturn
 
 from bench.datasets.base import DATASETS, Dataset, Images, Split
 from bench.datasets.images import image_size, interleave, read_images
 from bench.errors import UnusableInput
-from bench.spec import ThreatModel
+from bench.spec import ThreatModel, dataset_name
 
 # torchvision's ImageFolder takes the same
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
@@ -14,24 +16,27 @@ LARGEST_OF_CIFAR = 48  # pixels of a side: what is larger is trained as Tiny-Ima
 
 @DATASETS.register("imagefolder")
 class ImageFolder(Dataset):
-    """PATH/train/<class>/* and PATH/val/<class>/* (PATH/test where there is no val), images of one size, as RGB.
+    """PATH/train/<class>/** and PATH/val/<class>/** (PATH/test where there is no val), images of one size, as RGB.
 
-    Classes are sorted by name, as torchvision's ImageFolder does. Within a split the images are interleaved, every
-    class's first before any class's second, so that a beginning is balanced. PATH/train may be missing: what is there
-    can still be evaluated. Nobody states the pixels' statistics, so mean and std are 0.5.
+    Classes are sorted by name, as torchvision's ImageFolder does; an image may lie in folders of its class, at any
+    depth. Hidden files and folders (.DS_Store, .ipynb_checkpoints) are neither classes nor images. Within a split the
+    images are interleaved, every class's first before any class's second, so that a beginning is balanced. PATH/train
+    may be missing: what is there can still be evaluated. Nobody states the pixels' statistics, so mean and std are 0.5.
 
+    name: with the absolute path, so that a folder has one name however it is written, and no other folder has it.
     input_shape: (3, H, W) of the first image; num_classes: the number of class folders.
     """
 
+    kind: ClassVar[str] = "imagefolder"
     argument = "PATH"
-    mean = (0.5, 0.5, 0.5)
-    std = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     threat_model = ThreatModel(norm="Linf", eps=8 / 255)
 
     def __init__(self, path: str) -> None:
         """Looks at the folders and one image's header; UnusableInput if they are not laid out as above."""
-        self.name = f"imagefolder:{path}"
-        folder = Path(path).expanduser()
+        self.name = dataset_name(f"{self.kind}:{path}")
+        folder = Path(self.name.partition(":")[2])
         test = folder / "val" if (folder / "val").is_dir() else folder / "test"
         self._folders: dict[Split, Path] = {"train": folder / "train", "test": test}
         there = [split for split in self._folders.values() if split.is_dir()]
@@ -43,11 +48,11 @@ class ImageFolder(Dataset):
                 raise UnusableInput(f"class '{unlike[0]}' is in only one of {there[0]} and {other}: both need the same")
         self.num_classes = len(self._classes)
         height, width = image_size(_images(there[0] / self._classes[0])[0])
-        self.input_shape = (3, height, width)
+        self.input_shape = (len(self.mean), height, width)
         self.recipe = "cpu-cifar10" if max(height, width) <= LARGEST_OF_CIFAR else "cpu-tinyimagenet"
 
     def read(self, split: Split, root: Path, limit: int | None = None) -> Images:
-        """The split's first `limit` images, (n, 3, H, W); only these are decoded, and `root` is not looked at.
+        """The split's first `limit` images, (n, C, H, W); only these are decoded, and `root` is not looked at.
 
         UnusableInput if the split has no folder or a class has no image, or naming the first image that cannot be
         decoded or is of another size.
@@ -56,18 +61,44 @@ class ImageFolder(Dataset):
         if not folder.is_dir():
             raise UnusableInput(f"{self.name} has no {split} images: put them in {folder}/CLASS")
         listed = interleave([_images(folder / name) for name in self._classes])
-        return read_images(listed, self.input_shape[1:], limit, published=0)
+        return read_images(listed, self.input_shape, limit, published=0)
+
+
+@DATASETS.register("imagefolder-grey")
+class GreyImageFolder(ImageFolder):
+    """The same of images without colours, which have one channel: input_shape is (1, H, W)."""
+
+    kind = "imagefolder-grey"
+    mean = (0.5,)
+    std = (0.5,)
 
 
 def _classes(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    for path in sorted(visible):
+        if path.is_file() and path.suffix.lower() in SUFFIXES:
+            raise UnusableInput(f"{path} lies in no class: put it in a folder that is named for its class")
+    names = sorted(path.name for path in visible if path.is_dir())
     if len(names) < 2:
         raise UnusableInput(f"{folder} needs a folder for each of two or more classes, and has {len(names)}")
     return names
 
 
 def _images(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    """A class's images, in its folder and those below; links are followed, and no folder is read twice."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    paths: list[Path] = []
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real not in seen:
+            there = [Path(parent, name) for name in files if not name.startswith(".")]
+            paths += [path for path in there if path.suffix.lower() in SUFFIXES]
+        seen.add(real)
     if not paths:
         raise UnusableInput(f"{folder} holds no images: it takes {', '.join(sorted(SUFFIXES))}")
-    return paths
+    return sorted(paths)

@@ -1,8 +1,9 @@
 """Image files: how one is decoded, and how a list of them becomes a split.
 
-Axes: C = channels, H, W = height and width. Images are RGB, so C = 3.
+Axes: C = channels, 3 (RGB) or 1 (grey), H, W = height and width.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from bench.datasets.base import Images
 from bench.errors import UnusableInput
@@ -26,27 +27,48 @@ def image_size(path: Path) -> tuple[int, int]:
         _unreadable(path, error)
 
 
-def decode(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """One image file as (3, H, W) uint8: grey and palette images become RGB, transparency is dropped.
+def decode(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """One image file as `shape` = (C, H, W) uint8; transparency is dropped.
 
-    UnusableInput, naming the file, if it cannot be decoded, is not of `size` = (H, W), or has over 8 bits a channel.
+    For C = 3 grey and palette images become RGB.
+
+    Raises:
+        UnusableInput: it names the file, which cannot be decoded, is not H×W pixels large, has over 8 bits a channel,
+            or, for C = 1, has colours.
     """
+    channels, *size = shape
     try:
         with Image.open(path) as image:
             # before decoding: a header that claims a huge image costs nothing
-            if (image.height, image.width) != size:
+            if [image.height, image.width] != size:
                 raise UnusableInput(
                     f"{path} is {image.height}×{image.width} pixels, not {size[0]}×{size[1]}: images of a data set "
                     f"have one size, as ε is in pixels of the native image; resize them beforehand"
                 )
-            # Pillow clips these to 255 without a word
-            if image.mode.startswith(("I", "F")):
+            if _is_deep(image):
                 raise UnusableInput(f"{path} has more than 8 bits a channel: convert it to 8 bits beforehand")
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     except UnusableInput:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         _unreadable(path, error)
+    if channels == 1 and (pixels != pixels[:1]).any():
+        raise UnusableInput(f"{path} has colours: read the folder as imagefolder:PATH, or make its images grey")
+    return pixels[:channels]
+
+
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+    """Whether a channel has over 8 bits, of which Pillow would drop the lower ones without a word."""
+    if image.mode.startswith(("I", "F")):
+        return True
+    for tile in image.tile:
+        options = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        # what lies in the file, such as RGB;16B of a PNG; BMP's BGR;16 is 16 bits a pixel. A PPM states its white.
+        if any(re.search(r";16[BLN]|;12", option) for option in options if isinstance(option, str)):
+            return True
+        if tile[0].startswith("ppm") and any(isinstance(option, int) and option > 255 for option in options):
+            return True
+    return False
 
 
 def _unreadable(path: Path, error: Exception) -> NoReturn:
@@ -61,11 +83,13 @@ def interleave(classes: Sequence[Sequence[Path]]) -> list[tuple[Path, int]]:
     return [(path, label) for row in zip_longest(*classes) for label, path in enumerate(row) if path is not None]
 
 
-def read_images(listed: Sequence[tuple[Path, int]], size: tuple[int, int], limit: int | None, published: int) -> Images:
-    """The first `limit` of the `listed` (file, label), decoded; `available` is the number listed."""
+def read_images(
+    listed: Sequence[tuple[Path, int]], shape: tuple[int, int, int], limit: int | None, published: int
+) -> Images:
+    """The first `limit` of the `listed` (file, label), decoded to `shape`; `available` is the number listed."""
     chosen = listed[:limit]
-    x = np.empty((len(chosen), 3, *size), np.uint8)
+    x = np.empty((len(chosen), *shape), np.uint8)
     for i, (path, _) in enumerate(chosen):
-        x[i] = decode(path, size)
+        x[i] = decode(path, shape)
     y = torch.tensor([label for _, label in chosen], dtype=torch.int64)
     return Images(torch.from_numpy(x), y, white=255, available=len(listed), published=published)

@@ -21,7 +21,9 @@ class TinyImageNet(Dataset):
 
     64×64; the archive's grey images become RGB. Class k is line k of wnids.txt, which is not sorted: a model trained on
     sorted folder names has other outputs. The training images are interleaved, image 0 of every class before image 1 of
-    any, so that a beginning is balanced; the test images are val_0, val_1, val_2 …, labelled by val_annotations.txt.
+    any, so that a beginning is balanced; the test images are val_0, val_1, val_2 …, labelled by val_annotations.txt, or
+    by their folders where `val/` was sorted into classes (val/<wnid>/*.JPEG or val/<wnid>/images/*.JPEG), as many
+    training scripts want it: they are the same images in the same order.
     """
 
     name = "tinyimagenet"
@@ -44,7 +46,7 @@ class TinyImageNet(Dataset):
         if len(wnids) != self.num_classes or len(set(wnids)) != self.num_classes:
             raise UnusableInput(f"{path} does not name {self.num_classes} classes: unpack {URL} again")
         listed = _training_list(folder, wnids) if split == "train" else _test_list(folder, wnids)
-        return read_images(listed, (64, 64), limit, PUBLISHED[split])
+        return read_images(listed, self.input_shape, limit, PUBLISHED[split])
 
 
 def _lines(path: Path) -> list[str]:
@@ -56,11 +58,17 @@ def _lines(path: Path) -> list[str]:
         raise UnusableInput(f"{path} cannot be read ({error}): unpack {URL} again") from None
 
 
+def _numbered(folder: Path, prefix: str) -> dict[int, Path]:
+    """The images <prefix>_<number>.JPEG of a folder, by number."""
+    named = {path: re.fullmatch(rf"{prefix}_([0-9]+)\.JPEG", path.name) for path in folder.glob("*.JPEG")}
+    return {int(match[1]): path for path, match in named.items() if match}
+
+
 def _training_list(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
     classes = []
     for wnid in wnids:
         images = folder / "train" / wnid / "images"
-        numbered = {int(path.stem.rpartition("_")[2]): path for path in images.glob(f"{wnid}_[0-9]*.JPEG")}
+        numbered = _numbered(images, wnid)
         if not numbered:
             raise UnusableInput(f"{images} holds no images: unpack {URL} again, or pass --data-root DIR")
         classes.append([numbered[number] for number in sorted(numbered)])
@@ -68,6 +76,8 @@ def _training_list(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
 
 
 def _test_list(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
+    if not (folder / "val" / "images").is_dir() and any((folder / "val" / wnid).is_dir() for wnid in wnids):
+        return _sorted_test_list(folder / "val", wnids)
     labels = {wnid: label for label, wnid in enumerate(wnids)}
     path = folder / "val" / "val_annotations.txt"
     numbered: dict[int, tuple[Path, int]] = {}
@@ -76,4 +86,18 @@ def _test_list(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
         if not match or match[3] not in labels:
             raise UnusableInput(f"{path} has a line that names no image and class, {line!r}: unpack {URL} again")
         numbered[int(match[2])] = folder / "val" / "images" / match[1], labels[match[3]]
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _sorted_test_list(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
+    """Of a `val/` that was sorted into a folder for each class."""
+    numbered: dict[int, tuple[Path, int]] = {}
+    for label, wnid in enumerate(wnids):
+        images = folder / wnid / "images" if (folder / wnid / "images").is_dir() else folder / wnid
+        found = _numbered(images, "val")
+        if not found:
+            raise UnusableInput(f"{images} holds no images val_….JPEG: unpack {URL} again, or pass --data-root DIR")
+        if twice := sorted(found.keys() & numbered):
+            raise UnusableInput(f"{found[twice[0]]} is in another class as well: unpack {URL} again")
+        numbered |= {number: (path, label) for number, path in found.items()}
     return [numbered[number] for number in sorted(numbered)]

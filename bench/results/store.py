@@ -24,7 +24,7 @@ from bench.errors import UnusableInput
 from bench.files import write_atomically
 from bench.results.schema import Result, check_fit, check_verdicts, suite_label
 from bench.results.witnesses import FILE, Witnesses
-from bench.spec import RunSpec, Spec, path_safe
+from bench.spec import RunSpec, Spec, dataset_folder, path_safe
 
 #: The rows of a certificate (`bench.results.certificates`), whose folders lie among those of the runs.
 CERTIFICATES = "certificates.parquet"
@@ -83,7 +83,7 @@ class BlockRows:
 def run_folder(root: Path, spec: RunSpec, run_key: str) -> Path:
     """Where a run's files lie below the results folder; α is not in the path, the run key tells such runs apart."""
     suite = path_safe(f"{spec.suite}-v{spec.suite_version}")
-    return root / path_safe(spec.dataset) / spec.threat_model.folder / suite / path_safe(spec.model) / run_key
+    return root / dataset_folder(spec.dataset) / spec.threat_model.folder / suite / path_safe(spec.model) / run_key
 
 
 class Folder(ABC, Generic[R]):

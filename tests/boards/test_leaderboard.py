@@ -13,7 +13,7 @@ from bench.boards.leaderboard import boards, write_boards
 from bench.errors import UnusableInput
 from bench.results.schema import VERDICT_COLUMNS, Result
 from bench.results.store import RunFolder, run_folder
-from bench.spec import ModelInfo, RunSpec, ThreatModel
+from bench.spec import ModelInfo, RunSpec, ThreatModel, dataset_folder
 
 MOE = {"architecture": "resnet10", "num_experts": 4, "num_selected_experts": 1, "gate": "softmax"}
 STATUS = {"1": "ok", "0": "ok", "e": "error"}
@@ -308,7 +308,7 @@ def test_one_board_for_each_data_set_and_threat(tmp_path: Path):
     save(results, "pgd", {"clean": "11", "pgd": "10"}, dataset="imagefolder:/my data")
     assert [path.name for path in write_boards(results, out)] == [
         *["digits_L2-8_255.csv", "digits_L2-8_255.md", "digits_Linf-0.2.csv", "digits_Linf-0.2.md"],
-        *["imagefolder__my_data_Linf-0.2.csv", "imagefolder__my_data_Linf-0.2.md"],
+        *[f"{dataset_folder('imagefolder:/my data')}_Linf-0.2.{suffix}" for suffix in ("csv", "md")],
     ]
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in write_boards(results, out))
 

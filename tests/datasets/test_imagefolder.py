@@ -169,5 +169,69 @@ def test_a_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell leaves the ~ behind a colon as it is."""
     monkeypatch.setenv("HOME", str(folder.parent))
     dataset = open_dataset(f"imagefolder:~/{folder.name}")
-    assert dataset.name == f"imagefolder:~/{folder.name}"
+    assert dataset.name == f"imagefolder:{folder}"
     assert len(dataset.evaluation_set(NONE, None)) == 3
+
+
+def test_a_folder_has_one_name_however_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "link").symlink_to(folder)
+    words = [folder.name, f"{folder.name}/", f"./{folder.name}", f"../{folder.parent.name}/{folder.name}", "link"]
+    assert {opened(Path(word)).name for word in words} | {open_dataset(f"imagefolder:{words[1]}").name} == {
+        f"imagefolder:{folder}"
+    }
+    assert open_dataset(f"imagefolder:{folder}").name == f"imagefolder:{folder}"  # as replay opens it
+
+
+def test_a_home_of_nobodys(folder: Path) -> None:
+    with pytest.raises(UnusableInput, match=r"^data set 'imagefolder:~nobody-of-this-name/x': "):
+        open_dataset("imagefolder:~nobody-of-this-name/x")
+
+
+def test_images_in_folders_of_a_class_are_read(folder: Path) -> None:
+    write(folder / "val" / "a" / "images" / "deep" / "0.png", pixels(20))
+    write(folder / "val" / "B" / "2" / "0.png", pixels(21))
+    (folder / "val" / "B" / "again").symlink_to(folder / "val" / "B")  # and no folder twice
+    images = opened(folder).read("test", NONE)
+    # B: 0.png, 1.png, 2/0.png; a: 1.png, images/deep/0.png
+    assert torch.equal(images.x, chw(12, 10, 11, 20, 21))
+    assert images.y.tolist() == [0, 1, 0, 1, 0]
+
+
+def test_links_to_images_are_followed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write(elsewhere / "0.png", pixels(20))
+    (folder / "val" / "a" / "more").symlink_to(elsewhere)
+    assert torch.equal(opened(folder).read("test", NONE).x, chw(12, 10, 11, 20))
+
+
+def test_what_is_hidden_is_no_class_and_no_image(folder: Path) -> None:
+    before = opened(folder)
+    for split in ("train", "val"):
+        write(folder / split / ".ipynb_checkpoints" / "1-checkpoint.png", pixels(30))
+        write(folder / split / "a" / ".ipynb_checkpoints" / "1-checkpoint.png", pixels(30))
+        (folder / split / "a" / "._1.png").write_bytes(b"of a Mac")
+    after = opened(folder)
+    assert after.num_classes == 2
+    assert torch.equal(after.read("train", NONE).x, before.read("train", NONE).x)
+    assert torch.equal(after.read("test", NONE).x, chw(12, 10, 11))
+
+
+def test_an_image_of_no_class_is_refused(folder: Path) -> None:
+    write(folder / "val" / "1.png", pixels(0))
+    with pytest.raises(UnusableInput, match=r"val/1\.png lies in no class: put it in a folder"):
+        opened(folder)
+
+
+def test_grey_images_may_have_one_channel(tmp_path: Path) -> None:
+    for name, seed in [("a", 0), ("b", 1)]:
+        write(tmp_path / "val" / name / "0.png", pixels(seed)[..., 0])
+    write(tmp_path / "val" / "a" / "1.png", np.dstack([pixels(2)[..., 0]] * 3))  # grey, stored as RGB
+    dataset = open_dataset(f"imagefolder-grey:{tmp_path}")
+    assert (dataset.name, dataset.input_shape) == (f"imagefolder-grey:{tmp_path}", (1, H, W))
+    assert (dataset.mean, dataset.std) == ((0.5,), (0.5,))
+    assert torch.equal(dataset.read("test", NONE).x, chw(0, 1, 2)[:, :1])
+    assert opened(tmp_path).read("test", NONE).x.shape == (3, 3, H, W)  # as before
+    write(tmp_path / "val" / "b" / "1.png", pixels(3))
+    with pytest.raises(UnusableInput, match=r"b/1\.png has colours: read the folder as imagefolder:PATH"):
+        dataset.read("test", NONE)

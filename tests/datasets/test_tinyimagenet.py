@@ -205,6 +205,27 @@ def test_a_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("inside", ["", "images"])
+def test_a_val_folder_sorted_into_classes_is_the_same_set(folder: Path, inside: str) -> None:
+    before = TINY.evaluation_set(folder.parent, None)
+    for number, wnid in [(10, "n20"), (0, "n10"), (2, "n30"), (1, "n20")]:
+        (folder / "val" / wnid / inside).mkdir(parents=True, exist_ok=True)
+        name = f"val_{number}.JPEG"
+        (folder / "val" / "images" / name).rename(folder / "val" / wnid / inside / name)
+    (folder / "val" / "images").rmdir()
+    (folder / "val" / "val_annotations.txt").unlink()
+    (folder / "val" / "n20" / inside / "val_note.JPEG").touch()
+    after = TINY.evaluation_set(folder.parent, None)
+    assert (after.fingerprint, after.note) == (before.fingerprint, before.note)
+    (folder / "val" / "n10" / inside / "val_2.JPEG").touch()
+    with pytest.raises(UnusableInput, match=r"val_2\.JPEG is in another class as well"):
+        TINY.evaluation_set(folder.parent, 1)
+    for path in (folder / "val" / "n10" / inside).iterdir():
+        path.unlink()
+    with pytest.raises(UnusableInput, match=r"val/n10.* holds no images"):
+        TINY.evaluation_set(folder.parent, 1)
+
+
 @pytest.fixture
 def real_root(data_root: Path) -> Path:
     if not (data_root / "tiny-imagenet-200").is_dir():

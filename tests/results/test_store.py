@@ -18,7 +18,7 @@ from bench.errors import UnusableInput
 from bench.results.schema import VERDICT_COLUMNS, Result, check_verdicts, suite_label
 from bench.results.store import Run, RunFolder, ensure_writable, read_runs, run_folder
 from bench.results.witnesses import FILE, Witnesses
-from bench.spec import ModelInfo, RunSpec, ThreatModel
+from bench.spec import ModelInfo, RunSpec, ThreatModel, dataset_folder
 
 INFO = ModelInfo(name="m", architecture="tiny", checkpoint_sha256="c" * 64)
 PROVENANCE: dict[str, Any] = {"environment": {"torch": "2"}, "git_hash": None, "seconds": 1.5, "finished": "2030-01-01"}
@@ -75,7 +75,7 @@ def test_layout_and_round_trip(tmp_path: Path, folder: RunFolder):
     made = result(ROWS)
     assert folder.path == tmp_path / "digits" / "Linf-8_255" / "pgd-v1" / "m" / made.run
     odd = run_folder(tmp_path, spec(dataset="imagefolder:/a b", suite="torchattacks:FGSM", model="a.b:c"), "k")
-    assert odd == tmp_path / "imagefolder__a_b" / "Linf-8_255" / "torchattacks_FGSM-v1" / "a.b_c" / "k"
+    assert odd == tmp_path / dataset_folder("imagefolder:/a b") / "Linf-8_255" / "torchattacks_FGSM-v1" / "a.b_c" / "k"
     assert sorted(path.name for path in folder.path.iterdir()) == ["result.json", "verdicts.parquet"]
     assert folder.finished() == made
     (run,) = read_runs(tmp_path)
