@@ -1,0 +1,276 @@
+"""Routed models that are broken by construction, each beside an honest twin, which attacks must tell apart.
+
+Axes: B = images, E = experts, C = classes, D = 64 pixels. The codes are rows of a Hadamard matrix, hence orthogonal
+rows of ±1; an image is ½ + 0.3 · loud[y] + 0.03 · quiet[y] + noise of at most 0.004, in a ball of ε = 0.1 that the box
+never cuts. For two classes, ⟨loud[y] − loud[j], x − ½⟩ = 19.2 ± 0.3 and no point of the ball takes more than 6.4 of it:
+who reads the loud code is right in the whole ball. The quiet code's margin is 1.92 ± 0.3: half of the pixels end it,
+and the other half can raise ⟨route, x − ½⟩ by 3.2 for one route code and by 1.6 for two at a time, which is what
+`Victim.witness` does. No point of the ball raises a route code above 6.7, so a route that asks for 7 is closed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from scipy.linalg import hadamard
+from torch import Tensor, nn
+
+from bench.models.dual import DualModel
+from bench.models.moe import MoE
+
+Gate = Literal["softmax", "argmax"]
+EPS, CLASSES, CLOSED = 0.1, 5, 7.0
+CODES = torch.from_numpy(hadamard(64)).float()
+LOUD, QUIET, ROUTES, LIVELY = CODES[1 : 1 + CLASSES], CODES[32 : 32 + CLASSES], CODES[50:53], CODES[20:26]
+
+
+def images(n: int = 20) -> tuple[Tensor, Tensor]:
+    """x (n, 1, 8, 8) and y (n,)."""
+    y = torch.arange(n) % CLASSES
+    noise = 0.008 * torch.rand(n, 64, generator=torch.Generator().manual_seed(0)) - 0.004
+    return (0.5 + 0.3 * LOUD[y] + 0.03 * QUIET[y] + noise).view(n, 1, 8, 8), y
+
+
+def majority(model: nn.Module, x: Tensor, draws: int = 101) -> Tensor:
+    """The class (B,) that most of the `draws` answers give, so that one model of chance can be judged as any other."""
+    with torch.no_grad():
+        votes = torch.stack([model(x).argmax(1) for _ in range(draws)])
+    return votes.mode(0).values
+
+
+class Loud(nn.Module):
+    """Right in the whole ball: its margin is at least 12.5 times the scale."""
+
+    def __init__(self, scale: float = 10.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * (x - 0.5).flatten(1) @ LOUD.T
+
+
+class Quiet(nn.Module):
+    """Wrong at a point of every ball, with a gradient that leads there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5).flatten(1) @ QUIET.T
+
+
+class Mapped(nn.Module):
+    """A module, and a function of its output."""
+
+    def __init__(self, inner: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.function = inner, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.inner(x))
+
+
+class Ranked(nn.Module):
+    """The class whose code is the loudest but `place`, without a gradient: right everywhere at 0, wrong at 1."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = ((x - 0.5).flatten(1) @ LOUD.T).topk(2, dim=1).indices[:, self.place]
+        return nn.functional.one_hot(chosen, CLASSES).to(x)
+
+
+class Router(nn.Module):
+    """Affine scores (B, E): expert i of the first E − len(asked) ones is honest, the others ask for a lead.
+
+    The honest ones differ by small multiples of LIVELY codes, the first being ahead on the images; the k-th other one
+    has the score scale · (⟨ROUTES[k], x − ½⟩ − asked[k]), so it wins where its lead exceeds what it asks.
+    """
+
+    def __init__(self, honest: int, *asked: float, scale: float = 1.0, first_route: int = 0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, honest + len(asked))
+        with torch.no_grad():
+            self.linear.weight[:honest] = 0.02 * LIVELY[:honest]
+            self.linear.weight[honest:] = scale * ROUTES[first_route : first_route + len(asked)]
+            bias = torch.tensor([-0.05 * i for i in range(honest)] + [-scale * lead for lead in asked])
+            self.linear.bias.copy_(bias - self.linear.weight.sum(1) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1))
+
+
+class Turned(nn.Module):
+    """A router that sees every second class mirrored: what opens a route for one image closes it for another."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.router(0.5 + self.signs(((x - 0.5).flatten(1) @ LOUD.T).argmax(1)) * (x - 0.5))
+
+    @staticmethod
+    def signs(y: Tensor) -> Tensor:
+        """1 for even classes (B,), −1 for odd ones: (B, 1, 1, 1)."""
+        return (1 - 2.0 * (y % 2)).view(-1, 1, 1, 1)
+
+
+class ReluRouter(nn.Module):
+    """A convolution and a ReLU, inactive at the images and around them; where it opens, the last expert wins."""
+
+    def __init__(self, asked: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 8)
+        self.linear = nn.Linear(3, 3)
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.cat([0.02 * LIVELY[:2], ROUTES[:1]]).view(3, 1, 8, 8))
+            # the honest units are active on the whole ball, the last where its lead is above what it asks
+            units = torch.tensor([1.0, 1.0, -asked])
+            self.conv.bias.copy_(units - self.conv.weight.flatten(1).sum(1) / 2)
+            self.linear.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 20]]))
+            self.linear.bias.copy_(torch.tensor([0.0, -0.05, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).relu().flatten(1))
+
+
+class Noisy(nn.Module):
+    """Scores with Gaussian noise, drawn at every call."""
+
+    def __init__(self, router: nn.Module, sigma: float) -> None:
+        super().__init__()
+        self.router, self.sigma = router, sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x)
+        return scores + self.sigma * torch.randn_like(scores)
+
+
+class ByOthers(nn.Module):
+    """Sends an image to the last expert once it reads more than `asked` of a second loud code; without a gradient.
+
+    The clean image of another class, projected into the ball, has 3.2; a random corner of it has more than 3 once in
+    2,000 tries.
+    """
+
+    def __init__(self, asked: float) -> None:
+        super().__init__()
+        self.asked = asked
+
+    def forward(self, x: Tensor) -> Tensor:
+        second = ((x - 0.5).flatten(1) @ LOUD.T).topk(2, dim=1).values[:, 1]
+        honest = 0.1 * (x - 0.5).flatten(1) @ LIVELY[:2].T
+        return torch.cat([honest, 4 * (second[:, None] > self.asked).float() - 2], 1)
+
+
+def _towards(x: Tensor, y: Tensor, routes: int) -> Tensor:
+    """The corner of the ball that takes the first `routes` routes and ends the quiet margin."""
+    own, other = QUIET[y], QUIET[(y + 1) % CLASSES]
+    lead = ROUTES[:routes].sum(0)
+    agreed = torch.where(lead.abs() == routes, lead.sign(), 0)
+    delta = EPS * torch.where(own == other, agreed, -own)
+    return x + delta.view_as(x)
+
+
+def _turned(x: Tensor, y: Tensor, routes: int) -> Tensor:
+    own, other = QUIET[y], QUIET[(y + 1) % CLASSES]
+    lead = Turned.signs(y).view(-1, 1) * ROUTES[0]
+    return x + (EPS * torch.where(own == other, lead, -own)).view_as(x)
+
+
+def _towards_another(x: Tensor, y: Tensor, routes: int) -> Tensor:
+    return x + EPS * LOUD[(y + 1) % CLASSES].view_as(x)
+
+
+@dataclass(frozen=True)
+class Victim:
+    """`build(gate, honest)`: the broken model, or its honest twin.
+
+    The victim's robust accuracy is 0, as `witness` proves; the twin's is 1, by the margins above. routes: how many
+    route codes a witness has to follow at a time.
+    """
+
+    build: Callable[[Gate, bool], nn.Module]
+    routes: int = 1
+    towards: Callable[[Tensor, Tensor, int], Tensor] = _towards
+
+    def model(self, gate: Gate, honest: bool = False) -> Any:
+        return self.build(gate, honest).eval()
+
+    def witness(self, x: Tensor, y: Tensor) -> Tensor:
+        """Points of the balls around x (B, 1, 8, 8) that the broken model gets wrong."""
+        return self.towards(x, y, self.routes)
+
+
+def _pair(gate: Gate, honest: bool) -> nn.Module:
+    # Four experts outweigh any fifth, so only the last two together are wrong; of the twin one of them is closed.
+    experts = [*(Loud(10.0 + i) for i in range(4)), Quiet(), Quiet()]
+    return MoE(experts, Router(4, 1.4, CLOSED if honest else 1.4, scale=0.3), 2, gate)
+
+
+def _relu(gate: Gate, honest: bool) -> nn.Module:
+    return MoE([Loud(), Loud(5), Quiet()], ReluRouter(CLOSED if honest else 2.4), 1, gate)
+
+
+def _saturated(gate: Gate, honest: bool) -> nn.Module:
+    # the honest scores are −1 too; the first of equal ones wins
+    router = Mapped(Router(2, CLOSED if honest else 1.6), lambda z: torch.tanh(1000 * z - 30))
+    return MoE([Loud(), Loud(5), Quiet()], Turned(router), 1, gate)
+
+
+def _rounded_scores(gate: Gate, honest: bool) -> nn.Module:
+    router = Mapped(Router(2, CLOSED if honest else 2.2), lambda z: (z / 0.8).round())
+    return MoE([Loud(), Loud(5), Quiet()], Turned(router), 1, gate)
+
+
+def _rounded_logits(gate: Gate, honest: bool) -> nn.Module:
+    weak = Loud(0.5) if honest else Quiet()
+    return MoE([Loud(), Loud(5), Mapped(weak, torch.round)], Router(2, 2.0), 1, gate)
+
+
+def _probabilities(gate: Gate, honest: bool) -> nn.Module:
+    weak = Loud() if honest else Mapped(Quiet(), lambda z: 3 * z)
+    return MoE([Loud(), Loud(5), Mapped(weak, lambda z: (60 * z).softmax(1))], Router(2, 2.0), 1, gate)
+
+
+def _dual(gate: Gate, honest: bool) -> nn.Module:
+    # One branch's Loud outweighs the other's Quiet, so only both weak experts at a time are wrong.
+    standard = MoE([Loud(), Loud(12), Quiet()], Router(2, 1.4, scale=10), 1, gate)
+    robust = MoE([Loud(), Loud(12), Quiet()], Router(2, CLOSED if honest else 1.4, scale=10, first_route=1), 1, gate)
+    return DualModel(standard, robust, 0.5, "logits")
+
+
+def _nested(gate: Gate, honest: bool) -> nn.Module:
+    inner = MoE([Loud(), Loud(5), Quiet()], Router(2, CLOSED if honest else 1.4, scale=10, first_route=1), 1, gate)
+    return MoE([Loud(), Loud(5), inner], Router(2, 1.4, scale=10), 1, gate)
+
+
+def _noisy(gate: Gate, honest: bool) -> nn.Module:
+    # 1 of 30 answers of the twin comes from an expert that is wrong wherever it is asked: most are right.
+    if honest:
+        router = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        with torch.no_grad():
+            router[1].weight.zero_()
+            router[1].bias.copy_(torch.tensor([0.0, -0.78]))
+        return MoE([Loud(), Ranked(1)], Noisy(router, 0.3), 1, gate)
+    return MoE([Loud(), Loud(5), Quiet()], Noisy(Router(2, 1.6), 0.7), 1, gate)
+
+
+def _by_others(gate: Gate, honest: bool) -> nn.Module:
+    return MoE([Ranked(0), Ranked(0), Ranked(1)], ByOthers(CLOSED if honest else 3.0), 1, gate)
+
+
+#: The kinds by name; each exists under both gates.
+VICTIMS = {
+    "a pair of experts": Victim(_pair, routes=2),
+    "a ReLU that opens inside the ball": Victim(_relu),
+    "saturated scores": Victim(_saturated, towards=_turned),
+    "rounded scores": Victim(_rounded_scores, towards=_turned),
+    "rounded logits": Victim(_rounded_logits),
+    "probabilities given as logits": Victim(_probabilities),
+    "a pair of a dual's routes": Victim(_dual, routes=2),
+    "an expert that is routed": Victim(_nested, routes=2),
+    "gate noise": Victim(_noisy),
+    "a region towards other images": Victim(_by_others, towards=_towards_another),
+}
