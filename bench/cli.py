@@ -130,7 +130,10 @@ def train(
     data_root: DataRootOption = Path("data"),
     checkpoints: CheckpointsOption = Path("checkpoints"),
     device: DeviceOption = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="go on with a training that was stopped")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue a training that was stopped")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="remove what a stopped training left, start again")
+    ] = False,
 ) -> None:
     """Train a variant; its checkpoint goes to CHECKPOINTS/<dataset>/<norm>/."""
     with redirect_stdout(sys.stderr):
@@ -148,7 +151,9 @@ def train(
         spec = train_spec(variant, data, threat_model(data, norm, eps), recipe, parse_settings(settings or ()), seed)
         ensure_writable(checkpoints)
         with TrainingProgress(spec) as progress:
-            path = run_training(spec, data_root, checkpoints, device, resume, progress.on_step, progress.on_epoch)
+            path = run_training(
+                spec, data_root, checkpoints, device, resume, restart, progress.on_step, progress.on_epoch
+            )
         header = read_header(path)
     held_out = header.validation
     if World.here().rank > 0:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bench.errors import UnusableInput, did_you_mean
 from bench.settings import parse_number, setting
@@ -252,6 +252,11 @@ class Recipe(Spec):
     norm: Literal["batch", "group"] | None = Field(
         default=None, description="a CNN's normalisation; group has no statistics of the batch; None: its own default"
     )
+    init: str | None = Field(
+        default=None,
+        description="a checkpoint of the same network, dense, whose weights every expert starts from; of a dual, R's",
+    )
+    init_standard: str | None = Field(default=None, description="the same for the experts of a dual's S")
     pretrained: bool | str = Field(default=False, description="timm's ImageNet weights of a ViT, or a file of weights")
     gate: Gate | None = Field(
         default=None, description="the gate that the recipe is made for, which the variant's name decides; None: any"
@@ -279,12 +284,20 @@ class Recipe(Spec):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
     schedule: Literal["one_cycle", "cyclic", "cosine", "constant"] = "one_cycle"
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="per step, of averaged weights, which are then validated and kept; 0: none"
+    )
     clip_grad_norm: float | None = Field(default=1.0, gt=0)
     precision: Precision = "32"
     channels_last: bool = Field(default=False, description="images and convolutions in memory as (B, H, W, C)")
     val_steps: int = Field(default=10, gt=0, description="PGD steps of the validation's robust accuracy")
     # presets by objective
     objective: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _precision_as_text(cls, value: Any) -> Any:
+        return str(value)  # `--set precision=32` is a number to YAML
 
     @model_validator(mode="after")
     def _experts_suffice(self) -> Self:
@@ -293,6 +306,14 @@ class Recipe(Spec):
                 f"num_selected_experts {self.num_selected_experts} is more than num_experts {self.num_experts}"
             )
         return self
+
+
+#: Parameters that came after the first checkpoints, with the values that change nothing: such a value is left out of a
+#: training's key, so that earlier checkpoints keep theirs.
+ADDED_PARAMETERS: dict[str, dict[str, Any]] = {
+    "recipe": {"noise_sigma": 0.0, "init": None, "init_standard": None, "ema_decay": 0.0},
+    "objective_params": {"start_radius": 1.0, "expert_reduction": "sum"},
+}
 
 
 class TrainSpec(Spec):
@@ -310,8 +331,10 @@ class TrainSpec(Spec):
     def key(self) -> str:
         """Identifies the training: a checkpoint made by another spec is never overwritten."""
         asked = self.model_dump(mode="json")
-        if not self.recipe.noise_sigma:  # there are checkpoints from before there was noise: they keep their key
-            del asked["recipe"]["noise_sigma"]
+        for part, added in ADDED_PARAMETERS.items():
+            for name, default in added.items():
+                if asked[part].get(name, default) == default:
+                    asked[part].pop(name, None)
         return digest("train", asked)
 
     @property

@@ -30,6 +30,14 @@ class Part(Spec):
     sha256: str
 
 
+class Origin(Spec):
+    """The checkpoint that experts started from: its name, its SHA-256, and what it was trained on, in words."""
+
+    name: str
+    sha256: str
+    trained: str
+
+
 class Header(Spec):
     """What a checkpoint says of itself.
 
@@ -61,6 +69,7 @@ class Header(Spec):
     bench_version: str = ""
     git_hash: str | None = None
     parts: dict[str, Part] = Field(default_factory=dict)
+    init: dict[str, Origin] = Field(default_factory=dict, description="by the recipe's key, `init` or `init_standard`")
 
     @model_validator(mode="before")
     @classmethod
@@ -84,6 +93,11 @@ class Header(Spec):
         )
         if sigma := (self.training or {}).get("recipe", {}).get("noise_sigma"):
             trained += f", noise σ {sigma:g}"
+        if (self.training or {}).get("recipe", {}).get("ema_decay"):
+            trained += ", averaged weights"
+        for role, origin in self.init.items():
+            whose = "S's experts" if role == "init_standard" else "R's experts" if arch.kind == "dual" else "experts"
+            trained += f", {'' if arch.kind == 'dense' else f'{whose} '}started from {origin.name} ({origin.trained})"
         return ModelInfo(
             name=self.name,
             architecture=arch.label,

@@ -18,7 +18,8 @@ from bench.models.checkpoints import load_checkpoint
 from bench.models.moe import MoE
 from bench.models.variants import VARIANTS, get_variant
 from bench.spec import ThreatModel, TrainSpec
-from bench.training.loop import Trainer, read_training_data, train
+from bench.training.data import read_training_data
+from bench.training.loop import Trainer, train
 from bench.training.objectives.at import AT
 from bench.training.recipes import architecture, objective_class, train_spec
 from bench.training.sampling import Sampler

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from bench.errors import UnusableInput
 from bench.settings import parse_number, parse_settings
 from bench.spec import (
+    ADDED_PARAMETERS,
     Method,
     Recipe,
     RunSpec,
@@ -204,13 +205,49 @@ def test_every_field_of_a_training_is_in_its_key(changed: dict[str, Any]):
     assert TrainSpec(**TRAIN).key == TrainSpec(**TRAIN).key != TrainSpec(**{**TRAIN, **changed}).key
 
 
-def test_a_training_without_noise_keeps_the_key_that_it_had_before_there_was_noise():
-    spec = TrainSpec(**TRAIN)
+def test_a_training_without_what_was_added_later_keeps_the_key_that_it_had_before():
+    later = {"expert_reduction": "sum", "start_radius": 1.0}
+    spec = TrainSpec(**{**TRAIN, "objective_params": {**TRAIN["objective_params"], **later}})
     before = spec.model_dump(mode="json")
-    assert before["recipe"].pop("noise_sigma") == 0
-    assert spec.key == digest("train", before)
-    noisy = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"noise_sigma": 0.25})})
-    assert noisy.key == digest("train", noisy.model_dump(mode="json"))
+    assert {name: before["recipe"].pop(name) for name in ADDED_PARAMETERS["recipe"]} == ADDED_PARAMETERS["recipe"]
+    assert before["objective_params"] == {"inner_steps": 7, **later}
+    before["objective_params"] = {"inner_steps": 7}
+    assert spec.key == TrainSpec(**TRAIN).key == digest("train", before)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("recipe", "noise_sigma", 0.25),
+        ("recipe", "ema_decay", 0.9),
+        ("recipe", "init", "a.safetensors"),
+        ("recipe", "init_standard", "a.safetensors"),
+        ("objective_params", "start_radius", 2.0),
+        ("objective_params", "expert_reduction", "mean"),
+    ],
+)
+def test_what_was_added_later_is_in_the_key_where_it_is_used(part: str, name: str, value: Any):
+    assert name in ADDED_PARAMETERS[part]
+    spec = TrainSpec(**TRAIN)
+    if part == "recipe":
+        used = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={name: value})})
+    else:
+        used = spec.model_copy(update={"objective_params": {**spec.objective_params, name: value}})
+    asked = spec.model_dump(mode="json")
+    for added in ADDED_PARAMETERS["recipe"]:
+        del asked["recipe"][added]
+    asked[part][name] = value
+    assert used.key == digest("train", asked)
+
+
+def test_the_defaults_of_what_was_added_later_are_those_of_the_recipe():
+    recipe = Recipe().model_dump()
+    assert {name: recipe[name] for name in ADDED_PARAMETERS["recipe"]} == ADDED_PARAMETERS["recipe"]
+
+
+@pytest.mark.parametrize("value", [32, "32"])
+def test_a_precision_of_32_may_be_written_as_a_number(value: Any):
+    assert Recipe(precision=value).precision == "32"
 
 
 def test_a_checkpoint_is_named_by_variant_and_seed():

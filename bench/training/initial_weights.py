@@ -1,10 +1,18 @@
-"""Where a model's weights come from, other than from random numbers."""
+"""Where a model's weights come from, other than from random numbers: timm's, or a dense checkpoint of our own."""
 
-from torch import nn
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
+from torch import Tensor, nn
+
+from bench.errors import UnusableInput
+from bench.models.architecture import Architecture, Dense, Dual, Network
 from bench.models.base import Classifier
+from bench.models.checkpoints import Header, Origin, load_checkpoint
 from bench.models.experts import pretrained_weights
-from bench.spec import Recipe
+from bench.spec import Recipe, TrainSpec
+from bench.training.data import TrainingData, split
 
 
 def load_pretrained(model: nn.Module, recipe: Recipe) -> None:
@@ -14,3 +22,61 @@ def load_pretrained(model: nn.Module, recipe: Recipe) -> None:
     weights = pretrained_weights(recipe.expert, backbones[0], source)
     for backbone in backbones:
         backbone.load_state_dict(weights, strict=False)  # the head's are not among them
+
+
+@dataclass(frozen=True)
+class Start:
+    """A dense checkpoint that experts start from. `additional_data`: it has seen more than the data set's images."""
+
+    weights: dict[str, Tensor]
+    origin: Origin
+    additional_data: bool
+
+
+def read_starts(spec: TrainSpec, arch: Architecture, data: TrainingData) -> dict[str, Start]:
+    """The checkpoints that the recipe's `init` and `init_standard` name, by these keys.
+
+    Raises:
+        UnusableInput: there is none, it is not dense or of another network, or it was trained on images that this
+            training holds out, which would flatter the choice of the best epoch.
+    """
+    files = {"init": spec.recipe.init, "init_standard": spec.recipe.init_standard}
+    return {key: _read_start(f"--set {key}={file}", file, spec, arch, data) for key, file in files.items() if file}
+
+
+def _read_start(what: str, file: str, spec: TrainSpec, arch: Architecture, data: TrainingData) -> Start:
+    model, header, sha256 = load_checkpoint(Path(file))
+    if not isinstance(header.architecture, Dense) or header.training is None:
+        raise UnusableInput(f"{what}: '{header.name}' is not a dense model trained by `bench train`: name one")
+    network = arch.robust if isinstance(arch, Dual) else arch
+    for field in Network.model_fields:
+        theirs, ours = getattr(header.architecture, field), getattr(network, field)
+        if theirs != ours:
+            raise UnusableInput(f"{what} has {field} {theirs}, and the experts of '{spec.variant}' have {ours}")
+    if header.dataset == spec.dataset and (shared := _trained_on_held_out(header, data)):
+        raise UnusableInput(
+            f"{what} was trained on {shared:,} of the images that are held out here: train both with the same n_train"
+            " and n_val"
+        )
+    info = header.info(sha256)
+    origin = Origin(name=header.name, sha256=sha256, trained=info.trained)
+    return Start(model.state_dict(), origin, header.additional_data or header.dataset != spec.dataset)
+
+
+def _trained_on_held_out(header: Header, data: TrainingData) -> int:
+    """How many of the images that `data` holds out the checkpoint was trained on."""
+    recipe = TrainSpec.model_validate(header.training).recipe
+    train, _ = split(data.images.available, recipe)
+    return len(set(train.tolist()) & set(data.held_out.tolist()))
+
+
+def start_from(model: nn.Module, starts: Mapping[str, Start]) -> None:
+    """Load each start's weights into every expert of its branch, or into a dense model; routers stay as they are.
+
+    An MoE whose experts are copies of a dense model is "upcycled" (Komatsuzaki et al. 2023).
+    """
+    for key, start in starts.items():
+        branch = "standard" if key == "init_standard" else "robust"
+        for part in getattr(model, branch, model).modules():
+            if isinstance(part, Classifier):
+                part.load_state_dict(start.weights)

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 import bench
-from bench.datasets.base import Dataset, Images, fingerprint, open_dataset
+from bench.datasets.base import Dataset, open_dataset
 from bench.environment import World, git_hash, torch_device
 from bench.errors import TrainingFailed, UnusableInput
 from bench.files import write_atomically
@@ -33,12 +34,13 @@ from bench.models.moe import MoE
 from bench.models.variants import get_variant
 from bench.pgd import default_step_size, pgd, random_start
 from bench.spec import Precision, TrainSpec
-from bench.training.initial_weights import load_pretrained
+from bench.training.data import TrainingData, read_training_data
+from bench.training.initial_weights import load_pretrained, read_starts, start_from
 from bench.training.objectives.base import Batch, Terms
 from bench.training.optimisers import make_optimizer, make_schedule, router_parameters
 from bench.training.recipes import architecture, objective_class
 from bench.training.routing_metrics import dead_experts, flips, routing
-from bench.training.sampling import Augmentation, Sampler, ahead, hold_out
+from bench.training.sampling import Augmentation, Sampler, ahead
 from bench.training.state import StateFiles
 
 logger = logging.getLogger("bench")
@@ -83,6 +85,16 @@ class Epoch:
         return {"epoch": self.epoch, "loss": self.loss, **terms, **measured, **speed}
 
 
+#: Under 16-mixed, how many steps in a row the gradient scaler may skip: 30 halve its scale from 2^16 to 2^−14, where a
+#: gradient that is still not finite does not overflow but is NaN or infinite itself.
+SKIPPED_AT_MOST = 30
+
+
+def collapsed(before: float, now: float) -> bool:
+    """Whether robust accuracy (fractions) fell from one epoch to the next by more than half and 5 points."""
+    return now < before / 2 and before - now > 0.05
+
+
 #: Called after each step with (epoch, steps done, steps in all, loss) and after each epoch with its record.
 OnStep = Callable[[int, int, int, float], None]
 OnEpoch = Callable[[Epoch], None]
@@ -94,43 +106,63 @@ def train(
     checkpoints: Path,
     device: str = "auto",
     resume: bool = False,
+    restart: bool = False,
     on_step: OnStep = lambda *_: None,
     on_epoch: OnEpoch = lambda _: None,
 ) -> Path:
     """Train by `spec` and return the checkpoint's path; the model of the best held-out epoch is kept.
 
-    Beside it lie `<name>.csv`, a line an epoch, and while training is under way `<name>.state.pt`, from which `resume`
-    goes on at the last finished epoch, and the state before that one, in case the newest is damaged. A checkpoint that
-    this very spec has made is returned without training.
+    Beside it lie `<name>.csv`, a line an epoch, and until training is finished `<name>.state.pt` with the state after
+    the last finished epoch, and the state before that one in case the newest is damaged. `resume` continues from it,
+    `restart` removes it. A checkpoint of the same spec and data is returned without training.
 
     Raises:
-        UnusableInput: data missing or too few, or the path holds a checkpoint that another spec has made.
+        UnusableInput: data missing or too few; the path holds a checkpoint of another spec; or an unfinished training
+            has left a state, and neither `resume` nor `restart` is given, or both are.
         TrainingFailed: the loss or its gradient is not finite; the best checkpoint so far is kept.
     """
+    if resume and restart:
+        raise UnusableInput("--resume continues an unfinished training and --restart removes it: drop one of them")
     path = checkpoint_path(checkpoints, spec.dataset, spec.threat_model.norm, spec.checkpoint_name)
     if get_variant(spec.variant).parts is not None:
         return path if _is_there(path, spec, None) else _put_together(spec, path)
     dataset = open_dataset(spec.dataset)
     data = read_training_data(spec, dataset, data_root)
-    if _is_there(path, spec, data.fingerprint):
-        StateFiles(path).remove()  # of a training that was killed at its very end
+    files = StateFiles(path)
+    if _is_there(path, spec, data):
+        files.remove()  # of a training that was killed at its very end
         return path
+    if restart:
+        files.remove()
+    elif files.exist() and not resume:
+        raise UnusableInput(
+            f"'{files.newest}' is the state of an unfinished training: continue it with --resume, or remove it with"
+            " --restart"
+        )
+    elif resume and not files.exist() and World.here().rank == 0:
+        logger.warning("nothing to resume at '%s': training starts at epoch 1", files.newest)
     return Trainer(spec, dataset, data, path, device).train(resume, on_step, on_epoch)
 
 
-def _is_there(path: Path, spec: TrainSpec, train_fingerprint: str | None) -> bool:
-    """Whether the checkpoint is there already, which is said; UnusableInput if another spec or other data made it."""
+def _is_there(path: Path, spec: TrainSpec, data: TrainingData | None) -> bool:
+    """Whether the same training has made the checkpoint already; UnusableInput if another one has.
+
+    `data` is None for a dual that is put together.
+    """
     if not path.is_file():
         return False
     header = read_header(path)
-    wanted = {
-        "another spec": (header.training_key, spec.key),
-        "other training images": (header.train_fingerprint, train_fingerprint),
-        "another number of processes": (header.processes, 1 if train_fingerprint is None else World.here().processes),
-    }
+    wanted: dict[str, tuple[object, object]] = {"another spec": (header.training_key, spec.key)}
+    if data is not None:
+        starts = read_starts(spec, header.architecture, data)
+        wanted |= {
+            "other training images": (header.train_fingerprint, data.fingerprint),
+            "another number of processes": (header.processes, World.here().processes),
+            "another --set init": (header.init, {key: start.origin for key, start in starts.items()}),
+        }
     for what in [what for what, (found, asked) in wanted.items() if found != asked]:
         raise UnusableInput(f"'{path}' was made by {what} and is not overwritten: move it, or pass --checkpoints DIR")
-    logger.warning("'%s' is there already, of this very training: nothing was trained", path)
+    logger.warning("'%s' is there already, made by the same training: nothing was trained", path)
     return True
 
 
@@ -179,35 +211,11 @@ def _header(spec: TrainSpec, arch: Dense | Routed | Dual, **more: Any) -> Header
     )
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """Training images, and which of them are trained on and held out; the fingerprint is of those trained on."""
-
-    images: Images
-    train: Tensor
-    held_out: Tensor
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.images.x[self.train], self.images.y[self.train])
-
-
-def read_training_data(spec: TrainSpec, dataset: Dataset, root: Path) -> TrainingData:
-    recipe = spec.recipe
-    wanted = None if recipe.n_train is None else recipe.n_train + recipe.n_val
-    images = dataset.read("train", root, wanted)
-    if len(images.y) < (wanted or recipe.n_val + 1):
-        raise UnusableInput(
-            f"{spec.dataset} has {len(images.y):,} training images at '{root}', fewer than the n_train + n_val ="
-            f" {wanted or recipe.n_val + 1:,} asked for: lower them with --set n_train=… or --set n_val=…"
-        )
-    if 0 < images.available < images.published:
-        logger.warning("%s: partial copy: %d of %d training images", spec.dataset, images.available, images.published)
-    return TrainingData(images, *hold_out(len(images.y), recipe.n_train, recipe.n_val))
-
-
 class Trainer:
-    """One training under way."""
+    """One training: its model, optimisers and data, and the loop over them.
+
+    `deployed` is what is validated and kept: the model itself, or the average of its weights (`ema_decay`).
+    """
 
     def __init__(self, spec: TrainSpec, dataset: Dataset, data: TrainingData, path: Path, device: str) -> None:
         self.spec, self.path, self.files = spec, path, StateFiles(path)
@@ -219,7 +227,14 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             self.model: nn.Module = self.architecture.build().to(memory_format=memory_format)
+        self.starts = read_starts(spec, self.architecture, data)
+        start_from(self.model, self.starts)
         self.engine = self.fabric.setup_module(Engine(self.model))
+        # Its decay grows with the number of steps (1 − (1 + step)^−⅔) up to the recipe's, so that a short training
+        # does not average in its random beginning.
+        decay = recipe.ema_decay
+        self.ema = ModelEmaV3(self.model, decay=decay, use_warmup=True) if decay else None
+        self.deployed: nn.Module = self.ema.module if self.ema else self.model
         deal = partial(
             Sampler,
             images=data.images,
@@ -246,6 +261,7 @@ class Trainer:
             optimizer = make_optimizer(part, router_parameters(self.model), recipe)
             self.schedules[name] = make_schedule(optimizer, recipe, total)
             self.optimizers[name] = self.fabric.setup_optimizers(optimizer)
+        self.skipped = Counter[str]()  # by part: consecutive steps that the gradient scaler has skipped
         self.epochs: list[Epoch] = []
         self.best: tuple[float, float, int] | None = None  # selecting accuracy, the other one, epoch
         self.best_weights: dict[str, Tensor] = {}
@@ -267,6 +283,8 @@ class Trainer:
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 values = self.step(batch, epoch, done)
+                if self.ema:
+                    self.ema.update(self.model, step=epoch * len(self.sampler) + done)
                 losses += sum(values.values())
                 for name, value in values.items():
                     terms[name] = terms.get(name, 0.0) + value / len(self.sampler)
@@ -274,8 +292,9 @@ class Trainer:
                     on_step(epoch, done, len(self.sampler), losses / done)
             seconds = time.perf_counter() - start
             if self.fabric.world_size > 1:  # batch statistics are each process's own: the first one's are kept
-                for buffer in self.model.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
+                for model in dict.fromkeys((self.model, self.deployed)):  # in the same order everywhere
+                    for buffer in model.buffers():
+                        torch.distributed.broadcast(buffer, src=0)
             sa, ra, routing_metrics = self.validate()
             lr = max(group["lr"] for optimizer in self.optimizers.values() for group in optimizer.param_groups)
             speed = len(self.sampler.indices) / seconds
@@ -287,7 +306,7 @@ class Trainer:
             if self.best is None or score[:2] > self.best[:2]:
                 self.best = score
                 self.best_weights = {
-                    key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()
+                    key: value.detach().cpu().clone() for key, value in self.deployed.state_dict().items()
                 }
             if not self.fabric.is_global_zero:
                 continue
@@ -297,6 +316,12 @@ class Trainer:
             hint = "; a larger balance or a smaller router_lr may wake it" if softmax else ""
             for line in dead_experts(routing_metrics):
                 logger.warning("epoch %d: %s%s", epoch + 1, line, hint)
+            if self.objective.adversarial and len(self.epochs) > 1 and collapsed(self.epochs[-2].ra, ra):
+                logger.warning(
+                    "epoch %d: RA fell from %.1f %% to %.1f %%, as in catastrophic overfitting to the inner attack: the"
+                    " best epoch so far is kept; raise inner_steps, or take start_radius=2 with inner_steps=1",
+                    epoch + 1, 100 * self.epochs[-2].ra, 100 * ra,
+                )  # fmt: skip
         return self.finish()
 
     def step(self, batch: Batch, epoch: int, done: int) -> dict[str, float]:
@@ -328,16 +353,19 @@ class Trainer:
             part, optimizer = self.parts[step.part], self.optimizers[step.part]
             limit = self.spec.recipe.clip_grad_norm or math.inf
             norm = self.fabric.clip_gradients(part, optimizer, max_norm=limit, error_if_nonfinite=False)
-            # In fp16 a gradient may overflow: the scaler then skips the step and lowers its scale.
-            if norm is not None and not norm.isfinite() and self.spec.recipe.precision != "16-mixed":
-                self._stop(f"the gradient is not finite {where} ({values})")
+            # In fp16 a gradient may overflow: the scaler then skips the step and halves its scale.
+            self.skipped[step.part] = 0 if norm is None or norm.isfinite() else self.skipped[step.part] + 1
+            if self.skipped[step.part] > (SKIPPED_AT_MOST if self.spec.recipe.precision == "16-mixed" else 0):
+                times = self.skipped[step.part]
+                again = f" in {times} steps in a row, the last" if times > 1 else ""
+                self._stop(f"the gradient is not finite{again} {where} ({values})")
             optimizer.step()
             self.schedules[step.part].step()
             self.model.zero_grad(set_to_none=True)
         return values
 
     def _everywhere(self, text: str) -> list[str]:
-        """What the processes say, of those that say something."""
+        """The texts of all processes that are not empty."""
         if self.fabric.world_size == 1:
             return [text] if text else []
         texts: list[str | None] = [None] * self.fabric.world_size
@@ -355,10 +383,10 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> tuple[float, float, dict[str, float]]:
         """SA and PGD accuracy on the held-out images, of the deployed model in float32, and how it routes."""
-        counts = self._attack_held_out(self.model)
-        with eval_frozen(self.model):
+        counts = self._attack_held_out(self.deployed)
+        with eval_frozen(self.deployed):
             images, chunks = self.sampler.images, torch.split(self.sampler.indices, 1000)
-            metrics = routing(self.model, (images.floats(chunk).to(self.fabric.device) for chunk in chunks))
+            metrics = routing(self.deployed, (images.floats(chunk).to(self.fabric.device) for chunk in chunks))
         return counts.pop("sa"), counts.pop("ra"), metrics | counts
 
     @torch.no_grad()
@@ -385,7 +413,8 @@ class Trainer:
 
     @property
     def _key(self) -> list[str | int]:
-        return [self.spec.key, self.train_fingerprint, self.fabric.world_size]
+        origins = [start.origin.sha256 for start in self.starts.values()]
+        return [self.spec.key, self.train_fingerprint, self.fabric.world_size, *origins]
 
     def _save_state(self) -> None:
         """After each epoch: all that the next epoch depends on. Randomness is keyed, so no random state is needed."""
@@ -398,6 +427,7 @@ class Trainer:
         self.files.write({
             "key": self._key,
             "model": self.model.state_dict(),
+            "average": self.ema.state_dict() if self.ema else {},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
             "precision": self.fabric._precision.state_dict(),
@@ -408,6 +438,8 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        if self.ema:
+            self.ema.load_state_dict(state["average"])
         for name in self.parts:
             self.optimizers[name].load_state_dict(state["optimizers"][name])
             self.schedules[name].load_state_dict(state["schedules"][name])
@@ -434,7 +466,9 @@ class Trainer:
             epochs=last,
             validation={"sa": sa, "ra": ra, "epoch": self.best[2], "images": len(self.validation.indices)},
             experts=alone,
-            additional_data=self.spec.recipe.pretrained is not False,
+            additional_data=self.spec.recipe.pretrained is not False
+            or any(start.additional_data for start in self.starts.values()),
+            init={key: start.origin for key, start in self.starts.items()},
             processes=self.fabric.world_size,
             seconds=round(sum(record.seconds for record in self.epochs), 1),
         )
@@ -458,7 +492,7 @@ def _fabric(device: str, precision: Precision, routed: bool) -> Fabric:
         return Fabric(accelerator=accelerator, devices=[int(index)] if index else 1, precision=precision)
     if device not in ("auto", "cpu", "cuda"):
         raise UnusableInput(f"--device {device} is one device, and torchrun has started several processes: pass cuda")
-    # An expert that no image of the batch was sent to has no gradient, and a step may train one part alone.
+    # An expert without an image of the batch has no gradient, and a step may train one part alone.
     strategy = DDPStrategy(find_unused_parameters=routed)
     devices = world.processes // world.machines
     fabric = Fabric(

@@ -18,7 +18,8 @@ from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
 from bench.models.checkpoints import checkpoint_path, load_checkpoint, read_header
 from bench.spec import TrainSpec
-from bench.training.loop import Trainer, read_training_data, train
+from bench.training.data import read_training_data
+from bench.training.loop import Trainer, train
 
 ROOT = Path(__file__).parents[2]
 NONE = Path("nowhere")  # digits needs no data

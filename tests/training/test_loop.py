@@ -1,18 +1,15 @@
 """The loop: what it trains, keeps, writes and refuses; on a few digits, in a fraction of a second each."""
 
 import csv
-import hashlib
-import io
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from bench.datasets.base import fingerprint, open_dataset
@@ -22,8 +19,10 @@ from bench.models.architecture import Dual
 from bench.models.checkpoints import load_checkpoint, load_model, read_header, save_checkpoint
 from bench.models.variants import VARIANTS
 from bench.spec import ThreatModel, TrainSpec
+from bench.training import loop as loop_module
 from bench.training import state
-from bench.training.loop import Epoch, Trainer, read_training_data, train
+from bench.training.data import read_training_data
+from bench.training.loop import SKIPPED_AT_MOST, Epoch, Trainer, collapsed, train
 from bench.training.objectives.base import Objective, Terms
 from bench.training.recipes import train_spec
 from bench.training.sampling import hold_out
@@ -229,6 +228,7 @@ class Stop(Exception):
         ("moe-at-argmax", {"schedule": "cyclic", "clip_grad_norm": None}),
         ("moe-rt_er", {"schedule": "cosine", "optimizer": "adamw", "lr": 0.01, "flip": True}),
         ("dual-jtdmoe", {"schedule": "constant", "precision": "bf16-mixed"}),
+        ("moe-at", {"ema_decay": 0.9, "start_radius": 2}),
     ],
 )
 def test_a_training_that_was_stopped_and_resumed_ends_bit_by_bit_as_the_undisturbed_one(
@@ -271,14 +271,30 @@ def stopped(trained: Training, tiny_spec: Specs) -> Path:
     return path
 
 
-def test_without_resume_it_starts_over(trained: Training, tiny_spec: Specs, stopped: Path):
-    trained(tiny_spec("dense-at"))
+def test_a_stopped_training_is_neither_overwritten_nor_resumed_unless_it_is_asked_for(
+    trained: Training, tiny_spec: Specs, stopped: Path
+):
+    before, spec = stopped.read_bytes(), tiny_spec("dense-at")
+    for other in (spec, tiny_spec("dense-at", lr=0.05)):
+        with pytest.raises(
+            UnusableInput, match=f"^'{stopped}' is the state of an unfinished training: .* --resume, .* --restart$"
+        ):
+            trained(other)
+    with pytest.raises(UnusableInput, match=r"^--resume continues .* and --restart removes it: drop one of them$"):
+        trained(spec, resume=True, restart=True)
+    assert stopped.read_bytes() == before
+    trained.epochs.clear()
+    trained(tiny_spec("dense-at", lr=0.05), restart=True)
     assert [epoch.epoch for epoch in trained.epochs] == [1, 2]
     assert not stopped.exists()
 
 
-def test_resume_without_a_state_starts_at_the_beginning(trained: Training, tiny_spec: Specs):
-    trained(tiny_spec("dense-at"), resume=True)
+def test_resume_without_a_state_starts_at_the_beginning_and_announces_it(
+    trained: Training, tiny_spec: Specs, caplog: pytest.LogCaptureFixture
+):
+    path = trained(tiny_spec("dense-at"), resume=True)
+    state_path = path.with_suffix(".state.pt")
+    assert caplog.messages == [f"nothing to resume at '{state_path}': training starts at epoch 1"]
     assert [epoch.epoch for epoch in trained.epochs] == [1, 2]
 
 
@@ -289,48 +305,8 @@ def test_a_state_of_another_spec_is_not_resumed(trained: Training, tiny_spec: Sp
         trained(tiny_spec("dense-at", lr=0.05), resume=True)
 
 
-def sealed(content: object) -> bytes:
-    """What torch.save makes of it, behind the digest that a state has."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
-
-
-def test_a_damaged_or_planted_state_is_refused_and_not_executed(
-    trained: Training, tiny_spec: Specs, stopped: Path, malicious: Callable[[Path], object]
-):
-    executed = stopped.with_name("executed")
-    for content in (
-        b"",
-        stopped.read_bytes()[:1000],
-        b"nonsense",
-        pickle.dumps(malicious(executed), 2),
-        pickle.dumps([1], 2),
-        sealed(malicious(executed)),  # whole by its digest, and yet nothing to be unpickled
-    ):
-        stopped.write_bytes(content)
-        with pytest.raises(
-            UnusableInput, match=f"^'{stopped}' is damaged or not a state of bench: start again with --restart$"
-        ):
-            trained(tiny_spec("dense-at"), resume=True)
-    assert not executed.exists()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        *(lambda data, part=part: data[: int(part * len(data))] for part in (0.05, 0.25, 0.5, 0.75)),
-        lambda data: data[:-1],
-        lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
-    ],
-)
-def test_a_damaged_newest_state_falls_back_to_the_one_before(
-    damage: Callable[[bytes], bytes],
-    trained: Training,
-    tiny_spec: Specs,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_damaged_newest_state_is_resumed_from_the_one_before(
+    trained: Training, tiny_spec: Specs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     spec = tiny_spec("dense-at", epochs=3)
     undisturbed = loaded(trained(spec))
@@ -343,7 +319,7 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(
     with pytest.raises(Stop):
         trained(spec, on_epoch=stop_after_two)
     (newest,) = trained.folder.rglob("*.state.pt")
-    newest.write_bytes(damage(newest.read_bytes()))
+    newest.write_bytes(newest.read_bytes()[:-1])
 
     def stop(path: Path, data: bytes) -> None:
         if path == newest:
@@ -355,22 +331,16 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(
             trained(spec, resume=True)
     trained.epochs.clear()
     path = trained(spec, resume=True)
-    assert caplog.text.count("is damaged or not a state of bench: using the state before it") == 2
     assert [epoch.epoch for epoch in trained.epochs] == [2, 3]
-    weights = loaded(path)
-    assert all(torch.equal(value, undisturbed[key]) for key, value in weights.items())
+    assert equal(loaded(path), undisturbed)
     assert [file.suffix for file in path.parent.iterdir() if file.suffix == ".pt"] == []
 
 
-def test_what_a_killed_training_has_left_is_removed_with_the_states(trained: Training, tiny_spec: Specs):
+def test_what_a_killed_training_has_left_is_removed_beside_a_finished_checkpoint(trained: Training, tiny_spec: Specs):
     path = trained(tiny_spec("dense-at"))
-    left = [path.with_name(name) for name in (".dense-at.state.pt.1f", ".dense-at.safetensors.2e")]
-    states = [path.with_name("dense-at.state.pt"), path.with_name("dense-at.state-before.pt")]
-    others = [path.with_name(".dense-at-s1.state.pt.1f"), path.with_name("dense-at-s1.state.pt")]
-    for file in (*left, *states, *others):
-        file.write_bytes(b"")
+    path.with_name("dense-at.state.pt").write_bytes(b"")
     trained(tiny_spec("dense-at"))
-    assert [file.exists() for file in (*left, *states, *others)] == [False] * 4 + [True] * 2
+    assert not path.with_name("dense-at.state.pt").exists()
 
 
 # --- inside a step ----------------------------------------------------------------------------------------------------
@@ -510,6 +480,66 @@ def test_the_best_held_out_epoch_is_kept(
     assert header.epochs == 4
 
 
+# --- averaged weights -------------------------------------------------------------------------------------------------
+
+
+def test_averaged_weights_are_validated_and_kept(loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs):
+    run = loop(tiny_spec("moe-standard", ema_decay=0.5))
+    each, validated = [], []
+    validate = run.validate
+
+    def watched() -> Any:
+        validated.append(weights(run.deployed))
+        return validate()
+
+    run.validate = watched
+    path = run.train(on_step=lambda *_: each.append(weights(run.model)))
+    assert not equal(each[-1], validated[-1])
+    average, decay = each[0], 0.0
+    averages = [average]
+    for step, current in enumerate(each[1:], 1):
+        decay = min(0.5, 1 - (1 + step) ** (-2 / 3))
+        average = {
+            key: decay * average[key] + (1 - decay) * value if value.is_floating_point() else value
+            for key, value in current.items()
+        }
+        averages.append(average)
+    assert decay == 0.5
+    for found, expected in zip(validated, (averages[1], averages[3]), strict=True):  # 2 epochs of 2 steps
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-6)
+    header = read_header(path)
+    assert equal(loaded(path), validated[int(header.validation["epoch"]) - 1])
+    assert header.info("").trained == "200 images × 2 epochs, averaged weights"
+
+
+# --- catastrophic overfitting -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"), [(0.4, 0.1, True), (0.4, 0.21, False), (0.04, 0.0, False), (0.1, 0.4, False)]
+)
+def test_a_collapse_is_a_fall_by_more_than_half_and_five_points(before: float, now: float, expected: bool):
+    assert collapsed(before, now) == expected
+
+
+@pytest.mark.parametrize(("variant", "warned"), [("moe-at", True), ("moe-standard", False)])
+def test_a_collapse_of_robust_accuracy_is_warned_of_and_the_best_epoch_kept(
+    variant: str,
+    warned: bool,
+    loop: Callable[[TrainSpec], Trainer],
+    tiny_spec: Specs,
+    caplog: pytest.LogCaptureFixture,
+):
+    run = loop(tiny_spec(variant, epochs=4))
+    measured = iter([(0.5, 0.3, {}), (0.6, 0.35, {}), (0.7, 0.02, {}), (0.8, 0.01, {})])
+    run.validate = lambda: next(measured)
+    header = read_header(run.train())
+    said = [message for message in caplog.messages if "overfitting" in message]
+    assert [message.partition(",")[0] for message in said] == ["epoch 3: RA fell from 35.0 % to 2.0 %"] * warned
+    assert header.validation["epoch"] == (2 if warned else 4)
+
+
 # --- a loss that is not finite ----------------------------------------------------------------------------------------
 
 
@@ -558,6 +588,42 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
     spoil(monkeypatch, 3, lambda ce: ce + (ce * 0).sqrt())  # finite, with a slope of 0 · ∞
     with pytest.raises(TrainingFailed, match=r"^the gradient is not finite at epoch 2, step 1 .* is kept at "):
         trained(tiny_spec("dense-standard", clip_grad_norm=clip))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # of a first step that is skipped
+@pytest.mark.parametrize(("finite_again", "stops"), [(None, True), (SKIPPED_AT_MOST, False)])
+def test_fp16_skips_steps_for_a_while_and_not_for_ever(
+    finite_again: int | None, stops: bool, tmp_path: Path, tiny_spec: Specs, monkeypatch: pytest.MonkeyPatch
+):
+    scaler = torch.amp.GradScaler("cpu")
+
+    def fabric(*_: Any, **__: Any) -> Fabric:
+        return Fabric(accelerator="cpu", plugins=MixedPrecision("16-mixed", "cpu", scaler))
+
+    monkeypatch.setattr(loop_module, "_fabric", fabric)
+    calls, cross_entropy = [0], Objective.cross_entropy
+
+    def spoilt(self: Objective, *arguments: Any) -> Terms:
+        calls[0] += 1
+        terms = cross_entropy(self, *arguments)
+        infinite = finite_again is None or calls[0] <= finite_again
+        return {"ce": terms["ce"] + (terms["ce"] * 0).sqrt()} if infinite else terms
+
+    monkeypatch.setattr(Objective, "cross_entropy", spoilt)
+    spec = tiny_spec("dense-standard", precision="16-mixed", batch_size=10, epochs=2)  # of 20 steps
+    run = Trainer(spec, DIGITS, read_training_data(spec, DIGITS, NONE), tmp_path / "run.safetensors", "cpu")
+    before = weights(run.model)["backbone.0.weight"]
+    if stops:
+        with pytest.raises(
+            TrainingFailed,
+            match=r"^the gradient is not finite in 31 steps in a row, the last at epoch 2, step 11 .*lower lr",
+        ):
+            run.train()
+    else:
+        run.train()
+    moved = not torch.equal(before, weights(run.model)["backbone.0.weight"])
+    assert moved == (not stops)
+    assert scaler.get_scale() == 2.0**-14
 
 
 def test_the_same_spec_on_other_images_is_neither_done_nor_resumed(
@@ -633,44 +699,6 @@ def test_a_published_recipe_takes_its_first_step(
     assert sizes == [11_173_962 if dataset == "cifar10" else 21_742_664] * 4
     assert header.architecture.label == ("resnet18" if dataset == "cifar10" else "vit_small")
     assert model(torch.rand(1, *data.input_shape)).shape == (1, data.num_classes)
-
-
-def test_a_training_starts_from_a_file_of_pretrained_weights(trained: Training, tiny_spec: Specs, tmp_path: Path):
-    file = tmp_path / "vit.safetensors"
-    tensors = timm.create_model("vit_small_patch16_224", embed_dim=12).state_dict()
-    generator = torch.Generator().manual_seed(0)
-    tensors = {key: torch.randn(value.shape, generator=generator) for key, value in tensors.items()}
-    save_file(tensors, file)
-    tiny = {"expert": "vit_small", "width": 12, "image_size": 16, "num_experts": 2, "n_train": 10, "n_val": 5}
-    # at such a rate the weights stay as they were read
-    path = trained(tiny_spec("moe-standard", **tiny, pretrained=str(file), lr=1e-12, epochs=1))
-    found = loaded(path)
-    for key in ("blocks.0.attn.qkv.weight", "blocks.11.mlp.fc2.bias", "norm.weight"):
-        for expert in range(2):
-            torch.testing.assert_close(found[f"experts.{expert}.backbone.{key}"], tensors[key], atol=1e-6, rtol=0)
-    # digits are grey: the three colours' weights are summed
-    grey = tensors["patch_embed.proj.weight"].sum(1, keepdim=True)
-    torch.testing.assert_close(found["experts.0.backbone.patch_embed.proj.weight"], grey, atol=1e-5, rtol=0)
-    header = read_header(path)
-    assert header.training is not None
-    assert header.training["recipe"]["pretrained"] == str(file)
-    assert header.info("").additional_data is True
-
-
-def test_a_resumed_training_needs_no_pretrained_weights(trained: Training, tiny_spec: Specs, tmp_path: Path):
-    file = tmp_path / "vit.safetensors"
-    save_file(timm.create_model("vit_small_patch16_224", embed_dim=12).state_dict(), file)
-    tiny = {"expert": "vit_small", "width": 12, "image_size": 16, "num_experts": 2, "n_train": 10, "n_val": 5}
-    spec = tiny_spec("moe-standard", **tiny, pretrained=str(file))
-
-    def stop(_: Epoch) -> None:
-        raise Stop
-
-    with pytest.raises(Stop):
-        trained(spec, on_epoch=stop)
-    file.unlink()
-    trained(spec, resume=True)
-    assert [epoch.epoch for epoch in trained.epochs] == [2]
 
 
 # --- models that are put together -------------------------------------------------------------------------------------

@@ -73,8 +73,8 @@ def test_the_data_sets_own_preset_is_the_default_and_settings_go_over_it():
 def test_the_objectives_parameters_are_all_stated_defaults_included():
     made = spec("moe-rt_er", beta=3, inner_steps=2)
     assert made.objective_params == {
-        "balance": 0.5, "inner_steps": 2, "step_size": None, "restarts": 1, "beta": 3.0, "expert_term": "second",
-        "one_dispatch": None,
+        "balance": 0.5, "inner_steps": 2, "step_size": None, "restarts": 1, "start_radius": 1.0, "beta": 3.0,
+        "expert_term": "second", "expert_reduction": "sum", "one_dispatch": None,
     }  # fmt: skip
     assert "beta" not in made.recipe.model_dump()
 
@@ -152,6 +152,7 @@ def test_a_setting_that_changes_nothing_of_the_variant_is_refused(variant: str, 
         ({"lr": "fast"}, "recipe 'digits': lr: Input should be a valid number"),
         ({"epochs": 0}, "recipe 'digits': epochs: Input should be greater than 0"),
         ({"inner_steps": 0}, "objective of 'moe-at': inner_steps: Input should be greater than 0"),
+        ({"start_radius": 2}, "objective of 'moe-at': start_radius 2 is above 1: it needs inner_steps=1"),
         ({"num_selected_experts": 5}, "recipe 'digits': num_selected_experts 5 is more than num_experts 4"),
     ],
 )

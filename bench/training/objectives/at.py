@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from bench.training.objectives.base import OBJECTIVES, Adversarial, Batch, Step
+from bench.training.objectives.base import OBJECTIVES, Batch, CrossEntropyAttack, Step
 
 
 @OBJECTIVES.register("at")
-class AT(Adversarial):
+class AT(CrossEntropyAttack):
     """CE(F(x'), y)."""
 
     def steps(self, model: Any, batch: Batch) -> Iterator[Step]:

@@ -6,11 +6,11 @@ optimiser steps of a batch, one after the other, so that each step sees the weig
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from bench.models.deployed import eval_frozen
@@ -127,28 +127,63 @@ class Adversarial(Objective):
     )
     restarts: int = Field(default=1, gt=0, description="random starts; of each image the end of highest loss is taken")
 
-    def ascend(self, loss: Callable[[Tensor], Tensor], x: Tensor, batch: Batch, start: Start) -> Tensor:
+    def inner_step_size(self, eps: float) -> float:
+        """Of each inner step, in pixels of [0, 1]."""
+        return self.step_size or default_step_size(eps, self.inner_steps, self.reach)
+
+    def ascend(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        x: Tensor,
+        batch: Batch,
+        start: Start,
+        ball: ThreatModel | None = None,
+    ) -> Tensor:
         """PGD on `loss` (images → a value each) inside the ball around x, which may repeat the batch's images.
 
-        start(suffix) is a starting point, drawn from the batch's noise under a salt that ends in `suffix`.
+        start(suffix) is a starting point, drawn from the batch's noise under a salt that ends in `suffix`. `ball` is
+        what the iterates are projected onto, the batch's threat model if it is not given.
         """
-        threat, steps = batch.threat_model, self.inner_steps
-        step_size = self.step_size or default_step_size(threat.eps, steps, self.reach)
+        ball, step_size = ball or batch.threat_model, self.inner_step_size(batch.threat_model.eps)
         suffixes = ["", *(f", start {number}" for number in range(2, self.restarts + 1))]
-        ends = torch.stack([pgd(loss, x, threat, steps, step_size, start(suffix)) for suffix in suffixes])
+        ends = torch.stack([pgd(loss, x, ball, self.inner_steps, step_size, start(suffix)) for suffix in suffixes])
         if self.restarts == 1:
             return ends[0]
         with torch.no_grad():
             strongest = torch.stack([loss(end) for end in ends]).argmax(0)
         return ends[strongest, torch.arange(len(x), device=x.device)]
 
+
+class CrossEntropyAttack(Adversarial):
+    """Shared by the objectives whose inner maximisation is of the cross-entropy, from a random start.
+
+    With `inner_steps=1` it is FGSM with a random start (Wong et al. 2020), and with `start_radius=2` as well it is
+    N-FGSM (de Jorge et al. 2022): the start is uniform in a ball of 2ε, and the sum of start and step is not projected
+    onto the ball of ε, only onto [0, 1].
+    """
+
+    start_radius: float = Field(
+        default=1.0, gt=0, description="of the random start, in units of ε; above 1: one step, not projected to ε"
+    )
+
+    @model_validator(mode="after")
+    def _unprojected_attack_has_one_step(self) -> Self:
+        if self.start_radius > 1 and self.inner_steps > 1:
+            raise ValueError(f"start_radius {self.start_radius:g} is above 1: it needs inner_steps=1")
+        return self
+
     def attack(self, f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch: Batch, noise: Start) -> Tensor:
         """PGD on the cross-entropy of f (images → logits) from random starts; noise(suffix) is uniform in [−1, 1]."""
+        threat = batch.threat_model
+        first = ThreatModel(norm=threat.norm, eps=self.start_radius * threat.eps)
+        ball = threat
+        if self.start_radius > 1:  # as large as the start and the step can reach
+            ball = ThreatModel(norm=threat.norm, eps=first.eps + self.inner_step_size(threat.eps))
 
         def start(suffix: str) -> Tensor:
-            return random_start(x, batch.threat_model, noise(suffix))
+            return random_start(x, first, noise(suffix))
 
-        return self.ascend(lambda x_adv: F.cross_entropy(f(x_adv), y, reduction="none"), x, batch, start)
+        return self.ascend(lambda x_adv: F.cross_entropy(f(x_adv), y, reduction="none"), x, batch, start, ball)
 
     def attack_model(self, model: Any, batch: Batch) -> Tensor:
         """x', PGD on the whole model in eval mode."""

@@ -1,6 +1,7 @@
 """RT-ER, robust training with experts' robustification (the paper's section 4).
 
-CE(F(x'), y) + (β/B) Σ_x Σ_s KL(softmax f_s(x) ‖ softmax f_s(x'_s)), x'_s = PGD on expert f_s alone.
+CE(F(x'), y) + (β/B) Σ_x Σ_s KL(softmax f_s(x) ‖ softmax f_s(x'_s)), x'_s = PGD on expert f_s alone; with
+`expert_reduction=mean`, the mean over s instead of the sum.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +14,15 @@ from torch import Tensor
 from bench.models.deployed import eval_frozen
 from bench.models.moe import MoE
 from bench.models.routing import dispatch
-from bench.training.objectives.base import OBJECTIVES, Adversarial, Batch, Step, Terms, kl
+from bench.training.objectives.base import OBJECTIVES, Batch, CrossEntropyAttack, Step, Terms, kl
 
 
 @OBJECTIVES.register("rt_er")
-class RTER(Adversarial):
+class RTER(CrossEntropyAttack):
     """`expert_term`: s is the expert that the router ranks second for the clean x, or runs over all experts.
+
+    `expert_reduction`: over several experts the released code sums the terms, so that its β = 6 with E = 4 weighs as
+    much as 24 does with the mean.
 
     `one_dispatch`: the attacks on F and on the experts go through the experts together, in each of their steps. They
     find the same up to rounding; which is faster depends on the device (see benchmarks/README.md).
@@ -26,6 +30,7 @@ class RTER(Adversarial):
 
     beta: float = Field(default=6.0, ge=0)
     expert_term: Literal["second", "all"] = "second"
+    expert_reduction: Literal["sum", "mean"] = "sum"
     one_dispatch: bool | None = Field(default=None, description="None: on a GPU, and not on a CPU")
 
     def steps(self, model: Any, batch: Batch) -> Iterator[Step]:
@@ -47,7 +52,8 @@ class RTER(Adversarial):
         def loss(m: MoE) -> Terms:
             f = list(m.experts)
             divergence = kl(dispatch(f, x, rows)[:, 0], dispatch(f, x_expert, rows)[:, 0]).sum()
-            return {**self.cross_entropy(m, x_adv, batch.y), "kl": self.beta * divergence / len(batch.y)}
+            terms = len(batch.y) if self.expert_reduction == "sum" else len(rows)
+            return {**self.cross_entropy(m, x_adv, batch.y), "kl": self.beta * divergence / terms}
 
         return loss
 

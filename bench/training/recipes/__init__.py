@@ -80,6 +80,8 @@ def train_spec(
             f"--set noise_sigma={merged.noise_sigma:g}: '{variant}' trains on adversarial examples, which stay in"
             " [0, 1] and near the image: train a -standard variant with noise"
         )
+    if merged.pretrained and (merged.init or merged.init_standard):
+        raise UnusableInput("--set init=… and --set pretrained=… both say where the weights start: drop one of them")
     if threat_model.norm == "L1":
         raise UnusableInput("no training inside an L1 ball: take --norm Linf or L2, and evaluate the file under L1")
     return TrainSpec(
@@ -96,8 +98,9 @@ def train_spec(
 def _idle(variant: Variant) -> set[str]:
     """The settings that change nothing of a variant; to take them would let a user believe otherwise."""
     if variant.kind == "dense":
-        return {"num_experts", "num_selected_experts", "router", "router_lr", "balance", "combine", "alpha"}
-    idle = set() if variant.kind == "dual" else {"alpha"}
+        routed = {"num_experts", "num_selected_experts", "router", "router_lr", "balance", "combine", "alpha"}
+        return {*routed, "init_standard"}
+    idle = set() if variant.kind == "dual" else {"alpha", "init_standard"}
     if variant.gate == "argmax":  # the router is never trained, but by AdvMoE's own steps
         idle |= {"balance"} if variant.objective == "advmoe" else {"balance", "router_lr"}
     return idle

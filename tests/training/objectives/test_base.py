@@ -17,7 +17,15 @@ from bench.models.architecture import Dual, Routed
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
 from bench.spec import ThreatModel
-from bench.training.objectives.base import OBJECTIVES, Adversarial, Batch, Objective, kl, load_balance
+from bench.training.objectives.base import (
+    OBJECTIVES,
+    Adversarial,
+    Batch,
+    CrossEntropyAttack,
+    Objective,
+    kl,
+    load_balance,
+)
 
 LINF = ThreatModel(norm="Linf", eps=0.1)
 logits = st.lists(st.floats(-20, 20, width=32), min_size=6, max_size=6)
@@ -113,7 +121,7 @@ def batch(noise: Callable[[str], Tensor]) -> Batch:
 
 def test_the_attack_sees_the_model_in_eval_mode_and_gives_it_back_in_train_mode():
     model = Watched().train()
-    x_adv = Adversarial(inner_steps=2).attack_model(model, batch(lambda salt: torch.zeros(1, 1, 1, 1)))
+    x_adv = CrossEntropyAttack(inner_steps=2).attack_model(model, batch(lambda salt: torch.zeros(1, 1, 1, 1)))
     assert [training for training, _ in model.seen] == [False, False]
     assert model.training
     assert model.weight.requires_grad
@@ -128,7 +136,7 @@ def test_the_attack_starts_at_the_models_own_noise():
         return torch.full((1, 1, 1, 1), -0.5)
 
     model = Watched()
-    Adversarial(inner_steps=1).attack_model(model, batch(noise))
+    CrossEntropyAttack(inner_steps=1).attack_model(model, batch(noise))
     assert asked == ["model"]
     assert model.seen == [(False, pytest.approx(0.45))]
 
@@ -136,9 +144,45 @@ def test_the_attack_starts_at_the_models_own_noise():
 @pytest.mark.parametrize(("step_size", "expected"), [(0.01, 0.52), (None, 0.6)])
 def test_the_step_size_is_the_recipes_or_the_default(step_size: float | None, expected: float):
     # two steps from x: of 0.01 each, or of 2.5 ε/2 > ε, cut to ε
-    objective = Adversarial(inner_steps=2, step_size=step_size)
+    objective = CrossEntropyAttack(inner_steps=2, step_size=step_size)
     x_adv = objective.attack_model(Watched(), batch(lambda salt: torch.zeros(1, 1, 1, 1)))
     assert x_adv.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("radius", "noise", "start", "end"),
+    [
+        # ε = 0.1 and the slope is positive. FGSM from a start in the ball of ε: the step of ε is projected to 0.6
+        (1.0, -0.5, 0.45, 0.55),
+        (1.0, 0.5, 0.55, 0.6),
+        (0.5, -1.0, 0.45, 0.55),
+        # from one in the ball of 2ε it is not: 3ε away at most
+        (2.0, -0.5, 0.4, 0.5),
+        (2.0, 0.5, 0.6, 0.7),
+        (2.0, 1.0, 0.7, 0.8),
+    ],
+)
+def test_one_step_from_a_random_start_by_hand(radius: float, noise: float, start: float, end: float):
+    model = Watched()
+    objective = CrossEntropyAttack(inner_steps=1, start_radius=radius)
+    x_adv = objective.attack_model(model, batch(lambda salt: torch.full((1, 1, 1, 1), noise)))
+    assert model.seen == [(False, pytest.approx(start))]
+    assert x_adv.item() == pytest.approx(end)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_one_step_that_is_not_projected_stays_in_the_box(norm: Any):
+    x = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0)).round()
+    noise = 2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) - 1
+    images = Batch(x, torch.zeros(8).long(), ThreatModel(norm=norm, eps=0.3), lambda salt: noise)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    x_adv = CrossEntropyAttack(inner_steps=1, start_radius=2).attack_model(net, images)
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    delta = (x_adv - x).flatten(1)
+    reached = delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
+    assert reached.max() <= 0.9 + 1e-5
+    assert reached.max() > 0.3
 
 
 # --- restarts ---------------------------------------------------------------------------------------------------------

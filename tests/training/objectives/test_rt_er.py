@@ -56,8 +56,13 @@ def test_the_term_of_all_experts(linear_moe: Callable[..., MoE]):
     assert found["kl"] == pytest.approx(6 / 2 * 2 * (ln_cosh(0.1) + ln_cosh(0.2) + ln_cosh(0.3)), rel=1e-4)
 
 
+def test_the_mean_of_the_terms_of_all_experts(linear_moe: Callable[..., MoE]):
+    found = terms(RTER(expert_term="all", expert_reduction="mean"), linear_moe(EXPERTS, ROUTER, 1, "argmax"))
+    assert found["kl"] == pytest.approx(6 / 3 * (ln_cosh(0.1) + ln_cosh(0.2) + ln_cosh(0.3)), rel=1e-4)
+
+
 def test_the_papers_beta_and_expert_are_the_defaults():
-    assert (RTER().beta, RTER().expert_term) == (6.0, "second")
+    assert (RTER().beta, RTER().expert_term, RTER().expert_reduction) == (6.0, "second", "sum")
 
 
 def test_the_second_expert_is_that_of_the_clean_image(linear_moe: Callable[..., MoE]):

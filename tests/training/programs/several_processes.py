@@ -19,7 +19,8 @@ from bench.environment import World
 from bench.errors import TrainingFailed, UnusableInput
 from bench.spec import TrainSpec
 from bench.training import loop
-from bench.training.loop import Trainer, read_training_data
+from bench.training.data import read_training_data
+from bench.training.loop import Trainer
 
 DIGITS = open_dataset("digits")
 RANK = World.here().rank
