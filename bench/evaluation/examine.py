@@ -94,6 +94,8 @@ class Examiner:
             except Exception as error:  # whatever an attack raises: what it left is unknown, never robust
                 self._fail(error, record)
         report = record.report
+        if weaker := self.suite.weaker_than_default(self.spec.threat_model):
+            block.flags.append(f"weaker than {self.spec.suite} is by default: {weaker}")
         report.flags, report.attacks = sorted({*report.flags, *block.flags}), block.attacks
         report.seconds, report.thread_counts = time.perf_counter() - started, [torch.get_num_threads()]
         rows = pd.concat(record.frames, ignore_index=True).astype(VERDICT_COLUMNS)

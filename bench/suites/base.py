@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from bench.attacks.block import Attempt, Block
 from bench.errors import UnusableInput, did_you_mean
@@ -33,11 +33,34 @@ class Suite(Method):
         return build(cls, "suite's settings", settings)
 
     def check(self, name: str, dataset: str, threat_model: ThreatModel) -> None:
-        """UnusableInput if the suite cannot be run on this data set, or has no attack for this norm."""
+        """Whether the suite can be run.
+
+        Raises:
+            UnusableInput: not on this data set, or not for this norm, or its `step_size` is wider than the ball.
+        """
         if self.datasets and dataset not in self.datasets:
             raise UnusableInput(f"suite '{name}' does not know data set {dataset}: it knows {', '.join(self.datasets)}")
         if threat_model.norm not in self.norms:
             raise UnusableInput(f"suite '{name}' has no {threat_model.norm} attack: it has {', '.join(self.norms)}")
+        refuse_wide_step(name, "step_size", getattr(self, "step_size", None), threat_model)
+
+    def weaker_than_default(self, threat_model: ThreatModel) -> str | None:
+        """In words, which settings make the suite weaker than it is by default; None where none does.
+
+        By default these are numbers below their default, values of a Literal that stand before theirs (a parameter's
+        values are listed from the weakest to the strongest), and a `step_size` whose `steps` cannot cross the ball.
+        """
+        found = []
+        for name, value in self.params.items():
+            field = type(self).model_fields[name]
+            order = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
+            if order and order.index(value) < order.index(field.default):
+                found.append(f"{name}={value} (default {field.default})")
+            elif isinstance(field.default, int | float) and value < field.default:
+                found.append(f"{name}={value:g} (default {field.default:g})")
+        if (step := getattr(self, "step_size", None)) is not None:
+            found += short_walk("step_size", step, getattr(self, "steps", 1), 2 * threat_model.eps)
+        return ", ".join(found) or None
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         """Attack the block's standing examples, or `every` one.
@@ -45,6 +68,20 @@ class Suite(Method):
         May raise anything: evaluation then marks them as errors.
         """
         raise NotImplementedError
+
+
+def refuse_wide_step(suite: str, name: str, step: float | None, threat_model: ThreatModel) -> None:
+    """UnusableInput for a step size, in pixels of [0, 1], that is longer than the ball is wide."""
+    if step is not None and step > 2 * threat_model.eps:
+        raise UnusableInput(
+            f"--set {name}={step:g}: such a step of suite '{suite}' leaves the ball from anywhere in it, whose width is"
+            f" 2ε = {2 * threat_model.eps:g}; step sizes are in pixels of [0, 1]"
+        )
+
+
+def short_walk(name: str, step: float, steps: int, width: float) -> list[str]:
+    """Words for a step size whose steps together do not reach across `width`, in pixels of [0, 1]; else nothing."""
+    return [f"{name}={step:g} ({steps} such steps do not cross the ball)"] if step * steps < width else []
 
 
 def open_suites(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Suite]:

@@ -12,12 +12,18 @@ from pydantic import Field
 from bench.attacks.block import Attempt, Block
 from bench.errors import UnusableInput, did_you_mean
 from bench.spec import ThreatModel, build
-from bench.suites.base import SUITES, Suite
+from bench.suites.base import SUITES, Suite, refuse_wide_step, short_walk
 
 #: What the library calls the radius; an attack without either knows no ball.
 RADIUS = ("eps", "max_epsilon")
 #: Filled in by the harness: no `--set` may contradict the threat model, the block's seed or the data.
 RESERVED = ("model", "norm", "seed", "n_classes", "verbose", *RADIUS)
+
+#: Of each of its attacks' parameters, those that say how much is tried.
+EFFORT = (
+    "steps", "n_restarts", "restarts", "eot_iter", "n_queries", "nb_iter", "nb_sample", "num_iter_set",
+    "max_iterations", "binary_search_steps", "popsize", "pixels", "noise_batch_size", "N", "m",
+)  # fmt: skip
 
 NAMES = sorted(set(torchattacks.__all__) - set(torchattacks.__wrapper__))
 
@@ -26,8 +32,12 @@ def _signature(name: str | None) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(torchattacks, name or "").__init__).parameters
 
 
-def _unfit(value: Any, default: Any) -> str | None:
-    """Why a setting cannot stand for its default, whose kind and sign it must have; None where it can.
+def _default_step(signature: Mapping[str, inspect.Parameter], eps: float) -> float:
+    return signature["alpha"].default / signature["eps"].default * eps
+
+
+def _unfit(name: str, value: Any, default: Any) -> str | None:
+    """Why a setting cannot take the place of its default, whose kind and sign it must have; None where it can.
 
     The library itself checks nothing: with a negative step size an attack walks the wrong way.
     """
@@ -36,6 +46,8 @@ def _unfit(value: Any, default: Any) -> str | None:
         return None if same or default in (None, inspect.Parameter.empty) else "is of another kind"
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return "is not a finite number"
+    if name in EFFORT and not isinstance(value, int):
+        return "is not a whole number"
     if value < 0 or value == 0 < default:
         return "is not above 0" if default else "is below 0"
     return None
@@ -64,7 +76,7 @@ class TorchAttacks(Suite):
     def open(cls, argument: str | None, settings: Mapping[str, Any]) -> Self:
         for key, value in settings.items():
             default = _signature(argument)[key].default
-            if (wrong := _unfit(value, default)) is not None:
+            if (wrong := _unfit(key, value, default)) is not None:
                 raise UnusableInput(f"torchattacks:{argument}: --set {key}={value} {wrong} (by default {default})")
         return build(cls, f"suite 'torchattacks:{argument}'", {"name": argument, "settings": dict(settings)})
 
@@ -85,6 +97,20 @@ class TorchAttacks(Suite):
         norms = [norm for norm in norms if (self.name, norm) != ("FAB", "L1")]  # it is stated, but not implemented
         if threat_model.norm not in norms:
             raise UnusableInput(f"suite '{name}' has no {threat_model.norm} attack: it has {', '.join(norms)}")
+        refuse_wide_step(name, "alpha", self.settings.get("alpha"), threat_model)
+
+    def weaker_than_default(self, threat_model: ThreatModel) -> str | None:
+        signature, found = _signature(self.name), []
+        for key, value in self.settings.items():
+            default = signature[key].default
+            if (key in EFFORT and value < default) or (key, value, default) == ("random_start", False, True):
+                found.append(f"{key}={value} (default {default})")
+        if "alpha" in self.settings and "eps" in signature:
+            default_steps = signature["steps"].default if "steps" in signature else 1
+            default_walk = _default_step(signature, threat_model.eps) * default_steps
+            steps = self.settings.get("steps", default_steps)
+            found += short_walk("alpha", self.settings["alpha"], steps, min(2 * threat_model.eps, default_walk))
+        return ", ".join(found) or None
 
     def arguments(self, block: Block) -> dict[str, Any]:
         """The constructor's arguments: the settings, and what the block says."""
@@ -92,7 +118,7 @@ class TorchAttacks(Suite):
         filled: dict[str, Any] = {"norm": block.threat_model.norm, "n_classes": block.num_classes, "seed": block.seed}
         filled |= dict.fromkeys(RADIUS, eps)
         if "alpha" in signature and "eps" in signature:
-            filled["alpha"] = signature["alpha"].default / signature["eps"].default * eps
+            filled["alpha"] = _default_step(signature, eps)
         return {key: value for key, value in filled.items() if key in signature} | self.settings
 
     def attack(self, block: Block) -> Iterator[Attempt]:

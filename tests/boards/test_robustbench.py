@@ -9,8 +9,8 @@ import pytest
 
 import bench.compat  # noqa: F401  # makes robustbench importable
 from bench.boards.columns import percent
-from bench.boards.rows import board_rows, finished_runs
 from bench.boards.robustbench import write_model_info
+from bench.boards.rows import board_rows, finished_runs
 from bench.cli import main
 from bench.errors import UnusableInput
 from bench.results.schema import VERDICT_COLUMNS, Result

@@ -79,7 +79,7 @@ def test_suite_keeps_to_the_contract(name: str):
             suite.check(name, DATASET[name], ThreatModel.parse(norm, 1.0))
     if suite.datasets:
         with pytest.raises(UnusableInput, match=f"'{name}' does not know data set tinyimagenet: it knows"):
-            suite.check(name, "tinyimagenet", ThreatModel.parse("Linf", 1.0))
+            suite.check(name, "tinyimagenet", ThreatModel.parse("Linf", 0.5))
 
 
 def test_settings_go_to_the_suites_that_have_them():
@@ -88,6 +88,56 @@ def test_settings_go_to_the_suites_that_have_them():
     assert suites["pgd"] == PGD(steps=3, step_size=0.1)
     assert suites["torchattacks:PGD"].params == {"steps": 3}
     assert open_suites(["pgd"], {"steps": 50})["pgd"].params == {}
+
+
+@pytest.mark.parametrize(
+    ("suite", "settings", "words"),
+    [
+        ("clean", {}, None),
+        ("pgd", {"steps": 100}, None),
+        ("pgd", {"steps": 1}, "steps=1 (default 50)"),
+        ("pgd", {"steps": 49}, "steps=49 (default 50)"),
+        ("pgd", {"step_size": 0.005}, "step_size=0.005 (50 such steps do not cross the ball)"),  # 50 × 0.005 < 2 × 0.2
+        ("pgd", {"step_size": 0.01}, None),
+        ("pgd", {"step_size": 0.4}, None),
+        ("components", {"steps": 5}, "steps=5 (default 50)"),
+        ("autoattack", {"engine": "reference"}, None),
+        ("adaptive", {"budget": "small"}, "budget=small (default standard)"),
+        ("adaptive", {"budget": "large"}, None),
+        ("torchattacks:PGD", {"steps": 20, "random_start": True}, None),
+        ("torchattacks:PGD", {"steps": 3}, "steps=3 (default 10)"),
+        ("torchattacks:PGD", {"random_start": False}, "random_start=False (default True)"),
+        ("torchattacks:PGD", {"alpha": 0.01}, "alpha=0.01 (10 such steps do not cross the ball)"),
+        ("torchattacks:PGD", {"alpha": 0.01, "steps": 40}, None),
+        ("torchattacks:FFGSM", {"alpha": 0.25}, None),  # its default, 10/8 ε
+        ("torchattacks:FFGSM", {"alpha": 0.2}, "alpha=0.2 (1 such steps do not cross the ball)"),
+        ("torchattacks:Square", {"n_queries": 10}, "n_queries=10 (default 5000)"),
+        ("torchattacks:CW", {"steps": 10, "lr": 0.5}, "steps=10 (default 50)"),
+    ],
+)
+def test_a_suite_says_what_makes_it_weaker_than_its_default(suite: str, settings: dict[str, Any], words: str | None):
+    opened = open_suites([suite], settings)[suite]
+    assert opened.weaker_than_default(ThreatModel(norm="Linf", eps=0.2)) == words
+
+
+def test_a_weaker_suite_is_flagged_where_it_ran(planted: Any, score: Any):
+    flagged, _ = score(planted.robust(), "pgd", settings={"steps": 2})
+    assert flagged.flags == ("weaker than pgd is by default: steps=2 (default 50)",)
+    fine, _ = score(planted.robust(), "pgd", settings={"steps": 60})
+    assert fine.flags == ()
+
+
+@pytest.mark.parametrize(
+    ("suite", "name"), [("pgd", "step_size"), ("components", "step_size"), ("torchattacks:PGD", "alpha")]
+)
+def test_a_step_wider_than_the_ball_is_refused(suite: str, name: str):
+    threat = ThreatModel(norm="Linf", eps=0.2)
+    open_suites([suite], {name: 0.4})[suite].check(suite, "digits", threat)
+    with pytest.raises(UnusableInput, match=f"^--set {name}=0.5: such a step of suite '{suite}' leaves the ball"):
+        open_suites([suite], {name: 0.5})[suite].check(suite, "digits", threat)
+    for unfit in (-0.1, 0, float("nan"), float("inf"), True, "wide"):
+        with pytest.raises(UnusableInput, match=name):
+            open_suites([suite], {name: unfit})
 
 
 def test_what_no_suite_has_is_refused_with_the_nearest():

@@ -96,6 +96,7 @@ def test_settings_reach_the_attack_and_are_recorded(planted: Any, score: Any):
         ("PGD", {"model": 1}, "--set model"),
         ("PGD", {"alpha": -1}, r"--set alpha=-1 is not above 0 \(by default 0\.0078"),
         ("PGD", {"steps": 0}, "--set steps=0 is not above 0"),
+        ("PGD", {"steps": 2.5}, "--set steps=2.5 is not a whole number"),
         ("PGD", {"steps": True}, "--set steps=True is not a finite number"),
         ("PGD", {"alpha": float("nan")}, "--set alpha=nan is not a finite number"),
         ("PGD", {"random_start": 3}, r"--set random_start=3 is of another kind \(by default True"),
