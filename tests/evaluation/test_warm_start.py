@@ -170,7 +170,7 @@ def test_a_weak_suite_after_a_strong_one_is_nowhere_more_robust(run: Any):
     assert (robust_by_example(rows) <= robust_by_example(found)).all()
     assert warm.accuracy_after == {"clean": 0.8, "warm-start": 0.2, "push": 0.2}
     assert warm.errors == 0
-    assert warm.flags == cold.flags
+    assert warm.flags == strong.flags
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
