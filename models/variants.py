@@ -24,7 +24,7 @@ def _routed(gate: Gate, suffix: str) -> list[Variant]:
     return [
         *(
             Variant(f"moe-{o}{suffix}", "moe", o, gate, "logits")
-            for o in ("standard", "at", "trades", "advmoe", "rt_er")
+            for o in ("standard", "at", "trades", "advmoe", "rt_er", "at-paths")
         ),
         Variant(f"dual-jtdmoe{suffix}", "dual", "jtdmoe", gate, "probs"),
         Variant(f"dual{suffix}", "dual", None, gate, "probs", parts),

@@ -90,6 +90,7 @@ TERMS = {
     "trades": ["ce", "balance", "kl"],
     "advmoe": ["ce", "kl", "router_ce", "router_kl"],
     "rt_er": ["ce", "balance", "kl"],
+    "at-paths": ["ce", "balance", "paths"],
     "jtdmoe": ["ce", "balance", "kl", "standard_ce", "standard_balance"],
 }
 

@@ -234,6 +234,7 @@ SALTS = {
     "advmoe": ["experts", "router"],
     "rt_er": ["model", "expert0"],
     "jtdmoe": ["model", "expert0", "expert1"],
+    "at-paths": ["expert0", "expert1"],
 }
 
 
@@ -254,9 +255,9 @@ def test_every_attack_has_its_restarts_and_the_first_starts_as_the_only_one_does
         for step in OBJECTIVES[name](restarts=restarts, inner_steps=4).steps(model, Batch(x, y, LINF, noise)):
             step.loss(model)
         found[restarts] = asked, set.union(*(net.seen for net in [*experts, router]))
-    assert found[1] == (SALTS[name], {0.4, 0.5} if name != "at" else {0.4})
+    assert found[1] == (SALTS[name], {0.4, 0.5} if name not in ("at", "at-paths") else {0.4})
     assert sorted(found[2][0]) == sorted([*SALTS[name], *(f"{salt}, start 2" for salt in SALTS[name])])
-    assert found[2][1] == ({0.5, 0.6} if name != "at" else {0.6})
+    assert found[2][1] == ({0.5, 0.6} if name not in ("at", "at-paths") else {0.6})
 
 
 # --- every objective --------------------------------------------------------------------------------------------------
