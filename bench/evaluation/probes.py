@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.attacks.scores import differentiable, has_gradient, logarithms
+from bench.attacks.gradients import differentiable, has_gradient
 from bench.models.parts import RoutedModel, is_dual, routed_branches
 from bench.pgd import ascend_once, default_step_size, pgd, random_start
 from bench.spec import ThreatModel
@@ -108,7 +108,7 @@ def _flipped(router: Callable[[Tensor], Tensor], x: Tensor, threat: ThreatModel)
     """Where gradient ascent on the best other score has come past that of the first expert: (B,)."""
     with torch.no_grad():
         first = router(x).argmax(1)
-    router = differentiable(logarithms(router, x), x)
+    router = differentiable(router, x, threat.eps)
     flipped = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     z = random_start(x, threat, 2 * torch.rand(x.shape).to(x.device) - 1)
     for _ in range(STEPS):

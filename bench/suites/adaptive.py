@@ -1,34 +1,36 @@
-"""`adaptive`: attacks made for models that route, whose answers standard suites overstate (`bench.attacks`)."""
+"""`adaptive`: attacks made for models that route, whose robustness standard suites overstate (`bench.attacks`)."""
 
 from collections.abc import Iterator
 from typing import ClassVar
 
-from bench.attacks.adaptive import BudgetName, Recipe, run
+from bench.attacks.adaptive import BudgetName, run
 from bench.attacks.block import Attempt, Block
 from bench.attacks.search import Search
 from bench.models.parts import parts
+from bench.models.sites import sites
 from bench.spec import Norm
 from bench.suites.base import SUITES, Suite
 
 
 @SUITES.register("adaptive")
 class Adaptive(Suite):
-    """`budget`: how much; `recipe=trial`: two starts of 100 steps for each reachable expert, and nothing else.
+    """`budget`: how much of each attack; `small` has every kind of attack at a tenth of the cost, and is not ranked.
 
     A model without visible parts has nothing to attack here.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
 
     budget: BudgetName = "standard"
-    recipe: Recipe = "full"
 
     def attack(self, block: Block) -> Iterator[Attempt]:
-        if not parts(block.model):
+        if not parts(block.model) and not sites(block.model):
             return
+        if self.budget == "small":
+            block.flags.append("adaptive: budget small, a tenth of the standard one")
         search = Search(block)
-        for name, rows in run(search, self.budget, self.recipe):
+        for name, rows in run(search, self.budget):
             block.attacks.append(name)
             if len(rows):
-                yield block.attempt(name, rows, search.x_adv[rows], claimed=~search.standing[rows])
+                yield block.attempt(name, rows, search.x_adv[rows], claimed=~search.unbroken[rows])

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.attacks.block import Attempt, Block
-from bench.attacks.scores import differentiable, logarithms
+from bench.attacks.gradients import differentiable
 from bench.models.parts import is_dual, parts, routed_branch
 from bench.pgd import pgd, random_start
 from bench.spec import Norm
@@ -33,7 +33,7 @@ class Components(Suite):
     A model without visible parts has no rows but the clean ones.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
     every: ClassVar[bool] = True
 
@@ -60,7 +60,7 @@ class Components(Suite):
         prefix = "R." if is_dual(model) else ""
         experts = torch.stack([found[f"{prefix}expert:{i}"] for i in range(len(moe.experts))])
         yield block.attempt("expert-fixed", every, experts[chosen, every])
-        scores = differentiable(logarithms(moe.router, block.x), block.x)
+        scores = differentiable(moe.router, block.x, block.threat_model.eps)
         with block.passes.also(*([moe.router] if isinstance(moe.router, nn.Module) else [])):
             x_route = self._pgd(block, _flip(scores, chosen))
         yield block.attempt("route", every, x_route)

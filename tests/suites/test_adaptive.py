@@ -11,17 +11,16 @@ from torch import Tensor, nn
 from bench.attacks import adaptive
 from bench.attacks.adaptive import BUDGETS, AdaptiveAttack, Budget, run
 from bench.attacks.search import Search
-from bench.datasets.base import EvalSet, fingerprint, open_dataset
+from bench.datasets.base import EvalSet, fingerprint
 from bench.errors import UnusableInput
-from bench.models.checkpoints import ZOO, load_model
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
 from bench.suites.base import open_suites
 
-#: The attacks on routes in the budget below.
-ROUTED = ["route-aware", "route-aware-scaled", "route-aware-first", "bpda-1", "soft-1", "joint", "averaged"]
+#: The attacks on a routed model, in the order they run.
+ROUTED = ["paths", "deployed", "targeted", "averaged", "square-paths", "square-1"]
 #: Budgets as large as these tests need.
-TINY = Budget(20, 1, 6, (1.0,), (0.0, 1.0), 2, 2, 1, 50)
+TINY = Budget(16, 4, 20, 1, 10, (0.0, 1.0), 2, 2, 1, 50)
 
 
 @pytest.fixture
@@ -138,17 +137,10 @@ def test_gradients_leave_a_model_standing_that_hides_behind_its_route(
     assert result.robust_accuracy.value == result.clean_accuracy.value == 23 / 24
 
 
-@pytest.mark.parametrize(
-    ("where", "settings"),
-    [
-        *((where, {"budget": "small"}) for where in HIDING),
-        # the trial believes any gradient that a router has
-        *((where, {"recipe": "trial"}) for where in HIDING if where != "a misleading router"),
-    ],
-)
-def test_adaptive_breaks_the_model_that_hides_behind_its_route(where: str, settings: Any, score: Any):
+@pytest.mark.parametrize("where", HIDING)
+def test_adaptive_breaks_the_model_that_hides_behind_its_route(where: str, score: Any):
     model = HIDING[where]().eval()
-    result, _ = score(model, "adaptive", settings=settings, alpha=getattr(model, "alpha", None))
+    result, _ = score(model, "adaptive", settings={"budget": "small"}, alpha=getattr(model, "alpha", None))
     assert result.clean_accuracy.value == 23 / 24
     assert result.errors == 0, result.error_messages
     assert result.robust_accuracy.value < 0.05
@@ -159,7 +151,7 @@ def test_adaptive_spares_an_honest_model(norm: Any, tiny: None, planted: Any, sc
     result, _ = score(planted.robust(), "adaptive", norm=norm)
     assert result.errors == 0, result.error_messages
     assert result.robust_accuracy.value == 23 / 24
-    assert list(result.accuracy_after) == ["clean", *ROUTED, "targeted", "square-1"]
+    assert list(result.accuracy_after) == ["clean", *ROUTED]
 
 
 def test_a_dual_is_attacked_by_its_branches_too(tiny: None, planted: Any, score: Any):
@@ -167,22 +159,17 @@ def test_a_dual_is_attacked_by_its_branches_too(tiny: None, planted: Any, score:
     broken, _ = score(planted.dual(0.3), "adaptive", alpha=0.3)
     assert (robust.robust_accuracy.value, robust.errors) == (23 / 24, 0)
     assert broken.robust_accuracy.value <= 0.1
-    assert list(robust.accuracy_after)[1:7] == [
-        "route-aware:R", "route-aware:S", "transfer-standard", "transfer-robust", "reweighed-0", "reweighed-1",
-    ]  # fmt: skip
+    assert list(robust.accuracy_after)[1:6] == ["paths", "deployed", "reweighed-0", "reweighed-1", "targeted"]
 
 
-@pytest.mark.parametrize("attack", [*ROUTED, "targeted", "square-1"])
+@pytest.mark.parametrize("attack", [name for name in ROUTED if name != "square-paths"])
 def test_each_attack_breaks_what_is_broken_by_itself(attack: str, planted: Any):
     data, model = planted.data(), planted.broken()
     x_adv = AdaptiveAttack(model, "Linf", 0.2, "small", attacks_to_run=[attack])(data.x, data.y)
     assert (model(x_adv).argmax(1) == data.y).sum() <= 2
 
 
-@pytest.mark.parametrize(
-    "attack",
-    ["transfer-standard", "transfer-robust", "reweighed-0.5", *(f"{name}:{b}" for name in ROUTED for b in "RS")],
-)
+@pytest.mark.parametrize("attack", ["paths", "reweighed-0", "reweighed-0.5", "reweighed-1"])
 def test_each_attack_on_a_dual_breaks_what_is_broken_by_itself(attack: str, planted: Any):
     data, model = planted.data(), DualModel(planted.broken(), planted.broken(), 0.6).eval()
     x_adv = AdaptiveAttack(model, "Linf", 0.2, "small", attacks_to_run=[attack])(data.x, data.y)
@@ -197,15 +184,9 @@ def test_the_route_comes_first_where_the_expert_pulls_back(linear_moe: Any):
     moe = linear_moe(experts, away, 1, "argmax")
     x = torch.tensor([[0.5] * 8 + [1.0]] * 3).view(3, 1, 1, 9)
     y = torch.ones(3, dtype=torch.long)
-
-    def broken(attack: str) -> int:
-        x_adv = AdaptiveAttack(moe, "Linf", 0.1, "small", attacks_to_run=[attack])(x, y)
-        return int((moe(x_adv).argmax(1) != y).sum())
-
     assert moe(x).argmax(1).tolist() == [1, 1, 1]
-    assert {name: broken(name) for name in ROUTED[:3]} == {
-        "route-aware": 0, "route-aware-scaled": 0, "route-aware-first": 3,
-    }  # fmt: skip
+    x_adv = AdaptiveAttack(moe, "Linf", 0.1, "small", attacks_to_run=["paths"])(x, y)
+    assert (moe(x_adv).argmax(1) != y).all()
 
 
 def test_a_mixture_of_one_expert_has_no_routes_and_is_attacked_all_the_same(planted: Any, tiny: None, score: Any):
@@ -214,12 +195,12 @@ def test_a_mixture_of_one_expert_has_no_routes_and_is_attacked_all_the_same(plan
         result, _ = score(one, "adaptive")
         assert result.errors == 0, result.error_messages
         assert result.robust_accuracy.value <= accuracy + 0.1
-        assert list(result.accuracy_after) == ["clean", "targeted", "square-1"]
+        assert list(result.accuracy_after) == ["clean", "deployed", "targeted", "square-1"]
 
 
 def test_its_cost_counts_what_goes_through_the_parts(linear_moe: Any, score: Any, monkeypatch: pytest.MonkeyPatch):
-    # One image that nothing breaks, two experts that the router can lead it to, one start, two steps.
-    monkeypatch.setitem(BUDGETS, "small", Budget(2, 1, 2, (1.0,), (), 0, 3, 0, 0))
+    # One image that nothing breaks, two experts that the router can lead it to, ten steps.
+    monkeypatch.setitem(BUDGETS, "small", Budget(2, 1, 10, 1, 10, (), 1, 3, 0, 0))
     moe = linear_moe([[[0.0, 0], [0, 1]]] * 2, [[0, 0], [1, -0.5]], 1, "argmax")
     x, y = torch.tensor([[0.5, 1.0]]).view(1, 1, 1, 2), torch.ones(1, dtype=torch.long)
     result, _ = score(
@@ -227,14 +208,16 @@ def test_its_cost_counts_what_goes_through_the_parts(linear_moe: Any, score: Any
         num_classes=2, eps=0.1,
     )  # fmt: skip
     passes = {name: (counts["forwards"], counts["backwards"]) for name, counts in result.passes.items()}
-    # F is asked at the start and after each step, 3 for each expert, and once about what the attack ends with; the
-    # expert's own pass at each step; and the clean margins of both experts once
-    assert passes["route-aware"] == (2 * (3 + 2) + 1 + 2, 2 * 2)
-    assert passes["route-aware-scaled"] == passes["route-aware-first"] == (2 * (3 + 2) + 1, 2 * 2)
-    assert passes["soft-1"] == (4 + 2 * 2, 2 * 2)  # both experts at each step
-    assert passes["bpda-1"] == (4 + 2 * 2 + 2, 2 * 2)  # and F's own forward
-    assert passes["joint"] == (4 + 2, 2)
-    assert passes["averaged"] == (4 + 3 * 2, 3 * 2)  # three neighbours
+    # Auto-PGD from one start: the deployed model at the start and at every fifth step, the objective before each step
+    # and after the last; and once the deployed model about what the attack ends with
+    climb, confirm = 1 + 11 + 2, 1
+    # both paths on the clean image for their order and for their gradients, and the steps of a model that is asked
+    # twice whether it answers by chance, once for its sites and once for functions without a gradient; an aimed start,
+    # whose gradient is the router's alone
+    assert passes["paths"] == (2 * (climb + 1) + confirm + 2 + 2 + 4, 2 * 11 + 2)
+    assert passes["deployed"] == (climb + confirm, 11)
+    assert passes["targeted"] == (climb + confirm + 1, 11 + 1)
+    assert passes["averaged"] == (1 + 3 * 11 + 2 + confirm, 3 * 11)
 
 
 def test_what_the_model_does_not_confirm_is_left_to_the_next_attack(
@@ -244,11 +227,11 @@ def test_what_the_model_does_not_confirm_is_left_to_the_next_attack(
     search, met = Search(block_of(planted.robust(), planted.data())), []
 
     def hasty() -> None:
-        search.standing[:5] = False
+        search.unbroken[:5] = False
 
     stages = {"hasty": hasty, "next": lambda: met.append(search.rows.tolist())}
     monkeypatch.setattr(adaptive, "attacks", lambda *_: stages.items())
-    deque(run(search, "small", "full"), maxlen=0)
+    deque(run(search, "small"), maxlen=0)
     assert met == [list(range(23))]
 
 
@@ -273,38 +256,23 @@ def test_a_model_without_parts_is_said_to_have_none(linear_net: Any, planted: An
     assert set(rows["attack"]) == {"clean"}
 
 
-def test_the_larger_budgets_break_all_that_the_trial_breaks(monkeypatch: pytest.MonkeyPatch, score: Any):
-    for name in ("standard", "large"):
-        monkeypatch.setitem(BUDGETS, name, TINY)
-    monkeypatch.setattr(adaptive, "TRIAL", (10, 2))
-    data = open_dataset("digits").evaluation_set(ZOO, 24)
-    model = load_model("moe-rt_er-argmax", model_dir=ZOO)
-
-    def broken(**settings: Any) -> set[int]:
-        _, rows = score(model, "adaptive", data, eps=0.1, settings=settings)
-        return set(rows.loc[(rows["attack"] != "clean") & ~rows["robust"], "idx"])
-
-    trial = broken(recipe="trial")
-    assert trial
-    assert trial <= broken()
-    assert trial <= broken(budget="large")
-
-
 def test_budgets_grow():
     small, standard, large = (BUDGETS[name] for name in ("small", "standard", "large"))
     for less, more in ((small, standard), (standard, large)):
-        assert less.route_steps * less.route_starts < more.route_steps * more.route_starts
-        assert (less.steps, less.square_queries, less.targets) < (more.steps, more.square_queries, more.targets)
-        assert set(less.temperatures) <= set(more.temperatures)
+        assert less.path_steps * less.path_restarts < more.path_steps * more.path_restarts
+        assert (less.paths, less.restarts, less.steps, less.queries, less.targets) < (
+            more.paths, more.restarts, more.steps, more.queries, more.targets
+        )  # fmt: skip
+        assert set(less.weights) <= set(more.weights)
     assert open_suites(["adaptive"], {})["adaptive"].params == {}
 
 
 def test_called_by_itself_it_finds_what_the_suite_finds(tiny: None, masked: MoE, planted: Any, score: Any):
     data = planted.data()
-    _, rows = score(masked, "adaptive", settings={"recipe": "trial"}, seed=3)
+    _, rows = score(masked, "adaptive", settings={"budget": "small"}, seed=3)
     masked.train()
     state = torch.random.get_rng_state()
-    x_adv = AdaptiveAttack(masked, "Linf", planted.balls["Linf"], recipe="trial", seed=3)(data.x, data.y)
+    x_adv = AdaptiveAttack(masked, "Linf", planted.balls["Linf"], "small", seed=3)(data.x, data.y)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert masked.training
     assert all(parameter.requires_grad for parameter in masked.parameters())
@@ -315,10 +283,9 @@ def test_called_by_itself_it_finds_what_the_suite_finds(tiny: None, masked: MoE,
     assert robust.mean() < 0.05
 
 
-def test_called_by_itself_it_gives_the_same_for_a_seed(monkeypatch: pytest.MonkeyPatch, planted: Any):
-    monkeypatch.setattr(adaptive, "TRIAL", (2, 2))  # the second start is random
+def test_called_by_itself_it_gives_the_same_for_a_seed(tiny: None, planted: Any):
     data = planted.data()
-    attack = AdaptiveAttack(planted.robust(), "Linf", planted.balls["Linf"], recipe="trial", seed=3)
+    attack = AdaptiveAttack(planted.robust(), "Linf", planted.balls["Linf"], seed=3, attacks_to_run=["paths"])
     first = attack(data.x, data.y)  # nothing is broken: the last try of each image
     torch.rand(1)
     assert torch.equal(attack(data.x, data.y), first)
@@ -326,7 +293,7 @@ def test_called_by_itself_it_gives_the_same_for_a_seed(monkeypatch: pytest.Monke
     assert not torch.equal(attack(data.x, data.y), first)
 
 
-@pytest.mark.parametrize("attack", ["averaged", "square-1"])
+@pytest.mark.parametrize("attack", ["paths", "averaged", "square-1"])
 def test_what_others_have_left_shifts_no_draw(
     attack: str, block_of: Any, planted: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -334,17 +301,15 @@ def test_what_others_have_left_shifts_no_draw(
     last = {}
     for standing in (24, 1):
         search = Search(block_of(planted.robust(), planted.data()))
-        search.standing[standing:] = False
-        deque(run(search, "small", "full", ["targeted", attack]), maxlen=0)
+        search.unbroken[standing:] = False
+        deque(run(search, "small", ["targeted", attack]), maxlen=0)
         last[standing] = search.x_adv[0]
     assert torch.equal(last[24], last[1])
 
 
 def test_called_by_itself_it_refuses_an_attack_that_it_does_not_have(planted: Any):
-    data, attack = planted.data(), AdaptiveAttack(planted.robust(), attacks_to_run=["route-awry"])
-    with pytest.raises(
-        UnusableInput, match=r"^no adaptive attack 'route-awry' for this model: did you mean 'route-aware'"
-    ):
+    data, attack = planted.data(), AdaptiveAttack(planted.robust(), attacks_to_run=["path"])
+    with pytest.raises(UnusableInput, match=r"^no adaptive attack 'path' for this model: did you mean 'paths'"):
         attack(data.x, data.y)
 
 
@@ -352,7 +317,6 @@ def test_called_by_itself_it_refuses_an_attack_that_it_does_not_have(planted: An
     ("wrong", "said"),
     [
         ({"budget": "standart"}, r"^no budget 'standart': did you mean 'standard'\?$"),
-        ({"recipe": "trail"}, r"^no recipe 'trail': did you mean 'trial'\?$"),
         ({"norm": "L1"}, r"^no adaptive attack in an L1 ball"),
     ],
 )

@@ -1,0 +1,97 @@
+"""Auto-PGD on the deployed model itself, and on the branches of a dual.
+
+Axes: B = examples of the block, m = rows that are attacked, C = classes, T = targets.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from bench.attacks.search import Search, losses, margin
+from bench.pgd import random_start
+
+#: Classes whose distance is worked out, by logit: each costs a backward pass.
+CANDIDATES = 20
+#: How far the neighbours lie that a gradient is averaged over, in ε.
+SPREAD = 0.125
+
+
+def deployed(search: Search, restarts: int, steps: int) -> None:
+    """From uniform starts, each row by a loss of its own: the margin, cross-entropy or DLR."""
+    block = search.block
+    for _ in range(restarts):
+        which = torch.randint(3, (len(block.y),)).to(block.x.device)
+
+        def objective(z: Tensor, rows: Tensor, which: Tensor = which) -> tuple[Tensor, Tensor]:
+            logits, y = search.logits(z), block.y[rows]
+            return losses(logits, y).gather(1, which[rows, None])[:, 0], margin(logits, y) > 0
+
+        search.climb(objective, search.uniform(), steps, search.rows)
+
+
+def averaged(search: Search, neighbours: int, steps: int) -> None:
+    """The margin averaged over points near the iterate: a hard route has no gradient, but it has a slope at large."""
+    block = search.block
+    threat = block.threat_model.model_copy(update={"eps": SPREAD * block.threat_model.eps})
+
+    def objective(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        many = torch.cat([random_start(z, threat, search.noise()[rows]) for _ in range(neighbours)])
+        found = margin(search.logits(many), block.y[rows].repeat(neighbours)).view(neighbours, -1)
+        return found.mean(0), torch.zeros_like(found[0], dtype=torch.bool)
+
+    search.climb(objective, search.uniform(), steps, search.rows)
+
+
+def nearest(search: Search, count: int) -> Tensor:
+    """The first `count` wrong classes of each image of the block, (B, T), in MALT's order (Melamed et al. 2024).
+
+    That is by the distance (z_y − z_c) / ‖∇(z_y − z_c)‖ to the linearised boundary, in the norm dual to the ball's.
+    """
+    block = search.block
+    x, y = block.x.detach().requires_grad_(), block.y
+    with torch.enable_grad():
+        logits = block.model(x)
+        own = one_hot(y, logits.shape[1]).bool()
+        classes = logits.detach().masked_fill(own, -torch.inf).topk(min(CANDIDATES, logits.shape[1] - 1), 1).indices
+        distances = []
+        for column in classes.T:
+            gap = logits[own] - logits.gather(1, column[:, None])[:, 0]
+            found = (
+                torch.autograd.grad(gap.sum(), x, retain_graph=True)[0] if gap.requires_grad else torch.zeros_like(x)
+            )
+            size = found.flatten(1).norm(p=1 if block.threat_model.norm == "Linf" else 2, dim=1)
+            distances.append(gap.detach() / size.clamp_min(1e-12))
+    return classes.gather(1, torch.stack(distances, 1).argsort(dim=1, stable=True))[:, :count]
+
+
+def targeted(search: Search, targets: Tensor, steps: int) -> None:
+    """For each of the targets (B, T) in turn, its logit minus the true one."""
+    block = search.block
+    for column in targets.T:
+
+        def objective(z: Tensor, rows: Tensor, column: Tensor = column) -> tuple[Tensor, Tensor]:
+            logits, y = search.logits(z), block.y[rows]
+            value = logits.gather(1, column[rows, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
+            return value, margin(logits, y) > 0
+
+        search.climb(objective, search.uniform(), steps, search.rows)
+
+
+def reweighed(search: Search, weight: float, steps: int) -> None:
+    """On (1 − w) log p_S + w log p_R of a dual, whatever α is, as MORA (Yu and Gao 2022) reweighs an ensemble.
+
+    Weights 0 and 1 attack one branch alone, which then transfers to the whole.
+    """
+    block, dual = search.block, _dual(search)
+
+    def objective(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = (1 - weight) * dual.standard(z).log_softmax(1) + weight * dual.robust(z).log_softmax(1)
+        return margin(mixed, block.y[rows]), torch.zeros_like(rows, dtype=torch.bool)
+
+    search.climb(objective, search.uniform(), steps, search.rows)
+
+
+def _dual(search: Search) -> Any:
+    return search.block.model

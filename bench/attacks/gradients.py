@@ -1,0 +1,146 @@
+"""Gradients for functions that have none to be used: rounded, saturated, detached, dead or misleading ones.
+
+Axes: B = images, E = experts, D = pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+#: Directions tried for each pixel, so that the sign of most of an affine router's weights is found, and at most.
+DIRECTIONS, AT_MOST = 4, 20_000
+#: The slope of a ReLU on its dead side, in the backward pass alone.
+LEAK = 0.1
+
+
+def _identity(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+def _leaky(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.nn.functional.leaky_relu(x, LEAK)
+
+
+def _softsign(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x / (1 + x.abs())
+
+
+def _tempered(x: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
+    """A softmax at the temperature of its inputs' spread: never saturated."""
+    dim = -1 if dim is None else dim
+    spread = x.detach().std(dim=dim, keepdim=True, correction=0).clamp_min(1)
+    return torch.softmax(x / spread, dim=dim)
+
+
+#: A function → one with nearly the same shape whose gradient is nowhere zero.
+SMOOTH: dict[Any, Callable[..., Tensor]] = {
+    **dict.fromkeys((torch.relu, Tensor.relu, torch.nn.functional.relu, torch.nn.functional.relu6), _leaky),
+    **dict.fromkeys((torch.relu_, Tensor.relu_, torch.nn.functional.hardtanh), _leaky),
+    **dict.fromkeys((torch.round, Tensor.round, torch.floor, Tensor.floor, torch.ceil, Tensor.ceil), _identity),
+    **dict.fromkeys((torch.trunc, Tensor.trunc, Tensor.detach, Tensor.clamp, torch.clamp), _identity),
+    **dict.fromkeys((Tensor.clip, torch.clip, Tensor.data.__get__), _identity),
+    **dict.fromkeys((torch.sign, Tensor.sign, torch.tanh, Tensor.tanh, torch.nn.functional.tanh), _softsign),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, torch.nn.functional.sigmoid), _softsign),
+    **dict.fromkeys((torch.softmax, Tensor.softmax, torch.nn.functional.softmax), _tempered),
+}
+
+
+#: Those that have no gradient at all, anywhere: where one is seen, gradients cannot be believed.
+HARD = {
+    torch.round, Tensor.round, torch.floor, Tensor.floor, torch.ceil, Tensor.ceil, torch.trunc, Tensor.trunc,
+    torch.sign, Tensor.sign, Tensor.detach, Tensor.data.__get__,
+}  # fmt: skip
+
+
+class StraightThrough(TorchFunctionMode):
+    """Within, functions without a usable gradient keep their values and take the gradient of a smooth one (`SMOOTH`).
+
+    As the straight-through estimator does (Bengio et al. 2013; BPDA, Athalye et al. 2018). What ran without gradients
+    (`no_grad`, `detach`) has them. `hard`: how many calls were of a function that has no gradient of its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hard = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch.enable_grad():
+            first = args[0] if args else None
+            smooth = SMOOTH.get(func)
+            if smooth is None or not (isinstance(first, Tensor) and first.requires_grad):
+                return func(*args, **kwargs)
+            self.hard += func in HARD
+            stand_in = smooth(*args, **kwargs)
+            value = func(first.detach().clone(), *args[1:], **kwargs)  # some work in place
+            return value.detach() + (stand_in - stand_in.detach())
+
+
+def logarithms(scores: Tensor) -> Tensor:
+    """The logarithms of scores (…, E) that are probabilities by their look, which have the same order; else themselves.
+
+    A softmax that decides clearly has next to no gradient; its logarithm has.
+    """
+    with torch.no_grad():
+        if bool((scores < 0).any()) or bool(((scores.sum(-1) - 1).abs() > 1e-3).any()):
+            return scores
+    return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+
+
+@torch.no_grad()
+def slopes(scores: Callable[[Tensor], Tensor], x: Tensor, distance: float) -> Tensor:
+    """W (E, D) in place of a gradient: the mean slope of the scores about the images x (B, …).
+
+    Along random directions of ±`distance` in every pixel: the weights of an affine router, up to noise.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size, num_experts = x[0].numel(), scores(x[:1]).shape[1]
+    total, drawn = torch.zeros(num_experts, size, device=x.device), 0
+    directions = min(DIRECTIONS * size, AT_MOST)
+    while drawn < directions:
+        count = min(len(x), directions - drawn)
+        signs = torch.randint(0, 2, x[:count].shape, generator=generator).to(x) * 2 - 1
+        rise = scores(x[:count] + distance * signs) - scores(x[:count] - distance * signs)
+        total += rise.to(total).T @ signs.flatten(1).to(total)
+        drawn += count
+    return total / (2 * distance * directions)
+
+
+def has_gradient(scores: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether any score's gradient by the pixels of any image x (B, …) is other than zero."""
+    z = x.detach().requires_grad_()
+    with torch.enable_grad():
+        found = scores(z)
+        if not found.requires_grad:
+            return False
+        ascents = [torch.autograd.grad(column.sum(), z, retain_graph=True, allow_unused=True)[0] for column in found.T]
+    return any(gradient is not None and bool((gradient != 0).any()) for gradient in ascents)
+
+
+def differentiable(router: Callable[[Tensor], Tensor], x: Tensor, distance: float) -> Callable[[Tensor], Tensor]:
+    """A router's scores with a gradient: its own where there is one at the images x (B, …), of probabilities that of
+    their logarithms; else a smooth stand-in's; else that of the slopes over `distance`.
+    """
+
+    def own(z: Tensor) -> Tensor:
+        return logarithms(router(z))
+
+    def through(z: Tensor) -> Tensor:
+        with StraightThrough():
+            return own(z)
+
+    for scores in (own, through):
+        if has_gradient(scores, x):
+            return scores
+    weight = slopes(own, x, distance)
+
+    def linear(z: Tensor) -> Tensor:
+        line = z.flatten(1) @ weight.to(z).T
+        return line + (own(z) - line).detach()
+
+    return linear

@@ -1,0 +1,192 @@
+"""Routing sites: the places where a model chooses experts, read and forced from outside, by hooks.
+
+A user's code is not changed: a hook on the gate reads its scores, and adds the least shift to them that makes the
+wanted experts win. An MoE of whole networks has one site, its router; a dual those of both branches; an expert that is
+itself routed has one of its own. A *path* is a choice at every site.
+
+Axes: m = images, T = tokens of an image (1 where whole images are routed), E = experts, K = selected experts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.models.parts import is_moe
+
+#: From a gate's scores (m, T, E) to those that the model goes on with.
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A gate: `owner.attribute`, a module or a plain callable that gives the scores of `num_experts` experts.
+
+    k: how many of them are selected. whole: whether the owner's experts are classifiers of images, one output each.
+    """
+
+    name: str
+    owner: Any
+    attribute: str
+    num_experts: int
+    k: int
+    whole: bool = True
+
+    @property
+    def gate(self) -> Any:
+        """The module or callable whose output holds the scores."""
+        return getattr(self.owner, self.attribute)
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """The sites of a model, in the order of its modules; those with all experts selected choose nothing, and are none.
+
+    An MoE is any sub-module with `router` and `experts`; K is its `num_selected_experts`, 1 where it does not say.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if is_moe(module):
+            owner: Any = module
+            count, k = len(owner.experts), int(getattr(owner, "num_selected_experts", 1))
+            if k < count:
+                found.append(Site(f"{name}.router".removeprefix("."), owner, "router", count, k))
+    return found
+
+
+def scores_of(output: Any, images: int, num_experts: int) -> Tensor | None:
+    """The scores (m, T, E) in a gate's output: a tensor, or the first that fits in a tuple; None where none does.
+
+    Chosen indices alone, whole numbers (m,) or (m, K), count as scores of 1 for the chosen experts, 0 for the others.
+    """
+    for tensor in output if isinstance(output, tuple | list) else (output,):
+        if not isinstance(tensor, Tensor) or not tensor.dim():
+            continue
+        if not tensor.is_floating_point():
+            if len(tensor) == images and tensor.numel() < images * num_experts:
+                return nn.functional.one_hot(tensor.view(images, -1), num_experts).sum(1, keepdim=True).float()
+        elif tensor.shape[-1] == num_experts and tensor.numel() % (images * num_experts) == 0:
+            return tensor.reshape(images, -1, num_experts)
+    return None
+
+
+def _with_scores(output: Any, scores: Tensor, images: int) -> Any:
+    """The same output with other scores (m, T, E)."""
+    if isinstance(output, tuple | list):
+        parts = list(output)
+        for number, part in enumerate(parts):
+            if isinstance(part, Tensor) and scores_of(part, images, scores.shape[-1]) is not None:
+                parts[number] = _with_scores(part, scores, images)
+                break
+        return type(output)(parts) if type(output) in (tuple, list) else type(output)(*parts)
+    if not output.is_floating_point():
+        chosen = scores[:, 0].topk(max(1, output.numel() // images), dim=-1).indices
+        return chosen.view(output.shape).to(output.dtype)
+    return scores.reshape(output.shape)
+
+
+@contextmanager
+def intercepted(
+    site: Site, change: Change, around: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> Iterator[list[Tensor]]:
+    """Within, the model goes on with what `change` makes of the gate's scores; the gate itself runs inside `around`.
+
+    Gives a list that holds the gate's first input of each call; it stays empty where the model does not call its gate
+    in a way that can be seen.
+    """
+    calls: list[Tensor] = []
+
+    def changed(inputs: Sequence[Any], output: Any) -> Any:
+        images = len(inputs[0])
+        calls.append(inputs[0])
+        scores = scores_of(output, images, site.num_experts)
+        return output if scores is None else _with_scores(output, change(scores), images)
+
+    gate = site.gate
+    if isinstance(gate, nn.Module):
+        open_now: list[ExitStack] = []
+
+        def before(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any]) -> None:
+            open_now.append(ExitStack())
+            open_now[-1].enter_context(around())
+
+        def after(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any], output: Any) -> Any:
+            open_now.pop().close()
+            return None if output is None else changed((*inputs, *more.values()), output)  # None: it raised
+
+        handles = [
+            gate.register_forward_pre_hook(before, with_kwargs=True),
+            gate.register_forward_hook(after, with_kwargs=True, always_call=True),
+        ]
+        try:
+            yield calls
+        finally:
+            for handle in handles:
+                handle.remove()
+        return
+
+    def replaced(*inputs: Any, **more: Any) -> Any:
+        with around():
+            output = gate(*inputs, **more)
+        return changed((*inputs, *more.values()), output)
+
+    own = site.attribute in vars(site.owner)
+    setattr(site.owner, site.attribute, replaced)
+    try:
+        yield calls
+    finally:
+        if own:
+            setattr(site.owner, site.attribute, gate)
+        else:
+            delattr(site.owner, site.attribute)
+
+
+def wanted(chosen: Tensor, num_experts: int) -> Tensor:
+    """Which experts (m, E) are among the chosen ones (m, K); -1 is none."""
+    return nn.functional.one_hot(chosen + 1, num_experts + 1)[..., 1:].amax(1).bool()
+
+
+def forced(scores: Tensor, chosen: Tensor) -> Tensor:
+    """The scores (m, T, E) with the least shift that makes the experts chosen (m, K) win at every token.
+
+    Rows whose choice is -1 are left as they are. The shift has no gradient, so that of the scores stays.
+    """
+    mine = wanted(chosen, scores.shape[-1])[:, None]
+    values = scores.detach()
+    best_other = values.masked_fill(mine, -torch.inf).amax(-1, keepdim=True)
+    slack = 1e-4 * values.abs().amax(-1, keepdim=True) + 1e-6
+    lift = (best_other + slack - values).clamp_min(0)
+    return scores + torch.where(mine, lift, torch.zeros_like(lift))
+
+
+def gap(scores: Tensor, chosen: Tensor) -> Tensor:
+    """By how much the weakest of the chosen experts (m, K) is ahead of the best other (m,), at the worst token.
+
+    +∞ where the choice is -1.
+    """
+    mine = wanted(chosen, scores.shape[-1])[:, None].expand_as(scores)
+    lead = scores.masked_fill(~mine, torch.inf).amin(-1) - scores.masked_fill(mine, -torch.inf).amax(-1)
+    return torch.where(chosen[:, :1] < 0, torch.inf, lead).amin(1)
+
+
+def read(model: nn.Module, found: Sequence[Site], x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The model's logits for x (m, …), and of each site the scores (m, T, E) and the gate's input.
+
+    A site whose gate the model does not call once in a way that can be seen has no entry.
+    """
+    seen: dict[str, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = {}
+
+    def note(name: str, scores: Tensor) -> Tensor:
+        seen[name] = scores
+        return scores
+
+    with ExitStack() as stack:
+        for site in found:
+            inputs[site.name] = stack.enter_context(intercepted(site, partial(note, site.name)))
+        logits = model(x)
+    once = {name: calls[0] for name, calls in inputs.items() if len(calls) == 1 and name in seen}
+    return logits, {name: seen[name] for name in once}, once

@@ -1,0 +1,140 @@
+"""Gradients for what has none: a smooth function's in the backward pass, and mean slopes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.attacks.gradients import StraightThrough, differentiable, has_gradient, logarithms, slopes
+
+WEIGHT = torch.tensor([[1.0, -2.0, 0.5, 0.0], [-0.5, 0.5, 1.0, 3.0]])
+
+
+def affine(x: Tensor) -> Tensor:
+    return x.flatten(1) @ WEIGHT.T + 1
+
+
+def rounded(x: Tensor) -> Tensor:
+    return affine((16 * x).round() / 16)
+
+
+def half_rounded(x: Tensor) -> Tensor:
+    return torch.stack([rounded(x)[:, 0], affine(x)[:, 1]], 1)
+
+
+def images(n: int) -> Tensor:
+    return torch.rand(n, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+def ascent(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    z = x.clone().requires_grad_()
+    return torch.autograd.grad(function(z).sum(), z)[0]
+
+
+# --- straight through -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (16 * x).round() / 16,
+        lambda x: torch.floor(4 * x),
+        lambda x: torch.sign(x - 2),
+        lambda x: torch.relu(x - 2),
+        lambda x: nn.ReLU(inplace=True)(x - 2),
+        lambda x: torch.tanh(1000 * x),
+        lambda x: torch.sigmoid(1000 * x - 2),
+        lambda x: (1000 * x.flatten(1)).softmax(1)[:, :1],
+        lambda x: x.clamp(2, 3),
+        lambda x: x.detach() * 2,
+        lambda x: x.data * 2,
+        torch.no_grad()(lambda x: 3 * x),
+    ],
+)
+def test_values_stay_and_there_is_a_gradient(function: Callable[[Tensor], Tensor]):
+    x = images(3)
+    z = x.clone().requires_grad_()
+    with StraightThrough():
+        value = function(z)
+    torch.testing.assert_close(value.detach(), function(x).detach(), rtol=1e-6, atol=1e-6)
+    assert torch.autograd.grad(value.sum(), z)[0].abs().sum() > 0
+
+
+def test_a_dead_relu_has_a_tenth_of_the_slope():
+    x = torch.tensor([-1.0, 2.0])
+    with StraightThrough():
+        assert ascent(torch.relu, x).tolist() == pytest.approx([0.1, 1.0])
+
+
+def test_what_has_no_gradient_anywhere_is_counted():
+    z = images(1).requires_grad_()
+    with StraightThrough() as smooth:
+        torch.relu(z).softmax(-1)
+    assert smooth.hard == 0
+    with StraightThrough() as smooth:
+        z.round().detach()
+    assert smooth.hard == 2
+
+
+def test_outside_of_it_gradients_are_their_own():
+    with StraightThrough():
+        pass
+    assert ascent(lambda x: (16 * x).round(), images(1)).abs().sum() == 0
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("router", "has"),
+    [
+        (affine, True),
+        (rounded, False),
+        (half_rounded, True),
+        (lambda x: affine(x).detach(), False),
+        (torch.no_grad()(affine), False),
+        (lambda x: nn.Parameter(torch.ones(len(x), 2)), False),
+    ],
+)
+def test_whether_any_score_has_a_gradient(router: nn.Module, has: bool):
+    assert has_gradient(router, images(3)) is has
+
+
+def test_probabilities_are_taken_by_their_logarithms():
+    scores = affine(images(3))
+    saturated = (20 * scores).softmax(1)
+    assert torch.equal(logarithms(saturated).argsort(1), scores.argsort(1))
+    gaps = ascent(lambda x: logarithms((20 * affine(x)).softmax(1)).diff(dim=1), images(3))
+    assert (gaps != 0).flatten(1).any(1).all()
+    assert logarithms(scores) is scores
+
+
+def test_the_slopes_of_an_affine_router_are_its_weights():
+    # signs drawn 16 times for 4 pixels leave noise; of one pixel there is none
+    one = slopes(lambda x: 3 * x.flatten(1) @ torch.tensor([[1.0, -2.0]]), images(5)[:, :, :1, :1], 0.1)
+    torch.testing.assert_close(one, torch.tensor([[3.0], [-6.0]]))
+
+
+def test_the_slopes_of_a_rounded_router_have_its_signs():
+    weight = torch.randn(2, 192, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def router(z: Tensor) -> Tensor:
+        return (16 * z).round().flatten(1) @ weight.T / 16
+
+    found = slopes(router, x, 0.1)
+    large = weight.abs() > 0.5
+    assert (found.sign() == weight.sign())[large].float().mean() > 0.8
+    state = torch.random.get_rng_state()
+    assert torch.equal(slopes(router, x, 0.1), found)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("router", [rounded, lambda x: affine(x).detach(), lambda x: affine((x > 0.5).float())])
+def test_a_missing_gradient_is_replaced_and_no_other(router: Callable[[Tensor], Tensor]):
+    x = images(64)
+    scores = differentiable(router, x, 0.2)
+    torch.testing.assert_close(scores(x), router(x), atol=1e-5, rtol=0)
+    assert ascent(lambda z: scores(z)[:, 1], x).abs().sum() > 0
+    assert torch.equal(ascent(differentiable(affine, x, 0.2), x), ascent(affine, x))

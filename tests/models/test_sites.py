@@ -1,0 +1,167 @@
+"""Routing sites: a gate's scores are read, and forced by the least shift, whatever class the gate is of."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.models import sites as routing
+from bench.models.dual import DualModel
+from bench.models.moe import MoE
+from bench.models.sites import Site, forced, gap, intercepted, read, scores_of, sites
+
+
+def moe(linear_moe: Any, count: int = 3, k: int = 1, gate: str = "argmax") -> MoE:
+    """Expert i answers with class i alone; the scores are those of the pixels."""
+    experts = [[[float(i == c)] * count for c in range(count)] for i in range(count)]
+    return linear_moe(experts, torch.eye(count).tolist(), k, gate)
+
+
+X = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.3, 0.6]]).view(2, 1, 1, 3)
+
+
+def test_sites_are_the_routers_that_choose(linear_moe: Any):
+    inner, outer = moe(linear_moe), moe(linear_moe, 3, 2)
+    assert [(site.name, site.num_experts, site.k) for site in sites(outer)] == [("router", 3, 2)]
+    dual = DualModel(inner, outer)
+    assert [(site.name, site.k) for site in sites(dual)] == [("standard.router", 1), ("robust.router", 2)]
+    nested = MoE([inner, nn.Identity()], outer.router, 1, "argmax")
+    assert [site.name for site in sites(nested)] == ["router", "experts.0.router"]
+    assert [site.name for site in sites(nn.Sequential(nn.Identity(), inner))] == ["1.router"]
+    assert sites(moe(linear_moe, 3, 3)) == []  # all experts are selected: nothing is chosen
+
+
+def test_the_gap_of_a_path_is_that_of_its_weakest_expert_at_the_worst_token():
+    scores = torch.tensor([[[3.0, 1.0, 0.5]], [[0.0, 2.0, 1.0]]])
+    assert gap(scores, torch.tensor([[0], [2]])).tolist() == [2.0, -1.0]
+    assert gap(scores, torch.tensor([[0, 1], [1, 2]])).tolist() == [0.5, 1.0]
+    tokens = torch.tensor([[[3.0, 1.0], [0.0, 0.5]]])
+    assert gap(tokens, torch.tensor([[0]])).tolist() == [-0.5]
+    assert gap(scores, torch.tensor([[-1], [2]])).tolist() == [torch.inf, -1.0]
+
+
+def test_the_shift_is_the_least_that_wins_and_none_where_the_path_is_natural():
+    scores = torch.tensor([[[3.0, 1.0, 0.5]], [[0.0, 2.0, 1.0]], [[1.0, 0.0, 0.0]]])
+    found = forced(scores, torch.tensor([[0], [0], [-1]]))
+    assert torch.equal(found[0], scores[0])
+    assert torch.equal(found[2], scores[2])
+    assert found[1, 0].argmax() == 0
+    assert found[1, 0].tolist() == pytest.approx([2.0, 2.0, 1.0], abs=1e-3)
+    two = forced(scores, torch.tensor([[1, 2], [0, 2], [1, 2]]))
+    assert two.topk(2, dim=-1).indices[:, 0].sort(1).values.tolist() == [[1, 2], [0, 2], [1, 2]]
+
+
+def test_a_shift_leaves_the_scores_their_gradient():
+    scores = torch.tensor([[[3.0, 1.0]]], requires_grad=True)
+    forced(scores, torch.tensor([[1]]))[0, 0, 1].backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [[[0.0, 1.0]]]
+
+
+@pytest.mark.parametrize("gate", ["argmax", "softmax"])
+def test_a_model_is_led_along_any_path(linear_moe: Any, gate: str):
+    model = moe(linear_moe, gate=gate)
+    (site,) = sites(model)
+    for expert in range(3):
+        chosen = torch.full((2, 1), expert)
+        with intercepted(site, lambda scores, chosen=chosen: forced(scores, chosen)) as calls:  # type: ignore[misc]
+            assert model(X).argmax(1).tolist() == [expert] * 2
+        assert len(calls) == 1
+        assert torch.equal(calls[0], X)
+    assert model(X).argmax(1).tolist() == [0, 2]
+    assert not model.router._forward_hooks
+
+
+def test_reading_gives_the_scores_and_changes_nothing(linear_moe: Any):
+    model = moe(linear_moe)
+    logits, scores, inputs = read(model, sites(model), X)
+    assert torch.equal(logits, model(X))
+    torch.testing.assert_close(scores["router"][:, 0], X.flatten(1))
+    assert torch.equal(inputs["router"], X)
+
+
+class Own(nn.Module):
+    """A user's mixture of three experts that answer with their own number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Identity() for _ in range(3))
+        self.linear = nn.Flatten()
+
+    def choose(self, output: Any) -> Tensor:
+        return output.argmax(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.one_hot(self.choose(self.router(x)), 3).float()
+
+
+class Method(Own):
+    def router(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+class Index(Method):
+    """Its router gives the chosen index alone, as that of the paper's released MoE does."""
+
+    def router(self, x: Tensor) -> Tensor:
+        return x.flatten(1).argmax(1)
+
+    def choose(self, output: Any) -> Tensor:
+        return output
+
+
+class Tuple(Method):
+    def router(self, x: Tensor) -> Any:
+        return torch.tensor(0.3), x.flatten(1), {"load": None}
+
+    def choose(self, output: Any) -> Tensor:
+        return output[1].argmax(1)
+
+
+@pytest.mark.parametrize("kind", [Method, Index, Tuple])
+def test_routers_of_other_shapes_are_read_and_forced(kind: type[Own]):
+    model = kind()
+    (site,) = sites(model)
+    _, scores, _ = read(model, [site], X)
+    assert scores["router"].argmax(-1).flatten().tolist() == [0, 2]
+    chosen = torch.tensor([[1], [0]])
+    with intercepted(site, lambda found: forced(found, chosen)):
+        assert model(X).argmax(1).tolist() == [1, 0]
+    assert model(X).argmax(1).tolist() == [0, 2]
+    assert "router" not in vars(model)
+
+
+def test_a_gate_that_is_not_called_is_not_read():
+    class Silent(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Flatten()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)
+
+    model = Silent()
+    assert read(model, sites(model), X)[1] == {}
+
+
+def test_tokens_are_mapped_to_images():
+    tokens = torch.arange(12.0).view(6, 2)  # two images of three tokens
+    found = scores_of(tokens, 2, 2)
+    assert found is not None
+    assert found.shape == (2, 3, 2)
+    assert scores_of(torch.zeros(5, 2), 2, 2) is None
+    assert scores_of("nothing", 2, 2) is None
+
+
+def test_a_gate_that_fails_leaves_no_hook_and_no_context_behind(linear_moe: Any):
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("planted")
+
+    model = MoE(moe(linear_moe).experts, Failing(), 1, "argmax")
+    site: Site = routing.sites(model)[0]
+    with pytest.raises(RuntimeError, match="planted"), intercepted(site, lambda scores: scores):
+        model(X)
+    assert not model.router._forward_hooks
+    assert not model.router._forward_pre_hooks
