@@ -12,7 +12,15 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "pandas", "pydantic", "numpy", "rich", "sklearn", "scipy")
 #: Libraries of attacks, and the only modules that may use them.
 ATTACK_LIBRARIES = {"torchattacks", "pyautoattack", "autoattack", "robustbench"}
-USERS = {"suites/torchattacks", "suites/pgd", "suites/autoattack", "attacks/adaptive", "attacks/leaving", "compat"}
+USERS = {
+    "suites/torchattacks",
+    "suites/pgd",
+    "suites/autoattack",
+    "attacks/adaptive",
+    "attacks/paths",
+    "attacks/leaving",
+    "compat",
+}
 
 
 def imports(path: Path, *, everywhere: bool = True) -> set[str]:
