@@ -3,18 +3,26 @@
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from bench import console
+from bench.console import note, say
 from bench.errors import TrainingFailed, UnusableInput
 
 if TYPE_CHECKING:
+    from bench.certify.base import Certifier
+    from bench.evaluation.plan import Plan
+    from bench.job import Job
+    from bench.progress import RunProgress
+    from bench.results.certificates import Certification
     from bench.results.schema import Result
+    from bench.suites.base import Suite
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
 INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -23,6 +31,7 @@ app = typer.Typer(
     name="bench",
     help="Tells whether a Mixture-of-Experts image classifier is really robust.",
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -47,6 +56,9 @@ DataRootOption = Annotated[Path, typer.Option("--data-root", envvar="BENCH_DATA_
 CheckpointsOption = Annotated[Path, typer.Option("--checkpoints", help="folder of trained models")]
 ResultsOption = Annotated[Path, typer.Option("--results", help="folder of results")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON list, and nothing else, on standard output")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", callback=lambda quiet: console.set_up(quiet), help="no bar, no lines about progress")
+]
 
 
 class Listing(StrEnum):
@@ -72,11 +84,6 @@ class BoardFormat(StrEnum):
 
     csv = "csv"
     robustbench = "robustbench"
-
-
-def say(message: str) -> None:
-    """One line for a person, on standard error."""
-    print(" ".join(line.strip() for line in message.splitlines()), file=sys.stderr, flush=True)
 
 
 def split(values: Sequence[str] | None) -> tuple[str, ...]:
@@ -143,12 +150,11 @@ def train(
         from bench.models.checkpoints import read_header
         from bench.progress import TrainingProgress
         from bench.results.store import ensure_writable
-        from bench.settings import parse_settings
         from bench.training.loop import train as run_training
         from bench.training.recipes import train_spec
 
         data = open_dataset(dataset)
-        spec = train_spec(variant, data, threat_model(data, norm, eps), recipe, parse_settings(settings or ()), seed)
+        spec = train_spec(variant, data, threat_model(data, norm, eps), recipe, _settings(settings), seed)
         ensure_writable(checkpoints)
         with TrainingProgress(spec) as progress:
             path = run_training(
@@ -186,58 +192,112 @@ def run(
         typer.Option("--warm-start", help="try the adversarial examples of earlier runs of the same subject first"),
     ] = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Attack models and store the verdicts; a run that is already finished is reported, not repeated."""
     with redirect_stdout(sys.stderr):
         from bench.environment import World, torch_device
-        from bench.evaluation.evaluate import earlier_witnesses, evaluate
+        from bench.evaluation.evaluate import earlier_witnesses, evaluate, run_of
         from bench.evaluation.plan import RunRequest, plan
         from bench.models.checkpoints import ZOO
-        from bench.progress import RunProgress
         from bench.results.store import ensure_writable, run_folder
-        from bench.settings import parse_number, parse_settings
 
         request = RunRequest(
             suites=split(suite) or ("clean", "pgd", "autoattack"),
             dataset=dataset,
             models=split(model),
-            alphas=tuple(parse_number(value, "--alpha") for value in split(alpha)),
+            alphas=_alphas(alpha),
             norm=norm,
             eps=eps,
             n_examples=n_examples,
             seed=seed,
             batch_size=batch_size,
-            settings=parse_settings(settings or ()),
+            settings=_settings(settings),
             warm_start=warm_start,
         )
         where = torch_device(device)
         ensure_writable(results)
-        jobs = plan(request, data_root, [checkpoints, ZOO])
-        if note := jobs[0].data.note:
-            say(f"{dataset}: {note}")
-        done = []
-        with RunProgress(len(jobs)) as progress:
-            for job in jobs:
-                progress.start(job.spec)
-                known = earlier_witnesses(results, job.spec, job.subject, job.data) if warm_start else None
-                result = evaluate(job, results, where, progress.on_block, known)
-                if result is not None:
-                    done.append(result)
-                    progress.finish(result)
+
+        def score(job: "Job[Suite]", progress: "RunProgress") -> "Result | None":
+            if (earlier := run_of(results, job).finished()) is not None:
+                progress.finish(earlier, reused=True)
+                return earlier
+            known = earlier_witnesses(results, job.spec, job.subject, job.data) if warm_start else None
+            result = evaluate(job, results, where, progress.on_block, known)
+            if result is not None:
+                progress.finish(result)
+            return result
+
+        queue = _work_off(plan(request, data_root, [checkpoints, ZOO], results), score, "not yet broken")
     if World.here().rank > 0:
-        return
-    if as_json:
-        print(json.dumps([result.model_dump(mode="json") for result in done], indent=1))
-    else:
-        print(_table(done))
-    failed = [result for result in done if result.errors]
+        raise typer.Exit(queue.status)
+    _print(queue.done, _table, as_json)
+    failed = [result for result in queue.done if result.errors]
     for result in failed:
         reasons = "; ".join(result.error_messages)
         folder = run_folder(results, result.spec, result.run)
         what = f"{result.spec.suite} on {result.spec.model}: {result.errors} rows are errors ({reasons})"
         say(f"error: {what}; remove {folder} to run it again")
-    if failed:
-        raise typer.Exit(FAILED)
+    if queue.status or failed:
+        raise typer.Exit(queue.status or FAILED)
+
+
+def _alphas(words: Sequence[str] | None) -> tuple[float, ...]:
+    from bench.settings import parse_number
+
+    return tuple(parse_number(value, "--alpha") for value in split(words))
+
+
+def _settings(pairs: Sequence[str] | None) -> dict[str, Any]:
+    from bench.settings import parse_settings
+
+    return parse_settings(pairs or ())
+
+
+class _Queue(NamedTuple):
+    """What became of a plan: the results of what could be scored, and the exit status of what could not."""
+
+    done: list[Any]
+    status: int
+
+
+def _work_off(plan: "Plan[Any]", score: Callable[[Any, "RunProgress"], Any], counted: str) -> _Queue:
+    """Score the models one after the other, one in memory at a time.
+
+    One that cannot be scored is told, and the next has its turn. `counted`: what a bar counts in the finished blocks.
+    """
+    from bench.progress import RunProgress
+
+    done: list[Any] = []
+    status = DONE
+
+    def of_model(model: str, still: int) -> None:  # a function, at whose end the model is forgotten
+        jobs = plan.jobs(model)
+        if plan.data.note and not done:
+            note(f"{plan.dataset.name}: {plan.data.note}")
+        progress.expect(len(jobs) + plan.expected(still))
+        for job in jobs:
+            progress.start(job.spec)
+            result = score(job, progress)
+            if result is not None:
+                done.append(result)
+
+    with RunProgress(counted) as progress:
+        for number, model in enumerate(plan.models, start=1):
+            try:
+                of_model(model, len(plan.models) - number)
+            except UnusableInput as error:
+                say(f"error: {error}")
+                status = UNUSABLE
+    return _Queue(done, status)
+
+
+def _print(results: "Sequence[Any]", table: "Callable[[Any], str]", as_json: bool) -> None:
+    """The results, if there are any, on standard output."""
+    if as_json and results:
+        print(json.dumps([result.model_dump(mode="json") for result in results], indent=1))
+    elif results:
+        print(table(results))
 
 
 def _table(results: "Sequence[Result]") -> str:
@@ -288,6 +348,7 @@ def certify(
     checkpoints: CheckpointsOption = Path("checkpoints"),
     results: ResultsOption = Path("results"),
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Certify routes, the class by sound bounds, or the smoothed model's class, and store the certificates."""
     with redirect_stdout(sys.stderr):
@@ -296,18 +357,16 @@ def certify(
         from bench.environment import torch_device
         from bench.evaluation.plan import RunRequest, plan_methods
         from bench.models.checkpoints import ZOO
-        from bench.progress import RunProgress
         from bench.results.store import ensure_writable, run_folder
-        from bench.settings import parse_number, parse_settings
         from bench.spec import build
 
-        certifier = build(CERTIFIERS[method], f"--method {method}", parse_settings(settings or ()))
+        certifier = build(CERTIFIERS[method], f"--method {method}", _settings(settings))
         own = certifier.own_threat
         request = RunRequest(
             suites=(),
             dataset=dataset,
             models=split(model),
-            alphas=tuple(parse_number(value, "--alpha") for value in split(alpha)),
+            alphas=_alphas(alpha),
             norm=own.norm if own and norm is None else norm,
             eps=own.eps_text if own and norm is None and eps is None else eps,
             n_examples=n_examples,
@@ -316,21 +375,22 @@ def certify(
         )
         where = torch_device(device)
         ensure_writable(results)
-        jobs = plan_methods({f"certify-{method}": certifier}, request, data_root, [checkpoints, ZOO])
-        if note := jobs[0].data.note:
-            say(f"{dataset}: {note}")
-        done = []
-        with RunProgress(len(jobs), "certified") as progress:
-            for job in jobs:
-                progress.start(job.spec)
-                result = run_certifier(job, results, where, progress.on_block)
-                done.append(result)
-                progress.say(f"{result.clean_accuracy.value:.2%} right, {result.seconds:.1f} s")
-    if as_json:
-        print(json.dumps([result.model_dump(mode="json") for result in done], indent=1))
-    else:
-        tables = [run_folder(results, result.spec, result.run) / "table.md" for result in done]
-        print("\n".join(path.read_text() for path in tables))
+
+        def score(job: "Job[Certifier]", progress: "RunProgress") -> "Certification":
+            result = run_certifier(job, results, where, progress.on_block)
+            progress.say(f"{result.clean_accuracy.value:.2%} right, {result.seconds:.1f} s")
+            return result
+
+        methods = {f"certify-{method}": certifier}
+        queue = _work_off(plan_methods(methods, request, data_root, [checkpoints, ZOO], results), score, "certified")
+
+    def tables(certified: "Sequence[Certification]") -> str:
+        paths = [run_folder(results, result.spec, result.run) / "table.md" for result in certified]
+        return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+    _print(queue.done, tables, as_json)
+    if queue.status:
+        raise typer.Exit(queue.status)
 
 
 @app.command()
@@ -368,7 +428,7 @@ def leaderboard(
     for path in write_boards(results, out):
         say(f"{path}")
         if path.suffix == ".md":
-            print(path.read_text())
+            print(path.read_text(encoding="utf-8"))
 
 
 @app.command()
@@ -435,6 +495,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Libraries announce their own future here; nothing in it that a user of bench could mend.
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category)
+    console.set_up()
     sys.exit(_dispatch(app, arguments, TyperException))
 
 

@@ -13,12 +13,19 @@ M = TypeVar("M", bound=Method)
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in eval mode, and what is known of it; expert_scores: sa and ra of an MoE's experts, held-out images."""
+    """A model in eval mode, and what is known of it.
+
+    expert_scores: sa and ra of an MoE's experts on held-out images. foreign: not built from a checkpoint of ours, so
+    its forward pass may do anything, and is called behind a guard. identity: the file by which such a model is
+    recognised (`bench.evaluation.identity`), to be kept with its runs.
+    """
 
     model: nn.Module
     info: ModelInfo
     flags: tuple[str, ...] = ()
     expert_scores: tuple[dict[str, float], ...] = ()
+    foreign: bool = False
+    identity: bytes = b""
 
 
 @dataclass(frozen=True)

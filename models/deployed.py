@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from bench.errors import UnusableInput
+from bench.models.foreign import Guarded, switch_mode
 from bench.models.parts import is_dual, is_moe, is_traced
 from bench.spec import ModelInfo
 
@@ -29,7 +31,7 @@ def eval_frozen(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.eval()
+        switch_mode(model, training=False)
         model.requires_grad_(False)
         yield
     finally:
@@ -75,10 +77,19 @@ def first_expert(model: object, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, routing_visible: bool) -> Prediction:
-    """What the deployed model says of x (m, C, H, W), in float32; results on the CPU."""
-    logits = model(x).float()  # of a model that computes in double, what it says in single precision
+    """What the deployed model predicts for x (m, C, H, W), in float32; results on the CPU.
+
+    Of a model that answers by chance, the class that most of its draws give, the first of those that tie.
+    """
+    if isinstance(model, Guarded) and model.draws > 1:
+        draws = torch.stack([model.once(x) for _ in range(model.draws)])  # (D, m, C)
+        votes = one_hot(draws.argmax(2), draws.shape[2]).sum(0)  # (m, C)
+        classes, finite = votes.argmax(1), draws.isfinite().all(2).all(0)
+    else:
+        logits = model(x).float()  # a model that computes in double is judged in single precision
+        classes, finite = logits.argmax(1), logits.isfinite().all(1)
     expert = first_expert(model, x) if routing_visible else torch.full((len(x),), -1)
-    return Prediction(logits.argmax(1).cpu(), logits.isfinite().all(1).cpu(), expert.cpu())
+    return Prediction(classes.cpu(), finite.cpu(), expert.cpu())
 
 
 def validate_outputs(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -> None:

@@ -146,7 +146,8 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
     The suite is a name, or a Suite of the test's own.
     """
     from bench.evaluation.evaluate import earlier_witnesses, evaluate
-    from bench.evaluation.subjects import routing_visible, weights_sha256
+    from bench.evaluation.identity import weights_sha256
+    from bench.evaluation.subjects import routing_visible
     from bench.job import Job, Subject
     from bench.results.store import Run, run_folder
     from bench.spec import ModelInfo, RunSpec, ThreatModel
@@ -165,6 +166,7 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
         warm_start: bool = False,
         known: Any = None,
         results: Path = tmp_path / "results",
+        foreign: bool = False,
         on_block: Callable[[int, int, int], None] = lambda *_: None,
         **fields: Any,
     ) -> Any:
@@ -187,7 +189,7 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
             **fields,
         )
         opened.check(name, dataset, spec.threat_model)
-        subject = Subject(model, info)
+        subject = Subject(model, info, foreign=foreign)
         known = earlier_witnesses(results, spec, subject, data) if warm_start else known
         result = evaluate(Job(spec, subject, opened, data, num_classes), results, on_block=on_block, known=known)
         return result, Run(result, run_folder(results, spec, result.run)).verdicts()
@@ -320,3 +322,4 @@ def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.evaluation import examine
 
     monkeypatch.setattr(examine, "probe", lambda *_, **__: [])
+    monkeypatch.setattr(examine.Examiner, "_depends", lambda *_: [])

@@ -39,11 +39,15 @@ RESULT = Result(
 
 
 def test_a_run_leaves_one_line_where_nobody_watches(capsys: pytest.CaptureFixture[str]):
-    with RunProgress(2) as progress:
+    with RunProgress() as progress:
+        progress.expect(2)
         progress.start(SPEC)
+        progress.on_block(0, 3, 0)
+        (task,) = progress._progress.tasks
+        assert task.description == "[1/2] torchattacks:CW on zoo[b]:ok (α 0.5)"  # nothing is known yet
         progress.on_block(1, 3, 7)
         (task,) = progress._progress.tasks
-        assert task.description == "[1/2] torchattacks:CW on zoo[b]:ok (α 0.5): 7 standing"
+        assert task.description == "[1/2] torchattacks:CW on zoo[b]:ok (α 0.5): 7 not yet broken"
         assert (task.completed, task.total) == (1, 3)
         progress.finish(RESULT)
         progress.start(SPEC.model_copy(update={"alpha": None}))
@@ -51,15 +55,18 @@ def test_a_run_leaves_one_line_where_nobody_watches(capsys: pytest.CaptureFixtur
         assert (task.description, task.completed, task.total) == ("[2/2] torchattacks:CW on zoo[b]:ok", 0, None)
         progress.finish(RESULT)
         progress.finish(RESULT.model_copy(update={"accuracy_after": {"clean": 0.75}}))
+        progress.finish(RESULT, reused=True)
     # as it is written: neither markup nor an emoji, and no bar in a file; without an attack there is no RA
     first = "[1/2] torchattacks:CW on zoo[b]:ok (α 0.5): SA 75.00% RA 50.00% in 1.2 s\n"
     second = "[2/2] torchattacks:CW on zoo[b]:ok: SA 75.00% RA 50.00% in 1.2 s\n"
-    assert capsys.readouterr() == ("", first + second + second.replace(" RA 50.00%", ""))
+    reused = "[2/2] torchattacks:CW on zoo[b]:ok: already finished on 2030-01-01, read and not repeated"
+    reused += ": SA 75.00% RA 50.00%\n"
+    assert capsys.readouterr() == ("", first + second + second.replace(" RA 50.00%", "") + reused)
 
 
 def test_the_time_that_is_left_is_known_where_a_block_takes_minutes():
     clock = 0.0
-    with RunProgress(1) as progress:
+    with RunProgress() as progress:
         progress._progress.get_time = lambda: clock
         progress.start(SPEC)
         for done in (0, 1, 2, 3):  # 100 s a block
@@ -75,15 +82,15 @@ def test_of_several_processes_the_first_shows_a_bar(
 ):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr("bench.progress.Console", partial(Console, force_terminal=True, width=100))
-    with RunProgress(1) as progress:
+    with RunProgress() as progress:
         progress.start(SPEC)
         progress.on_block(1, 3, 7)
     bar = capsys.readouterr().err
-    assert ("7 standing" in bar and "1/3" in bar) == bool(bar) == seen
+    assert ("7 not yet broken" in bar and "1/3" in bar) == bool(bar) == seen
 
 
 def test_a_run_that_does_not_finish_leaves_no_bar_behind(capsys: pytest.CaptureFixture[str]):
-    with RunProgress(1) as progress:
+    with RunProgress() as progress:
         progress.start(SPEC)
     assert capsys.readouterr() == ("", "")
 

@@ -15,10 +15,12 @@ import torch
 from bench.datasets.base import EvalSet, input_hash
 from bench.environment import World, environment, git_hash
 from bench.errors import UnusableInput
-from bench.evaluation.examine import WARM_START, Examiner
+from bench.evaluation import identity
+from bench.evaluation.examine import WARM_START, Examiner, guarded
 from bench.evaluation.report import BlockReport
+from bench.files import write_if_changed
 from bench.job import Job, Subject
-from bench.models.deployed import eval_frozen, full_float32, validate_outputs
+from bench.models.deployed import eval_frozen, full_float32
 from bench.models.parts import set_alpha
 from bench.randomness import block_seed, seeded
 from bench.results.metrics import robust_by_example
@@ -68,13 +70,14 @@ def evaluate(
     finished = folder.finished()
     if finished is not None:
         return finished
-    model = job.subject.model.to(device)
     if spec.alpha is not None:
-        set_alpha(model, spec.alpha)
-    examiner = Examiner(job, model, known)
+        set_alpha(job.subject.model, spec.alpha)
+    model = guarded(job.subject).to(device)
     blocks = _Blocks(folder, len(range(0, len(data), spec.batch_size)), on_block)
     with eval_frozen(model), full_float32(), seeded(0):
-        validate_outputs(model, data.x[: spec.batch_size].to(device), job.num_classes, job.subject.info)
+        examiner = Examiner(job, model, known, data.x[: spec.batch_size].to(device))
+    if job.subject.identity:
+        write_if_changed(folder.path / identity.FILE, job.subject.identity)
     blocks.look()
     world = World.here()
     first = int(folder.path.name, 16)  # not always the same process has the run with a block more

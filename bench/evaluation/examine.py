@@ -20,10 +20,12 @@ from bench.errors import UnusableInput
 from bench.evaluation.probes import PROBED, probe
 from bench.evaluation.report import BlockReport
 from bench.evaluation.verdicts import Judgement, judge, legal
-from bench.job import Job
-from bench.models.deployed import Prediction, predict
+from bench.job import Job, Subject
+from bench.models.deployed import Prediction, dependence, predict, validate_outputs
+from bench.models.foreign import DRAWS, Guarded
 from bench.models.parts import parts
 from bench.randomness import block_seed, seeded
+from bench.results.flags import BY_CHANCE
 from bench.results.schema import VERDICT_COLUMNS
 from bench.results.witnesses import Witnesses
 from bench.suites.base import Suite
@@ -59,15 +61,40 @@ class _Record:
     report: BlockReport = field(default_factory=BlockReport)
 
 
+def guarded(subject: Subject) -> nn.Module:
+    """The subject's model as it is to be called: one that is not ours behind a guard."""
+    return Guarded(subject.model) if subject.foreign else subject.model
+
+
 class Examiner:
-    """Turns the blocks of a job into verdict rows; `known` are adversarial examples that are tried first.
+    """Turns the blocks of a job into verdict rows.
 
     The images that a suite is given are a copy: what it or the model does to them changes no verdict.
     """
 
-    def __init__(self, job: Job[Suite], model: nn.Module, known: Witnesses | None) -> None:
+    def __init__(self, job: Job[Suite], model: nn.Module, known: Witnesses | None, first: Tensor) -> None:
+        """`model` is in eval mode and frozen, `known` are adversarial examples that are tried before the suite, `first`
+        the images (B, C, H, W) of the first block, by which the model is looked at. Of one that is found to answer by
+        chance the mean of several passes is attacked, and their majority judged.
+
+        Raises:
+            UnusableInput: it cannot take these images, or gives another number of classes.
+        """
         self.spec, self.suite, self.num_classes, self.info = job.spec, job.method, job.num_classes, job.subject.info
         self.model, self.known = model, known
+        validate_outputs(model, first, self.num_classes, self.info)
+        self._found = self._depends(first[:PROBED])
+
+    def _depends(self, x: Tensor) -> list[str]:
+        """What the model's answers depend on beside the image, as flags."""
+        try:
+            reasons = dependence(self.model, x).reasons
+        except Exception as error:  # of a user's own model that takes no batch of another size
+            return [f"probe of outputs failed: {type(error).__name__}"]
+        if isinstance(self.model, Guarded) and BY_CHANCE in reasons:
+            self.model.draws = DRAWS
+            return [*reasons, f"the mean of {DRAWS} draws is attacked, and their majority judged"]
+        return list(reasons)
 
     def run(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> ExaminedBlock:
         """Attack and judge block `number`: images x (B, C, H, W), labels y (B,), their indices idx (B,) in the data.
@@ -75,12 +102,14 @@ class Examiner:
         Raises:
             UnusableInput: logits that are not finite on the first block; whatever the suite refuses.
         """
-        started = time.perf_counter()
+        started, threat, seed = time.perf_counter(), self.spec.threat_model, block_seed(self.spec.seed, number)
+        if isinstance(self.model, Guarded):
+            self.model.reseed(seed)
         record = self._clean(number, x, y, idx)
         if number == 0:
-            record.report.model_flags += self._probe(x[record.correct.to(x.device)], y[record.correct.to(x.device)])
+            right = record.correct.to(x.device)
+            record.report.model_flags += [*self._found, *self._probe(x[right], y[right])]
         with PassCounter(self.model) as counter:
-            threat, seed = self.spec.threat_model, block_seed(self.spec.seed, number)
             to_attack = record.correct.to(x.device, copy=True)  # a copy, as known adversarial examples change it
             block = Block(
                 self.model, x.clone(), y, to_attack, self.num_classes, self.spec.dataset, threat, seed, counter
@@ -98,6 +127,8 @@ class Examiner:
             block.flags.append(f"weaker than {self.spec.suite} is by default: {weaker}")
         report.flags, report.attacks = sorted({*report.flags, *block.flags}), block.attacks
         report.seconds, report.thread_counts = time.perf_counter() - started, [torch.get_num_threads()]
+        if isinstance(self.model, Guarded):
+            report.model_flags += sorted(self.model.seen)
         rows = pd.concat(record.frames, ignore_index=True).astype(VERDICT_COLUMNS)
         return ExaminedBlock(rows, report, Witnesses.joined([found for found in record.witnesses if len(found)]))
 

@@ -1,16 +1,17 @@
-"""From the words of `bench run` to the runs that they ask for, all checked before the first one starts."""
+"""From the words of `bench run` to the runs that they ask for, checked before the first starts but for the models."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from pydantic import Field
 
-from bench.datasets.base import Dataset, open_dataset
+from bench.datasets.base import Dataset, EvalSet, open_dataset
 from bench.errors import UnusableInput
 from bench.evaluation.baselines import baseline
+from bench.evaluation.identity import identified, identity_files
 from bench.evaluation.subjects import find_models, load_subject
 from bench.job import Job, M, Subject
 from bench.spec import RunSpec, Spec, ThreatModel
@@ -57,15 +58,83 @@ def named_subject(word: str, dataset: Dataset, threat: ThreatModel, checkpoints:
     return baseline(load_subject(whole, dataset, threat, checkpoints), name)
 
 
-def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path]) -> list[Job[Suite]]:
-    """The runs that the request asks for; UnusableInput for the first thing in it that cannot be used."""
-    return plan_methods(open_suites(request.suites, request.settings), request, data_root, checkpoints)
+@dataclass(frozen=True)
+class Plan(Generic[M]):
+    """The runs that a request asks for, model by model: one is loaded when its turn comes.
+
+    models: the words that name them, as `--model` takes them.
+    """
+
+    request: RunRequest
+    dataset: Dataset
+    threat_model: ThreatModel
+    methods: Mapping[str, M]
+    data: EvalSet
+    models: tuple[str, ...]
+    checkpoints: Sequence[Path]
+    results: Path | None
+
+    def jobs(self, model: str) -> list[Job[M]]:
+        """The runs of one model, which lives as long as they do; UnusableInput if it cannot be had or scored."""
+        subject = self._subject(model)
+        own, asked = subject.info.alpha, self.request.alphas
+        alphas: Sequence[float | None] = asked if own is not None and asked else (own,)
+        return [self._job(subject, alpha, *method) for alpha in alphas for method in self.methods.items()]
+
+    def expected(self, models: int) -> int:
+        """How many runs so many models are, if none has an α to be swept over."""
+        return models * len(self.methods)
+
+    def has_dual(self) -> bool:
+        """Whether any of the models has an α; one that cannot be loaded may have one."""
+        for model in self.models:
+            try:
+                if named_subject(model, self.dataset, self.threat_model, self.checkpoints).info.alpha is not None:
+                    return True
+            except UnusableInput:
+                return True
+        return False
+
+    def _subject(self, model: str) -> Subject:
+        subject = named_subject(model, self.dataset, self.threat_model, self.checkpoints)
+        files = identity_files(self.results, self.dataset.name, subject.info.name) if self.results else ()
+        return identified(subject, self.data, self.dataset.num_classes, files)
+
+    def _job(self, subject: Subject, alpha: float | None, name: str, method: M) -> Job[M]:
+        chosen = replace(subject, info=subject.info.model_copy(update={"alpha": alpha}))
+        spec = RunSpec(
+            model=chosen.info.name,
+            alpha=alpha,
+            combine=chosen.info.combine,
+            dataset=self.dataset.name,
+            threat_model=self.threat_model,
+            suite=name,
+            suite_version=method.version,
+            suite_params=method.params,
+            n_examples=len(self.data),
+            seed=self.request.seed,
+            batch_size=self.request.batch_size,
+            warm_start=self.request.warm_start,
+        )
+        return Job(spec, chosen, method, self.data, self.dataset.num_classes)
+
+
+def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path], results: Path | None = None) -> Plan[Suite]:
+    """The runs that the request asks for; UnusableInput for the first thing in it, but for models, that is unusable."""
+    return plan_methods(open_suites(request.suites, request.settings), request, data_root, checkpoints, results)
 
 
 def plan_methods(
-    methods: Mapping[str, M], request: RunRequest, data_root: Path, checkpoints: Sequence[Path]
-) -> list[Job[M]]:
-    """The runs of these methods, whatever suites the request names; raises as `plan` does."""
+    methods: Mapping[str, M],
+    request: RunRequest,
+    data_root: Path,
+    checkpoints: Sequence[Path],
+    results: Path | None = None,
+) -> Plan[M]:
+    """The runs of these methods, whatever suites the request names; raises as `plan` does.
+
+    `results`: the folder of earlier runs, by which a model without a checkpoint of ours is recognised.
+    """
     dataset = open_dataset(request.dataset)
     threat = threat_model(dataset, request.norm, request.eps)
     for name, method in methods.items():
@@ -77,30 +146,8 @@ def plan_methods(
         if not 0 <= value <= 1:
             raise UnusableInput(f"--alpha {value:g} must be in [0, 1]")
     data = dataset.evaluation_set(data_root, request.n_examples)
-    words = request.models or find_models(dataset, threat, checkpoints)
-    subjects = [named_subject(word, dataset, threat, checkpoints) for word in words]
-    if request.alphas and all(subject.info.alpha is None for subject in subjects):
-        raise UnusableInput(f"--alpha sets a dual's α, and {', '.join(words)} is none: name one with --model dual")
-    jobs = []
-    for subject in subjects:
-        own = subject.info.alpha
-        alphas: Sequence[float | None] = request.alphas if own is not None and request.alphas else (own,)
-        for alpha in alphas:
-            chosen = replace(subject, info=subject.info.model_copy(update={"alpha": alpha}))
-            for name, method in methods.items():
-                spec = RunSpec(
-                    model=chosen.info.name,
-                    alpha=alpha,
-                    combine=chosen.info.combine,
-                    dataset=dataset.name,
-                    threat_model=threat,
-                    suite=name,
-                    suite_version=method.version,
-                    suite_params=method.params,
-                    n_examples=len(data),
-                    seed=request.seed,
-                    batch_size=request.batch_size,
-                    warm_start=request.warm_start,
-                )
-                jobs.append(Job(spec, chosen, method, data, dataset.num_classes))
-    return jobs
+    models = request.models or tuple(find_models(dataset, threat, checkpoints))
+    made = Plan(request, dataset, threat, methods, data, models, checkpoints, results)
+    if request.alphas and not made.has_dual():
+        raise UnusableInput(f"--alpha sets a dual's α, and {', '.join(models)} is none: name one with --model dual")
+    return made

@@ -8,10 +8,15 @@ import torch
 
 from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
+from bench.evaluation.examine import guarded
+from bench.evaluation.identity import FILE as IDENTITY
+from bench.evaluation.identity import identified
 from bench.evaluation.plan import named_subject
 from bench.evaluation.verdicts import Judgement, judge
 from bench.models.deployed import eval_frozen, full_float32
+from bench.models.foreign import DRAWS, Guarded
 from bench.models.parts import set_alpha
+from bench.results.flags import BY_CHANCE
 from bench.results.store import Run, read_run
 from bench.results.witnesses import FILE, Witnesses
 
@@ -49,17 +54,19 @@ def replay(
         raise UnusableInput(f"there is no '{path}': {remake}")
     dataset = open_dataset(spec.dataset)
     subject = named_subject(model or spec.model, dataset, spec.threat_model, checkpoints)
-    found, asked = subject.info.checkpoint_sha256, result.model_info.checkpoint_sha256
-    _, at, part = spec.model.partition("@")  # a baseline is made of the same file
-    if found != asked or subject.info.name.partition("@")[2] != part:
-        raise UnusableInput(
-            f"'{model or spec.model}' (SHA-256 {found[:12]}) is not the model of {run} (SHA-256 {asked[:12]}): name"
-            f" its file with --model FILE{at}{part}"
-        )
     data = dataset.evaluation_set(data_root, spec.n_examples)
     if data.fingerprint != result.fingerprint:
         where = f"the images of {spec.dataset} at '{data_root}'"
         raise UnusableInput(f"{where} are not those of {run}: pass its --data-root")
+    subject = identified(subject, data, dataset.num_classes, [folder / IDENTITY])
+    found, asked = subject.info.checkpoint_sha256, result.model_info.checkpoint_sha256
+    _, at, part = spec.model.partition("@")  # a baseline is made of the same file
+    if found != asked or subject.info.name.partition("@")[2] != part:
+        what = "identity" if subject.foreign else "SHA-256"
+        raise UnusableInput(
+            f"'{model or spec.model}' ({what} {found[:12]}) is not the model of {run} ({what} {asked[:12]}): name"
+            f" its file with --model FILE{at}{part}"
+        )
     if spec.alpha is not None:
         set_alpha(subject.model, spec.alpha)
     try:
@@ -68,7 +75,9 @@ def replay(
         raise UnusableInput(f"{error}: {remake}") from None
     position = {int(idx): row for row, idx in enumerate(data.idx)}
     rows = torch.tensor([position[int(idx)] for idx in witnesses.idx], dtype=torch.int64)
-    x_adv, network = torch.from_numpy(witnesses.x_adv), subject.model.to(device)
+    x_adv, network = torch.from_numpy(witnesses.x_adv), guarded(subject).to(device)
+    if isinstance(network, Guarded) and BY_CHANCE in result.model_flags:
+        network.draws = DRAWS
 
     def judged(chosen: torch.Tensor) -> Judgement:
         x, y = data.x[rows[chosen]].to(device), data.y[rows[chosen]].to(device)

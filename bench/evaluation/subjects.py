@@ -1,37 +1,31 @@
 """Who is scored: from the words of `--model` to a model that can be attacked."""
 
-import hashlib
 import importlib
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bench.datasets.base import Dataset
 from bench.errors import UnusableInput
 from bench.job import Subject
 from bench.models.checkpoints import available, checkpoint_path, find_checkpoint, load_checkpoint
+from bench.models.foreign import settings_kept, switch_mode
 from bench.models.parts import is_dual, is_moe, is_traced
 from bench.models.variants import get_variant
+from bench.randomness import seeded
 from bench.spec import ModelInfo, ThreatModel
 
 
 def routing_visible(model: object) -> bool:
     """Whether a model shows its routing: `router`, `experts` (a ModuleList) and `trace`, or a dual's branches and α."""
     return is_dual(model) or (is_moe(model) and is_traced(model))
-
-
-def weights_sha256(model: nn.Module, code: str = "") -> str:
-    """SHA-256 over layers, weights and the code that they run: who a model is that came without a file of ours."""
-    sha = hashlib.sha256(f"{model}\n{code}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def find_models(dataset: Dataset, threat_model: ThreatModel, folders: Sequence[Path]) -> list[str]:
@@ -55,14 +49,11 @@ def load_subject(word: str, dataset: Dataset, threat_model: ThreatModel, folders
         from bench.compat import zoo_model
 
         model = zoo_model(word.partition(":")[2], dataset.name, threat_model.norm, folders[0])
-        return Subject(model, _foreign_info(word, model, dataset.name), ())
+        return Subject(model, _foreign_info(word, model, dataset.name), foreign=True)
     if word.endswith(".safetensors"):
         return _from_checkpoint(Path(word), dataset, threat_model)
     if ":" in word:
-        model, code = _call_factory(word)
-        visible = routing_visible(model)
-        flags = () if visible else ("routing not visible",)
-        return Subject(model, _foreign_info(word, model, None, code), flags)
+        return foreign_subject(_call_factory(word, dataset), word)
     places = [(norm, folder) for norm in _norms(dataset, threat_model) for folder in folders]
     there = [norm for norm, folder in places if checkpoint_path(folder, dataset.name, norm, word).is_file()]
     if not there:
@@ -90,13 +81,20 @@ def _from_checkpoint(path: Path, dataset: Dataset, threat_model: ThreatModel) ->
     return Subject(model, header.info(sha256), flags, tuple(header.experts))
 
 
-def _call_factory(word: str) -> tuple[nn.Module, str]:
-    """The model, and the text of the modules that it is made of: edited code with the same weights is another model."""
+def foreign_subject(model: nn.Module, name: str) -> Subject:
+    """A model of the user's own as it is called on the boards; its identity is still open (`identified`)."""
+    flags = () if routing_visible(model) else ("routing not visible",)
+    return Subject(model, _foreign_info(name, model, None), flags, foreign=True)
+
+
+def _call_factory(word: str, dataset: Dataset) -> nn.Module:
+    """The model in eval mode; what its factory draws is the same every time, and in every process."""
     module_name, _, attribute = word.partition(":")
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it, so that a module in the current folder is found
     try:
-        module = importlib.import_module(module_name)
-        model = getattr(module, attribute)()
+        with seeded(0), settings_kept():
+            module = importlib.import_module(module_name)
+            model = getattr(module, attribute)()
     except (Exception, SystemExit) as error:  # a user's own code may fail in any way, and that is the user's to mend
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UnusableInput(f"--model '{word}' cannot be made: {reason}") from None
@@ -104,18 +102,20 @@ def _call_factory(word: str) -> tuple[nn.Module, str]:
         sys.path.pop(0)
     if not isinstance(model, nn.Module):
         raise UnusableInput(f"--model '{word}' gave a {type(model).__name__}: it must return a torch.nn.Module")
-    files = {getattr(module, "__file__", None), *(_source(type(part)) for part in model.modules())}
-    return model.eval(), "\n".join(Path(file).read_text(errors="replace") for file in sorted(filter(None, files)))
+    switch_mode(model, training=False)
+    if any(
+        isinstance(p, UninitializedParameter | UninitializedBuffer) for p in [*model.parameters(), *model.buffers()]
+    ):
+        with (
+            seeded(0),
+            torch.no_grad(),
+            suppress(Exception),
+        ):  # LazyLinear; what fails is refused with the data's images
+            model(torch.zeros(2, *dataset.input_shape))
+    return model
 
 
-def _source(kind: type) -> str | None:
-    """The file that defines a class, but for torch's own, whose release the environment states."""
-    if kind.__module__.partition(".")[0] == "torch":
-        return None
-    return getattr(sys.modules.get(kind.__module__), "__file__", None)
-
-
-def _foreign_info(word: str, model: Any, dataset: str | None, code: str = "") -> ModelInfo:
+def _foreign_info(word: str, model: Any, dataset: str | None) -> ModelInfo:
     routed: Any = model.robust if is_dual(model) else model
     return ModelInfo(
         name=word,
@@ -123,6 +123,6 @@ def _foreign_info(word: str, model: Any, dataset: str | None, code: str = "") ->
         num_experts=len(routed.experts) if is_moe(routed) else None,  # whether or not it shows its routes
         alpha=float(model.alpha) if is_dual(model) else None,
         dataset=dataset,
-        checkpoint_sha256=weights_sha256(model, code),
+        checkpoint_sha256="",
         routing_visible=routing_visible(model),
     )

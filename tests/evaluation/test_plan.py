@@ -20,7 +20,8 @@ def planned(tmp_path: Path, shelve: Any) -> Callable[..., list[Job[Suite]]]:
     shelve(tmp_path, "dense-at", "moe-at", "dual-jtdmoe")
 
     def make(suites: tuple[str, ...] = ("clean",), **fields: Any) -> list[Job[Suite]]:
-        return plan(RunRequest(suites=suites, **{"dataset": "digits", "n_examples": 3, **fields}), tmp_path, [tmp_path])
+        made = plan(RunRequest(suites=suites, **{"dataset": "digits", "n_examples": 3, **fields}), tmp_path, [tmp_path])
+        return [job for model in made.models for job in made.jobs(model)]
 
     return make
 

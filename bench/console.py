@@ -1,0 +1,59 @@
+"""What a person is told: one channel, on standard error, in the order in which it is said.
+
+Standard output holds results alone. Lines of the logger `bench` come here too.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_write: Callable[[str], object] | None = None  # above a bar, while one is on the screen
+_quiet = False
+
+
+def say(message: str) -> None:
+    """One line that is always said: an error, or where a result lies."""
+    line = " ".join(part.strip() for part in message.splitlines())
+    if _write is not None:
+        _write(line)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def note(message: str) -> None:
+    """One line about the work under way; `--quiet` drops it."""
+    if not _quiet:
+        say(message)
+
+
+def is_quiet() -> bool:
+    """Whether notes and bars are dropped."""
+    return _quiet
+
+
+@contextmanager
+def above(write: Callable[[str], object]) -> Iterator[None]:
+    """Lines go through `write` inside, which keeps them above a bar."""
+    global _write
+    before, _write = _write, write
+    try:
+        yield
+    finally:
+        _write = before
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def set_up(quiet: bool = False) -> None:
+    """Takes the channel into use: for each command anew, as `--quiet` is each command's."""
+    global _quiet
+    _quiet = quiet
+    logger = logging.getLogger("bench")
+    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, _Handler)] + [_Handler()]
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is replaced, not an error after the work
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")

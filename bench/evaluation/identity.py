@@ -1,0 +1,160 @@
+"""Who a model is that came without a checkpoint of ours: its weights, and what it computes.
+
+Neither alone is enough: a factory may read a threshold from the environment, or a helper may have been edited, and the
+weights are the same; and few images may not tell two models apart whose weights differ. What a model computes is
+compared with a tolerance, since the last bits of a sum depend on the device and the number of threads; its source text
+is not, since it says nothing of what is called.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from bench.datasets.base import EvalSet, input_hash
+from bench.job import Subject
+from bench.models.deployed import eval_frozen, full_float32, validate_outputs
+from bench.models.foreign import Guarded
+from bench.randomness import generator
+from bench.spec import path_safe
+
+#: The file in a run's folder.
+FILE = "identity.safetensors"
+#: Images that a model is asked for: so many random ones, and so many of the evaluation set.
+PROBED = 32
+#: How far logits of one model may differ, as a share of the largest one: of float32, or so many of its dtype's ε.
+TOLERANCE, TOLERANCE_IN_EPS = 1e-4, 4
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over a model's layers, its state, and the numbers and words that its modules keep as attributes."""
+    sha = hashlib.sha256(re.sub("0x[0-9a-f]+", "", str(model)).encode())  # a function prints its address
+    for name, value in sorted(model.state_dict().items()):
+        sha.update(name.encode())
+        _add(sha, value)
+    for name, module in model.named_modules():
+        kept = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+        kept.pop("training", None)
+        kept.pop("alpha", None)  # of a dual, which the run's spec has
+        sha.update(json.dumps([name, sorted(kept.items())]).encode())
+    return sha.hexdigest()
+
+
+def _add(sha: Any, value: Any) -> None:
+    """One entry of a state dict: a tensor of any kind, a nest of them, or what a module's `get_extra_state` gives."""
+    if isinstance(value, Tensor):
+        sha.update(f"{tuple(value.shape)} {value.dtype}".encode())
+        whole = value.detach().cpu()
+        whole = (
+            whole.dequantize() if whole.is_quantized else whole.to_dense() if whole.layout != torch.strided else whole
+        )
+        sha.update(whole.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, dict):
+        _add(sha, [*value.items()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _add(sha, item)
+    else:
+        sha.update(re.sub("0x[0-9a-f]+", "", repr(value)).encode())
+
+
+@dataclass(frozen=True)
+class Identity:
+    """weights: their SHA-256. random, first: logits (m, C) of random images and of the first of the evaluation set,
+    whose hashes are `images`. tolerance: by how much these may differ, as a share of the largest."""
+
+    weights: str
+    random: Tensor
+    first: Tensor
+    images: tuple[str, ...]
+    tolerance: float
+
+    @property
+    def sha256(self) -> str:
+        """What runs are filed under: those of a model that is recognised keep that of its first run."""
+        sha = hashlib.sha256(self.weights.encode())
+        for logits in (self.random, self.first):
+            sha.update(logits.numpy().tobytes())
+        return sha.hexdigest()
+
+    def same(self, other: Self) -> bool:
+        """Whether both are of one model: equal weights, and equal answers where both were asked for the same images."""
+        shared = min(len(self.images), len(other.images))
+        if self.weights != other.weights or not shared or self.images[:shared] != other.images[:shared]:
+            return False
+        tolerance = max(self.tolerance, other.tolerance)
+        pairs = ((self.random, other.random), (self.first[:shared], other.first[:shared]))
+        return all(a.shape == b.shape and _close(a, b, tolerance) for a, b in pairs)
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file."""
+        words = {"weights": self.weights, "images": self.images, "tolerance": self.tolerance}
+        return save({"random": self.random, "first": self.first}, metadata={"identity": json.dumps(words)})
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The file at `path`; ValueError, KeyError or OSError for one that is not whole or not of this form."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                words = json.loads((file.metadata() or {})["identity"])
+                random, first = file.get_tensor("random"), file.get_tensor("first")
+        except SafetensorError as error:
+            raise ValueError(str(error)) from None
+        return cls(words["weights"], random, first, tuple(words["images"]), words["tolerance"])
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
+        return False
+    scale = a[finite].abs().amax() if finite.any() else torch.zeros(())
+    return bool(((a - b)[finite].abs() <= tolerance * scale).all())
+
+
+def identify(model: nn.Module, data: EvalSet) -> Identity:
+    """Asks a model in eval mode for probe images; its draws, if it makes any, are the same every time."""
+    guard, x = Guarded(model), data.x[:PROBED]
+    random = torch.rand(PROBED, *x.shape[1:], generator=generator("identity"))
+    with eval_frozen(guard), full_float32(), torch.no_grad():
+        logits = [guard(images).cpu().contiguous() for images in (random, x)]
+    eps = torch.finfo(guard.dtype).eps if guard.dtype.is_floating_point else 0.0
+    tolerance = max(TOLERANCE, TOLERANCE_IN_EPS * eps)
+    return Identity(weights_sha256(model), logits[0], logits[1], tuple(input_hash(image) for image in x), tolerance)
+
+
+def identified(subject: Subject, data: EvalSet, num_classes: int, files: Iterable[Path] = ()) -> Subject:
+    """A foreign subject under the identity that one of the `files` of its earlier runs has, or under a new one.
+
+    Raises:
+        UnusableInput: the model cannot take the data's images, or gives another number of classes.
+    """
+    if not subject.foreign:
+        return subject
+    guard = Guarded(subject.model)
+    with eval_frozen(guard), full_float32():
+        validate_outputs(guard, data.x[:PROBED], num_classes, subject.info)
+    own = identify(subject.model, data)
+    found = next((known for known in _read(files) if known.same(own)), own)
+    info = subject.info.model_copy(update={"checkpoint_sha256": found.sha256})
+    return replace(subject, info=info, identity=found.to_bytes())
+
+
+def identity_files(results: Path, dataset: str, model: str) -> list[Path]:
+    """Those of all runs below `results` of models of this name on this data set, in a fixed order."""
+    return sorted(results.glob(f"{path_safe(dataset)}/*/*/{path_safe(model)}/*/{FILE}")) if results.is_dir() else []
+
+
+def _read(files: Iterable[Path]) -> Iterator[Identity]:
+    for path in files:
+        try:
+            yield Identity.read(path)
+        except (ValueError, KeyError, OSError):
+            continue  # not there, or what killed its writer: the run is recognised by another file, or not at all

@@ -1,0 +1,181 @@
+"""A model that is not ours, behind a guard: what its forward pass does to its input, to random numbers or to torch's
+settings reaches nothing outside of it.
+
+Axes: B = images of a batch, C = classes, D = draws.
+"""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+#: Forward passes that stand for one where a model answers by chance: as many as AutoAttack's `rand` version takes.
+DRAWS = 20
+
+_CUDNN = ("allow_tf32", "deterministic", "benchmark")
+
+
+def _read_cudnn() -> tuple[bool, ...]:
+    return tuple(getattr(torch.backends.cudnn, name) for name in _CUDNN)
+
+
+def _put_cudnn(values: tuple[bool, ...]) -> None:
+    for name, value in zip(_CUDNN, values, strict=True):
+        setattr(torch.backends.cudnn, name, value)
+
+
+#: Global settings of torch and of the process that a forward pass may change, each as it is read and as it is set.
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "cuDNN's settings": (_read_cudnn, _put_cudnn),
+    "working folder": (os.getcwd, os.chdir),
+}
+
+
+@contextmanager
+def settings_kept(changed: Callable[[str], object] = lambda _: None) -> Iterator[None]:
+    """Torch's and the process's settings are as before afterwards; `changed` gets the name of each that differed."""
+    before = {name: read() for name, (read, _) in _SETTINGS.items()}
+    try:
+        yield
+    finally:
+        for name, (read, put) in _SETTINGS.items():
+            if read() != before[name]:
+                changed(name)
+                put(before[name])
+
+
+class _Randomness:
+    """The states of the global generators of torch (CPU and GPUs), NumPy and Python."""
+
+    def __init__(self) -> None:
+        self.torch = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        self.numpy = np.random.get_state()
+        self.python = random.getstate()
+
+    def put(self) -> None:
+        torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+    @classmethod
+    def of(cls, seed: int) -> Self:
+        """The states that a seed gives; those that are in force stay."""
+        before = _Randomness()
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        made = cls()
+        before.put()
+        return made
+
+
+class Guarded(nn.Module):
+    """A foreign model as the harness asks it: images (B, c, H, W) in, float32 logits (B, C) out.
+
+    Each call gets a copy of the images. The model draws from random numbers of its own, which `reseed` starts anew, so
+    that neither its draws nor a `torch.manual_seed` in its forward pass touch those of an attack. Settings of torch are
+    as before afterwards. What it did of all this is in `seen`, in words. Its attributes (router, experts, α …) are
+    reached through the guard; hooks on the modules inside work as they do without it.
+
+    draws: above 1 for a model that answers by chance. A call then gives the mean logits of D = draws passes, whose
+    random numbers are the same in every call, so that an attack climbs an expectation (Athalye et al., ICML 2018);
+    `once` is a single pass with new ones.
+    """
+
+    def __init__(self, model: nn.Module, draws: int = 1) -> None:
+        super().__init__()
+        self.model = model
+        self.draws = draws
+        self.seen: set[str] = set()
+        self.dtype = torch.float32  # of its logits
+        if next(model.parameters(), None) is None:  # attack libraries read a model's device from its parameters
+            self.placed = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.reseed(0)
+
+    def reseed(self, seed: int) -> None:
+        """Start the model's own random numbers anew."""
+        self._seed, self._states = seed, _Randomness.of(seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.draws == 1:
+            return self.once(x)
+        kept, passes = self._states, []
+        for draw in range(self.draws):
+            self._states = _Randomness.of(self._seed + 1 + draw)
+            passes.append(self.once(x))
+        self._states = kept
+        return torch.stack(passes).mean(0)
+
+    def once(self, x: Tensor) -> Tensor:
+        """The logits (B, C) of one pass."""
+        return self._cast(self._call(self.model, x), x)
+
+    def _call(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """What a function of the model's gives for images, behind the guard."""
+        given, outside = x.clone(), _Randomness()
+        version = given._version
+        with settings_kept(lambda name: self.seen.add(f"the forward pass changes {name}")):
+            self._states.put()
+            seed = torch.initial_seed()
+            try:
+                answer = function(given)
+            finally:
+                if torch.initial_seed() != seed:
+                    self.seen.add("the forward pass seeds torch's random numbers")
+                self._states = _Randomness()
+                outside.put()
+        if given._version != version:
+            self.seen.add("the forward pass writes into its input")
+        return answer
+
+    def _cast(self, logits: Any, x: Tensor) -> Any:
+        """Logits in float32, with a gradient, though it be zero; anything but a tensor of numbers is given as it is."""
+        if not isinstance(logits, Tensor) or not (logits.is_floating_point() or logits.dtype == torch.int64):
+            return logits
+        if logits.dtype != torch.float32:
+            self.dtype = logits.dtype
+            self.seen.add(f"logits are {str(logits.dtype).removeprefix('torch.')}, cast to float32")
+            logits = logits.float()
+        if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+            self.seen.add("logits have no gradient")
+            logits = logits + 0 * x.flatten(1).sum(1).view(-1, *[1] * (logits.ndim - 1))
+        return logits
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(super().__getattr__("model"), name)
+        return self._trace if name == "trace" else value
+
+    def _trace(self, x: Tensor) -> Any:
+        model: Any = self.model
+        logits, trace = self._call(model.trace, x)
+        return self._cast(logits, x), trace
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode; a module that knows none (torch.export) stays as it is."""
+        self.training = mode
+        switch_mode(self.model, mode)
+        return self
+
+
+def switch_mode(model: nn.Module, training: bool) -> None:
+    """`model.train(training)`; a module that knows no modes (torch.export) stays as it is."""
+    try:
+        model.train(training)
+    except NotImplementedError:
+        model.training = training
