@@ -40,7 +40,7 @@ class _Bar:
 
 
 class TrainingProgress(_Bar):
-    """A bar over the steps with the loss, and a line an epoch with SA and RA on the held-out images."""
+    """A bar over the steps with the loss, and one line per epoch with SA and RA on the held-out images."""
 
     def __init__(self, spec: TrainSpec) -> None:
         super().__init__()

@@ -82,7 +82,7 @@ def test_a_router_trains_under_softmax_and_under_argmax_it_stays_as_it_was_drawn
     if not softmax:  # and nothing pretends that it does
         assert header.info("").gate == "argmax"
         assert not any("balance" in term for epoch in run.epochs for term in epoch.terms)
-        assert "may wake it" not in caplog.text
+        assert "spreads the load" not in caplog.text
 
 
 def test_a_dead_expert_is_told_how_to_wake_where_the_router_trains_and_not_where_it_does_not(
@@ -95,7 +95,7 @@ def test_a_dead_expert_is_told_how_to_wake_where_the_router_trains_and_not_where
         run.train()
     said = [message for message in caplog.messages if "expert 0" in message]
     line = "epoch 1: expert 0 has 0.0% of the load"
-    assert said == [f"{line}; a larger balance or a smaller router_lr may wake it", line]
+    assert said == [f"{line}; a larger balance or a smaller router_lr spreads the load", line]
 
 
 # --- 2. after the first attack of an epoch, training runs in eval mode ------------------------------------------------

@@ -60,11 +60,11 @@ class Engine(nn.Module):
 
 @dataclass(frozen=True)
 class Epoch:
-    """A line of the metrics file.
+    """One line of the metrics file.
 
-    loss, its terms and the routing's load and margin are of the training images; sa, ra (fractions) and the share of
-    routes that PGD flips, of the held-out ones. seconds are those of the training steps, data_seconds those of them
-    that were spent waiting for a batch.
+    loss, its terms, and the routing's load and margin are measured on the training images; sa, ra (fractions) and the
+    share of routes that PGD flips on the held-out ones. `seconds` is the wall time of the training steps, and
+    `data_seconds` the part of it spent waiting for batches.
     """
 
     epoch: int
@@ -153,7 +153,7 @@ def _is_there(path: Path, spec: TrainSpec, data: TrainingData | None) -> bool:
         return False
     header = read_header(path)
     wanted: dict[str, tuple[object, object]] = {"another spec": (header.training_key, spec.key)}
-    if data is not None:
+    if data is not None and header.training_key == spec.key:
         starts = read_starts(spec, header.architecture, data)
         wanted |= {
             "other training images": (header.train_fingerprint, data.fingerprint),
@@ -189,7 +189,7 @@ def _put_together(spec: TrainSpec, path: Path) -> Path:
         alpha=spec.recipe.alpha,
         combine=spec.recipe.combine or variant.combine or "probs",
     )
-    # Every process writes the same: one that did not would have to wait for the one that does.
+    # Every process writes the same bytes, so that none has to wait for another.
     extra = any(header.additional_data for header in headers.values())
     save_checkpoint(path, None, _header(spec, dual, parts=parts, additional_data=extra))
     return path
@@ -313,7 +313,7 @@ class Trainer:
             self._save_state()
             on_epoch(record)
             softmax = get_variant(self.spec.variant).gate == "softmax"  # under argmax there is no balance loss
-            hint = "; a larger balance or a smaller router_lr may wake it" if softmax else ""
+            hint = "; a larger balance or a smaller router_lr spreads the load" if softmax else ""
             for line in dead_experts(routing_metrics):
                 logger.warning("epoch %d: %s%s", epoch + 1, line, hint)
             if self.objective.adversarial and len(self.epochs) > 1 and collapsed(self.epochs[-2].ra, ra):
@@ -373,7 +373,7 @@ class Trainer:
         return [text for text in texts if text]
 
     def _stop(self, reason: str) -> NoReturn:
-        # Under another name than the finished training's, which it must not pass for.
+        # Not under the finished training's name: the next `bench train` would take it for one.
         path = self.path.with_suffix(".stopped.safetensors")
         self.save_best(path)
         self.fabric.barrier()

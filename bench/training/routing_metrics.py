@@ -1,4 +1,4 @@
-"""What a router does, in numbers, for the metrics of a training.
+"""Metrics of how a router distributes images, recorded during training.
 
 Axes: B = batch, E = experts. Loads, rates and entropies are fractions.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bench.models.moe import MoE
 from bench.models.parts import routed_branches
 
-#: An expert with less of the load than this is dead: it sees too few images to learn anything.
+#: An expert with less than this share of the load is dead: it sees too few images to learn anything.
 DEAD = 0.01
 
 
@@ -57,7 +57,7 @@ def flips(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str, int]:
 
 
 def dead_experts(metrics: dict[str, float]) -> list[str]:
-    """A line for each expert with next to no load, from the metrics of `routing`."""
+    """A message for each dead expert, from the metrics of `routing`."""
     return [
         f"expert {name.rpartition('_')[2]}{f' of the {branch} branch' if branch else ''} has {share:.1%} of the load"
         for name, share in metrics.items()

@@ -1,7 +1,7 @@
 """Training batches whose randomness is a function of (seed, epoch, example) alone.
 
-So a training resumed at an epoch's beginning, or spread over other batches, draws the same numbers, and no random state
-has to be saved. Axes: B = batch; images (B, c, H, W).
+So a training that is resumed at the beginning of an epoch, or split into other batches, draws the same numbers, and no
+random state has to be saved. Axes: B = batch; images (B, c, H, W).
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of an image; all that is not set is left out.
+    """Random augmentation of an image; what is not set is off.
 
     flip: horizontally, for half of the images. translate: up to so many pixels each way, black outside. cutout: a black
     square of so many pixels a side whose centre is anywhere in the image (DeVries and Taylor 2017).
@@ -73,7 +73,7 @@ class Sampler:
     """Deals a training set's batches, epoch by epoch.
 
     noise_sigma: of Gaussian noise on each image, in pixels of [0, 1], which it may leave (Cohen et al. 2019).
-    Of several `processes`, each deals its part of batches that are so many times as large; `rank` says which.
+    Of several `processes`, the one numbered `rank` deals its part of batches that are that many times as large.
     """
 
     images: Images

@@ -103,6 +103,9 @@ def test_the_same_path_with_other_weights_is_another_training(dense: dict[str, P
     start.write_bytes(dense["dense-standard"].read_bytes())
     with pytest.raises(UnusableInput, match=f"^'{path}' was made by another --set init and is not overwritten: "):
         train(spec, NONE, tmp_path, "cpu")
+    missing = tiny_spec("moe-at", init=str(tmp_path / "none.safetensors"))
+    with pytest.raises(UnusableInput, match=f"^'{path}' was made by another spec and is not overwritten: "):
+        train(missing, NONE, tmp_path, "cpu")
     with pytest.raises(UnusableInput, match="belongs to another spec, other data"):
         train(spec, NONE, tmp_path / "stopped", "cpu", resume=True)
 

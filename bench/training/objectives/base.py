@@ -1,7 +1,7 @@
-"""What a training objective is to the loop.
+"""The interface between a training objective and the loop.
 
-Axes: B = batch, E = experts, C = classes. An objective's fields are its hyper-parameters; the loop asks it for the
-optimiser steps of a batch, one after the other, so that each step sees the weights that the one before has left.
+Axes: B = batch, E = experts, C = classes. An objective's fields are its hyper-parameters. The loop takes the optimiser
+steps of a batch from it one at a time, so that each step sees the weights after the one before.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,9 +30,8 @@ Terms = dict[str, Tensor]
 class Batch:
     """x (B, c, H, W) in [0, 1], y (B,); `noise(salt)` is uniform in [−1, 1], of x's shape.
 
-    The noise of an example depends on (seed, epoch, example, salt) alone, not on the batch that it is in. `weight` is
-    what the batch's loss counts where several processes share one batch: a mean over the processes is then one over
-    its images.
+    The noise of an example depends on (seed, epoch, example, salt) alone, not on the batch that it is in. `weight`
+    multiplies the loss where several processes share one batch, so that the mean over processes is that over images.
     """
 
     x: Tensor

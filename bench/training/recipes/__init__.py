@@ -1,4 +1,4 @@
-"""The presets of training, `*.yaml` in this folder, and the way from a user's words to a TrainSpec."""
+"""The presets of training, `*.yaml` in this folder, and how a recipe with settings becomes a TrainSpec."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,10 +44,10 @@ def train_spec(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> TrainSpec:
-    """The spec of a training: the recipe (default: the data set's own) with `settings` over it.
+    """The spec of a training: the recipe (default: the data set's own), overridden by `settings`.
 
     A setting is a field of the recipe or of the objective; UnusableInput, with the nearest name, for any other, and for
-    one that changes nothing of this variant. A dual that is put together is not trained, and takes them all.
+    one that has no effect on this variant. A dual that is put together is not trained and accepts all of them.
     """
     objective = objective_class(get_variant(variant))
     name = recipe or dataset.recipe
@@ -96,7 +96,7 @@ def train_spec(
 
 
 def _idle(variant: Variant) -> set[str]:
-    """The settings that change nothing of a variant; to take them would let a user believe otherwise."""
+    """The settings that have no effect on a variant; accepting them would suggest otherwise."""
     if variant.kind == "dense":
         routed = {"num_experts", "num_selected_experts", "router", "router_lr", "balance", "combine", "alpha"}
         return {*routed, "init_standard"}
@@ -112,7 +112,7 @@ def objective_class(variant: Variant) -> type[Objective]:
 
 
 def architecture(spec: TrainSpec, dataset: Dataset) -> Dense | Routed | Dual:
-    """What the spec's variant is made of, for the given data set."""
+    """The architecture of the spec's variant, for the given data set."""
     variant, recipe = get_variant(spec.variant), spec.recipe
     names = ("width", "image_size", "patch_size", "norm")
     sizes = {name: getattr(recipe, name) for name in names}
