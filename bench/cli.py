@@ -437,14 +437,17 @@ def check(
     results: ResultsOption = Path("results"),
     max_drop: Annotated[float, typer.Option("--max-drop", help="tolerated drop, as a fraction")] = 0.01,
     alpha: Annotated[float, typer.Option("--alpha", help="significance level")] = 0.05,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="a drop fails without significance, and so does a gain beyond chance")
+    ] = False,
 ) -> None:
     """Compare results with a baseline, example by example; exit status 1 on a regression."""
     from bench.boards.check import check as compare
-    from bench.boards.check import render
+    from bench.boards.check_formats import text
 
-    report = compare(baseline, results, max_drop, alpha)
-    print(render(report))
-    if report.regressed:
+    report = compare(baseline, results, max_drop, alpha, strict)
+    print(text(report))
+    if report.failed:
         raise typer.Exit(FAILED)
 
 

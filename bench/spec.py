@@ -368,3 +368,4 @@ class ModelInfo(Spec):
     link: str = ""
     authors: str = ""
     venue: str = ""
+    word: str = Field(default="", description="how --model named it, where that is not its name, such as a file")

@@ -54,8 +54,12 @@ def named_subject(word: str, dataset: Dataset, threat: ThreatModel, checkpoints:
     """The model that `word` names, or what `<model>@<baseline>` is compared with it."""
     whole, at, name = word.rpartition("@")
     if not at or name.endswith(".safetensors"):
-        return load_subject(word, dataset, threat, checkpoints)
-    return baseline(load_subject(whole, dataset, threat, checkpoints), name)
+        subject = load_subject(word, dataset, threat, checkpoints)
+    else:
+        subject = baseline(load_subject(whole, dataset, threat, checkpoints), name)
+    if word == subject.info.name:
+        return subject
+    return replace(subject, info=subject.info.model_copy(update={"word": word}))
 
 
 @dataclass(frozen=True)

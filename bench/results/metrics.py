@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -21,13 +22,37 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def mcnemar(lost: int, gained: int, alternative: Literal["greater", "two-sided"] = "greater") -> float:
     """Exact McNemar test that more was lost than gained: P(Bin(lost + gained, ½) ≥ lost); 1 for no change.
 
-    `two-sided`: that the two differ, where nobody said beforehand which is the better.
+    `two-sided`: that the two differ, where the data decide which one is called the better.
     """
     from scipy.stats import binomtest
 
     if lost + gained == 0:
         return 1.0
     return float(binomtest(lost, lost + gained, 0.5, alternative=alternative).pvalue)
+
+
+def sign_flip(changes: NDArray[np.int64]) -> float:
+    """Exact one-sided test that changes (n,) sum to more than 0: the share of all sign patterns with no smaller a sum.
+
+    One change an example, over all runs that it is in: +1 for each run that lost it, −1 for each that gained it. Runs
+    on the same images are not independent, but under the null hypothesis the sign of an example's sum is a fair coin.
+    Where each change is −1, 0 or 1 it is McNemar's test (Fisher, Design of Experiments 1935, §21).
+    """
+    from scipy.signal import fftconvolve
+    from scipy.stats import binom
+
+    sizes, counts = np.unique(np.abs(changes[changes != 0]), return_counts=True)
+    if not len(sizes):
+        return 1.0
+    if len(sizes) == 1:
+        positive = int((changes > 0).sum())
+        return float(binom.sf(positive - 1, counts[0], 0.5))
+    chances = np.ones(1)  # of the sum of the sizes whose sign is +
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        own = np.zeros(size * count + 1)
+        own[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.maximum(fftconvolve(chances, own), 0)
+    return float(min(1.0, chances[int(changes[changes > 0].sum()) :].sum()))
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
@@ -37,6 +62,29 @@ def holm(pvalues: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return [float(value) for value in adjusted]
+
+
+def tarone(discordant: Sequence[int], alpha: float) -> int:
+    """How many of several exact tests, on so many changed examples each, share alpha (Tarone, Biometrics 1990).
+
+    m changes have no p-value below ½^m. The least k such that at most k tests can get below alpha / k: the others can
+    never be significant and need no part of alpha. k depends on how much changed, never on which way.
+    """
+    k = 1
+    while sum(0.5**m < alpha / k for m in discordant) > k:
+        k += 1
+    return k
+
+
+def adjusted(pvalues: Sequence[float], discordant: Sequence[int], alpha: float) -> list[float]:
+    """p-values of one family of exact tests, to be compared with alpha: Holm's over those that Tarone's k leaves.
+
+    Of the others it is p · k, which is at least alpha.
+    """
+    k = tarone(discordant, alpha)
+    can = [0.5**m < alpha / k for m in discordant]
+    held = iter(holm([p for p, yes in zip(pvalues, can, strict=True) if yes]))
+    return [next(held) if yes else min(1.0, p * k) for p, yes in zip(pvalues, can, strict=True)]
 
 
 def clean_by_example(verdicts: pd.DataFrame) -> "pd.Series[bool]":

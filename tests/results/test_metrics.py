@@ -1,7 +1,8 @@
 """Metrics against numbers worked out by hand, and their laws on random rows."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,10 +10,13 @@ from hypothesis import strategies as st
 
 from bench.results.metrics import (
     accuracy_after,
+    adjusted,
     clean_by_example,
     holm,
     mcnemar,
     robust_by_example,
+    sign_flip,
+    tarone,
     unique_kills,
     wilson,
 )
@@ -50,6 +54,35 @@ def test_holm_by_hand():
     assert holm([0.01, 0.011]) == pytest.approx([0.02, 0.02])  # 1 · 0.011 may not fall below 2 · 0.01
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_sign_flip_by_hand():
+    # one change an example: McNemar's test
+    assert sign_flip(np.array([1, 1, 1, -1, 0])) == pytest.approx(mcnemar(3, 1))
+    # |changes| 2, 1, 1 sum to 2 or more for the signs +++ (4), ++- (2), +-+ (2): 3 of 8
+    assert sign_flip(np.array([2, 1, -1])) == pytest.approx(3 / 8)
+    assert sign_flip(np.array([3, 3, 2])) == pytest.approx(1 / 8)
+    assert sign_flip(np.array([0, 0])) == 1.0
+
+
+@randomly
+@given(st.lists(st.integers(-4, 4), max_size=9))
+def test_sign_flip_counts_all_patterns_of_signs(changes: list[int]):
+    sums = [
+        sum(sign * abs(c) for sign, c in zip(signs, changes, strict=True))
+        for signs in product((1, -1), repeat=len(changes))
+    ]
+    assert sign_flip(np.array(changes, dtype="int64")) == pytest.approx(
+        np.mean([total >= sum(changes) for total in sums])
+    )
+
+
+def test_tests_that_cannot_become_significant_need_no_part_of_alpha():
+    # ½⁵ = 0.031, ½⁶ = 0.016, ½⁹ = 0.002: two can get below 0.05 / 2, and 0.05 / 3 leaves them as well
+    assert tarone([5, 6, 9, 0, 1], 0.05) == 2
+    assert tarone([5, 0], 0.05) == 1
+    assert tarone([], 0.05) == 1
+    assert adjusted([0.04, 0.02, 0.002, 1.0], [5, 6, 9, 0], 0.05) == pytest.approx([0.08, 0.02, 0.004, 1.0])
 
 
 def test_an_example_is_robust_if_no_row_on_f_breaks_it():
