@@ -35,13 +35,15 @@ def _tempered(x: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
     return torch.softmax(x / spread, dim=dim)
 
 
+#: The call behind `tensor.data`.
+_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 #: A function → one with nearly the same shape whose gradient is nowhere zero.
 SMOOTH: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((torch.relu, Tensor.relu, torch.nn.functional.relu, torch.nn.functional.relu6), _leaky),
     **dict.fromkeys((torch.relu_, Tensor.relu_, torch.nn.functional.hardtanh), _leaky),
     **dict.fromkeys((torch.round, Tensor.round, torch.floor, Tensor.floor, torch.ceil, Tensor.ceil), _identity),
     **dict.fromkeys((torch.trunc, Tensor.trunc, Tensor.detach, Tensor.clamp, torch.clamp), _identity),
-    **dict.fromkeys((Tensor.clip, torch.clip, Tensor.data.__get__), _identity),
+    **dict.fromkeys((Tensor.clip, torch.clip, _DATA), _identity),
     **dict.fromkeys((torch.sign, Tensor.sign, torch.tanh, Tensor.tanh, torch.nn.functional.tanh), _softsign),
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, torch.nn.functional.sigmoid), _softsign),
     **dict.fromkeys((torch.softmax, Tensor.softmax, torch.nn.functional.softmax), _tempered),
@@ -51,7 +53,7 @@ SMOOTH: dict[Any, Callable[..., Tensor]] = {
 #: Those that have no gradient at all, anywhere: where one is seen, gradients cannot be believed.
 HARD = {
     torch.round, Tensor.round, torch.floor, Tensor.floor, torch.ceil, Tensor.ceil, torch.trunc, Tensor.trunc,
-    torch.sign, Tensor.sign, Tensor.detach, Tensor.data.__get__,
+    torch.sign, Tensor.sign, Tensor.detach, _DATA,
 }  # fmt: skip
 
 
