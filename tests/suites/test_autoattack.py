@@ -110,9 +110,17 @@ BUDGET = {"Linf": (1, 1, 400), "L2": (1, 1, 400), "L1": (6, 1, 100)}
 EPS: dict[Norm, float] = {"Linf": 0.02, "L2": 0.1, "L1": 0.5}
 
 
-@pytest.mark.parametrize("wrapper", [nn.Sequential, InDouble], ids=["float32", "double"])
-@pytest.mark.parametrize("gate", ["softmax", "argmax"])
-@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize(
+    ("norm", "gate", "wrapper"),
+    [
+        ("Linf", "softmax", nn.Sequential),
+        ("Linf", "argmax", InDouble),
+        ("L2", "argmax", nn.Sequential),
+        ("L2", "softmax", InDouble),
+        ("L1", "softmax", nn.Sequential),
+        ("L1", "argmax", InDouble),
+    ],
+)
 def test_rows_are_what_pyautoattack_says_of_the_block(
     norm: Norm, gate: str, wrapper: Any, score: Any, cut_autoattack: Any
 ):
@@ -138,8 +146,10 @@ class DoubleInside(InDouble):
 ZOO = ["dense-at", "moe-rt_er", "moe-rt_er-argmax", "dual", "dual-jtdmoe"]
 
 
-@pytest.mark.parametrize(("seed", "eps"), [(0, 0.1), (5, 0.2)])
-@pytest.mark.parametrize("variant", ZOO)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "seed", "eps"), [(name, *((0, 0.1), (5, 0.2))[place % 2]) for place, name in enumerate(ZOO)]
+)
 def test_trained_models_in_double_have_pyautoattacks_verdicts(
     variant: str, seed: int, eps: float, score: Any, cut_autoattack: Any
 ):
@@ -154,17 +164,15 @@ def test_trained_models_in_double_have_pyautoattacks_verdicts(
 
 @pytest.mark.slow
 def test_trained_models_in_float32_have_pyautoattacks_verdicts_but_for_rounding(score: Any, cut_autoattack: Any):
-    cut_autoattack(10, 3, 200)
-    unlike = []
-    for variant in ZOO:
-        model, data = load_model(variant, dataset="digits", threat_model="Linf"), digits(60)
-        found = [score(model, "autoattack", data, eps=0.15, settings={"engine": engine})[1] for engine in ENGINES]
-        fast, reference = (rows.groupby("idx")["robust"].all() for rows in found)
-        assert 0 < reference.sum() < 60
-        unlike += [f"{variant}: {example}" for example in reference.index[fast != reference]]
-    assert len(unlike) <= 0.005 * 60 * len(ZOO), unlike
+    cut_autoattack(10, 2, 200)
+    model, data = load_model("moe-rt_er", dataset="digits", threat_model="Linf"), digits(60)
+    found = [score(model, "autoattack", data, eps=0.15, settings={"engine": engine})[1] for engine in ENGINES]
+    fast, reference = (rows.groupby("idx")["robust"].all() for rows in found)
+    assert 0 < reference.sum() < 60
+    assert (fast != reference).sum() <= 1
 
 
+@pytest.mark.slow
 def test_the_reference_engine_is_pyautoattack_pass_by_pass(score: Any, cut_autoattack: Any):
     cut_autoattack(*BUDGET["Linf"])
     model = routed("softmax")
@@ -195,6 +203,7 @@ def test_an_undefended_model_costs_a_fraction_of_the_passes(engine: str, planted
         assert passes["forwards"] < 24 * 20
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_prepared_is_attacked_as_it_is(score: Any, cut_autoattack: Any):
     class Hooked(nn.Sequential):
         def __deepcopy__(self, memo: Any) -> Any:
@@ -210,7 +219,8 @@ def test_a_model_that_cannot_be_prepared_is_attacked_as_it_is(score: Any, cut_au
 
 
 @pytest.mark.slow
-def test_verdicts_are_what_pyautoattack_says_with_its_whole_budget(planted: Any, score: Any):
+def test_verdicts_are_what_pyautoattack_says_of_many_steps(planted: Any, score: Any, cut_autoattack: Any):
+    cut_autoattack(50, 2, 1000)  # APGD halves its steps several times, and its rows leave between
     model, data, eps = planted.broken(), planted.data(), 0.02  # the margin, but for the noise
     result, rows = score(model, "autoattack", data, eps=eps, seed=1)
     attack = AutoAttack(model, norm="Linf", eps=eps, seed=1)
@@ -218,7 +228,7 @@ def test_verdicts_are_what_pyautoattack_says_with_its_whole_budget(planted: Any,
     robust = (model(x_adv).argmax(1) == data.y).tolist()
     assert rows.groupby("idx")["robust"].all().tolist() == robust
     assert 0 < sum(robust) < 23
-    assert result.passes["square"]["forwards"] > 5000
+    assert result.passes["square"]["forwards"] > 1000
 
 
 def test_second_block_is_attacked_as_if_it_were_alone(score: Any, cut_autoattack: Any):
@@ -236,7 +246,7 @@ def test_few_examples_are_judged_as_pyautoattack_does(case: str, score: Any, cut
     cut_autoattack(*BUDGET["Linf"])
     model = routed("softmax")
     wrong = tuple(range(1, 8)) if case == "one stands" else ()
-    data = labelled(model, images(1 if case == "one image" else 8), wrong)
+    data = labelled(model, images({"one image": 1, "batches of one": 3}.get(case, 8)), wrong)
     size = 1 if case == "batches of one" else 8
     _, rows = score(model, "autoattack", data, eps=0.01, batch_size=size)
     for start in range(0, len(data), size):
