@@ -229,7 +229,7 @@ class Trainer:
             self.model: nn.Module = self.architecture.build().to(memory_format=memory_format)
         self.starts = read_starts(spec, self.architecture, data)
         start_from(self.model, self.starts)
-        self.engine = self.fabric.setup_module(Engine(self.model))
+        self.engine = self.fabric.setup_module(Engine(self.model))  # on its device from here on
         # Its decay grows with the number of steps (1 − (1 + step)^−⅔) up to the recipe's, so that a short training
         # does not average in its random beginning.
         decay = recipe.ema_decay

@@ -515,6 +515,17 @@ def test_averaged_weights_are_validated_and_kept(loop: Callable[[TrainSpec], Tra
     assert header.info("").trained == "200 images × 2 epochs, averaged weights"
 
 
+def test_averaged_weights_lie_where_the_model_does(
+    loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs, monkeypatch: pytest.MonkeyPatch
+):
+    # setting up moves the model to its device; here, for want of a GPU, to another type of number
+    setup = Fabric.setup_module
+    monkeypatch.setattr(Fabric, "setup_module", lambda self, module: setup(self, module.double()))
+    run = loop(tiny_spec("moe-standard", ema_decay=0.5))
+    assert {p.dtype for p in run.model.parameters()} == {p.dtype for p in run.deployed.parameters()} == {torch.float64}
+    assert run.deployed is not run.model
+
+
 # --- catastrophic overfitting -----------------------------------------------------------------------------------------
 
 
