@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import pandas as pd
@@ -21,65 +20,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  #
 
 pytestmark = pytest.mark.slow
 
-#: Runs commands in children of a process that has imported what they need: several at a time, each told which of them
-#: it is as torchrun tells it, and killed around the n-th file that it writes. Where one is killed, the others are
-#: terminated once they wait for it, as torchrun does it.
-SERVER = """
-    import json, os, signal, sys
-    import sklearn.datasets, torchattacks
-    from bench import cli, progress
-    from bench.evaluation import evaluate, examine, plan
-    from bench.results import store
-
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def kill_at(number, how):
-        write, calls = store.write_atomically, []
-
-        def killing(path, content):
-            calls.append(path)
-            now = len(calls) == number
-            if now and how == "before":
-                die()
-            if now and how == "in":
-                os.fsync = lambda file: (os.ftruncate(file, os.fstat(file).st_size // 2), die())
-            write(path, content)
-            if now:
-                die()
-
-        store.write_atomically = killing
-
-    attack = examine.Examiner.run
-
-    def told(self, number, *rest):
-        print("attacked", number, file=sys.stderr)
-        return attack(self, number, *rest)
-
-    examine.Examiner.run = told
-
-    for line in sys.stdin:
-        log, kills, words = json.loads(line)
-        children = []
-        for rank, kill in enumerate(kills):
-            child = os.fork()
-            if not child:
-                os.environ.update(RANK=str(rank), WORLD_SIZE=str(len(kills)))
-                file = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(file, 1)
-                os.dup2(file, 2)
-                if kill:
-                    kill_at(*kill)
-                elif any(kills):
-                    evaluate.time.sleep = lambda _: os.kill(os.getpid(), signal.SIGTERM)
-                try:
-                    cli.main(words)
-                except SystemExit as stopped:
-                    sys.stdout.flush()
-                    os._exit(stopped.code)
-            children.append(child)
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
-"""
+SERVER = Path(__file__).with_name("command_server.py")
 
 #: A kill of one process: at the n-th file that it writes, and whether before, in the middle of or after it.
 Kill = tuple[int, str]
@@ -97,7 +38,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """bench("run", …, kills=[None, (2, "in")]): the command on two processes, the second of which is killed."""
     log = tmp_path_factory.mktemp("server") / "log"
     with subprocess.Popen(
-        [sys.executable, "-c", dedent(SERVER)],
+        [sys.executable, SERVER],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdin=subprocess.PIPE,
