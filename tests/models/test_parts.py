@@ -1,0 +1,82 @@
+"""A routed model's parts, of ours and of a user's own classes."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.errors import UnusableInput
+from bench.models.dual import DualModel
+from bench.models.parts import is_dual, is_moe, is_traced, parts, routed_branch, routed_branches, set_alpha
+
+
+class Own(nn.Module):
+    """A user's MoE, of which only router and experts have the names that are looked for."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def router(self, x: Tensor) -> Tensor:
+        return x
+
+
+def nets(count: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(2, 2) for _ in range(count))
+
+
+def test_what_a_model_is_goes_by_what_it_shows(linear_moe: Any):
+    moe = linear_moe([[[1.0]], [[2.0]]], [[1.0], [0.0]])
+    dual = DualModel(moe, moe)
+    assert [is_moe(moe), is_dual(moe), is_traced(moe)] == [True, False, True]
+    assert [is_moe(dual), is_dual(dual), is_traced(dual)] == [False, True, True]
+    assert [is_moe(Own(nets(2))), is_traced(Own(nets(2)))] == [True, False]
+    assert not is_moe(Own(list(nets(2))))  # experts that nn.Module does not know of
+    assert not is_moe(nn.Linear(2, 2))
+    assert not is_dual(SimpleNamespace(standard=moe, robust=moe))  # no α
+
+
+def test_only_a_branch_that_can_choose_is_routed(linear_moe: Any):
+    two, one = linear_moe([[[1.0]], [[2.0]]], [[1.0], [0.0]]), Own(nets(1))
+    dense = nn.Linear(2, 2)
+    assert routed_branches(two) == {"": two}
+    assert routed_branches(one) == routed_branches(dense) == {}
+    assert routed_branches(DualModel(two, one)) == {"S": two}
+    assert list(routed_branches(DualModel(two, two)).items()) == [("R", two), ("S", two)]
+    # a dual's routes are those of R, and never those of S in its place
+    assert routed_branch(DualModel(one, two)) is two
+    assert routed_branch(DualModel(two, dense)) is None
+    assert [routed_branch(two), routed_branch(dense)] == [two, None]
+
+
+def test_parts_by_name(linear_moe: Any):
+    moe, dense = linear_moe([[[1.0]], [[2.0]]], [[1.0], [0.0]]), nn.Linear(2, 2)
+    assert parts(moe) == {"expert:0": moe.experts[0], "expert:1": moe.experts[1]}
+    assert parts(dense) == {}
+    expected = {"S": dense, "R": moe, "R.expert:0": moe.experts[0], "R.expert:1": moe.experts[1]}
+    assert parts(DualModel(dense, moe)) == expected
+
+
+def test_alpha_may_be_a_number_a_tensor_or_a_parameter():
+    number = DualModel(nn.Linear(2, 2), nn.Linear(2, 2), 0.7)
+    set_alpha(number, 0.5)
+    assert number.alpha == 0.5
+    for make in (torch.tensor, lambda value: nn.Parameter(torch.tensor(value))):
+        model = nn.Module()
+        model.alpha = make(0.7)
+        before = model.alpha
+        set_alpha(model, 0.5)
+        assert model.alpha is before  # in place: an optimiser or a hook may hold it
+        assert model.alpha.item() == 0.5
+
+
+def test_an_alpha_that_cannot_be_set_is_one_line():
+    class Fixed(nn.Module):
+        @property
+        def alpha(self) -> float:
+            return 0.7
+
+    with pytest.raises(UnusableInput, match=r"^the dual's α cannot be set \(.*\): let `alpha` be an attribute"):
+        set_alpha(Fixed(), 0.5)
