@@ -126,7 +126,7 @@ def zoo_model(name: str, dataset: str, norm: str, model_dir: Path) -> nn.Module:
 
 @dataclass(frozen=True)
 class Benchmarked:
-    """What `robustbench.eval.benchmark` says of images x (n, C, H, W): its accuracies, fractions, and whence they are.
+    """What `robustbench.eval.benchmark` finds on images x (n, C, H, W): its accuracies, as fractions, and their source.
 
     x_adv (n, C, H, W): x itself where it found nothing. fooled (n,): where AutoAttack saw x_adv misclassified.
     """

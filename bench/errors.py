@@ -1,4 +1,4 @@
-"""What may go wrong in a way that a user can mend, and what to say then. Imports nothing of the project."""
+"""Errors that a user can mend, and hints for their messages. Imports nothing of the project."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -39,7 +39,7 @@ class Origin(Spec):
 
 
 class Header(Spec):
-    """What a checkpoint says of itself.
+    """The metadata that a checkpoint carries.
 
     `training` is the whole TrainSpec that made it and `training_key` its key;
     `train_fingerprint` the hash of the training images and labels; `parts`, of a model that is put together, the file

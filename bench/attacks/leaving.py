@@ -1,10 +1,10 @@
-"""pyautoattack's APGD and FAB, from which a row leaves at the moment when they would already count it as broken.
+"""Early stopping for pyautoattack's APGD and FAB: a row leaves as soon as they would count it as broken.
 
-Their loops are pyautoattack's own. What changes is the model that they see: it runs the rows that still stand, and
-answers for the others. A row's iterates depend on no other row's once its start is drawn, and all random numbers are
-drawn before the first pass, so that whoever has left changes nothing for those who stay.
+Their loops are pyautoattack's own. What changes is the model that they see: it runs the rows that are not yet broken,
+and answers for the others. A row's iterates depend on no other row's once its start is drawn, and all random numbers
+are drawn before the first pass, so a row that has left changes nothing for those that stay.
 
-Axes: B = rows that an attack was started on, m = those that still stand, C = classes.
+Axes: B = rows that an attack was started on, m = those not yet broken, C = classes.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,15 +30,15 @@ LENGTHS: dict[Norm, Callable[[Tensor], Tensor]] = {
 }
 
 
-class NobodyStands(Exception):
+class AllBroken(Exception):
     """The last row has left."""
 
 
-class Standing:
-    """A model that is asked about the rows that still stand.
+class UnbrokenRows:
+    """A model that runs only the rows that are not yet broken.
 
-    One that has left is answered for as if it were classified right: the loop then keeps what it has last noted of the
-    row, the image that it left with. That image is in x_adv (B, c, H, W) too.
+    For a row that has left it returns logits of the right class: the loop then keeps the image that it last noted for
+    that row, the one that the row left with. That image is in x_adv (B, c, H, W) too.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, leaves: Leaves) -> None:
@@ -54,15 +54,15 @@ class Standing:
         self.x_adv[left] = x.detach()[left]
         self.rows = self.rows[~left[self.rows]]
         if not len(self.rows):
-            raise NobodyStands
+            raise AllBroken
         return logits
 
 
-def hasten(part: Any, ready: nn.Module) -> None:
-    """Has a part of AutoAttack run on `ready`, a prepared copy of its model; rows leave it if it is APGD or FAB.
+def leave_early(part: Any, ready: nn.Module) -> None:
+    """Run a part of AutoAttack on `ready`, a prepared copy of its model; rows leave it if it is APGD or FAB.
 
-    Where it changed an image and the model is right on that, only the copy was wrong: the part is run again as it was,
-    and what it breaks is added to what was found.
+    Where the part changed an image that the model still classifies right, only the copy was wrong: the part is then run
+    again on the model itself, and what that breaks is added.
     """
     name = "model" if isinstance(part, APGDAttack) else "predict"
     model, perturb = getattr(part, name), part.perturb
@@ -71,7 +71,7 @@ def hasten(part: Any, ready: nn.Module) -> None:
         if isinstance(part, kind):
             changed["attack_single_run"] = leaving(part)
 
-    def hastened(x: Tensor, y: Tensor) -> Tensor:
+    def stopped_early(x: Tensor, y: Tensor) -> Tensor:
         with _replaced(part, **changed):
             x_adv: Tensor = perturb(x, y)
         claimed = (x_adv != x).flatten(1).any(1)  # what an attack did not break, it gives back
@@ -81,7 +81,7 @@ def hasten(part: Any, ready: nn.Module) -> None:
             x_adv = torch.where(right[:, None, None, None], perturb(x, y), x_adv)
         return x_adv
 
-    part.perturb = hastened
+    part.perturb = stopped_early
 
 
 def _apgd(part: Any) -> Callable[..., Any]:
@@ -91,12 +91,12 @@ def _apgd(part: Any) -> Callable[..., Any]:
     def leaving(x: Tensor, y: Tensor, x_init: Tensor | None = None) -> Any:
         if part.eps > part.eps_orig:  # in L1 it begins in larger balls, where nothing is broken yet
             return run(x, y, x_init)
-        standing = Standing(part.model, x, y, lambda z, wrong: wrong)
+        unbroken = UnbrokenRows(part.model, x, y, lambda z, wrong: wrong)
         try:
-            with _replaced(part, model=standing):
+            with _replaced(part, model=unbroken):
                 return run(x, y, x_init)
-        except NobodyStands:
-            return standing.x_adv, torch.zeros_like(y, dtype=torch.bool), None, standing.x_adv
+        except AllBroken:
+            return unbroken.x_adv, torch.zeros_like(y, dtype=torch.bool), None, unbroken.x_adv
 
     return leaving
 
@@ -110,12 +110,12 @@ def _fab(part: Any) -> Callable[..., Tensor]:
             # iterates are judged without gradients; where it takes one, it has stepped back
             return wrong & (LENGTHS[part.norm]((z - x).flatten(1)) <= part.eps) & (not torch.is_grad_enabled())
 
-        standing = Standing(part.predict, x, y, leaves)
+        unbroken = UnbrokenRows(part.predict, x, y, leaves)
         try:
-            with _replaced(part, predict=standing):
+            with _replaced(part, predict=unbroken):
                 return run(x, y, **more)
-        except NobodyStands:
-            return standing.x_adv
+        except AllBroken:
+            return unbroken.x_adv
 
     return leaving
 

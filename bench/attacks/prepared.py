@@ -1,4 +1,4 @@
-"""A model made ready for being attacked: the same function, computed faster.
+"""A copy of a model prepared for attacks: the same function, computed faster.
 
 Axes: B = images, C = classes.
 """
@@ -41,7 +41,7 @@ class Prepared(nn.Module):
 
 
 def prepare(model: nn.Module, x: Tensor) -> nn.Module | None:
-    """A prepared copy of `model`, or None where there can be none that says the same of the images x (B, c, H, W).
+    """A prepared copy of `model`, or None where there can be none with the same logits on the images x (B, c, H, W).
 
     A user's own model may be of any kind: one that cannot be copied, one whose outputs are random, or one that looks at
     the whole batch, from which an attack must not take rows away.

@@ -74,8 +74,8 @@ class Dataset(ABC):
     """A data set: its constants, and how its images are read. Subclasses register with `DATASETS`.
 
     mean, std: per channel, in pixels of [0, 1], for the normalisation inside the models. `threat_model` is what it is
-    attacked with, and `recipe` what it is trained by, unless the user says otherwise. `argument` is what has to stand
-    behind the name and a colon, and is given to the constructor; most take none.
+    attacked with, and `recipe` what it is trained by, unless the user says otherwise. `argument` names
+    what follows the name and a colon and is given to the constructor; most take none.
     """
 
     name: str
@@ -113,7 +113,7 @@ DATASETS: Registry[type[Dataset]] = Registry("data set", "bench.datasets")
 
 
 def open_dataset(name: str) -> Dataset:
-    """The data set called `name`; what stands behind a colon (`imagefolder:PATH`) is its argument.
+    """The data set called `name`; what follows a colon (`imagefolder:PATH`) is its argument.
 
     UnusableInput for an unknown name, an argument that is missing, or one that is not taken.
     """

@@ -29,7 +29,7 @@ PIXELS = 3 * 32 * 32
 
 
 class _Dtype:
-    """Stands for a numpy.dtype: keeps the name that it was called with."""
+    """In place of a numpy.dtype: keeps the name that it was called with."""
 
     def __init__(self, name: object, *_: object) -> None:
         self.name = name.decode() if isinstance(name, bytes) else name
@@ -39,7 +39,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for a numpy.ndarray: keeps its state. numpy's own __setstate__ trusts a dtype that the file describes."""
+    """In place of a numpy.ndarray: keeps its state. numpy's own __setstate__ trusts a dtype that the file describes."""
 
     def __init__(self, *_: object) -> None: ...
 

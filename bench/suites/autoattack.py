@@ -9,7 +9,7 @@ from pyautoattack import AutoAttack, checks
 from torch import Tensor
 
 from bench.attacks.block import Attempt, Block
-from bench.attacks.leaving import hasten
+from bench.attacks.leaving import leave_early
 from bench.attacks.prepared import prepare
 from bench.suites.base import SUITES, CaughtWarnings, Suite
 
@@ -62,17 +62,17 @@ def watched(block: Block) -> Iterator[None]:
                 block.flags.extend(known or [f"AutoAttack: {message}"])
 
 
-def _hasten(attack: AutoAttack, block: Block) -> None:
-    """Every part runs on a prepared copy of the model, where there can be one."""
+def _stop_early(attack: AutoAttack, block: Block) -> None:
+    """Run every part on a prepared copy of the model where there can be one, and let broken rows leave."""
     if (ready := prepare(block.model, block.x)) is None:
-        block.flags.append("AutoAttack: engine=reference, since a prepared copy of the model does not say the same")
+        block.flags.append("AutoAttack: engine=reference, since a prepared copy of the model gives other logits")
         return
     for attribute in ATTACKS:
-        hasten(getattr(attack, attribute), ready)
+        leave_early(getattr(attack, attribute), ready)
 
 
 class _Recorder:
-    """Stands around an attack's `perturb` and keeps what it returns, with the rows of the block that it was run on.
+    """Keeps what an attack's `perturb` returns, with the rows of the block that it was run on.
 
     pyautoattack runs an attack on the rows that have withstood those before it. Which these are, the recorder works out
     as pyautoattack does, by the same forward passes on the same batches.
@@ -101,7 +101,7 @@ class _Recorder:
 
 @SUITES.register("autoattack")
 class AutoAttackSuite(Suite):
-    """APGD-CE, APGD-T, FAB-T and Square, each on what those before it have left standing.
+    """APGD-CE, APGD-T, FAB-T and Square, each on the examples that those before it have not broken.
 
     `engine=fast`: on a prepared copy of the model, and broken rows leave an attack at once; the verdicts are those of
     `engine=reference`, which is pyautoattack as it is, but for what float32 rounds otherwise.
@@ -115,7 +115,7 @@ class AutoAttackSuite(Suite):
         attack, recorder = standard(block), _Recorder(block)
         block.attacks.extend(attack.attacks_to_run)
         if self.engine == "fast":
-            _hasten(attack, block)
+            _stop_early(attack, block)
         recorder.listen(attack)
         failure = None
         try:

@@ -22,7 +22,7 @@ class Suite(Method):
 
     @classmethod
     def parameters(cls, argument: str | None) -> list[str]:
-        """Names of what `--set` takes; `argument` is what stands behind the colon, UnusableInput if it may not."""
+        """Names of what `--set` takes; `argument` is what follows the colon; UnusableInput if none is taken."""
         if argument is not None:
             raise UnusableInput(f"this suite takes nothing behind its name, but was given ':{argument}'")
         return list(cls.model_fields)
@@ -63,7 +63,7 @@ class Suite(Method):
         return ", ".join(found) or None
 
     def attack(self, block: Block) -> Iterator[Attempt]:
-        """Attack the block's standing examples, or `every` one.
+        """Attack the block's examples that the model gets right, or `every` one.
 
         May raise anything: evaluation then marks them as errors.
         """
@@ -87,7 +87,7 @@ def short_walk(name: str, step: float, steps: int, width: float) -> list[str]:
 def open_suites(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Suite]:
     """The suites called `names`, each with those of the settings that it has.
 
-    What stands behind a name's colon (`torchattacks:CW`) is its argument. UnusableInput for an unknown name, with the
+    What follows a name's colon (`torchattacks:CW`) is its argument. UnusableInput for an unknown name, with the
     nearest one, and for a setting that none of the suites has.
     """
     kinds = {name: (SUITES[name.partition(":")[0]], name.partition(":")[2] or None) for name in names}

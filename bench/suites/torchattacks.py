@@ -19,7 +19,7 @@ RADIUS = ("eps", "max_epsilon")
 #: Filled in by the harness: no `--set` may contradict the threat model, the block's seed or the data.
 RESERVED = ("model", "norm", "seed", "n_classes", "verbose", *RADIUS)
 
-#: Of each of its attacks' parameters, those that say how much is tried.
+#: Of each of its attacks' parameters, those that set how much is tried.
 EFFORT = (
     "steps", "n_restarts", "restarts", "eot_iter", "n_queries", "nb_iter", "nb_sample", "num_iter_set",
     "max_iterations", "binary_search_steps", "popsize", "pixels", "noise_batch_size", "N", "m",
@@ -113,7 +113,7 @@ class TorchAttacks(Suite):
         return ", ".join(found) or None
 
     def arguments(self, block: Block) -> dict[str, Any]:
-        """The constructor's arguments: the settings, and what the block says."""
+        """The constructor's arguments: the settings, and what the block determines."""
         signature, eps = _signature(self.name), block.threat_model.eps
         filled: dict[str, Any] = {"norm": block.threat_model.norm, "n_classes": block.num_classes, "seed": block.seed}
         filled |= dict.fromkeys(RADIUS, eps)

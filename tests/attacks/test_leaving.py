@@ -1,4 +1,4 @@
-"""Rows leave an attack when they are broken, and those that stay are attacked as if nobody had."""
+"""Rows leave an attack when they are broken, and those that stay are attacked as if none had."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from bench import load_model
-from bench.attacks.leaving import NobodyStands, Standing, hasten
+from bench.attacks.leaving import AllBroken, UnbrokenRows, leave_early
 from bench.attacks.prepared import Prepared
 from bench.datasets.base import open_dataset
 from bench.spec import Norm
@@ -61,24 +61,24 @@ def test_a_row_that_left_is_asked_no_more_and_passes_for_right(linear_net: Any):
     inside = Seen(linear_net([[1.0, 0.0], [0.0, 1.0]]))
     x = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]).view(3, 1, 1, 2)
     y = torch.zeros(3, dtype=torch.long)
-    standing = Standing(inside, x, y, lambda z, wrong: wrong)
-    torch.testing.assert_close(standing(x), x.flatten(1))
+    unbroken = UnbrokenRows(inside, x, y, lambda z, wrong: wrong)
+    torch.testing.assert_close(unbroken(x), x.flatten(1))
 
     moved = x.clone()
     moved[1] = moved[1].flip(2)  # wrong: it leaves, after its own logits
     z = moved.clone().requires_grad_()
-    assert standing(z)[1].tolist() == pytest.approx([0.2, 0.8])
-    assert standing.rows.tolist() == [0, 2]
+    assert unbroken(z)[1].tolist() == pytest.approx([0.2, 0.8])
+    assert unbroken.rows.tolist() == [0, 2]
 
-    logits = standing(z)
+    logits = unbroken(z)
     assert logits[1].tolist() == [1, 0]
     (gradient,) = torch.autograd.grad(logits[:, 0].sum(), z)
     assert gradient.flatten(1).tolist() == [[1, 0], [0, 0], [1, 0]]
     assert inside.sizes == [3, 3, 2]
 
-    with pytest.raises(NobodyStands):
-        standing(x.flip(3))
-    assert torch.equal(standing.x_adv, torch.stack([x[0].flip(2), moved[1], x[2].flip(2)]))  # as each of them left
+    with pytest.raises(AllBroken):
+        unbroken(x.flip(3))
+    assert torch.equal(unbroken.x_adv, torch.stack([x[0].flip(2), moved[1], x[2].flip(2)]))  # as each of them left
 
 
 #: Where each part breaks some of the images and not others.
@@ -97,7 +97,7 @@ def test_the_same_rows_are_broken(attribute: str, norm: Norm, part_of: Any):
     right = model(digits.x).argmax(1) == digits.y
     x, y = digits.x[right], digits.y[right]
     plain, fast = (part_of(attribute, model, norm, EPS[norm][attribute]) for _ in range(2))
-    hasten(fast, model)
+    leave_early(fast, model)
     expected, found = plain.perturb(x, y), fast.perturb(x, y)
     broken = model(expected).argmax(1) != y
     assert 2 < int(broken.sum()) < len(y) - 2
@@ -106,11 +106,11 @@ def test_the_same_rows_are_broken(attribute: str, norm: Norm, part_of: Any):
 
 
 @pytest.mark.parametrize("attribute", ["apgd", "apgd_targeted", "fab"])
-def test_a_run_ends_when_nobody_stands(attribute: str, planted: Any, part_of: Any):
+def test_a_run_ends_when_all_rows_are_broken(attribute: str, planted: Any, part_of: Any):
     data, inside = planted.data(), Seen(planted.broken())
     x, y = data.x[:23], data.y[:23]
     part = part_of(attribute, inside, eps=0.1)
-    hasten(part, inside)
+    leave_early(part, inside)
     x_adv = part.perturb(x, y)
     assert (planted.broken()(x_adv).argmax(1) != y).all()
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6
@@ -131,7 +131,7 @@ def test_a_copy_that_is_wrong_about_an_image_is_overruled(attribute: str, plante
     x, y = data.x[:23], data.y[:23]
     model = Seen(planted.robust())
     part = part_of(attribute, model, eps=0.2)
-    hasten(part, Fragile())
+    leave_early(part, Fragile())
     assert torch.equal(part.perturb(x, y), x)
     expected = part_of(attribute, seen := Seen(planted.robust()), eps=0.2)
     expected.perturb(x, y)
@@ -147,7 +147,7 @@ def test_what_a_wrong_copy_found_all_the_same_is_kept(linear_net: Any):
     by_copy[0], by_copy[1], by_model[2] = x[0].flip(2), x[1] - 0.1, x[2].flip(2)
     answers = iter([by_copy, by_model])
     part = SimpleNamespace(predict=model, perturb=lambda x, y: next(answers))
-    hasten(part, model)
+    leave_early(part, model)
     assert torch.equal(part.perturb(x, y), torch.stack([by_copy[0], x[1], by_model[2], x[3]]))
 
 
@@ -158,7 +158,7 @@ def test_a_part_is_itself_again_after_an_error(planted: Any, part_of: Any):
 
     data, model = planted.data(), planted.robust()
     part = part_of("apgd", model)
-    hasten(part, Fails())
+    leave_early(part, Fails())
     with pytest.raises(RuntimeError, match="out of memory"):
         part.perturb(data.x, data.y)
     assert part.model is model
@@ -167,6 +167,6 @@ def test_a_part_is_itself_again_after_an_error(planted: Any, part_of: Any):
 def test_a_prepared_copy_is_used_for_all_but_the_last_look(planted: Any, part_of: Any):
     data, model = planted.data(), Seen(planted.robust())
     part = part_of("apgd", model)
-    hasten(part, Prepared(planted.robust()))
+    leave_early(part, Prepared(planted.robust()))
     part.perturb(data.x[:23], data.y[:23])
     assert model.sizes == [23]

@@ -88,7 +88,7 @@ def directly(
 def assert_parity(
     rows: Any, data: EvalSet, reference: list[tuple[list[bool], list[int]]], predictions: bool = True
 ) -> None:
-    """The rows of each attack are of those that stood before it, and say what the reference says.
+    """The rows of each attack are of the examples not broken before it, with the reference's verdicts.
 
     `predictions`: also which class is seen instead; over several steps it is another, where a row leaves at the first.
     """
@@ -215,7 +215,7 @@ def test_a_model_that_cannot_be_prepared_is_attacked_as_it_is(score: Any, cut_au
     result, rows = score(model, "autoattack", data, eps=0.02)
     assert_parity(rows, data, directly(model, data, "Linf", 0.02, 0))
     (flag,) = result.flags
-    assert flag == "AutoAttack: engine=reference, since a prepared copy of the model does not say the same"
+    assert flag == "AutoAttack: engine=reference, since a prepared copy of the model gives other logits"
 
 
 @pytest.mark.slow
@@ -241,11 +241,11 @@ def test_second_block_is_attacked_as_if_it_were_alone(score: Any, cut_autoattack
     assert_parity(second, half, directly(model, half, "Linf", 0.02, block_seed(3, 1)))
 
 
-@pytest.mark.parametrize("case", ["batches of one", "one stands", "one image"])
+@pytest.mark.parametrize("case", ["batches of one", "one is right", "one image"])
 def test_few_examples_are_judged_as_pyautoattack_does(case: str, score: Any, cut_autoattack: Any):
     cut_autoattack(*BUDGET["Linf"])
     model = routed("softmax")
-    wrong = tuple(range(1, 8)) if case == "one stands" else ()
+    wrong = tuple(range(1, 8)) if case == "one is right" else ()
     data = labelled(model, images({"one image": 1, "batches of one": 3}.get(case, 8)), wrong)
     size = 1 if case == "batches of one" else 8
     _, rows = score(model, "autoattack", data, eps=0.01, batch_size=size)
@@ -264,7 +264,7 @@ def test_no_example_stands_and_nothing_is_attacked(planted: Any, score: Any):
     assert set(rows["attack"]) == {"clean"}
 
 
-def test_attacks_that_find_nobody_standing_have_no_row_but_a_place(planted: Any, score: Any):
+def test_attacks_that_find_all_broken_have_no_row_but_a_place(planted: Any, score: Any):
     result, rows = score(planted.broken(), "autoattack")
     assert list(rows["attack"].unique()) == ["clean", "apgd-ce"]
     assert result.accuracy_after == {"clean": 23 / 24, **dict.fromkeys(NAMES, 0.0)}
