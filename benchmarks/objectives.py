@@ -1,8 +1,10 @@
 """What the objectives cost: whole optimiser steps, inner attack included, on CIFAR-10's shape.
 
-python benchmarks/objectives.py
+python benchmarks/objectives.py          # every ratio at batches of 128 and 512, and images a second
+python benchmarks/objectives.py one-step  # the one-step attacks alone, at a batch of 128
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +72,26 @@ def ratios() -> str:
     return tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".2f")
 
 
+def one_step() -> str:
+    """Training steps with one inner step, over `at` with five on the same model."""
+    cases = {
+        "dense-at": steps("dense-at", 128),
+        "dense-at, 3 inner steps": steps("dense-at", 128, inner_steps=3),
+        "dense-at, 1 inner step": steps("dense-at", 128, inner_steps=1, start_radius=2),
+        "moe-at": steps("moe-at", 128),
+        "moe-at, 1 inner step": steps("moe-at", 128, inner_steps=1, start_radius=2),
+        "moe-at-paths, 1 inner step": steps("moe-at-paths", 128, inner_steps=1, start_radius=2),
+    }
+    seconds = medians(cases, rounds=5)
+    rows = [
+        {"step": name, "over": base, "ratio": seconds[name] / seconds[base]}
+        for name in cases
+        for base in [name.partition("-")[0] + "-at"]
+        if name != base
+    ]
+    return tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".2f")
+
+
 def throughput() -> str:
     rows = []
     for batch in (32, 64, 128, 256, 512):
@@ -81,5 +103,8 @@ def throughput() -> str:
 
 if __name__ == "__main__":
     print(machine())
+    if sys.argv[1:] == ["one-step"]:
+        print(f"\nA training step over one with 5 inner steps (resnet10-w16, batch 128)\n\n{one_step()}")
+        sys.exit()
     print(f"\nA training step over another (4 × resnet10-w16, top-1, 5 inner steps, channels-last)\n\n{ratios()}")
     print(f"\nTraining images a second, float32\n\n{throughput()}")
