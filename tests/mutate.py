@@ -1,0 +1,360 @@
+"""Do the tests notice a fault? One line is changed at a time, in a copy, and the tests that should notice are run.
+
+    python tests/mutate.py [--jobs 2] [WORD …]
+
+Prints `killed` or `survived` for each mutation, those whose file holds one of the words, or all; exit status 1 if one
+survived. A text that the file does not hold exactly once is an error: the list is then out of date. Not collected by
+pytest, since it takes minutes.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+#: What a copy needs: the code, and what tests read.
+NEEDED = ("bench", "models", "tests", "benchmarks", "results", "leaderboards", "docs")
+
+
+class Mutation(NamedTuple):
+    """`old` becomes `new` in `file`; `tests` are words for pytest."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = [
+    # attacks
+    Mutation("bench/attacks/leaving.py", "<= part.eps)", "<= 2 * part.eps)", "tests/attacks/test_leaving.py"),
+    Mutation("bench/attacks/leaving.py", "if part.eps > part.eps_orig:", "if False:", "tests/attacks/test_leaving.py"),
+    Mutation(
+        "bench/attacks/leaving.py", "if bool((claimed & right).any()):", "if False:", "tests/attacks/test_leaving.py"
+    ),
+    Mutation(
+        "bench/attacks/prepared.py", "len(source.users) > 1", "len(source.users) > 2", "tests/attacks/test_prepared.py"
+    ),
+    Mutation("bench/attacks/search.py", "wrong = found > 0", "wrong = found > -0.1", "tests/attacks/test_search.py"),
+    Mutation(
+        "bench/attacks/search.py",
+        "return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]",
+        "return logits.amax(1) - logits[own]",
+        "tests/attacks/test_search.py",
+    ),
+    Mutation(
+        "bench/attacks/affine.py",
+        "(1 - flat).clamp_max(threat.eps)",
+        "flat.clamp_max(threat.eps)",
+        "tests/attacks/test_affine.py",
+    ),
+    Mutation(
+        "bench/attacks/gradients.py", "self.hard += func in HARD", "self.hard += 0", "tests/attacks/test_gradients.py"
+    ),
+    Mutation(
+        "bench/attacks/block.py",
+        "self.backwards += len(gradient)",
+        "self.backwards += 1",
+        "tests/attacks/test_block.py tests/suites/test_pgd.py",
+    ),
+    Mutation("bench/pgd.py", "delta.clamp(-eps, eps)", "delta.clamp(-2 * eps, eps)", "tests/test_pgd.py"),
+    # suites
+    Mutation(
+        "bench/suites/autoattack.py",
+        "min(targeted.n_target_classes, targets)",
+        "min(targeted.n_target_classes, targets + 1)",
+        "tests/suites/test_autoattack.py -k classes",
+    ),
+    Mutation(
+        "bench/suites/autoattack.py",
+        "self.alive = self.alive[~fooled]",
+        "self.alive = self.alive[: int((~fooled).sum())]",
+        "tests/suites/test_autoattack.py -k test_rows_are",
+    ),
+    Mutation("bench/suites/pgd.py", "self.step_size or eps / 4", "eps / 4", "tests/suites/test_pgd.py"),
+    Mutation(
+        "bench/suites/torchattacks.py",
+        "filled |= dict.fromkeys(RADIUS, eps)",
+        "filled |= dict.fromkeys(RADIUS, eps / 2)",
+        "tests/suites/test_torchattacks.py",
+    ),
+    Mutation(
+        "bench/suites/base.py",
+        "if step is not None and step > 2 * threat_model.eps:",
+        "if step is not None and step > 20 * threat_model.eps:",
+        "tests/suites/test_base.py -k wider",
+    ),
+    # verdicts and evaluation
+    Mutation(
+        "bench/evaluation/verdicts.py",
+        "broken = allowed & ~error &",
+        "broken = ~error &",
+        "tests/evaluation/test_verdicts.py",
+    ),
+    Mutation(
+        "bench/evaluation/verdicts.py",
+        "error = ~finite | ~prediction.finite |",
+        "error = ~finite |",
+        "tests/evaluation/test_verdicts.py",
+    ),
+    Mutation(
+        "bench/evaluation/verdicts.py",
+        "return finite & box & inside",
+        "return finite & inside",
+        "tests/evaluation/test_verdicts.py",
+    ),
+    Mutation(
+        "bench/evaluation/verdicts.py",
+        "claimed.cpu() & ~broken & ~error",
+        "claimed.cpu() & ~error",
+        "tests/evaluation/test_verdicts.py",
+    ),
+    Mutation(
+        "bench/evaluation/examine.py",
+        "self.model, x.clone(), y, to_attack",
+        "self.model, x, y, to_attack",
+        "tests/evaluation/test_evaluate.py",
+    ),
+    Mutation(
+        "bench/evaluation/examine.py",
+        "record.unbroken[rows] &= ~judged.broken & ~judged.error",
+        "record.unbroken[rows] &= ~judged.broken",
+        "tests/evaluation/test_evaluate.py",
+    ),
+    Mutation("bench/evaluation/probes.py", "if broken[-1] < len(x):", "if False:", "tests/evaluation/test_probes.py"),
+    Mutation(
+        "bench/evaluation/subjects.py",
+        "if found != (dataset.input_shape, dataset.num_classes):",
+        "if False:",
+        "tests/evaluation/test_subjects.py",
+    ),
+    # certificates
+    Mutation(
+        "bench/certify/smoothing.py",
+        "np.where(radii > block.threat_model.reach,",
+        "np.where(radii > 0,",
+        "tests/certify/test_smoothing.py",
+    ),
+    Mutation(
+        "bench/certify/smoothing.py",
+        "lower_bound(int(counted[top]), self.n,",
+        "lower_bound(int(chosen[top]), self.n0,",
+        "tests/certify/test_smoothing.py",
+    ),
+    Mutation(
+        "bench/certify/routes.py",
+        "return distances.amax(2) <= eps",
+        "return distances.amin(2) <= eps",
+        "tests/certify/test_routes.py",
+    ),
+    Mutation(
+        "bench/certify/routes.py",
+        ".scatter(1, top[:, None], torch.inf).amin(1)",
+        ".scatter(1, top[:, None], torch.inf).amax(1)",
+        "tests/certify/test_routes.py",
+    ),
+    Mutation(
+        "bench/certify/bounds.py",
+        "own = 1 / (1 + (-least).exp().sum(1, keepdim=True))",
+        "own = 1.0",
+        "tests/certify/test_bounds.py",
+    ),
+    # results
+    Mutation(
+        "bench/results/metrics.py",
+        'return verdicts[verdicts["target"] == "F"].groupby("idx")["robust"].all()',
+        'return verdicts[verdicts["target"] == "F"].groupby("idx")["robust"].any()',
+        "tests/results/test_metrics.py",
+    ),
+    Mutation(
+        "bench/results/metrics.py",
+        "np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))",
+        "(p[order] * np.arange(len(p), 0, -1))",
+        "tests/results/test_metrics.py",
+    ),
+    Mutation(
+        "bench/results/certificates.py",
+        'legal & (pairs[norm] <= pairs["radius"].where(route, reach))',
+        'legal & (pairs[norm] < 0 * pairs["radius"].where(route, reach))',
+        "tests/results/test_certificates.py",
+    ),
+    Mutation("bench/files.py", "beside.replace(path)", "path.write_bytes(content)", "tests/test_files.py"),
+    Mutation(
+        "bench/spec.py",
+        "return self.eps + ABSOLUTE_LINF if",
+        "return 1.1 * self.eps if",
+        "tests/test_spec.py tests/evaluation/test_verdicts.py",
+    ),
+    Mutation(
+        "bench/spec.py",
+        'path_safe(f"{kind}_{Path(argument).name}-{digest(argument)[:8]}" if colon else name)',
+        "path_safe(name)",
+        "tests/test_spec.py",
+    ),
+    # boards
+    Mutation(
+        "bench/boards/check.py",
+        "return any(row.regressed for row in self.rows)",
+        "return all(row.regressed for row in self.rows)",
+        "tests/boards/test_check.py",
+    ),
+    Mutation(
+        "bench/boards/rows.py",
+        "-1 if self.worst is None else -self.worst.value",
+        "-1 if self.worst is None else self.worst.value",
+        "tests/boards/test_leaderboard.py",
+    ),
+    Mutation(
+        "bench/boards/rows.py",
+        "sound = [run for run in runs if not run.result.errors]",
+        "sound = list(runs)",
+        "tests/boards/test_leaderboard.py",
+    ),
+    Mutation(
+        "bench/boards/rows.py",
+        'merge(examples, on=["idx", "input_hash"])',
+        'merge(examples, on=["idx"])',
+        "tests/boards/test_leaderboard.py",
+    ),
+    # training
+    Mutation(
+        "bench/training/sampling.py",
+        "own = whole[self.rank :: self.processes]",
+        "own = whole[:: self.processes]",
+        "tests/training/test_sampling.py",
+    ),
+    Mutation(
+        "bench/training/sampling.py",
+        "len(own) * self.processes / len(whole)",
+        "1.0",
+        "tests/training/test_sampling.py",
+    ),
+    Mutation(
+        "bench/training/objectives/base.py",
+        "return num_experts * (share *",
+        "return (share *",
+        "tests/training/objectives/test_base.py",
+    ),
+    Mutation(
+        "bench/training/objectives/base.py",
+        "for end in ends]).argmax(0)",
+        "for end in ends]).argmin(0)",
+        "tests/training/objectives/test_base.py",
+    ),
+    Mutation(
+        "bench/training/objectives/trades.py",
+        "kl(logits, m(x_adv)).mean()",
+        "kl(m(x_adv), logits).mean()",
+        "tests/training/objectives/test_trades.py",
+    ),
+    Mutation(
+        "bench/training/objectives/rt_er.py",
+        "topk(2, dim=1).indices[:, 1:]",
+        "topk(2, dim=1).indices[:, :1]",
+        "tests/training/objectives/test_rt_er.py",
+    ),
+    Mutation(
+        "bench/training/optimisers.py",
+        "recipe.lr * recipe.router_lr",
+        "recipe.lr",
+        "tests/training/test_optimisers.py",
+    ),
+    Mutation("bench/training/state.py", 'if state["key"] != key:', "if False:", "tests/training/test_state.py"),
+    # models
+    Mutation(
+        "models/routing.py", "torch.full_like(scores, 1 / k)", "torch.ones_like(scores)", "tests/models/test_routing.py"
+    ),
+    Mutation(
+        "models/routing.py",
+        "flat = torch.cat(outputs)[back]",
+        "flat = torch.cat(outputs)[order]",
+        "tests/models/test_routing.py",
+    ),
+    Mutation(
+        "models/dual.py",
+        "math.log(1 - self.alpha) + standard.log_softmax",
+        "math.log(self.alpha) + standard.log_softmax",
+        "tests/models/test_dual.py",
+    ),
+    Mutation(
+        "models/moe.py",
+        '(scores if self.gate == "softmax" else torch.zeros_like(scores))',
+        "scores",
+        "tests/models/test_moe.py",
+    ),
+    Mutation(
+        "models/checkpoints.py", "if part_sha256 != entry.sha256:", "if False:", "tests/models/test_checkpoints.py"
+    ),
+    Mutation("models/foreign.py", "given, outside = x.clone(),", "given, outside = x,", "tests/models/test_foreign.py"),
+    # data sets
+    Mutation(
+        "bench/datasets/cifar10.py",
+        "if (module, name) not in _GLOBALS:",
+        'if module == "os":',
+        "tests/datasets/test_cifar10.py",
+    ),
+    Mutation("bench/datasets/images.py", 'r";16[BLN]|;12"', 'r";12"', "tests/datasets/test_images.py"),
+    Mutation(
+        "bench/datasets/imagefolder.py",
+        'visible = [path for path in folder.iterdir() if not path.name.startswith(".")]',
+        "visible = list(folder.iterdir())",
+        "tests/datasets/test_imagefolder.py",
+    ),
+]
+
+
+def outcome(mutation: Mutation) -> str:
+    """`killed` or `survived`; ValueError where the old text is not in the file exactly once."""
+    source = ROOT / mutation.file
+    if (times := source.read_text(encoding="utf-8").count(mutation.old)) != 1:
+        raise ValueError(f"{mutation.file} holds '{mutation.old}' {times} times")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        copy.mkdir()
+        for name in NEEDED:
+            ignore = shutil.ignore_patterns("__pycache__", "*.safetensors" if name == "results" else "")
+            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
+        for path in ROOT.iterdir():
+            if path.is_file():
+                shutil.copy(path, copy)
+        text = (copy / mutation.file).read_text(encoding="utf-8")
+        (copy / mutation.file).write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode not in (0, 1):
+        raise ValueError(f"{mutation.tests}: pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return "killed" if done.returncode else "survived"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("words", nargs="*")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not options.words or any(word in m.file for word in options.words)]
+    survived = 0
+
+    def told(mutation: Mutation) -> bool:
+        found = outcome(mutation)
+        print(f"{found:8}  {mutation.file}: {mutation.old}  →  {mutation.new}", flush=True)
+        return found == "survived"
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        survived = sum(pool.map(told, chosen))
+    print(f"{len(chosen) - survived} of {len(chosen)} killed")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
