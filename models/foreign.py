@@ -74,7 +74,7 @@ class _Randomness:
     def of(cls, seed: int) -> Self:
         """The states that a seed gives; those that are in force stay."""
         before = _Randomness()
-        torch.manual_seed(seed)
+        torch.manual_seed((seed * 0x9E3779B97F4A7C15 + 0x5DEECE66D) % 2**63)  # no seed that a forward pass would set
         np.random.seed(seed % 2**32)
         random.seed(seed)
         made = cls()
@@ -101,6 +101,7 @@ class Guarded(nn.Module):
         self.draws = draws
         self.seen: set[str] = set()
         self.dtype = torch.float32  # of its logits
+        self.connected: bool | None = None  # logits and images, in the graph of gradients
         if next(model.parameters(), None) is None:  # attack libraries read a model's device from its parameters
             self.placed = nn.Parameter(torch.empty(0), requires_grad=False)
         self.reseed(0)
@@ -149,10 +150,17 @@ class Guarded(nn.Module):
             self.dtype = logits.dtype
             self.seen.add(f"logits are {str(logits.dtype).removeprefix('torch.')}, cast to float32")
             logits = logits.float()
-        if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+        if x.requires_grad and torch.is_grad_enabled() and not self._reaches(logits, x):
             self.seen.add("logits have no gradient")
             logits = logits + 0 * x.flatten(1).sum(1).view(-1, *[1] * (logits.ndim - 1))
         return logits
+
+    def _reaches(self, logits: Tensor, x: Tensor) -> bool:
+        """Whether a gradient of the logits reaches the images; whether there is a path is looked up once."""
+        if logits.requires_grad and self.connected is None:  # quantized layers have one to their own bias alone
+            (gradient,) = torch.autograd.grad(logits.sum(), x, retain_graph=True, allow_unused=True)
+            self.connected = gradient is not None
+        return logits.requires_grad and bool(self.connected)
 
     def __getattr__(self, name: str) -> Any:
         try:

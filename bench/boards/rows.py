@@ -13,6 +13,7 @@ import pandas as pd
 
 from bench.errors import UnusableInput
 from bench.results.certificates import Certificates, CertifiedShares, certified_shares
+from bench.results.flags import UNRANKED
 from bench.results.metrics import (
     accuracy_after,
     clean_by_example,
@@ -210,7 +211,7 @@ def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: Scores) 
     return Row(
         result=one.result,
         runs=tuple(covering),
-        ranked="autoattack" in labels and not unproven,
+        ranked="autoattack" in labels and not unproven and not set(flags) & set(UNRANKED),
         robust=robust,
         worst=Accuracy.of(robust) if any(run.result.attacked for run in covering) else None,
         scores=scores,

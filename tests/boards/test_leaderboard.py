@@ -11,6 +11,7 @@ import pytest
 
 from bench.boards.leaderboard import boards, write_boards
 from bench.errors import UnusableInput
+from bench.results.flags import UNRANKED
 from bench.results.schema import VERDICT_COLUMNS, Result
 from bench.results.store import RunFolder, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel, dataset_folder
@@ -435,5 +436,12 @@ def test_pgd_far_above_autoattack_is_flagged(tmp_path: Path):
 
 def test_what_is_known_of_the_model_is_said_once(tmp_path: Path):
     for suite in ("pgd", "autoattack"):
-        save(tmp_path, suite, {"clean": "11", suite: "11"}, model_flags=("outputs depend on the batch",))
-    assert table(tmp_path).loc["dense-at", "flags"] == "outputs depend on the batch"
+        save(tmp_path, suite, {"clean": "11", suite: "11"}, model_flags=("outputs are probabilities",))
+    assert table(tmp_path).loc["dense-at", "flags"] == "outputs are probabilities"
+    assert table(tmp_path).loc["dense-at", "rank"] == "1"
+
+
+@pytest.mark.parametrize("flag", UNRANKED)
+def test_a_model_that_is_no_function_of_the_image_has_no_rank(flag: str, tmp_path: Path):
+    save(tmp_path, "autoattack", {"clean": "11", "apgd-ce": "11"}, model_flags=(flag,))
+    assert table(tmp_path).loc["dense-at", "rank"] == ""

@@ -1,0 +1,237 @@
+"""Models of a user's own that reach outside themselves, answer by chance, or are made in unusual ways: all are scored,
+and what they do is in the row."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.models.foreign import DRAWS
+from bench.results.flags import BY_CHANCE, UNRANKED
+from bench.results.store import read_runs
+
+
+class Planted(nn.Module):
+    """The planted robust MoE behind something that its forward pass does to the images."""
+
+    def __init__(self, planted: Any, does: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.model, self.does = planted.robust(), does
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x.clone()
+        self.does(x)
+        return self.model(kept)
+
+
+def nothing(x: Tensor) -> None: ...
+
+
+@pytest.mark.parametrize("suite", ["pgd", "torchattacks:Square"])
+@pytest.mark.parametrize(
+    ("does", "flag"),
+    [
+        (lambda x: x.sub_(0.3), "the forward pass writes into its input"),
+        (lambda x: torch.manual_seed(0), "the forward pass seeds torch's random numbers"),
+        (lambda x: torch.set_grad_enabled(False), "the forward pass changes grad mode"),
+    ],
+)
+def test_what_a_forward_pass_does_changes_no_verdict_and_is_a_flag(
+    does: Any, flag: str, suite: str, planted: Any, score: Any, tmp_path: Path
+):
+    settings = {"steps": 3} if suite == "pgd" else {"n_queries": 50}
+    data, options = planted.data(), {"eps": 0.4, "settings": settings, "foreign": True}
+    pixels = data.x.clone()
+    honest, rows = score(Planted(planted, nothing), suite, data, **options)
+    result, same = score(Planted(planted, does), suite, data, results=tmp_path / "other", **options)
+    assert torch.equal(data.x, pixels)
+    compared = [column for column in rows.columns if column != "linf" or suite == "pgd"]
+    if flag != "the forward pass changes grad mode":  # without a gradient PGD ends elsewhere
+        assert rows[compared].equals(same[compared])
+    assert honest.model_flags == ()
+    assert flag in result.model_flags
+    assert torch.is_grad_enabled()
+
+
+def test_a_suite_that_works_in_place_spoils_no_data(planted: Any, score: Any):
+    from bench.suites.base import Suite
+
+    class Spoils(Suite):
+        def attack(self, block: Any) -> Iterator[Any]:
+            block.x.zero_()
+            yield block.attempt("nothing", block.rows, block.x[block.rows])
+
+    data = planted.data()
+    pixels = data.x.clone()
+    result, _ = score(planted.robust(), Spoils(), data)
+    assert torch.equal(data.x, pixels)
+    assert (result.clean_accuracy.value, result.errors) == (23 / 24, 23)  # the answers are outside the ball
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("suite", ["pgd", "autoattack"])
+def test_logits_of_any_precision_are_attacked(
+    dtype: torch.dtype, suite: str, planted: Any, score: Any, cut_autoattack: Any
+):
+    class Cast(Planted):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).to(dtype)
+
+    cut_autoattack(3, 2, 20)
+    result, _ = score(Cast(planted, nothing), suite, foreign=True)
+    assert (result.errors, result.robust_accuracy.value) == (0, 23 / 24)
+    assert f"logits are {str(dtype)[6:]}, cast to float32" in result.model_flags
+
+
+class Noisy(Planted):
+    """Noise on the logits, which a single pass does not always withstand, while the majority does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits + 0.5 * logits.detach().std(1, keepdim=True) * torch.randn_like(logits)
+
+
+@pytest.mark.parametrize("suite", ["clean", "pgd", "autoattack"])
+def test_a_model_that_answers_by_chance_is_attacked_in_the_mean_and_judged_by_its_majority(
+    suite: str, planted: Any, score: Any, cut_autoattack: Any, tmp_path: Path
+):
+    cut_autoattack(3, 2, 20)
+    result, rows = score(Noisy(planted, nothing), suite, foreign=True)
+    assert result.model_flags[0] == BY_CHANCE == UNRANKED[0]
+    assert f"the mean of {DRAWS} draws is attacked, and their majority judged" in result.model_flags
+    assert (result.errors, result.clean_accuracy.value) == (0, 23 / 24)
+    _, again = score(Noisy(planted, nothing), suite, foreign=True, results=tmp_path / "again")
+    assert rows.equals(again)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 24])
+def test_batch_dependence_and_state_are_seen_at_any_batch_size(batch_size: int, planted: Any, score: Any):
+    class Centred(Planted):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            return logits + 1e-2 * logits.mean(0)
+
+    class Counts(Planted):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    for kind, flag in ((Centred, UNRANKED[1]), (Counts, UNRANKED[2])):
+        result, _ = score(kind(planted, nothing), "clean", foreign=True, batch_size=batch_size)
+        assert flag in result.model_flags
+
+
+# --- through the command line ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def user_models(tmp_path: Path) -> Iterator[str]:
+    """A module in the current folder with factories of linear models for digits, made in unusual ways."""
+    name = "planted_unusual"
+    (tmp_path / f"{name}.py").write_text(
+        dedent("""
+            import torch
+            from torch import nn
+
+            def net():
+                model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+                model[1].weight.data = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+                return model
+
+            def scripted():
+                return torch.jit.script(net())
+
+            def exported():
+                shapes = ({0: torch.export.Dim("B", min=1)},)
+                return torch.export.export(net(), (torch.rand(3, 1, 8, 8),), dynamic_shapes=shapes).module()
+
+            def quantized():
+                return torch.ao.quantization.quantize_dynamic(net(), {nn.Linear})
+
+            def lazy():
+                return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+            class Extra(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.net = net()
+
+                def forward(self, x):
+                    return self.net(x)
+
+                def get_extra_state(self):
+                    return {"epoch": 3}
+
+                def set_extra_state(self, state):
+                    pass
+
+            def small():
+                return nn.Sequential(nn.Flatten(), nn.Linear(60, 10))
+        """)
+    )
+    importlib.invalidate_caches()
+    yield name
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("factory", ["scripted", "exported", "quantized", "lazy", "Extra"])
+def test_legal_modules_are_scored_and_recognised(
+    factory: str, bench: Any, user_models: str, cut_autoattack: Any, tmp_path: Path
+):
+    cut_autoattack(2, 1, 10)
+    words = ["run", "--model", f"{user_models}:{factory}", "--suite", "clean,pgd,autoattack", "--n-examples", "8"]
+    status, out, err = bench(*words, "--json")
+    assert status == 0, err
+    results = json.loads(out)
+    assert [result["errors"] for result in results] == [0, 0, 0]
+    assert len({result["subject"] for result in results}) == 1
+    status, again, err = bench(*words, "--json")
+    assert (status, again) == (0, out)
+    assert err.count("already finished") == 3
+
+
+def test_one_unusable_model_is_told_and_the_queue_goes_on(bench: Any, user_models: str, tmp_path: Path):
+    names = [f"{user_models}:net", f"{user_models}:small", "moe-att", f"{user_models}:lazy"]
+    words = ["run", "--suite", "clean", "--n-examples", "8", "--model", ",".join(names)]
+    status, out, err = bench(*words)
+    assert status == 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert errors[0].startswith(f"error: '{user_models}:small' cannot take 1×8×8 images: RuntimeError")
+    assert errors[1] == "error: unknown variant 'moe-att': did you mean 'moe-at'?"
+    assert len(errors) == 2
+    assert [line.split()[0] for line in out.splitlines()[2:4]] == [names[0], names[3]]
+    assert len(read_runs(tmp_path / "results")) == 2
+
+
+def test_a_model_is_forgotten_before_the_next_is_loaded(
+    bench: Any, user_models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import gc
+    import weakref
+
+    from bench.evaluation import plan
+
+    alive: list[weakref.ref[nn.Module]] = []
+    load = plan.named_subject
+
+    def loading(*words: Any) -> Any:
+        gc.collect()
+        assert not [model for model in alive if model() is not None]
+        subject = load(*words)
+        alive.append(weakref.ref(subject.model))
+        return subject
+
+    monkeypatch.setattr(plan, "named_subject", loading)
+    names = [f"{user_models}:{factory}" for factory in ("net", "small", "lazy", "Extra")]
+    assert bench("run", "--suite", "clean", "--n-examples", "8", "--model", ",".join(names))[0] == 2
+    assert len(alive) == 4
