@@ -131,3 +131,21 @@ def test_a_command_of_its_own_resumes_too(bench: Bench, undisturbed: Callable[[s
     path = checkpoint_path(tmp_path, "digits", "Linf", "moe-rt_er")
     assert done.stdout.startswith(f"{path}: SA ")
     same(path, undisturbed("moe-rt_er"))
+
+
+def test_a_killed_training_is_refused_until_it_is_resumed_or_restarted(
+    bench: Bench, undisturbed: Callable[[str], Path], tmp_path: Path
+):
+    assert bench(*command("moe-rt_er", tmp_path), kill="in the last epoch")[0] == -9
+    path = checkpoint_path(tmp_path, "digits", "Linf", "moe-rt_er")
+    before = path.with_suffix(".state.pt").read_bytes()
+    status, said = bench(*command("moe-rt_er", tmp_path))
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert status == 2
+    assert "--resume" in line
+    assert "--restart" in line
+    assert path.with_suffix(".state.pt").read_bytes() == before
+    status, said = bench(*command("moe-rt_er", tmp_path), "--restart")
+    assert status == 0, said
+    assert "epoch 1/3" in said
+    same(path, undisturbed("moe-rt_er"))
