@@ -49,7 +49,10 @@ def environment(device: str, threads: int) -> dict[str, str]:
 
 
 class World(NamedTuple):
-    """Which of several processes this is, as torchrun says it; one alone where it was not started by torchrun."""
+    """Which of several processes this is, as torchrun says it; one alone where it was not started by torchrun.
+
+    What a batch system such as Slurm says of itself is not looked at: `srun torchrun …` is how it starts several.
+    """
 
     rank: int
     processes: int
@@ -58,10 +61,28 @@ class World(NamedTuple):
 
     @classmethod
     def here(cls) -> Self:
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        own = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        rank = int(os.environ.get("RANK", 0))
-        return cls(rank, processes, processes // own, int(os.environ.get("LOCAL_RANK", rank)))
+        """From the environment; UnusableInput, naming the variable, for one that cannot be."""
+        processes = _number("WORLD_SIZE", 1, least=1)
+        if processes > 1 and not os.environ.get("RANK"):
+            raise UnusableInput(
+                f"WORLD_SIZE is {processes}, but RANK is not set: start the command with"
+                f" `torchrun --nproc-per-node {processes} -m bench …`, or unset WORLD_SIZE to run one process"
+            )
+        rank = _number("RANK", 0)
+        if rank >= processes > 1:
+            raise UnusableInput(f"RANK {rank} is not below WORLD_SIZE {processes}: start the command with torchrun")
+        own = _number("LOCAL_WORLD_SIZE", processes, least=1)
+        return cls(rank, processes, max(1, processes // own), _number("LOCAL_RANK", rank))
+
+
+def _number(name: str, default: int, least: int = 0) -> int:
+    """A variable of the environment that is a whole number; `default` where it is not set or empty."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise UnusableInput(f"{name} '{text}' is no whole number from {least} on: unset it, or start with torchrun")
+    return int(text)
 
 
 def torch_device(device: str) -> str:

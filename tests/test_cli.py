@@ -252,6 +252,35 @@ def test_python_m_and_the_console_script_work(tmp_path: Path):
         assert wrong.stderr == "error: No such command 'rum'. Did you mean 'run'? See `bench --help`.\n"
 
 
+@pytest.mark.slow
+def test_what_a_terminal_cannot_show_is_replaced(shelve: Any, tmp_path: Path):
+    shelve(tmp_path / "checkpoints", "dual-jtdmoe")
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    words = ["run", "--model", "dual-jtdmoe", "--suite", "clean", "--n-examples", "5", "--device", "cpu"]
+    for more in ([], ["--json"]):
+        command = [sys.executable, "-m", "bench", *words, *more]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-m", "bench", "run", "--eps", "8"], env=environment, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: ? '8' holds every image")
+
+
+def test_quiet_leaves_results_and_errors(bench: Bench, user_model: str):
+    words = ["run", "--model", f"{user_model}:Linear,nowhere:net", "--suite", "clean", "--n-examples", "4"]
+    status, out, err = bench(*words, "--quiet")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("error: --model 'nowhere:net' cannot be made")
+    assert f"{user_model}:Linear" in out
+    assert "already finished" in bench(*words)[2]  # quiet was that command's alone
+
+
+def test_minus_h_is_help(bench: Bench):
+    assert bench("-h")[:2] == bench("--help")[:2]
+    assert bench("run", "-h") == bench("run", "--help")
+
+
 # --- errors of an attack ---------------------------------------------------------------------------------------------
 
 

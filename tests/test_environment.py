@@ -3,15 +3,16 @@
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench import environment
-from bench.environment import PACKAGES, git_hash, torch_device, versions
+from bench.environment import PACKAGES, World, git_hash, torch_device, versions
 from bench.errors import UnusableInput
 
 
@@ -51,6 +52,65 @@ def test_a_device_that_is_none(monkeypatch: pytest.MonkeyPatch, word: str):
     set_gpus(monkeypatch, 2)
     with pytest.raises(UnusableInput, match=f"^unknown device '{word}': there are auto, cpu, cuda"):
         torch_device(word)
+
+
+PROCESSES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """variables(RANK="1", …): these, and no other, say which of several processes this is."""
+
+    def put(**values: str) -> None:
+        for name in PROCESSES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("values", "world"),
+    [
+        ({}, (0, 1, 1, 0)),
+        ({"WORLD_SIZE": "", "RANK": ""}, (0, 1, 1, 0)),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_JOB_ID": "7"}, (0, 1, 1, 0)),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, (3, 4, 2, 1)),
+    ],
+)
+def test_which_of_several_processes_this_is(values: dict[str, str], world: tuple[int, ...], variables: Any):
+    variables(**values)
+    assert World.here() == world
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE is 2, but RANK is not set: start the command with `torchrun --nproc-per-node 2",
+        ),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE 'two' is no whole number from 1 on: unset it"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE '0' is no whole number from 1 on"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 is not below WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK '-1' is no whole number from 0 on"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE 'x' is no whole number"),
+    ],
+)
+def test_variables_that_cannot_be_are_named(values: dict[str, str], said: str, variables: Any):
+    variables(**values)
+    with pytest.raises(UnusableInput) as refused:
+        World.here()
+    assert str(refused.value).startswith(said)
+
+
+def test_one_training_process_is_one_in_an_interactive_slurm_shell(variables: Any):
+    from bench.training.loop import _fabric
+
+    slurm = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "4", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    variables(**{f"SLURM_{name}": value for name, value in slurm.items()}, SLURM_NODELIST="here", SLURM_NNODES="1")
+    assert _fabric("cpu", "32", routed=False).world_size == 1
 
 
 def test_versions_of_what_decides_a_verdict(monkeypatch: pytest.MonkeyPatch):

@@ -36,6 +36,9 @@ _POLL = 0.5
 #: slowest block of this run so far.
 _PATIENCE, _PATIENCE_BLOCKS = 3600.0, 10.0
 
+#: Seconds within which processes that belong together have started.
+_STARTED_WITHIN = 300.0
+
 #: Called at the start and after each block with (blocks done, by all processes; blocks in all; examples not yet broken
 #: in those that are done).
 OnBlock = Callable[[int, int, int], None]
@@ -70,6 +73,7 @@ def evaluate(
     finished = folder.finished()
     if finished is not None:
         return finished
+    started = time.time()
     if spec.alpha is not None:
         set_alpha(job.subject.model, spec.alpha)
     model = guarded(job.subject).to(device)
@@ -94,8 +98,24 @@ def evaluate(
         if spec.warm_start:  # the next run starts from this one
             blocks.wait(lambda: False)
         return None
-    blocks.wait(lambda: len(blocks.unbroken) == blocks.count)
+    blocks.wait(lambda: len(blocks.unbroken) == blocks.count or _differs(folder, job.subject, started))
     return _finish(folder, job, device)
+
+
+def _differs(folder: RunFolder, subject: Subject, started: float) -> bool:
+    """False, or an error where another process has just begun to score another model under this one's name.
+
+    Raises:
+        UnusableInput: it has, so that its blocks will never come.
+    """
+    others = folder.path.parent.glob(f"*/{identity.FILE}") if subject.identity else ()
+    for path in others:
+        if path.stat().st_mtime > started - _STARTED_WITHIN and path.read_bytes() != subject.identity:
+            raise UnusableInput(
+                f"'{subject.info.name}' is another model in each process: its parameters must not depend on that; read"
+                " them from a file, or draw them from torch's random numbers"
+            )
+    return False
 
 
 class _Blocks:

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -488,15 +490,20 @@ def _fabric(device: str, precision: Precision, routed: bool) -> Fabric:
     world = World.here()
     if accelerator == "cpu" and precision == "16-mixed":
         raise UnusableInput("precision 16-mixed needs a GPU: on a CPU take --set precision=bf16-mixed, or 32")
-    if world.processes == 1:
-        return Fabric(accelerator=accelerator, devices=[int(index)] if index else 1, precision=precision)
+    if world.processes == 1:  # Fabric would take the variables of an interactive Slurm shell for several processes
+        devices = [int(index)] if index else 1
+        return Fabric(accelerator=accelerator, devices=devices, precision=precision, plugins=[LightningEnvironment()])
     if device not in ("auto", "cpu", "cuda"):
         raise UnusableInput(f"--device {device} is one device, and torchrun has started several processes: pass cuda")
     # An expert without an image of the batch has no gradient, and a step may train one part alone.
     strategy = DDPStrategy(find_unused_parameters=routed)
-    devices = world.processes // world.machines
     fabric = Fabric(
-        accelerator=accelerator, devices=devices, num_nodes=world.machines, strategy=strategy, precision=precision
+        accelerator=accelerator,
+        devices=world.processes // world.machines,
+        num_nodes=world.machines,
+        strategy=strategy,
+        precision=precision,
+        plugins=[TorchElasticEnvironment()],
     )
     fabric.launch()
     return fabric

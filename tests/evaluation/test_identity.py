@@ -13,9 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.datasets.base import EvalSet
+from bench.errors import UnusableInput
+from bench.evaluation.evaluate import evaluate
 from bench.evaluation.identity import FILE, Identity, identified, identify, weights_sha256
 from bench.evaluation.subjects import foreign_subject
+from bench.job import Job
 from bench.results.store import read_runs
+from bench.spec import RunSpec, ThreatModel
+from bench.suites.base import open_suites
 
 
 class Net(nn.Module):
@@ -112,6 +117,28 @@ def test_a_recognised_model_keeps_the_identity_of_its_first_run(planted: Any, tm
     assert again.identity == first.identity
     other = identified(foreign_subject(Net(lambda logits: -logits), "m"), data, 10, files)
     assert other.info.checkpoint_sha256 != first.info.checkpoint_sha256
+
+
+def test_processes_that_score_unlike_models_are_told_instead_of_waiting(
+    planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    data, suite = planted.data(), open_suites(["clean"], {})["clean"]
+    threat = ThreatModel(norm="Linf", eps=0.2)
+    spec = RunSpec(
+        model="m", dataset="d", threat_model=threat, suite="clean", suite_version=1, n_examples=24, batch_size=4
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def score(rank: int, factor: float) -> None:
+        monkeypatch.setenv("RANK", str(rank))
+        subject = identified(foreign_subject(Net(lambda logits: factor * logits), "m"), data, 10)
+        evaluate(Job(spec, subject, suite, data, 10), tmp_path)
+
+    score(1, 1.0)
+    with pytest.raises(UnusableInput, match=r"^'m' is another model in each process: its parameters"):
+        score(0, 2.0)
+    score(0, 1.0)
+    assert len(read_runs(tmp_path)) == 1
 
 
 @pytest.fixture

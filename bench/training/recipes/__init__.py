@@ -26,7 +26,8 @@ def read_recipe(name: str) -> Recipe:
     """The preset called `name`; UnusableInput with the nearest name where there is none."""
     if name not in recipes():
         raise UnusableInput(f"unknown recipe '{name}': {did_you_mean(name, recipes())}")
-    return build(Recipe, f"recipe '{name}'", _numbers(yaml.safe_load((FOLDER / f"{name}.yaml").read_text())))
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    return build(Recipe, f"recipe '{name}'", _numbers(yaml.safe_load(text)))
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
