@@ -265,6 +265,8 @@ class Recipe(Spec):
     num_selected_experts: int = Field(default=1, ge=1)
     router: Literal["affine", "conv"] = "affine"
     combine: Combine | None = Field(default=None, description="None: the variant's own")
+    balance_loss: Literal["switch", "entropy"] = Field(default="switch", description="of MoE blocks inside a network")
+    route_by: Literal["image", "position"] = Field(default="image", description="what a blockmoe's gate routes")
     alpha: float = Field(default=0.7, ge=0, le=1, description="a dual's weight of its robust branch")
     # data
     n_train: int | None = Field(default=None, gt=0, description="training images used; None: all")
@@ -274,6 +276,9 @@ class Recipe(Spec):
     cutout: int = Field(default=0, ge=0, description="a black square of so many pixels a side")
     noise_sigma: float = Field(
         default=0.0, ge=0, description="of Gaussian noise on each image, in pixels of [0, 1]: what smoothing certifies"
+    )
+    eps_warmup: int = Field(
+        default=0, ge=0, description="epochs over which training's ε grows to the threat model's: a ViT may need it"
     )
     # optimisation
     epochs: int = Field(default=10, gt=0)
@@ -291,8 +296,9 @@ class Recipe(Spec):
     precision: Precision = "32"
     channels_last: bool = Field(default=False, description="images and convolutions in memory as (B, H, W, C)")
     val_steps: int = Field(default=10, gt=0, description="PGD steps of the validation's robust accuracy")
-    # presets by objective
+    # presets by objective, and by the network of a variant with MoE blocks inside
     objective: dict[str, Any] = Field(default_factory=dict)
+    network: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -311,7 +317,15 @@ class Recipe(Spec):
 #: Parameters that came after the first checkpoints, with the values that change nothing: such a value is left out of a
 #: training's key, so that earlier checkpoints keep theirs.
 ADDED_PARAMETERS: dict[str, dict[str, Any]] = {
-    "recipe": {"noise_sigma": 0.0, "init": None, "init_standard": None, "ema_decay": 0.0},
+    "recipe": {
+        "noise_sigma": 0.0,
+        "init": None,
+        "init_standard": None,
+        "ema_decay": 0.0,
+        "balance_loss": "switch",
+        "route_by": "image",
+        "network": {},
+    },
     "objective_params": {"start_radius": 1.0, "expert_reduction": "sum"},
 }
 

@@ -8,6 +8,7 @@ from torch import nn
 from bench.models.base import Classifier
 from bench.models.dual import DualModel
 from bench.models.experts import build_expert, expert_label
+from bench.models.layers import build_network
 from bench.models.moe import MoE
 from bench.models.routing import ROUTERS
 from bench.spec import Combine, Gate, Spec
@@ -63,6 +64,21 @@ class Routed(Network):
         return MoE(experts, router, self.num_selected_experts, self.gate, self.combine)
 
 
+class Inside(Network):
+    """One network with MoE blocks inside, called `expert`, whose own parameters are `expert_params`."""
+
+    kind: Literal["inside"] = "inside"
+    num_experts: int = 4
+    num_selected_experts: int = 1
+    gate: Literal["softmax"] = "softmax"
+    networks_used: ClassVar[int] = 1
+
+    def build(self) -> nn.Module:
+        sizes = (self.input_shape, self.num_classes, self.num_experts, self.num_selected_experts)
+        backbone = build_network(self.expert, *sizes, self.expert_params)
+        return Classifier(backbone, self.mean, self.std)
+
+
 class Dual(Spec):
     """A standard and a robust routed model."""
 
@@ -93,4 +109,4 @@ class Dual(Spec):
         return DualModel(self.standard.build(), self.robust.build(), self.alpha, self.combine)
 
 
-Architecture = Annotated[Dense | Routed | Dual, Field(discriminator="kind")]
+Architecture = Annotated[Dense | Routed | Inside | Dual, Field(discriminator="kind")]

@@ -14,7 +14,7 @@ from torch import nn
 
 from bench.errors import UnusableInput
 from bench.files import write_atomically
-from bench.models.architecture import Architecture, Dual
+from bench.models.architecture import Architecture, Dual, Routed
 from bench.models.variants import VARIANTS
 from bench.spec import ModelInfo, Spec, ThreatModel, dataset_folder, dataset_name, path_safe
 
@@ -85,7 +85,7 @@ class Header(Spec):
     def info(self, sha256: str) -> ModelInfo:
         """The model info of this checkpoint, whose file has the given SHA-256."""
         arch = self.architecture
-        routed = arch.robust if isinstance(arch, Dual) else arch if arch.kind == "moe" else None
+        routed = arch.robust if isinstance(arch, Dual) else None if arch.kind == "dense" else arch
         trained = (
             f"{self.train_images:,} images × {self.epochs} epochs"
             if not self.parts
@@ -103,7 +103,7 @@ class Header(Spec):
             architecture=arch.label,
             objective=self.objective,
             gate=routed.gate if routed else None,
-            combine=None if arch.kind == "dense" else arch.combine,
+            combine=arch.combine if isinstance(arch, Routed | Dual) else None,
             num_experts=routed.num_experts if routed else None,
             num_selected_experts=routed.num_selected_experts if routed else None,
             alpha=arch.alpha if isinstance(arch, Dual) else None,

@@ -42,7 +42,7 @@ def expert_label(name: str, params: Mapping[str, Any]) -> str:
     return "-".join([name, *(v if isinstance(v, str) else f"{k[0]}{v}" for k, v in sorted(params.items()))])
 
 
-def _norm(norm: Norm) -> Callable[[int], nn.Module]:
+def norm_layer(norm: Norm) -> Callable[[int], nn.Module]:
     """From a number of channels to their normalisation; group: up to 8 groups, and no statistics of the batch."""
     if norm == "batch":
         return nn.BatchNorm2d
@@ -55,22 +55,23 @@ def small_cnn(input_shape: Shape, num_classes: int, *, width: int = 12, norm: No
     channels, height, side = input_shape
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1, bias=False),
-        _norm(norm)(width),
+        norm_layer(norm)(width),
         nn.ReLU(),
         nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
-        _norm(norm)(2 * width),
+        norm_layer(norm)(2 * width),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(2 * width * ((height + 1) // 2) * ((side + 1) // 2), num_classes),
     )
 
 
-def _stage(inplanes: int, planes: int, blocks: int, stride: int, norm: Norm) -> nn.Sequential:
+def resnet_stage(inplanes: int, planes: int, blocks: int, stride: int, norm: Norm) -> nn.Sequential:
+    """Basic blocks from `inplanes` to `planes` channels, the first of which has the stride."""
     downsample = None
     if stride != 1 or inplanes != planes:
-        downsample = nn.Sequential(conv1x1(inplanes, planes, stride), _norm(norm)(planes))
-    first = BasicBlock(inplanes, planes, stride, downsample, norm_layer=_norm(norm))
-    return nn.Sequential(first, *(BasicBlock(planes, planes, norm_layer=_norm(norm)) for _ in range(blocks - 1)))
+        downsample = nn.Sequential(conv1x1(inplanes, planes, stride), norm_layer(norm)(planes))
+    first = BasicBlock(inplanes, planes, stride, downsample, norm_layer=norm_layer(norm))
+    return nn.Sequential(first, *(BasicBlock(planes, planes, norm_layer=norm_layer(norm)) for _ in range(blocks - 1)))
 
 
 def _resnet(input_shape: Shape, num_classes: int, blocks: int, width: int, norm: Norm) -> nn.Module:
@@ -82,12 +83,12 @@ def _resnet(input_shape: Shape, num_classes: int, blocks: int, width: int, norm:
     strides = [2 if min(sides) > first * size else 1 for size in (2, 4, 8)]
     net = nn.Sequential(
         stem,
-        _norm(norm)(width),
+        norm_layer(norm)(width),
         nn.ReLU(),
-        _stage(width, width, blocks, 1, norm),
-        _stage(width, 2 * width, blocks, strides[0], norm),
-        _stage(2 * width, 4 * width, blocks, strides[1], norm),
-        _stage(4 * width, 8 * width, blocks, strides[2], norm),
+        resnet_stage(width, width, blocks, 1, norm),
+        resnet_stage(width, 2 * width, blocks, strides[0], norm),
+        resnet_stage(2 * width, 4 * width, blocks, strides[1], norm),
+        resnet_stage(4 * width, 8 * width, blocks, strides[2], norm),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(8 * width, num_classes),
@@ -120,9 +121,10 @@ class ResizedViT(VisionTransformer):  # type: ignore[misc]  # timm has no types
         return super().forward(x)
 
 
-def _vit(
+def vit(
     input_shape: Shape, num_classes: int, depth: int, heads: int, image_size: int, patch_size: int, width: int
 ) -> nn.Module:
+    """A ViT of `depth` blocks; UnusableInput for sizes that do not divide."""
     if image_size % patch_size:
         raise UnusableInput(f"image_size {image_size} must be a multiple of patch_size {patch_size}")
     if width % heads:
@@ -138,7 +140,7 @@ def vit_small(
     input_shape: Shape, num_classes: int, *, image_size: int = 224, patch_size: int = 16, width: int = 384
 ) -> nn.Module:
     """ViT-small/16 at 224 px (Touvron et al. 2021): the paper's Tiny-ImageNet expert."""
-    return _vit(input_shape, num_classes, 12, 6, image_size, patch_size, width)
+    return vit(input_shape, num_classes, 12, 6, image_size, patch_size, width)
 
 
 @EXPERTS.register("vit_mini")
@@ -146,7 +148,7 @@ def vit_mini(
     input_shape: Shape, num_classes: int, *, image_size: int = 64, patch_size: int = 8, width: int = 96
 ) -> nn.Module:
     """A ViT of four blocks for 64 px, which a CPU can train."""
-    return _vit(input_shape, num_classes, 4, 3, image_size, patch_size, width)
+    return vit(input_shape, num_classes, 4, 3, image_size, patch_size, width)
 
 
 #: timm's name of the expert whose ImageNet weights it has.

@@ -91,8 +91,9 @@ def route(gate_logits: Tensor, k: int, gate: Gate) -> RoutingTrace:
 def dispatch(experts: Sequence[nn.Module], x: Tensor, selected: Tensor) -> Tensor:
     """The outputs of the selected experts, (B, K, C), each expert run once on the rows that chose it.
 
-    x (B, …), selected (B, K). An expert that nobody chose is not run, unless the batch is empty: then one is asked for
-    the number of classes. One host–device synchronisation, for the counts.
+    x (B, …), selected (B, K); (B, K, …) where an expert's outputs are maps or tokens. An expert that nobody chose is
+    not run, unless the batch is empty: then one is asked for the number of classes. One host–device synchronisation,
+    for the counts.
     """
     rows, k = selected.shape
     order = selected.flatten().argsort(stable=True)
@@ -103,4 +104,4 @@ def dispatch(experts: Sequence[nn.Module], x: Tensor, selected: Tensor) -> Tenso
     outputs = outputs or [experts[0](x)]
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     flat = torch.cat(outputs)[back]
-    return flat.view(rows, k, flat.shape[1])
+    return flat.view(rows, k, *flat.shape[1:])

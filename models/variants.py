@@ -9,14 +9,18 @@ from bench.spec import Combine, Gate
 
 @dataclass(frozen=True)
 class Variant:
-    """`objective` is None for a variant that is put together from the trained `parts` (standard, robust)."""
+    """`objective` is None for a variant that is put together from the trained `parts` (standard, robust).
+
+    `network`: of kind `inside`, the network with MoE blocks (`bench.models.layers`); the others take a recipe's expert.
+    """
 
     name: str
-    kind: Literal["dense", "moe", "dual"]
+    kind: Literal["dense", "moe", "dual", "inside"]
     objective: str | None = None
     gate: Gate | None = None
     combine: Combine | None = None
     parts: tuple[str, str] | None = None
+    network: str | None = None
 
 
 def _routed(gate: Gate, suffix: str) -> list[Variant]:
@@ -32,6 +36,11 @@ def _routed(gate: Gate, suffix: str) -> list[Variant]:
     ]
 
 
+#: Networks with MoE blocks inside (`bench.models.layers`), and the objectives that train them.
+_INSIDE = {"blockmoe": ("standard", "at"), "vmoe": ("standard", "at"), "softmoe": ("at",)}
+#: Objectives whose loss is of experts, or of routers, that see the image itself.
+_WHOLE_NETWORKS = {"advmoe": "moe-advmoe", "rt_er": "moe-rt_er", "jtdmoe": "dual-jtdmoe"}
+
 #: In the order in which lists show them. `-argmax`: routed as the released code does it; `dual-logits`: its mixing.
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
@@ -40,12 +49,19 @@ VARIANTS: dict[str, Variant] = {
         Variant("dense-at", "dense", "at"),
         *_routed("softmax", ""),
         *_routed("argmax", "-argmax"),
+        *(Variant(f"{network}-{o}", "inside", o, network=network) for network, own in _INSIDE.items() for o in own),
     ]
 }
 
 
 def get_variant(name: str) -> Variant:
     """The variant called `name`; UnusableInput with the nearest name where there is none."""
+    network, _, objective = name.partition("-")
+    if network in _INSIDE and objective in _WHOLE_NETWORKS:
+        raise UnusableInput(
+            f"unknown variant '{name}': {objective} needs experts that are whole networks: train"
+            f" {_WHOLE_NETWORKS[objective]}"
+        )
     if name not in VARIANTS:
         raise UnusableInput(f"unknown variant '{name}': {did_you_mean(name, VARIANTS)}")
     return VARIANTS[name]

@@ -71,6 +71,8 @@ def tiny_spec() -> Callable[..., Any]:
     def build(variant: str, seed: int = 0, **settings: Any) -> Any:
         digits = open_dataset("digits")
         tiny = {"n_train": 200, "n_val": 50, "epochs": 2, "val_steps": 1, "width": 4}
+        if get_variant(variant).network in ("vmoe", "softmoe"):
+            tiny["width"] = 6  # of three heads
         if objective_class(get_variant(variant)).adversarial:
             tiny["inner_steps"] = 1
         return train_spec(variant, digits, digits.threat_model, settings={**tiny, **settings}, seed=seed)
@@ -252,7 +254,7 @@ def shelve() -> Callable[..., None]:
     """shelve(folder, "moe-at", "dual-jtdmoe"): checkpoints of these variants for digits, with random weights."""
     import torch
 
-    from bench.models.architecture import Dense, Dual, Routed
+    from bench.models.architecture import Dense, Dual, Inside, Routed
     from bench.models.checkpoints import Header, checkpoint_path, save_checkpoint
     from bench.models.variants import get_variant
     from bench.spec import ThreatModel
@@ -260,7 +262,8 @@ def shelve() -> Callable[..., None]:
     shape: dict[str, Any] = {"input_shape": (1, 8, 8), "num_classes": 10, "mean": (0.3,), "std": (0.4,)}
     network: dict[str, Any] = {"expert": "small_cnn", "expert_params": {"width": 2}, **shape}
     routed = Routed(**network, num_experts=2)
-    kinds = {"dense": Dense(**network), "moe": routed, "dual": Dual(standard=routed, robust=routed)}
+    inside = Inside(**shape, expert="blockmoe", expert_params={"width": 2}, num_experts=2)
+    kinds = {"dense": Dense(**network), "inside": inside, "moe": routed, "dual": Dual(standard=routed, robust=routed)}
 
     def put(folder: Path, *names: str) -> None:
         for name in names:

@@ -29,7 +29,7 @@ from bench.datasets.base import Dataset, open_dataset
 from bench.environment import World, git_hash, torch_device
 from bench.errors import TrainingFailed, UnusableInput
 from bench.files import write_atomically
-from bench.models.architecture import Dense, Dual, Routed
+from bench.models.architecture import Dense, Dual, Inside, Routed
 from bench.models.checkpoints import Header, Part, checkpoint_path, load_checkpoint, read_header, save_checkpoint
 from bench.models.deployed import eval_frozen
 from bench.models.moe import MoE
@@ -197,7 +197,7 @@ def _put_together(spec: TrainSpec, path: Path) -> Path:
     return path
 
 
-def _header(spec: TrainSpec, arch: Dense | Routed | Dual, **more: Any) -> Header:
+def _header(spec: TrainSpec, arch: Dense | Routed | Inside | Dual, **more: Any) -> Header:
     return Header(
         variant=spec.variant,
         architecture=arch,
@@ -252,6 +252,7 @@ class Trainer:
             seed=spec.seed,
             augmentation=Augmentation(recipe.flip, recipe.translate, recipe.cutout),
             noise_sigma=recipe.noise_sigma,
+            eps_warmup=recipe.eps_warmup,
         )
         self.validation = deal(indices=data.held_out, batch_size=500, seed=0)
         self.train_fingerprint = data.fingerprint

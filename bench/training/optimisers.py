@@ -3,13 +3,16 @@
 import torch
 from torch import nn
 
+from bench.models.layers import SoftMoE, SparseMoE
 from bench.models.moe import MoE
 from bench.spec import Recipe
 
 
 def router_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of all routers inside a model."""
-    return {p for module in model.modules() if isinstance(module, MoE) for p in module.router.parameters()}
+    """The parameters of all routers and gates inside a model."""
+    routers = [module.router for module in model.modules() if isinstance(module, MoE)]
+    gates = [module.gate for module in model.modules() if isinstance(module, SparseMoE | SoftMoE)]
+    return {parameter for module in (*routers, *gates) for parameter in module.parameters()}
 
 
 def make_optimizer(part: nn.Module, routers: set[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:

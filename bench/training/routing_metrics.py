@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from bench.models.layers import SparseMoE, watched
 from bench.models.moe import MoE
 from bench.models.parts import routed_branches
 
@@ -23,21 +24,45 @@ def routed(model: nn.Module) -> dict[str, MoE]:
     return {prefixes[name]: branch for name, branch in branches if isinstance(branch, MoE)}
 
 
+def _gates(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """Each gate's module and K, by its prefix: of MoEs as in `routed`, of blocks inside a network by their names."""
+    whole = {prefix: (moe.router, moe.num_selected_experts) for prefix, moe in routed(model).items()}
+    blocks = {
+        f"{name}_": (block.gate, block.num_selected_experts)
+        for name, block in model.named_modules()
+        if isinstance(block, SparseMoE)
+    }
+    return whole | blocks
+
+
+def _scores(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The scores of each gate (N, E) for images x (B, c, H, W); N is B, or B times the tokens of an image."""
+    gates = {prefix: gate for prefix, (gate, _) in _gates(model).items()}
+    with watched(gates.values()) as seen:
+        if whole := routed(model):
+            for moe in whole.values():
+                moe.router(x)
+        elif gates:
+            model(x)
+    return {prefix: seen[gate] for prefix, gate in gates.items()}
+
+
 @torch.no_grad()
 def routing(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
-    """How each MoE in the model distributes the images (B, c, H, W) of all batches.
+    """How each gate in the model distributes the images (B, c, H, W) of all batches, or their tokens.
 
     load_i: the share of the selected experts that is i; load_entropy: its entropy over ln E, 1 when all are used alike;
     router_margin: the median difference of a row's two best scores.
     """
-    counts = {prefix: torch.zeros(len(moe.experts)) for prefix, moe in routed(model).items()}
-    margins: dict[str, list[Tensor]] = {prefix: [] for prefix in counts}
-    for x in batches:
-        for prefix, moe in routed(model).items():
-            scores = moe.router(x)
-            selected = scores.topk(moe.num_selected_experts, dim=1).indices.flatten()
-            counts[prefix] += selected.bincount(minlength=len(moe.experts)).cpu()
-            margins[prefix].append(scores.topk(2, dim=1).values.diff().abs().flatten().cpu())
+    counts: dict[str, Tensor] = {}
+    margins: dict[str, list[Tensor]] = {}
+    gates = _gates(model)
+    for x in batches if gates else ():
+        for prefix, scores in _scores(model, x).items():
+            selected = scores.topk(gates[prefix][1], dim=1).indices.flatten()
+            count = selected.bincount(minlength=scores.shape[1]).float().cpu()
+            counts[prefix] = counts.get(prefix, torch.zeros_like(count)) + count
+            margins.setdefault(prefix, []).append(scores.topk(2, dim=1).values.diff().abs().flatten().cpu())
     metrics: dict[str, float] = {}
     for prefix, count in counts.items():
         load = count / count.sum()
@@ -48,19 +73,29 @@ def routing(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def flips(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str, int]:
-    """For each MoE in the model, of how many images the best expert changes from x to x_adv, (B, c, H, W) both."""
+def flips(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str, float]:
+    """For each gate in the model, of how many images the best expert changes from x to x_adv, (B, c, H, W) both.
+
+    Where a gate routes tokens, an image counts by the share of its tokens.
+    """
+    before, after = _scores(model, x), _scores(model, x_adv)
     return {
-        f"{prefix}route_flip_rate": int((moe.router(x).argmax(1) != moe.router(x_adv).argmax(1)).sum())
-        for prefix, moe in routed(model).items()
+        f"{prefix}route_flip_rate": int((scores.argmax(1) != after[prefix].argmax(1)).sum()) * len(x) / len(scores)
+        for prefix, scores in before.items()
     }
 
 
 def dead_experts(metrics: dict[str, float]) -> list[str]:
     """A message for each dead expert, from the metrics of `routing`."""
     return [
-        f"expert {name.rpartition('_')[2]}{f' of the {branch} branch' if branch else ''} has {share:.1%} of the load"
+        f"expert {name.rpartition('_')[2]}{_whose(branch)} has {share:.1%} of the load"
         for name, share in metrics.items()
         for branch in [name.partition("load_")[0].rstrip("_")]
         if "load_" in name and name.rpartition("_")[2].isdigit() and share < DEAD
     ]
+
+
+def _whose(branch: str) -> str:
+    if not branch:
+        return ""
+    return f" of {branch}" if "." in branch else f" of the {branch} branch"

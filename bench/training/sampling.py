@@ -73,6 +73,7 @@ class Sampler:
     """Deals a training set's batches, epoch by epoch.
 
     noise_sigma: of Gaussian noise on each image, in pixels of [0, 1], which it may leave (Cohen et al. 2019).
+    eps_warmup: epochs before the one from which the batches' threat model has its whole ε; it grows linearly.
     Of several `processes`, the one numbered `rank` deals its part of batches that are that many times as large.
     """
 
@@ -84,6 +85,7 @@ class Sampler:
     device: torch.device
     augmentation: Augmentation = Augmentation()
     noise_sigma: float = 0.0
+    eps_warmup: int = 0
     memory_format: torch.memory_format = torch.contiguous_format
     rank: int = 0
     processes: int = 1
@@ -118,4 +120,7 @@ class Sampler:
             return uniform(tuple(x.shape[1:]), indices, self.seed, epoch, salt).mul_(2).sub_(1).to(x.device)
 
         x = x.contiguous(memory_format=self.memory_format)
-        return Batch(x, self.images.y[indices].to(self.device), self.threat_model, noise, weight)
+        threat = self.threat_model
+        if epoch < self.eps_warmup:
+            threat = threat.model_copy(update={"eps": threat.eps * (epoch + 1) / (self.eps_warmup + 1)})
+        return Batch(x, self.images.y[indices].to(self.device), threat, noise, weight)

@@ -15,7 +15,7 @@ from bench.spec import TrainSpec
 from bench.training.objectives.base import OBJECTIVES
 from bench.training.recipes import architecture
 
-KINDS = {"dense": Classifier, "moe": MoE, "dual": DualModel}
+KINDS = {"dense": Classifier, "inside": Classifier, "moe": MoE, "dual": DualModel}
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
@@ -27,7 +27,12 @@ def test_builds_and_gives_finite_logits(name: str, tiny_spec: Callable[..., Trai
     logits = model(torch.rand(3, 1, 8, 8))
     assert logits.shape == (3, 10)
     assert logits.isfinite().all()
-    branches = {"dense": [], "moe": [model], "dual": [model.standard, model.robust] if variant.kind == "dual" else []}
+    branches = {
+        "dense": [],
+        "inside": [],
+        "moe": [model],
+        "dual": [model.standard, model.robust] if variant.kind == "dual" else [],
+    }
     for moe in branches[variant.kind]:
         assert (moe.gate, moe.combine) == (variant.gate, "logits")
     if variant.kind == "dual":
@@ -61,3 +66,13 @@ def test_an_unknown_variant_is_refused_with_the_nearest():
     assert get_variant("dual").parts == ("moe-standard", "moe-rt_er")
     with pytest.raises(UnusableInput, match=r"^unknown variant 'moe-rter': did you mean 'moe-rt_er'\?$"):
         get_variant("moe-rter")
+
+
+def test_a_network_with_blocks_inside_has_no_objective_that_needs_whole_networks():
+    with pytest.raises(
+        UnusableInput,
+        match=r"^unknown variant 'vmoe-rt_er': rt_er needs experts that are whole networks: train moe-rt_er$",
+    ):
+        get_variant("vmoe-rt_er")
+    with pytest.raises(UnusableInput, match="train dual-jtdmoe"):
+        get_variant("blockmoe-jtdmoe")

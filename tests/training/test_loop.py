@@ -30,6 +30,15 @@ from bench.training.sampling import hold_out
 
 NONE = Path("nowhere")  # digits needs no data
 DIGITS = open_dataset("digits")
+#: What the metrics of each kind's gates begin with.
+BRANCHES = {
+    "dense": [],
+    "moe": [""],
+    "dual": ["robust_", "standard_"],
+    "blockmoe": ["backbone.4.moe_"],
+    "vmoe": ["backbone.blocks.1.mlp_", "backbone.blocks.3.mlp_"],
+    "softmoe": [],
+}
 TRAINED = [name for name, variant in VARIANTS.items() if variant.parts is None]
 Specs = Callable[..., TrainSpec]
 
@@ -112,8 +121,9 @@ def test_every_trained_variant_leaves_a_model_a_table_and_a_header(variant: str,
     assert header.seconds == round(sum(epoch.seconds for epoch in trained.epochs), 1)
 
     rows = table(path)
-    terms = [term for term in TERMS[header.objective or ""] if VARIANTS[variant].gate == "softmax" or "bal" not in term]
-    branches = {"dense": [], "moe": [""], "dual": ["robust_", "standard_"]}[VARIANTS[variant].kind]
+    branches = BRANCHES[VARIANTS[variant].network or VARIANTS[variant].kind]
+    balanced = VARIANTS[variant].gate == "softmax" or (VARIANTS[variant].network and branches)
+    terms = [term for term in TERMS[header.objective or ""] if balanced or "bal" not in term]
     loads = [f"load_{i}" for i in range(4)]
     routing = [f"{branch}{name}" for branch in branches for name in [*loads, "load_entropy", "router_margin"]]
     routing += [f"{branch}route_flip_rate" for branch in branches]

@@ -65,7 +65,7 @@ def test_the_data_sets_own_preset_is_the_default_and_settings_go_over_it():
     preset = read_recipe("digits")
     plain, changed = spec(), spec(lr=0.25, epochs=3)
     assert plain.recipe_name == "digits"
-    assert plain.recipe == preset.model_copy(update={"objective": {}})
+    assert plain.recipe == preset.model_copy(update={"objective": {}, "network": {}})
     assert changed.recipe == plain.recipe.model_copy(update={"lr": 0.25, "epochs": 3})
     assert (changed.dataset, changed.threat_model, changed.seed) == ("digits", DIGITS.threat_model, 0)
 

@@ -4,6 +4,7 @@ Axes: B = batch, E = experts, C = classes. An objective's fields are its hyper-p
 steps of a batch from it one at a time, so that each step sees the weights after the one before.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from bench.models.deployed import eval_frozen
+from bench.models.layers import Balance, trained_gates, watched
 from bench.models.moe import MoE
 from bench.pgd import default_step_size, pgd, random_start
 from bench.registry import Registry
@@ -73,6 +75,17 @@ def load_balance(gate_logits: Tensor) -> Tensor:
     return num_experts * (share * gate_logits.softmax(1).mean(0)).sum()
 
 
+def load_entropy(gate_logits: Tensor) -> Tensor:
+    """ln E − H(P), gate_logits (B, E), P the mean gate probabilities: 0 for a balanced gate, ln E for a collapsed one.
+
+    P is of the rows of this process alone: unlike a count, it cannot be summed over processes with its gradient.
+    """
+    return math.log(gate_logits.shape[1]) - torch.special.entr(gate_logits.softmax(1).mean(0)).sum()
+
+
+#: From a gate's scores (B, E) to the loss that keeps its experts in use.
+BALANCE_LOSSES: dict[Balance, Callable[[Tensor], Tensor]] = {"switch": load_balance, "entropy": load_entropy}
+
 OBJECTIVES: Registry[type["Objective"]] = Registry("objective", "bench.training.objectives")
 
 
@@ -95,12 +108,15 @@ class Objective(Spec):
         raise NotImplementedError
 
     def clean_terms(self, model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Terms]:
-        """F(x) (B, C), and its cross-entropy with the load-balance term of an MoE whose router trains."""
-        if not isinstance(model, MoE):
+        """F(x) (B, C), and its cross-entropy with the load-balance term of the model's gates that train."""
+        gates = trained_gates(model)
+        with watched(gates) as scores:
             logits = model(x)
-            return logits, {"ce": F.cross_entropy(logits, y)}
-        logits, trace = model.trace(x)
-        return logits, {"ce": F.cross_entropy(logits, y), **self.balance_term(model, trace.gate_logits)}
+        losses = [BALANCE_LOSSES[gates[gate]](own) for gate, own in scores.items()]
+        terms = {"ce": F.cross_entropy(logits, y)}
+        if losses and self.balance:
+            terms["balance"] = self.balance * torch.stack(losses).mean()
+        return logits, terms
 
     def cross_entropy(self, model: Any, x: Tensor, y: Tensor) -> Terms:
         """The terms of CE(F(x), y)."""

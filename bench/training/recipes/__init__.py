@@ -8,13 +8,17 @@ import yaml
 
 from bench.datasets.base import Dataset
 from bench.errors import UnusableInput, did_you_mean
-from bench.models.architecture import Dense, Dual, Network, Routed
+from bench.models.architecture import Dense, Dual, Inside, Network, Routed
+from bench.models.layers import parameters_of
 from bench.models.variants import Variant, get_variant
 from bench.settings import parse_value
 from bench.spec import Recipe, ThreatModel, TrainSpec, build
 from bench.training.objectives.base import OBJECTIVES, Objective
 
 FOLDER = Path(__file__).parent
+#: The recipe's fields that are parameters of MoE blocks inside a network, and of networks, where they have them.
+_INSIDE = ("route_by", "balance_loss")
+_SIZES = ("width", "image_size", "patch_size", "norm", *_INSIDE)
 
 
 def recipes() -> list[str]:
@@ -51,9 +55,11 @@ def train_spec(
     one that has no effect on this variant. A dual that is put together is not trained and accepts all of them.
     """
     objective = objective_class(get_variant(variant))
+    network = get_variant(variant).network
     name = recipe or dataset.recipe
     preset = read_recipe(name)
-    special = preset.objective.get(get_variant(variant).objective or "", {})
+    of_network = {"pretrained": False, **preset.network.get(network, {})} if network else {}
+    special = of_network | preset.objective.get(get_variant(variant).objective or "", {})
     for key in set(special) - {*objective.model_fields, *Recipe.model_fields}:
         raise UnusableInput(f"recipe '{name}' presets '{key}' of '{variant}', which has no such parameter")
     own = {key: value for key, value in (preset.objective | special).items() if key in objective.model_fields}
@@ -63,13 +69,13 @@ def train_spec(
             raise UnusableInput(f"--set {key}: nothing of '{variant}' depends on it: drop it")
         if key in objective.model_fields:
             own[key] = value
-        elif key in Recipe.model_fields and key != "objective":
+        elif key in Recipe.model_fields and key not in ("objective", "network"):
             changed[key] = value
         else:
-            known = sorted({*objective.model_fields, *Recipe.model_fields} - {"objective"})
+            known = sorted({*objective.model_fields, *Recipe.model_fields} - {"objective", "network"})
             raise UnusableInput(f"--set {key}: '{variant}' has no such parameter: {did_you_mean(key, known)}")
     params = build(objective, f"objective of '{variant}'", own)
-    merged = build(Recipe, f"recipe '{name}'", {**preset.model_dump(exclude={"objective"}), **changed})
+    merged = build(Recipe, f"recipe '{name}'", {**preset.model_dump(exclude={"objective", "network"}), **changed})
     gate = get_variant(variant).gate
     if gate and merged.gate not in (None, gate):
         other = f"{variant}-argmax" if merged.gate == "argmax" else variant.removesuffix("-argmax")
@@ -98,10 +104,14 @@ def train_spec(
 
 def _idle(variant: Variant) -> set[str]:
     """The settings that have no effect on a variant; accepting them would suggest otherwise."""
+    if variant.network is not None:
+        idle = set(_SIZES) - set(parameters_of(variant.network))
+        idle |= {"expert", "pretrained", "router", "combine", "alpha", "init", "init_standard"}
+        return idle | {"balance", "num_selected_experts"} if "balance_loss" in idle else idle
     if variant.kind == "dense":
         routed = {"num_experts", "num_selected_experts", "router", "router_lr", "balance", "combine", "alpha"}
-        return {*routed, "init_standard"}
-    idle = set() if variant.kind == "dual" else {"alpha", "init_standard"}
+        return {*routed, *_INSIDE, "init_standard"}
+    idle = {*_INSIDE} if variant.kind == "dual" else {*_INSIDE, "alpha", "init_standard"}
     if variant.gate == "argmax":  # the router is never trained, but by AdvMoE's own steps
         idle |= {"balance"} if variant.objective == "advmoe" else {"balance", "router_lr"}
     return idle
@@ -112,14 +122,15 @@ def objective_class(variant: Variant) -> type[Objective]:
     return Objective if variant.objective is None else OBJECTIVES[variant.objective]
 
 
-def architecture(spec: TrainSpec, dataset: Dataset) -> Dense | Routed | Dual:
+def architecture(spec: TrainSpec, dataset: Dataset) -> Dense | Routed | Inside | Dual:
     """The architecture of the spec's variant, for the given data set."""
     variant, recipe = get_variant(spec.variant), spec.recipe
-    names = ("width", "image_size", "patch_size", "norm")
-    sizes = {name: getattr(recipe, name) for name in names}
+    values = {name: getattr(recipe, name) for name in _SIZES}
+    sizes = {name: value for name, value in values.items() if value != Recipe.model_fields[name].default}
+    own = parameters_of(variant.network) if variant.network else set(_SIZES) - set(_INSIDE)
     network = Network(
-        expert=recipe.expert,
-        expert_params={key: value for key, value in sizes.items() if value is not None},
+        expert=variant.network or recipe.expert,
+        expert_params={key: value for key, value in sizes.items() if key in own},
         input_shape=dataset.input_shape,
         num_classes=dataset.num_classes,
         mean=dataset.mean,
@@ -127,6 +138,10 @@ def architecture(spec: TrainSpec, dataset: Dataset) -> Dense | Routed | Dual:
     )
     if variant.kind == "dense":
         return Dense(**dict(network))
+    if variant.network:
+        every = "balance_loss" not in own  # a Soft MoE has no selection to balance
+        k = recipe.num_experts if every else recipe.num_selected_experts
+        return Inside(**dict(network), num_experts=recipe.num_experts, num_selected_experts=k)
     assert variant.gate is not None
     routed = Routed(
         **dict(network),

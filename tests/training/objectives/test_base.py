@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from scipy.special import rel_entr, softmax
 from torch import Tensor, nn
 
-from bench.models.architecture import Dual, Routed
+from bench.models.architecture import Dual, Inside, Routed
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
 from bench.spec import ThreatModel
@@ -25,6 +25,7 @@ from bench.training.objectives.base import (
     Objective,
     kl,
     load_balance,
+    load_entropy,
 )
 
 LINF = ThreatModel(norm="Linf", eps=0.1)
@@ -302,3 +303,36 @@ def test_the_checkpoint_of_an_objective_with_an_attack_is_chosen_by_robust_accur
     chosen = {name: objective.adversarial for name, objective in OBJECTIVES.items()}
     assert {"at", "rt_er", "jtdmoe"} <= {name for name, adversarial in chosen.items() if adversarial}
     assert not chosen["standard"]
+
+
+# --- MoE blocks inside a network --------------------------------------------------------------------------------------
+
+
+def test_load_entropy_by_hand():
+    """Mean probabilities ¾ and ¼: ln 2 − (¾ ln 4/3 + ¼ ln 4)."""
+    assert load_entropy(torch.zeros(5, 4)).item() == pytest.approx(0, abs=1e-6)
+    assert load_entropy(torch.tensor([[100.0, 0.0]])).item() == pytest.approx(log(2))
+    gate_logits = torch.tensor([[log(3.0), 0.0], [log(3.0), 0.0]])
+    assert load_entropy(gate_logits).item() == pytest.approx(log(2) - 0.75 * log(4 / 3) - 0.25 * log(4))
+
+
+@pytest.mark.parametrize("name", ["standard", "at", "trades"])
+@pytest.mark.parametrize("balance_loss", ["switch", "entropy"])
+def test_blocks_inside_are_balanced_by_the_mean_of_their_gates_losses(name: str, balance_loss: str):
+    torch.manual_seed(0)
+    inside = Inside(
+        expert="vmoe", expert_params={"width": 12, "image_size": 8, "patch_size": 4, "balance_loss": balance_loss},
+        num_selected_experts=2, input_shape=(1, 8, 8), num_classes=3, mean=(0.5,), std=(0.5,),
+    ).build()  # fmt: skip
+    x, y = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
+    batch = Batch(x, y, LINF, lambda salt: torch.zeros_like(x))
+    (step,) = OBJECTIVES[name](balance=0.5).steps(inside, batch)
+    seen = []
+    gates = [block.mlp.gate for block in inside.backbone.blocks[1::2]]
+    for gate in gates:
+        gate.register_forward_hook(lambda _gate, _inputs, scores: seen.append(scores.flatten(0, 1)))
+    terms = step.loss(inside)
+    loss = {"switch": load_balance, "entropy": load_entropy}[balance_loss]
+    assert terms["balance"].item() == pytest.approx(0.5 * (loss(seen[0]) + loss(seen[1])).item() / 2)
+    terms["balance"].backward()
+    assert all(gate.weight.grad.abs().sum() > 0 for gate in gates)
