@@ -94,6 +94,20 @@ def split(values: Sequence[str] | None) -> tuple[str, ...]:
     return parts
 
 
+@app.callback()
+def load_plugins(
+    plugins: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", metavar="MODULE", help="a module that registers suites, data sets …; may be repeated"),
+    ] = None,
+) -> None:
+    """Tells whether a Mixture-of-Experts image classifier is really robust."""
+    for module in plugins or ():
+        from bench.registry import load_plugin
+
+        load_plugin(module)
+
+
 @app.command("list")
 def list_(what: Listing, as_json: JsonOption = False) -> None:
     """List what there is, by name."""

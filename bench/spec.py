@@ -263,7 +263,7 @@ class Recipe(Spec):
     )
     num_experts: int = Field(default=4, ge=2)
     num_selected_experts: int = Field(default=1, ge=1)
-    router: Literal["affine", "conv"] = "affine"
+    router: str = Field(default="affine", description="affine, conv, or a plugin's")
     combine: Combine | None = Field(default=None, description="None: the variant's own")
     balance_loss: Literal["switch", "entropy"] = Field(default="switch", description="of MoE blocks inside a network")
     route_by: Literal["image", "position"] = Field(default="image", description="what a blockmoe's gate routes")

@@ -47,7 +47,7 @@ class Routed(Network):
     """E networks behind a router."""
 
     kind: Literal["moe"] = "moe"
-    router: Literal["affine", "conv"] = "affine"
+    router: str = "affine"
     num_experts: int = 4
     num_selected_experts: int = 1
     gate: Gate = "softmax"

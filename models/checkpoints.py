@@ -91,6 +91,8 @@ class Header(Spec):
             if not self.parts
             else ", ".join(f"{part}: {entry.file.removesuffix('.safetensors')}" for part, entry in self.parts.items())
         )
+        if plugin := VARIANTS.origin(self.variant) if self.variant in VARIANTS else "":
+            trained += f", a variant of {plugin}"
         if sigma := (self.training or {}).get("recipe", {}).get("noise_sigma"):
             trained += f", noise σ {sigma:g}"
         if (self.training or {}).get("recipe", {}).get("ema_decay"):

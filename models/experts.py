@@ -24,7 +24,7 @@ from bench.registry import Registry
 
 Shape = tuple[int, int, int]
 Norm = Literal["batch", "group"]
-EXPERTS: Registry[Callable[..., nn.Module]] = Registry("expert")
+EXPERTS: Registry[Callable[..., nn.Module]] = Registry("expert", group="bench.experts")
 
 
 def build_expert(name: str, input_shape: Shape, num_classes: int, params: Mapping[str, Any]) -> nn.Module:

@@ -3,7 +3,7 @@
 Axes: B = batch, E = experts, K = selected experts, C = classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,7 +65,8 @@ class ConvRouter(nn.Module):
         return self.linear(self.features(self.normalize(x)))
 
 
-ROUTERS: Registry[type[AffineRouter] | type[ConvRouter]] = Registry("router")
+#: A router is made from (input_shape, num_experts, mean, std).
+ROUTERS: Registry[Callable[..., nn.Module]] = Registry("router", group="bench.routers")
 ROUTERS.register("affine")(AffineRouter)
 ROUTERS.register("conv")(ConvRouter)
 

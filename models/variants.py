@@ -1,9 +1,10 @@
-"""The variants: an architecture and the objective that trained it. A new one is a line in `VARIANTS`."""
+"""The variants: an architecture and the objective that trained it. A new one is registered with `VARIANTS`."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.errors import UnusableInput, did_you_mean
+from bench.errors import UnusableInput
+from bench.registry import Registry
 from bench.spec import Combine, Gate
 
 
@@ -42,16 +43,15 @@ _INSIDE = {"blockmoe": ("standard", "at"), "vmoe": ("standard", "at"), "softmoe"
 _WHOLE_NETWORKS = {"advmoe": "moe-advmoe", "rt_er": "moe-rt_er", "jtdmoe": "dual-jtdmoe"}
 
 #: In the order in which lists show them. `-argmax`: routed as the released code does it; `dual-logits`: its mixing.
-VARIANTS: dict[str, Variant] = {
-    variant.name: variant
-    for variant in [
-        Variant("dense-standard", "dense", "standard"),
-        Variant("dense-at", "dense", "at"),
-        *_routed("softmax", ""),
-        *_routed("argmax", "-argmax"),
-        *(Variant(f"{network}-{o}", "inside", o, network=network) for network, own in _INSIDE.items() for o in own),
-    ]
-}
+VARIANTS: Registry[Variant] = Registry("variant", group="bench.variants", in_order=True)
+for _variant in [
+    Variant("dense-standard", "dense", "standard"),
+    Variant("dense-at", "dense", "at"),
+    *_routed("softmax", ""),
+    *_routed("argmax", "-argmax"),
+    *(Variant(f"{network}-{o}", "inside", o, network=network) for network, own in _INSIDE.items() for o in own),
+]:
+    VARIANTS.register(_variant.name)(_variant)
 
 
 def get_variant(name: str) -> Variant:
@@ -62,6 +62,4 @@ def get_variant(name: str) -> Variant:
             f"unknown variant '{name}': {objective} needs experts that are whole networks: train"
             f" {_WHOLE_NETWORKS[objective]}"
         )
-    if name not in VARIANTS:
-        raise UnusableInput(f"unknown variant '{name}': {did_you_mean(name, VARIANTS)}")
     return VARIANTS[name]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.errors import UnusableInput
-from bench.registry import Registry
+from bench.registry import Registry, load_plugin
 
 
 @pytest.fixture
@@ -58,6 +58,44 @@ def test_a_new_file_in_the_folder_is_found_by_existing(tmp_path: Path, monkeypat
 
     assert "orchard_for_tests.oak" not in sys.modules  # nothing is imported before the first look-up
     assert dict(TREES) == {"elm": "elm!", "oak": "oak!"}
+
+
+def test_order_may_be_that_of_registration():
+    registry: Registry[int] = Registry("fruit", in_order=True)
+    for name in ("pear", "apple"):
+        registry.register(name)(1)
+    assert list(registry) == ["pear", "apple"]
+
+
+def test_what_a_plugin_registers_has_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By a distribution's metadata, as an installer leaves it, and by the name of a module."""
+    (tmp_path / "crates_for_tests.py").write_text(
+        "from bench.registry import Registry\nCRATES = Registry('crate', group='bench.crates')\n"
+        "CRATES.register('own')(0)\n"
+    )
+    for module, name in [("sold_crates", "sold"), ("lent_crates", "lent")]:
+        (tmp_path / f"{module}.py").write_text(
+            f"from crates_for_tests import CRATES\nCRATES.register('{name}')('{name}!')\n"
+        )
+    metadata = tmp_path / "Crate_Sellers-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: Crate-Sellers\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[bench.crates]\nanything = sold_crates\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    from crates_for_tests import CRATES
+
+    assert "sold_crates" not in sys.modules
+    load_plugin("lent_crates")
+    assert dict(CRATES) == {"lent": "lent!", "own": 0, "sold": "sold!"}
+    origins = {name: CRATES.origin(name) for name in CRATES}
+    assert origins == {"lent": "lent_crates", "own": "", "sold": "Crate-Sellers"}
+    before = list(sys.path)
+    (tmp_path / "broken_crates.py").write_text("raise OSError('no\\ncrates')\n")
+    with pytest.raises(UnusableInput, match=r"^plugin 'broken_crates' \(broken_crates\) cannot .* OSError: no crates:"):
+        load_plugin("broken_crates")
+    assert sys.path == before
+    CRATES.register("after")(1)
+    assert CRATES.origin("after") == ""
 
 
 def test_names_and_specs_are_read_without_torch():

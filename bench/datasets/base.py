@@ -109,7 +109,7 @@ class Dataset(ABC):
         return EvalSet(x, images.y, torch.arange(len(images.y)), fingerprint(x, images.y), note)
 
 
-DATASETS: Registry[type[Dataset]] = Registry("data set", "bench.datasets")
+DATASETS: Registry[type[Dataset]] = Registry("data set", "bench.datasets", "bench.datasets")
 
 
 def open_dataset(name: str) -> Dataset:

@@ -9,7 +9,7 @@ from bench.errors import UnusableInput, did_you_mean
 from bench.registry import Registry
 from bench.spec import Method, Norm, ThreatModel, build
 
-SUITES: Registry[type["Suite"]] = Registry("suite", "bench.suites")
+SUITES: Registry[type["Suite"]] = Registry("suite", "bench.suites", "bench.suites")
 
 
 class Suite(Method):

@@ -86,7 +86,7 @@ def load_entropy(gate_logits: Tensor) -> Tensor:
 #: From a gate's scores (B, E) to the loss that keeps its experts in use.
 BALANCE_LOSSES: dict[Balance, Callable[[Tensor], Tensor]] = {"switch": load_balance, "entropy": load_entropy}
 
-OBJECTIVES: Registry[type["Objective"]] = Registry("objective", "bench.training.objectives")
+OBJECTIVES: Registry[type["Objective"]] = Registry("objective", "bench.training.objectives", "bench.objectives")
 
 
 class Objective(Spec):
