@@ -1,9 +1,10 @@
-"""A certification's table and its plot: what share is certified at which radius."""
+"""A certification's table and its figure: what share is certified at which radius."""
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Mapping
 from math import isfinite
+from typing import TYPE_CHECKING
 
-import jinja2
 import numpy as np
 import pandas as pd
 from tabulate import tabulate
@@ -11,7 +12,9 @@ from tabulate import tabulate
 from bench.results.certificates import ANSWERED, ROUTES, SMOOTHED, STATUSES, Certification, succeeded
 from bench.spec import ThreatModel
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#999999")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 #: The radii of the table of shares, as multiples of the run's ε.
 _MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _TITLES = {True: "share of images that keep their route", False: "certified accuracy"}
@@ -89,114 +92,49 @@ def sizes(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def curve(result: Certification, rows: pd.DataFrame) -> str:
-    """An SVG of `shares`, and of the share at the run's own ε where a method has no radius of its own.
+    """The `figure` as SVG, whose bytes follow from the rows alone."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "bench", "svg.fonttype": "none"}):
+        figure(result, rows).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def figure(result: Certification, rows: pd.DataFrame) -> "Figure":
+    """The `shares`, and the share at the run's own ε where a method has no radius of its own.
 
     Below it, of routes, a histogram of |S(ε)|: a bar for each ε, the smallest size at the bottom.
     """
-    threat, lines = result.spec.threat_model, shares(rows)
-    points = {method: rate.value for method, rate in result.certified.items() if method not in lines}
+    from matplotlib.figure import Figure  # here, since only a certification that is finished draws
+    from matplotlib.ticker import PercentFormatter
+
+    threat, lines, reached = result.spec.threat_model, shares(rows), sizes(rows)
+    of_routes = bool(set(result.certified) & set(ROUTES))
     ends = [float(x[-1]) for x, _ in lines.values() if len(x) > 1]
     right = max([threat.eps, *(end for end in ends if isfinite(end))])
-    if set(result.certified) & set(ROUTES):  # beyond a few ε nothing is of interest
+    if of_routes:  # beyond a few ε nothing is of interest
         right = min(right, 2 * threat.eps)
-    return _svg(
-        f"{result.spec.suite} on {result.spec.model}",
-        f"{threat.norm} radius",
-        _TITLES[bool(set(result.certified) & set(ROUTES))],
-        right,
-        lines,
-        {method: (threat.eps, value) for method, value in points.items()},
-        sizes(rows),
-    )
-
-
-_TEMPLATE = jinja2.Template(
-    """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 {{ height }}" font-family="sans-serif" font-size="12">
-<rect width="560" height="{{ height }}" fill="white"/>
-<text x="60" y="22" font-size="14">{{ title }}</text>
-{%- for y, label in y_ticks %}
-<path d="M60 {{ y }}H540" stroke="#ddd"/><text x="54" y="{{ y + 4 }}" text-anchor="end">{{ label }}</text>
-{%- endfor %}
-{%- for x, label in x_ticks %}
-<path d="M{{ x }} 310V315" stroke="black"/><text x="{{ x }}" y="328" text-anchor="middle">{{ label }}</text>
-{%- endfor %}
-<path d="M60 40V310H540" fill="none" stroke="black"/>
-<text x="300" y="348" text-anchor="middle">{{ x_title }}</text>
-<text x="16" y="175" text-anchor="middle" transform="rotate(-90 16 175)">{{ y_title }}</text>
-{%- for name, colour, path, point in series %}
-{%- if path %}
-<path d="{{ path }}" fill="none" stroke="{{ colour }}" stroke-width="1.5"/>
-{%- endif %}
-{%- if point %}
-<circle cx="{{ point[0] }}" cy="{{ point[1] }}" r="4" fill="{{ colour }}"/>
-{%- endif %}
-<text x="534" y="{{ 54 + 16 * loop.index0 }}" text-anchor="end" fill="{{ colour }}">{{ name }}</text>
-{%- endfor %}
-{%- if bars %}
-<text x="60" y="385" font-size="14">size of S(ε), share of images</text>
-{%- for y, label in y_ticks %}
-<path d="M60 {{ y + 360 }}H540" stroke="#ddd"/><text x="54" y="{{ y + 364 }}" text-anchor="end">{{ label }}</text>
-{%- endfor %}
-{%- for x, label, parts in bars %}
-{%- for size, colour, y, tall in parts %}
-<rect class="size-{{ size }}" x="{{ x }}" y="{{ y }}" width="40" height="{{ tall }}" fill="{{ colour }}"/>
-{%- endfor %}
-<text x="{{ x + 20 }}" y="688" text-anchor="middle">{{ label }}</text>
-{%- endfor %}
-<path d="M60 400V670H540" fill="none" stroke="black"/>
-<text x="300" y="708" text-anchor="middle">{{ x_title }} ε</text>
-{%- for size, colour in legend %}
-<text x="534" y="{{ 414 + 16 * loop.index0 }}" text-anchor="end" fill="{{ colour }}">|S(ε)| = {{ size }}</text>
-{%- endfor %}
-{%- endif %}
-</svg>
-""",
-    autoescape=True,
-)
-
-
-def _svg(
-    title: str,
-    x_title: str,
-    y_title: str,
-    right: float,
-    lines: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    points: Mapping[str, tuple[float, float]],
-    sizes: pd.DataFrame,
-) -> str:
-    def at(x: float, y: float) -> tuple[float, float]:
-        return round(60 + 480 * x / right, 2), round(310 - 270 * y, 2)
-
-    def path(x: Sequence[float], y: Sequence[float]) -> str:
-        kept = [(float(a), float(b)) for a, b in zip(x, y, strict=True) if a <= right]
-        start = at(*kept[0])
-        steps = "".join(f"H{at(a, b)[0]}V{at(a, b)[1]}" for a, b in kept[1:])
-        return f"M{start[0]} {start[1]}{steps}H{at(right, 0)[0]}"
-
-    names = [*lines, *points]
-    series = [
-        (
-            name,
-            _COLOURS[number % len(_COLOURS)],
-            path(*map(list, lines[name])) if name in lines else "",
-            at(*points[name]) if name in points else None,
-        )
-        for number, name in enumerate(names)
-    ]
-    colours = {size: _COLOURS[number % len(_COLOURS)] for number, size in enumerate(sizes.columns)}
-    bars = []
-    for number, (eps, own) in enumerate(sizes.iterrows()):
-        tops = own.cumsum()
-        parts = [(size, colours[size], at(0, tops[size])[1] + 360, round(270 * own[size], 2)) for size in colours]
-        bars.append((80 + 70 * number, f"{eps:.3g}", parts))
-    return _TEMPLATE.render(
-        height=720 if bars else 360,
-        bars=bars,
-        legend=list(colours.items()),
-        title=title,
-        x_title=x_title,
-        y_title=y_title,
-        y_ticks=[(at(0, y / 5)[1], f"{20 * y} %") for y in range(6)],
-        x_ticks=[(at(right * x / 4, 0)[0], f"{right * x / 4:.3g}") for x in range(5)],
-        series=series,
-    )
+    drawn = Figure(figsize=(6, 7 if len(reached) else 3.6), layout="constrained")
+    panels = drawn.subplots(2 if len(reached) else 1, squeeze=False)[:, 0]
+    top = panels[0]
+    for method, (x, y) in lines.items():
+        top.step([*x, right], [*y, y[-1]], where="post", label=method)
+    for method, rate in result.certified.items():
+        if method not in lines:
+            top.plot([threat.eps], [rate.value], "o", label=method)
+    top.set(title=f"{result.spec.suite} on {result.spec.model}", xlabel=f"{threat.norm} radius", xlim=(0, right))
+    top.set(ylabel=_TITLES[of_routes])
+    below = np.zeros(len(reached))
+    for size, share in reached.items():
+        panels[1].bar([f"{eps:.3g}" for eps in reached.index], share, bottom=below, label=f"|S(ε)| = {size}")
+        below = below + share.to_numpy()
+    for panel in panels[1:]:
+        panel.set(title="size of S(ε)", xlabel=f"{threat.norm} ε", ylabel="share of images")
+    for panel in panels:
+        panel.set_ylim(0, 1)
+        panel.yaxis.set_major_formatter(PercentFormatter(1))
+        panel.grid(axis="y", alpha=0.4)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend()
+    return drawn

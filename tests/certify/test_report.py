@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench.certify.report import curve, shares, table
+from bench.certify.report import curve, figure, shares, table
 from bench.results.certificates import CERTIFICATE_COLUMNS, Certification
 from bench.results.schema import Accuracy
 from bench.spec import ModelInfo, RunSpec, ThreatModel
@@ -100,37 +100,47 @@ def test_the_papers_share_is_called_no_certificate():
     assert cells(table(certification(nothing), nothing), "method")[0][2] == "–"
 
 
-def test_the_histogram_of_reachable_experts_is_a_picture_too():
+def test_the_histogram_of_reachable_experts_is_a_panel_of_its_own():
     frame = pd.concat([rows("routes", RADII, RIGHT, eps) for eps in (0.05, 0.2)], ignore_index=True)
-    picture = ElementTree.fromstring(curve(certification(frame), frame))
-    bars = [part.attrib for part in picture.iter() if part.attrib.get("class", "").startswith("size-")]
-    found = [(bar["class"], bar["x"], float(bar["y"]), float(bar["height"])) for bar in bars]
-    # 270 high, from 670 upwards: at 0.05 one of five images can be sent to two experts, at 0.2 two
-    assert found == [
-        ("size-1", "80", 454, 216), ("size-2", "80", 400, 54), ("size-1", "150", 508, 162), ("size-2", "150", 400, 108),
-    ]  # fmt: skip
-    words = [element.text for element in picture.iter() if element.tag.endswith("text")]
-    assert {"size of S(ε), share of images", "|S(ε)| = 1", "|S(ε)| = 2", "0.05"} <= set(words)
-    assert picture.attrib["viewBox"] == "0 0 560 720"
+    _, panel = figure(certification(frame), frame).axes
+    # at 0.05 one of five images can be sent to two experts, at 0.2 two; the smallest size is at the bottom
+    assert [(bar.get_y(), round(bar.get_height(), 9)) for bar in panel.patches] == [
+        (0, 0.8),
+        (0, 0.6),
+        (0.8, 0.2),
+        (0.6, 0.4),
+    ]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["0.05", "0.2"]
+    assert panel.get_legend_handles_labels()[1] == ["|S(ε)| = 1", "|S(ε)| = 2"]
     smooth = rows("smoothing", RADII, RIGHT)
-    assert ElementTree.fromstring(curve(certification(smooth), smooth)).attrib["viewBox"] == "0 0 560 360"
+    assert len(figure(certification(smooth), smooth).axes) == 1
 
 
-def test_the_plot_is_a_picture_of_the_shares():
+def test_the_figure_has_the_shares_as_steps_and_a_point_where_there_is_one_radius():
+    frame = pd.concat([rows("smoothing", RADII, RIGHT), rows("union", RADII, RIGHT)], ignore_index=True)
+    (panel,) = figure(certification(frame), frame).axes
+    assert (panel.get_title(), panel.get_xlabel()) == ("certify-x on <m>", "L2 radius")
+    assert panel.get_ylabel() == "certified accuracy"
+    steps, point = panel.lines
+    # 60 % from 0 on, 40 % from 0.1, 20 % from 0.3, where the figure ends
+    assert steps.get_drawstyle() == "steps-post"
+    assert steps.get_xydata() == pytest.approx(np.array([[0, 0.6], [0.1, 0.4], [0.3, 0.2], [0.3, 0.2]]))
+    assert point.get_xydata().tolist() == [[0.2, 0.4]]  # of five
+    assert panel.get_legend_handles_labels()[1] == ["smoothing", "union"]
+    assert panel.get_xlim() == (0, 0.3)
+
+
+def test_the_picture_is_the_same_bytes_for_the_same_rows_and_its_words_are_text():
     frame = pd.concat([rows("smoothing", RADII, RIGHT), rows("union", RADII, RIGHT)], ignore_index=True)
     text = curve(certification(frame), frame)
-    picture = ElementTree.fromstring(text)
-    words = [element.text for element in picture.iter() if element.tag.endswith("text")]
-    assert {"certify-x on <m>", "L2 radius", "certified accuracy", "smoothing", "union", "100 %"} <= set(words)
-    # the axes end at (540, 40) for radius 0.3 and 100 %: the curve starts at 60 % and steps at 0.1 and 0.3
-    assert 'd="M60.0 148.0H220.0V202.0H540.0V256.0H540.0"' in text
-    (point,) = [element for element in picture.iter() if element.tag.endswith("circle")]
-    assert (float(point.attrib["cx"]), float(point.attrib["cy"])) == (380, 202)  # 0.2 and 2 of 5
+    words = [element.text for element in ElementTree.fromstring(text).iter() if element.tag.endswith("text")]
+    assert {"certify-x on <m>", "L2 radius", "certified accuracy", "smoothing", "union", "100%"} <= set(words)
     assert curve(certification(frame), frame) == text
+    assert "dc:date" not in text
 
 
-def test_the_plot_of_routes_ends_where_it_is_still_of_interest():
+def test_the_figure_of_routes_ends_where_it_is_still_of_interest():
     frame = rows("routes", [0.1, 0.3, 5.0], [True] * 3)
-    text = curve(certification(frame), frame)
-    assert ">0.4<" in text  # twice ε
-    assert "share of images that keep their route" in text
+    panel = figure(certification(frame), frame).axes[0]
+    assert panel.get_xlim() == (0, 0.4)  # twice ε
+    assert panel.get_ylabel() == "share of images that keep their route"
