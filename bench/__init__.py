@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bench.api import benchmark, load_results
     from bench.models.checkpoints import load_model
 
 __version__ = "0.1.0"
-__all__ = ["load_model"]
+__all__ = ["benchmark", "load_model", "load_results"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from bench.models.checkpoints import load_model
 
         return load_model
+    if name in ("benchmark", "load_results"):
+        from bench import api
+
+        return getattr(api, name)
     raise AttributeError(f"module 'bench' has no attribute '{name}'")

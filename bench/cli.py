@@ -211,7 +211,7 @@ def run(
     """Attack models and store the verdicts; a run that is already finished is reported, not repeated."""
     with redirect_stdout(sys.stderr):
         from bench.environment import World, torch_device
-        from bench.evaluation.evaluate import earlier_witnesses, evaluate, run_of
+        from bench.evaluation.evaluate import score as score_job
         from bench.evaluation.plan import RunRequest, plan
         from bench.models.checkpoints import ZOO
         from bench.results.store import ensure_writable, run_folder
@@ -233,13 +233,9 @@ def run(
         ensure_writable(results)
 
         def score(job: "Job[Suite]", progress: "RunProgress") -> "Result | None":
-            if (earlier := run_of(results, job).finished()) is not None:
-                progress.finish(earlier, reused=True)
-                return earlier
-            known = earlier_witnesses(results, job.spec, job.subject, job.data) if warm_start else None
-            result = evaluate(job, results, where, progress.on_block, known)
+            result, reused = score_job(job, results, where, progress.on_block)
             if result is not None:
-                progress.finish(result)
+                progress.finish(result, reused)
             return result
 
         queue = _work_off(plan(request, data_root, [checkpoints, ZOO], results), score, "not yet broken")

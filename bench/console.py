@@ -33,6 +33,17 @@ def is_quiet() -> bool:
 
 
 @contextmanager
+def hushed(quiet: bool = True) -> Iterator[None]:
+    """Notes and bars are dropped inside, or with `quiet=False` not."""
+    global _quiet
+    before, _quiet = _quiet, quiet
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
+@contextmanager
 def above(write: Callable[[str], object]) -> Iterator[None]:
     """Lines go through `write` inside, which keeps them above a bar."""
     global _write

@@ -102,6 +102,21 @@ def evaluate(
     return _finish(folder, job, device)
 
 
+def score(
+    job: Job[Suite], results: Path, device: str = "cpu", on_block: OnBlock = lambda *_: None
+) -> tuple[Result | None, bool]:
+    """What `evaluate` gives, from known adversarial examples if the spec starts warm; and whether it was there already.
+
+    Raises:
+        UnusableInput: as `evaluate` does.
+    """
+    finished = run_of(results, job).finished()
+    if finished is not None:
+        return finished, True
+    known = earlier_witnesses(results, job.spec, job.subject, job.data) if job.spec.warm_start else None
+    return evaluate(job, results, device, on_block, known), False
+
+
 def _differs(folder: RunFolder, subject: Subject, started: float) -> bool:
     """False, or an error where another process has just begun to score another model under this one's name.
 

@@ -24,7 +24,7 @@ from bench.job import Subject
 from bench.models.deployed import eval_frozen, full_float32, validate_outputs
 from bench.models.foreign import Guarded
 from bench.randomness import generator
-from bench.spec import path_safe
+from bench.spec import dataset_folder, path_safe
 
 #: The file in a run's folder.
 FILE = "identity.safetensors"
@@ -149,7 +149,9 @@ def identified(subject: Subject, data: EvalSet, num_classes: int, files: Iterabl
 
 def identity_files(results: Path, dataset: str, model: str) -> list[Path]:
     """Those of all runs below `results` of models of this name on this data set, in a fixed order."""
-    return sorted(results.glob(f"{path_safe(dataset)}/*/*/{path_safe(model)}/*/{FILE}")) if results.is_dir() else []
+    return (
+        sorted(results.glob(f"{dataset_folder(dataset)}/*/*/{path_safe(model)}/*/{FILE}")) if results.is_dir() else []
+    )
 
 
 def _read(files: Iterable[Path]) -> Iterator[Identity]:

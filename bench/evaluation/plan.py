@@ -80,7 +80,12 @@ class Plan(Generic[M]):
 
     def jobs(self, model: str) -> list[Job[M]]:
         """The runs of one model, which lives as long as they do; UnusableInput if it cannot be had or scored."""
-        subject = self._subject(model)
+        return self.jobs_of(named_subject(model, self.dataset, self.threat_model, self.checkpoints))
+
+    def jobs_of(self, subject: Subject) -> list[Job[M]]:
+        """The runs of a model that is there already; raises as `jobs` does."""
+        files = identity_files(self.results, self.dataset.name, subject.info.name) if self.results else ()
+        subject = identified(subject, self.data, self.dataset.num_classes, files)
         own, asked = subject.info.alpha, self.request.alphas
         alphas: Sequence[float | None] = asked if own is not None and asked else (own,)
         return [self._job(subject, alpha, *method) for alpha in alphas for method in self.methods.items()]
@@ -98,11 +103,6 @@ class Plan(Generic[M]):
             except UnusableInput:
                 return True
         return False
-
-    def _subject(self, model: str) -> Subject:
-        subject = named_subject(model, self.dataset, self.threat_model, self.checkpoints)
-        files = identity_files(self.results, self.dataset.name, subject.info.name) if self.results else ()
-        return identified(subject, self.data, self.dataset.num_classes, files)
 
     def _job(self, subject: Subject, alpha: float | None, name: str, method: M) -> Job[M]:
         chosen = replace(subject, info=subject.info.model_copy(update={"alpha": alpha}))
@@ -139,7 +139,18 @@ def plan_methods(
 
     `results`: the folder of earlier runs, by which a model without a checkpoint of ours is recognised.
     """
-    dataset = open_dataset(request.dataset)
+    return plan_on(open_dataset(request.dataset), methods, request, data_root, checkpoints, results)
+
+
+def plan_on(
+    dataset: Dataset,
+    methods: Mapping[str, M],
+    request: RunRequest,
+    data_root: Path,
+    checkpoints: Sequence[Path],
+    results: Path | None = None,
+) -> Plan[M]:
+    """The runs on a data set that is opened already, whatever the request calls it; raises as `plan` does."""
     threat = threat_model(dataset, request.norm, request.eps)
     for name, method in methods.items():
         method.check(name, dataset.name, threat)
