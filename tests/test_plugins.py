@@ -54,7 +54,7 @@ def test_a_plugins_variant_is_trained_attacked_and_named_with_its_origin(plugin:
     clean, noise = json.loads(call("run", *options, cwd=tmp_path, paths=[plugin]).stdout)
     assert clean["clean_accuracy"]["value"] > 0.5
     assert noise["robust_accuracy"]["value"] <= clean["clean_accuracy"]["value"]
-    assert noise["flags"] == ["weaker than noise is by default: draws=3 (default 10)"]
+    assert noise["flags"] == ["weaker than the default: draws=3 (default 10)"]
     info = noise["model_info"]
     assert (info["name"], info["objective"], info["architecture"]) == ("moe-smooth", "smooth", "linear")
     assert info["trained"].endswith(", a variant of bench-example")

@@ -27,10 +27,10 @@ from bench.results.certificates import (
     read_certificates,
     succeeded,
 )
+from bench.results.flags import WEAKER
 from bench.results.metrics import adjusted, clean_by_example, mcnemar, robust_by_example, sign_flip, tarone
 from bench.results.schema import Result, suite_label
 from bench.results.store import Run, read_runs
-from bench.results.strength import weakened
 from bench.spec import RunSpec
 
 Measure = Literal["robust", "clean_correct", "certified", "route-stable", "smoothed"]
@@ -190,8 +190,7 @@ def check(
     warnings: list[str] = []
     for key, after in results.items():
         changes += _of_runs(baseline[key], after, unmeasured)
-        if weak := weakened(after.result.spec):
-            warnings.append(f"{after}: the suite attacked less than by default ({', '.join(weak)})")
+        warnings += [f"{after}: {flag}" for flag in after.result.flags if flag.startswith(WEAKER)]
     changes = _once(changes)
     changes += _of_certificates(baseline_root, results_root, unmeasured, warnings)
     rows = compared(changes, max_drop, alpha)

@@ -25,7 +25,7 @@ from bench.models.deployed import Prediction, dependence, predict, validate_outp
 from bench.models.foreign import DRAWS, Guarded
 from bench.models.parts import parts
 from bench.randomness import block_seed, seeded
-from bench.results.flags import BY_CHANCE
+from bench.results.flags import BY_CHANCE, WEAKER
 from bench.results.schema import VERDICT_COLUMNS
 from bench.results.witnesses import Witnesses
 from bench.suites.base import Suite
@@ -124,7 +124,7 @@ class Examiner:
                 self._fail(error, record)
         report = record.report
         if weaker := self.suite.weaker_than_default(self.spec.threat_model):
-            block.flags.append(f"weaker than {self.spec.suite} is by default: {weaker}")
+            block.flags.append(f"{WEAKER}{weaker}")
         report.flags, report.attacks = sorted({*report.flags, *block.flags}), block.attacks
         report.seconds, report.thread_counts = time.perf_counter() - started, [torch.get_num_threads()]
         if isinstance(self.model, Guarded):

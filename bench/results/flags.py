@@ -1,7 +1,9 @@
-"""Flags of a model that keep it from a rank: it is no function of the single image, so no accuracy of it is one number.
+"""Flags that boards and the check act on; here, since these import no torch."""
 
-They are what `bench.models.deployed.Dependence` calls its reasons; here, since boards import no torch.
-"""
-
+#: Of a model that keeps no rank: it is no function of the single image, so no accuracy of it is one number. They are
+#: what `bench.models.deployed.Dependence` calls its reasons.
 BY_CHANCE = "outputs depend on chance"
 UNRANKED = (BY_CHANCE, "outputs depend on the batch", "forward passes change the model's state")
+
+#: How the flag of a run begins whose suite had weaker settings than its default (`Suite.weaker_than_default`).
+WEAKER = "weaker than the default: "

@@ -27,8 +27,6 @@ class Adaptive(Suite):
     def attack(self, block: Block) -> Iterator[Attempt]:
         if not parts(block.model) and not sites(block.model):
             return
-        if self.budget == "small":
-            block.flags.append("adaptive: budget small, a tenth of the standard one")
         search = Search(block)
         for name, rows in run(search, self.budget):
             block.attacks.append(name)

@@ -13,6 +13,7 @@ from bench.boards.check import Change, Comparison, Report, check, compared
 from bench.boards.check_formats import text
 from bench.errors import UnusableInput
 from bench.results.certificates import CERTIFICATE_COLUMNS, CertificateFolder, Certification
+from bench.results.flags import WEAKER
 from bench.results.schema import VERDICT_COLUMNS, Accuracy, Result
 from bench.results.store import RunFolder, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel
@@ -26,6 +27,7 @@ def save(root: Path, pgd: str | None, clean: str | None = None, **fields: Any) -
     clean = clean or "1" * len(pgd or "")
     checkpoint, finished = fields.pop("checkpoint", "c"), fields.pop("finished", "2030-01-01T00:00:00Z")
     fingerprint, salt, word = fields.pop("fingerprint", "f" * 16), fields.pop("salt", 0), fields.pop("word", "")
+    flags = fields.pop("flags", ())
     rows = pd.DataFrame(
         [
             (i, f"{i + salt:016x}", 0, attack, "F", 0, 0, right == "1", right + mark == "11", *REST, STATUS[mark])
@@ -38,7 +40,7 @@ def save(root: Path, pgd: str | None, clean: str | None = None, **fields: Any) -
     given = {"model": "moe-at", "dataset": "digits", "suite": "pgd", "suite_version": 1, "n_examples": len(clean)}
     spec = RunSpec(**{**given, "threat_model": ThreatModel(norm="Linf", eps=0.2), **fields})
     info = ModelInfo(name=spec.model, architecture="cnn", checkpoint_sha256=checkpoint * 64, word=word)
-    provenance = {"environment": {}, "git_hash": None, "seconds": 1.0, "finished": finished}
+    provenance = {"environment": {}, "git_hash": None, "seconds": 1.0, "finished": finished, "flags": flags}
     result = Result.from_rows(spec, info, fingerprint, rows, **provenance)
     RunFolder(run_folder(root, spec, result.run)).finish(result, rows)
     return result
@@ -368,10 +370,11 @@ def test_what_attacked_nothing_is_never_ok(old: Path, new: Path):
 
 
 def test_a_suite_that_ran_weaker_than_its_default_is_named(old: Path, new: Path):
-    for params, said in (({"steps": 10}, True), ({"steps": 100}, False), ({}, False)):
+    flag = f"{WEAKER}steps=10 (default 50)"
+    for flags in ((flag,), ("another flag",), ()):
         for root in (old, new):
-            save(root, "1" * 20, suite_params=params)
-        assert any("less than by default (steps=10)" in warning for warning in check(old, new).warnings) == said
+            save(root, "1" * 20, flags=flags)
+        assert any(warning.endswith(f": {flag}") for warning in check(old, new).warnings) == (flag in flags)
         shutil.rmtree(old)
         shutil.rmtree(new)
 

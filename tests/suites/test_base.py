@@ -120,7 +120,7 @@ def test_a_suite_says_what_makes_it_weaker_than_its_default(suite: str, settings
 
 def test_a_weaker_suite_is_flagged_where_it_ran(planted: Any, score: Any):
     flagged, _ = score(planted.robust(), "pgd", settings={"steps": 2})
-    assert flagged.flags == ("weaker than pgd is by default: steps=2 (default 50)",)
+    assert flagged.flags == ("weaker than the default: steps=2 (default 50)",)
     fine, _ = score(planted.robust(), "pgd", settings={"steps": 60})
     assert fine.flags == ()
 
