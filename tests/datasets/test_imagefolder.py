@@ -1,6 +1,8 @@
 """A user's own folder of images."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from bench import load_model
 from bench.datasets.base import Dataset, open_dataset
 from bench.errors import UnusableInput
 
@@ -235,3 +238,27 @@ def test_grey_images_may_have_one_channel(tmp_path: Path) -> None:
     write(tmp_path / "val" / "b" / "1.png", pixels(3))
     with pytest.raises(UnusableInput, match=r"b/1\.png has colours: read the folder as imagefolder:PATH"):
         dataset.read("test", NONE)
+
+
+def test_what_was_trained_and_run_on_a_folder_is_found_however_it_is_written(tmp_path: Path, bench: Any) -> None:
+    for split, count in (("train", 12), ("val", 3)):
+        for seed, name in enumerate(["a", "b"] * count):
+            write(tmp_path / "own/set" / split / name / f"{seed}.png", pixels(seed, (8, 8)))
+            write(tmp_path / "own_set" / split / name / f"{seed}.png", pixels(100 + seed, (8, 8)))
+    tiny = ["--recipe", "digits", "--set", "epochs=1", "--set", "width=2", "--set", "n_val=4"]
+    for path in ("own/set/", "own_set"):  # which had one checkpoint between them
+        assert bench("train", "dense-standard", "--dataset", f"imagefolder:{path}", *tiny)[0] == 0
+    assert len(list((tmp_path / "checkpoints").rglob("dense-standard.safetensors"))) == 2
+    names = set()
+    for path in ("own/set", "./own/set/", tmp_path / "own" / "set", "own_set"):
+        status, out, _ = bench("run", "--dataset", f"imagefolder:{path}", "--suite", "clean", "--json")
+        (result,) = json.loads(out)
+        names.add((status, result["spec"]["dataset"], result["run"]))
+    assert {name[:2] for name in names} == {
+        (0, f"imagefolder:{tmp_path}/own/set"),
+        (0, f"imagefolder:{tmp_path}/own_set"),
+    }
+    assert len(names) == 2
+    assert len(list((tmp_path / "results").rglob("result.json"))) == 2
+    model = load_model("dense-standard", dataset="imagefolder:own/../own/set")
+    assert torch.equal(model.normalize.mean.flatten(), torch.full((3,), 0.5))
