@@ -10,6 +10,9 @@ from bench.spec import Method, ModelInfo, RunSpec
 
 M = TypeVar("M", bound=Method)
 
+#: The file in a run's folder by which a model of the user's own is recognised.
+IDENTITY_FILE = "identity.safetensors"
+
 
 @dataclass(frozen=True)
 class Subject:

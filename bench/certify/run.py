@@ -17,9 +17,10 @@ from bench.certify.report import curve, table
 from bench.datasets.base import input_hash
 from bench.environment import World, environment, git_hash
 from bench.errors import UnusableInput
-from bench.files import write_atomically
-from bench.job import Job
+from bench.files import write_atomically, write_if_changed
+from bench.job import IDENTITY_FILE, Job
 from bench.models.deployed import eval_frozen, full_float32, predict, validate_outputs
+from bench.models.foreign import settings_kept
 from bench.models.parts import set_alpha
 from bench.results.certificates import CERTIFICATE_COLUMNS, CertificateFolder, Certification
 from bench.results.schema import Accuracy
@@ -52,6 +53,8 @@ def certify(
     finished = folder.finished()
     if finished is not None:
         return finished
+    if subject.identity:
+        write_if_changed(folder.path / IDENTITY_FILE, subject.identity)
     model = subject.model.to(device)
     if spec.alpha is not None:
         set_alpha(model, spec.alpha)
@@ -62,13 +65,13 @@ def certify(
         if number not in done:
             started, chosen = time.perf_counter(), slice(start, start + spec.batch_size)
             x, y = data.x[chosen].to(device), data.y[chosen]
-            with eval_frozen(model), full_float32(), torch.no_grad():
+            with settings_kept(), eval_frozen(model), full_float32(), torch.no_grad():
                 if number == 0:
                     validate_outputs(model, x.clone(), num_classes, subject.info)
                 clean = predict(model, x.clone(), False)
                 predicted = torch.where(clean.finite, clean.classes, -1)
-                block = Examples(model, x, y, data.idx[chosen], predicted, num_classes, spec.threat_model, spec.seed)
-                rows = _rows(job.method, block)
+                examples = Examples(model, x, y, data.idx[chosen], predicted, num_classes, spec.threat_model, spec.seed)
+                rows = _rows(job.method, examples)
             side = {"seconds": time.perf_counter() - started, "right": int((predicted == y).sum())}
             folder.write_block(number, rows, side)
             certified[number] = _certified(rows)

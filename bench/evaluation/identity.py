@@ -20,14 +20,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from bench.datasets.base import EvalSet, input_hash
-from bench.job import Subject
+from bench.job import IDENTITY_FILE, Subject
 from bench.models.deployed import eval_frozen, full_float32, validate_outputs
 from bench.models.foreign import Guarded
 from bench.randomness import generator
 from bench.spec import dataset_folder, path_safe
 
 #: The file in a run's folder.
-FILE = "identity.safetensors"
+FILE = IDENTITY_FILE
 #: Images that a model is asked for: so many random ones, and so many of the evaluation set.
 PROBED = 32
 #: How far logits of one model may differ, as a share of the largest one: of float32, or so many of its dtype's ε.

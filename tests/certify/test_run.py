@@ -1,5 +1,6 @@
 """Certifications from end to end: rows, blocks, and the command."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ def made(tmp_path: Path, planted: Any, linear_moe: Any) -> Callable[..., tuple[C
         results: Path = tmp_path / "results",
         on_block: Callable[[int, int, int], None] = lambda *_: None,
         norm: Any = None,
+        identity: bytes = b"",
         **fields: Any,
     ) -> tuple[Certification, pd.DataFrame]:
         data = data or planted.data(12, 3)
@@ -45,6 +47,7 @@ def made(tmp_path: Path, planted: Any, linear_moe: Any) -> Callable[..., tuple[C
             suite_version=certifier.version, n_examples=len(data), **fields,
         )  # fmt: skip
         subject = Subject(model, ModelInfo(name="m", architecture="planted", checkpoint_sha256="c" * 64))
+        subject = dataclasses.replace(subject, identity=identity)
         result = certify(Job(spec, subject, certifier, data, 3), results, on_block=on_block)
         return result, CertificateFolder(run_folder(results, spec, result.run)).rows(result)
 
@@ -117,6 +120,32 @@ def test_modes_and_random_state_are_as_before(made: Any, linear_moe: Any):
         assert model.training
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", CERTIFIERS)
+def test_a_model_that_reaches_outside_itself_changes_nothing_there(method: str, made: Any, planted: Any):
+    class Reaching(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(192, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.set_num_threads(3)
+            torch.set_float32_matmul_precision("medium")
+            return self.linear(x.sub_(0.5).flatten(1))
+
+    data, threads = planted.data(12, 3), torch.get_num_threads()
+    kept = data.x.clone()
+    made(method, Reaching().eval(), data)
+    assert torch.equal(data.x, kept)
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (threads, "highest")
+
+
+def test_the_identity_of_a_model_of_the_users_own_is_kept(made: Any, tmp_path: Path):
+    made("routes", identity=b"what it computes")
+    (path,) = (tmp_path / "results").rglob("identity.safetensors")
+    assert path.read_bytes() == b"what it computes"
+    assert (path.parent / "result.json").is_file()
 
 
 @pytest.mark.parametrize("method", CERTIFIERS)
