@@ -181,6 +181,11 @@ class Guarded(nn.Module):
         return self
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, whose modules are to be looked through, without its guard."""
+    return model.model if isinstance(model, Guarded) else model
+
+
 def switch_mode(model: nn.Module, training: bool) -> None:
     """`model.train(training)`; a module that knows no modes (torch.export) stays as it is."""
     try:

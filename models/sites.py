@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.models.foreign import bare
 from bench.models.parts import is_moe
 
 #: From a gate's scores (m, T, E) to those that the model goes on with.
@@ -48,7 +49,7 @@ def sites(model: nn.Module) -> list[Site]:
     An MoE is any sub-module with `router` and `experts`; K is its `num_selected_experts`, 1 where it does not say.
     """
     found = []
-    for name, module in model.named_modules():
+    for name, module in bare(model).named_modules():
         if is_moe(module):
             owner: Any = module
             count, k = len(owner.experts), int(getattr(owner, "num_selected_experts", 1))

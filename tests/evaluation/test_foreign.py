@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,18 @@ def test_what_a_forward_pass_does_changes_no_verdict_and_is_a_flag(
     assert honest.model_flags == ()
     assert flag in result.model_flags
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("kind", ["moe", "dual"])
+@pytest.mark.parametrize("suite", ["adaptive", "components"])
+def test_attacks_on_routes_see_through_the_guard(kind: str, suite: str, planted: Any, score: Any, tmp_path: Path):
+    settings = {"budget": "small"} if suite == "adaptive" else {"steps": 3}
+    made = {"moe": planted.broken, "dual": lambda: planted.dual(0.5)}[kind]
+    own, rows = score(made(), suite, eps=0.05, settings=settings)
+    result, same = score(made(), suite, eps=0.05, settings=settings, foreign=True, results=tmp_path / "foreign")
+    assert result.flags == own.flags
+    pd.testing.assert_frame_equal(rows, same)
+    assert result.passes == own.passes
 
 
 def test_a_suite_that_works_in_place_spoils_no_data(planted: Any, score: Any):
