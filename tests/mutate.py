@@ -2,13 +2,14 @@
 
     python tests/mutate.py [--jobs 2] [WORD …]
 
-Prints `killed` or `survived` for each mutation, those whose file holds one of the words, or all; exit status 1 if one
-survived. A text that the file does not hold exactly once is an error: the list is then out of date. Not collected by
+Prints for each mutation, of those whose file holds one of the words, which test fails of it, or `survived`; exit status
+1 if one survived. A text that the file does not hold exactly once is an error: the list is then out of date. Not collected by
 pytest, since it takes minutes.
 """
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -310,7 +311,7 @@ MUTATIONS = [
 
 
 def outcome(mutation: Mutation) -> str:
-    """`killed` or `survived`; ValueError where the old text is not in the file exactly once."""
+    """The test that fails, or `survived`; ValueError where the old text is not in the file exactly once."""
     source = ROOT / mutation.file
     if (times := source.read_text(encoding="utf-8").count(mutation.old)) != 1:
         raise ValueError(f"{mutation.file} holds '{mutation.old}' {times} times")
@@ -332,9 +333,10 @@ def outcome(mutation: Mutation) -> str:
             capture_output=True,
             text=True,
         )
-    if done.returncode not in (0, 1):
+    failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode and not failed:
         raise ValueError(f"{mutation.tests}: pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return "killed" if done.returncode else "survived"
+    return f"killed by {failed[1]}" if failed else "survived"
 
 
 def main() -> int:
@@ -347,7 +349,7 @@ def main() -> int:
 
     def told(mutation: Mutation) -> bool:
         found = outcome(mutation)
-        print(f"{found:8}  {mutation.file}: {mutation.old}  →  {mutation.new}", flush=True)
+        print(f"{mutation.file}: {mutation.old}  →  {mutation.new}\n    {found}", flush=True)
         return found == "survived"
 
     with ThreadPoolExecutor(options.jobs) as pool:
