@@ -2,9 +2,9 @@
 
     python tests/mutate.py [--jobs 2] [WORD …]
 
-Prints for each mutation, of those whose file holds one of the words, which test fails of it, or `survived`; exit status
-1 if one survived. A text that the file does not hold exactly once is an error: the list is then out of date. Not collected by
-pytest, since it takes minutes.
+Prints, for each mutation of a file whose path holds one of the words, the test that fails, or `survived`. The exit
+status is 1 if one survived. A text that the file does not hold exactly once is an error: the list is then out of date.
+Not collected by pytest, since it takes minutes.
 """
 
 import argparse
