@@ -58,6 +58,15 @@ def sites(model: nn.Module) -> list[Site]:
     return found
 
 
+def host(site: Site, others: Sequence[Site]) -> tuple[Site, int] | None:
+    """The site that chooses the expert which this one lies in, the innermost one, and that expert's number."""
+    for other in sorted(others, key=lambda one: len(one.name), reverse=True):
+        inside = f"{other.name.removesuffix(other.attribute)}experts."
+        if other is not site and site.name.startswith(inside):
+            return other, int(site.name.removeprefix(inside).partition(".")[0])
+    return None
+
+
 def scores_of(output: Any, images: int, num_experts: int) -> Tensor | None:
     """The scores (m, T, E) in a gate's output: a tensor, or the first that fits in a tuple; None where none does.
 

@@ -25,7 +25,7 @@ def deployed(search: Search, restarts: int, steps: int) -> None:
         which = torch.randint(3, (len(block.y),)).to(block.x.device)
 
         def objective(z: Tensor, rows: Tensor, which: Tensor = which) -> tuple[Tensor, Tensor]:
-            logits, y = search.logits(z), block.y[rows]
+            logits, y = block.model(z), block.y[rows]
             return losses(logits, y).gather(1, which[rows, None])[:, 0], margin(logits, y) > 0
 
         search.climb(objective, search.uniform(), steps, search.rows)
@@ -38,7 +38,7 @@ def averaged(search: Search, neighbours: int, steps: int) -> None:
 
     def objective(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         many = torch.cat([random_start(z, threat, search.noise()[rows]) for _ in range(neighbours)])
-        found = margin(search.logits(many), block.y[rows].repeat(neighbours)).view(neighbours, -1)
+        found = margin(block.model(many), block.y[rows].repeat(neighbours)).view(neighbours, -1)
         return found.mean(0), torch.zeros_like(found[0], dtype=torch.bool)
 
     search.climb(objective, search.uniform(), steps, search.rows)
@@ -72,7 +72,7 @@ def targeted(search: Search, targets: Tensor, steps: int) -> None:
     for column in targets.T:
 
         def objective(z: Tensor, rows: Tensor, column: Tensor = column) -> tuple[Tensor, Tensor]:
-            logits, y = search.logits(z), block.y[rows]
+            logits, y = block.model(z), block.y[rows]
             value = logits.gather(1, column[rows, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
             return value, margin(logits, y) > 0
 

@@ -5,7 +5,7 @@ a dual. Axes: B = examples of the block, m = rows that are attacked, P = paths, 
 K = selected experts of the site with the most, D = pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -21,6 +21,7 @@ from bench.attacks.affine import affine_map, reachable_pairs
 from bench.attacks.gradients import StraightThrough, logarithms, slopes
 from bench.attacks.search import Objective, Search, losses, margin, standardised
 from bench.models import sites as routing
+from bench.models.parts import parts
 from bench.models.sites import Site
 from bench.pgd import ascend_once, project
 
@@ -41,8 +42,6 @@ AIMED, UNIFORM, NEAREST = 0.35, 0.65, 0.85
 COARSE, FINE = 2.0, (1 / 4, 1 / 32)
 #: How far slopes are measured, in ε, in turn; how many Gaussian neighbours are averaged, and how far they lie, in ε.
 DISTANCES, NEIGHBOURS, SPREAD = (1.0, 0.25), 4, 0.125
-#: Draws that a gradient of a model that answers by chance is averaged over.
-EXPECTED = 5
 
 
 @dataclass
@@ -64,8 +63,20 @@ class Paths:
         block, every = self.search.block, routing.sites(self.search.block.model)
         with torch.no_grad():
             _, found, inputs = routing.read(block.model, every, block.x)
+            for site in every:  # an expert that is routed itself may not be asked about every image
+                if site.name not in found and (host := routing.host(site, every)) and host[0].name in found:
+                    with routing.intercepted(host[0], partial(_sent, host[1])):
+                        _, more, seen = routing.read(block.model, [site], block.x)
+                    found, inputs = found | more, inputs | seen
         self.sites = [site for site in every if site.name in found]
         self.notes += [f"{site.name}: its scores cannot be forced" for site in every if site.name not in found]
+        hosts = {site.name: routing.host(site, self.sites) for site in self.sites}
+        #: for a site inside an expert: the number of the site that chooses that expert, and the expert's
+        self._inside = {
+            number: (self.sites.index(host[0]), host[1])
+            for number, site in enumerate(self.sites)
+            if (host := hosts[site.name]) is not None
+        }
         self._scores = {name: logarithms(scores) for name, scores in found.items()}
         #: gates of whole images that see them as they are, so that they can be asked alone
         self._direct = {
@@ -76,8 +87,8 @@ class Paths:
         self._maps = {site.name: self._affine(site) for site in self.sites}
         self._scales = {site.name: self._scale(site) for site in self.sites}
         self._slopes: dict[tuple[str, float], Tensor] = {}
-        self.possible = prod(comb(site.num_experts, site.k) for site in self.sites) if self.sites else 0
         self.choices = self._enumerated().to(block.x.device)
+        self.possible = self._count()
         if len(self.choices) < self.possible:
             self.notes.append(f"{len(self.choices):,} of {self.possible:,} paths attacked")
 
@@ -97,19 +108,40 @@ class Paths:
         return list(islice(combinations(order, site.k), MOST_SETS))
 
     def _enumerated(self) -> Tensor:
-        """The choices of all paths; where they are too many, of those that force one site, then two."""
+        """The choices of all paths; where they are too many, of those that force one site, then two.
+
+        A site inside an expert is free where that expert is not chosen.
+        """
         width = max((site.k for site in self.sites), default=1)
         options = [
             [(*chosen, *chosen[-1:] * (width - site.k)) for chosen in self._options(site)] for site in self.sites
         ]
         if not options:
             return torch.zeros(0, 0, width, dtype=torch.long)
-        if prod(map(len, options)) <= self.limit:
-            return torch.tensor(list(product(*options)))
-        free = [(-1,) * width]
-        some = [free + sets for sets in options]
+        free = (-1,) * width
+        every = [[free, *sets] if number in self._inside else sets for number, sets in enumerate(options)]
+        whole = list(islice((path for path in product(*every) if self._fits(path)), self.limit + 1))
+        if len(whole) <= self.limit:
+            return torch.tensor(whole)
+        some = [[free, *sets] for sets in options]
         forced = (path for count in (1, 2) for path in product(*some) if sum(one[0] >= 0 for one in path) == count)
-        return torch.tensor(list(islice(forced, self.limit)))
+        fitting = (path for path in forced if all(path[n][0] < 0 or i in path[o] for n, (o, i) in self._inside.items()))
+        return torch.tensor(list(islice(fitting, self.limit)))
+
+    def _fits(self, path: Sequence[tuple[int, ...]]) -> bool:
+        """Whether sites inside experts are forced where their expert is chosen, and only there."""
+        return all((path[n][0] >= 0) == (i in path[o]) for n, (o, i) in self._inside.items())
+
+    def _count(self) -> int:
+        """How many paths there are."""
+        if not self.sites:
+            return 0
+        counts = [comb(site.num_experts, site.k) for site in self.sites]
+        for number, (outer, _) in sorted(self._inside.items(), reverse=True):  # inner sites come after their hosts
+            site = self.sites[outer]
+            with_it = comb(site.num_experts - 1, site.k - 1)
+            counts[outer] += with_it * (counts[number] - 1)
+        return prod(count for number, count in enumerate(counts) if number not in self._inside)
 
     def reachable(self) -> Tensor:
         """Which paths (B, P) an image can be led to: of affine gates at least all that are, of others every one."""
@@ -136,32 +168,30 @@ class Paths:
                 weakness[mine, path] = margin(standardised(logits), block.y[mine]).nan_to_num(-1e9).clamp_min(-1e9)
         return weakness.argsort(1, descending=True), can.sum(1).clamp_min(1)
 
-    def gradients(self) -> list[Gradient]:
-        """The gradients that restarts follow in turn: the model's own alone where there is nothing else to be said.
+    def kinds(self) -> list[tuple[Gradient, bool]]:
+        """What restarts do in turn: the gradient that they follow, and whether they begin at other images.
 
-        A gate that is not affine by its structure may have a gradient that is zero or leads astray.
+        The model's own alone where gradients are right. A gate that is not affine by its structure may have a gradient
+        that is zero or leads astray.
         """
-        kinds: list[Gradient] = ["own"]
+        kinds: list[tuple[Gradient, bool]] = [("own", False)]
         if any(found is None for found in self._maps.values()):
-            kinds += ["gates", "slopes"]
+            kinds += [("gates", False), ("slopes", False), ("own", True)]
         if self.blind:
-            kinds += ["through", "neighbours"]
+            kinds += [("through", False), ("neighbours", False)]
         return kinds
 
     @cached_property
     def blind(self) -> bool:
         """Whether gradients do not show what the experts do: some are zero, or functions without one are in the way."""
         block, rows = self.search.block, self.search.rows
-        with StraightThrough() as watched:
-            block.model(block.x[:1].detach().requires_grad_())
-        if watched.hard:
-            return True
-        for path in self.choices:
+        for part in (block.model, *parts(block.model).values()):
             z = block.x[rows].detach().requires_grad_()
+            with torch.enable_grad(), StraightThrough() as watched:
+                part(z[:1])
             with torch.enable_grad():
-                logits, _ = self.on_path(z, path.expand(len(rows), -1, -1))
-            value = margin(logits, block.y[rows]).sum()
-            if not value.requires_grad:
+                value = margin(part(z), block.y[rows]).sum()
+            if watched.hard or not value.requires_grad:
                 return True
             (gradient,) = torch.autograd.grad(value, z)
             if bool((gradient == 0).flatten(1).all(1).any()):
@@ -176,12 +206,25 @@ class Paths:
         A path's lead is the least over its sites, each in median gaps of the site's natural route; above 0 the model
         takes the path by itself, and the logits are its own.
         """
-        leads: list[Tensor] = []
+        if not self._inside:
+            return self._along(z, chosen, gradient, turn)
+        # an expert is not asked about all rows, so that its own site can be forced on rows of one path alone
+        different, which = torch.unique(chosen.flatten(1), dim=0, return_inverse=True)
+        groups = [(which == number).nonzero()[:, 0] for number in range(len(different))]
+        found = [self._along(z[rows], chosen[rows], gradient, turn) for rows in groups]
+        back = torch.cat(groups).argsort()
+        return torch.cat([logits for logits, _ in found])[back], torch.cat([lead for _, lead in found])[back]
+
+    def _along(self, z: Tensor, chosen: Tensor, gradient: Gradient, turn: int) -> tuple[Tensor, Tensor]:
+        """`on_path`, where every site is asked about all rows, or all rows are on one path."""
+        leads: list[Tensor] = [torch.full((len(z),), torch.inf, device=z.device)]
         by_slopes = [site for site in self.sites if gradient == "slopes" and site.name in self._direct]
         lines = {site.name: (z.flatten(1) @ self._slopes_of(site, turn).to(z).T)[:, None] for site in by_slopes}
 
         def change(number: int, scores: Tensor) -> Tensor:
             site = self.sites[number]
+            if len(scores) != len(z):  # some rows of a path that does not lead here
+                return routing.forced(scores, chosen[:1, number].expand(len(scores), -1))
             known = logarithms(scores)
             if (line := lines.get(site.name)) is not None:
                 known = line + (known - line).detach()
@@ -225,9 +268,9 @@ class Paths:
         return start
 
     def others(self, chosen: Tensor) -> Tensor:
-        """For each row the clean image of another that takes its path, chosen (B, N, K), brought into the row's ball.
+        """For each row the clean image of another, brought into the row's ball: (B, C, H, W).
 
-        Of several one by chance; where none does, a uniform point.
+        By chance one of those that take its path, chosen (B, N, K), where there are any, else one of another class.
         """
         block = self.search.block
         alike = torch.ones(len(block.x), len(block.x), dtype=torch.bool, device=block.x.device)
@@ -235,9 +278,14 @@ class Paths:
             scores = self._scores[site.name]
             lead = [routing.gap(scores, one.expand(len(scores), -1)) for one in chosen[:, number]]
             alike &= torch.stack(lead) > 0
+        alike = torch.where(alike.any(1, keepdim=True), alike, block.y[:, None] != block.y)
         draw = torch.rand(alike.shape).to(alike.device).masked_fill(~alike, -1)
-        found = project(block.x[draw.argmax(1)], block.x, block.threat_model)
-        return torch.where(alike.any(1).view(-1, 1, 1, 1), found, self.search.uniform())
+        return project(block.x[draw.argmax(1)], block.x, block.threat_model)
+
+
+def _sent(expert: int, scores: Tensor) -> Tensor:
+    """Scores that send every image to an expert."""
+    return routing.forced(scores, torch.full((len(scores), 1), expert, device=scores.device))
 
 
 def forced_paths(paths: Paths, restarts: int, steps: int) -> None:
@@ -250,31 +298,31 @@ def forced_paths(paths: Paths, restarts: int, steps: int) -> None:
     search, block = paths.search, paths.search.block
     count, device = len(block.y), block.x.device
     order, many = paths.order()
-    kinds = paths.gradients()
+    kinds = paths.kinds()
     if search.rows.numel():
         restarts = max(restarts, len(kinds) * int(many[search.rows].max()))
     for number in range(restarts):
         rows = search.rows
         if not len(rows):
             return
-        kind, turn = kinds[number % len(kinds)], number // len(kinds)
+        (kind, elsewhere), turn = kinds[number % len(kinds)], number // len(kinds)
         path = order.gather(1, (turn % many)[:, None])[:, 0]
         chosen = paths.choices[path]
         which = torch.randint(3, (count,)).to(device)
         ahead, push = (10 ** torch.empty(count).uniform_(*bounds).to(device) for bounds in (AHEAD, PUSH))
         if number % EVERY == EVERY - 1:
             push = torch.full_like(push, ROUTE_FIRST)
-        start, first = _start(paths, chosen, kind, turn, turn < many)
+        draw = torch.rand(count).to(device)
+        draw = torch.ones_like(draw) if elsewhere else torch.where(turn < many, 0, draw)  # at first aimed at the path
+        start, first = _start(paths, chosen, kind, turn, draw)
         objective = _objective(paths, chosen, kind, turn, which, push, ahead)
         search.climb(objective, start, steps, rows, first)
 
 
-def _start(paths: Paths, chosen: Tensor, kind: Gradient, turn: int, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a restart begins (B, C, H, W), and its first step (B,); `new` (B,): the path is met for the first time."""
+def _start(paths: Paths, chosen: Tensor, kind: Gradient, turn: int, draw: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a restart begins (B, C, H, W), and its first step (B,), by a number draw (B,) in [0, 1]."""
     search = paths.search
-    draw = torch.rand(len(new)).to(new.device).masked_fill(new, 0)
-    fine = torch.tensor(FINE)[torch.randint(len(FINE), (len(new),))].to(new.device)
-    first = torch.full_like(fine, COARSE)
+    fine = torch.tensor(FINE)[torch.randint(len(FINE), draw.shape)].to(draw.device)
     start = paths.others(chosen)
     for least, most, points in ((UNIFORM, NEAREST, search.nearest), (AIMED, UNIFORM, search.uniform())):
         here = (draw >= least) & (draw < most)
@@ -282,7 +330,7 @@ def _start(paths: Paths, chosen: Tensor, kind: Gradient, turn: int, new: Tensor)
     here = draw < AIMED
     if bool(here[search.rows].any()):
         start = torch.where(here.view(-1, 1, 1, 1), paths.aimed(chosen, kind, turn), start)
-    return start, torch.where((draw >= UNIFORM) & (draw < NEAREST), fine, first)
+    return start, torch.where((draw >= UNIFORM) & (draw < NEAREST), fine, torch.full_like(fine, COARSE))
 
 
 def _objective(
@@ -299,10 +347,8 @@ def _objective(
 
     def objective(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         if near is None:
-            found = [once(z, rows) for _ in range(1 if search.draws == 1 else EXPECTED)]
-        else:
-            found = [once(z + delta[rows], rows) for delta in near]
-        values, hits = (torch.stack(several) for several in zip(*found, strict=True))
+            return once(z, rows)
+        values, hits = (torch.stack(several) for several in zip(*(once(z + d[rows], rows) for d in near), strict=True))
         return values.mean(0), hits.all(0)
 
     return objective

@@ -22,8 +22,6 @@ LOOK = 5
 #: Auto-PGD's momentum, share of increases and lengths of its intervals (Croce and Hein 2020, section 3).
 MOMENTUM, RHO = 0.75, 0.75
 FIRST, SHORTER, SHORTEST = 0.22, 0.03, 0.06
-#: How often a model that answers by chance is asked about a point; it is wrong where most of its answers are.
-DRAWS = 10
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -72,13 +70,10 @@ class Search:
     block: Block
     unbroken: Tensor = field(init=False)
     x_adv: Tensor = field(init=False)
-    draws: int = field(init=False)
 
     def __post_init__(self) -> None:
         block = self.block
         self.unbroken, self.x_adv = block.correct.clone(), block.x.clone()
-        with torch.no_grad():  # a model that answers by chance differs from itself
-            self.draws = 1 if torch.equal(block.model(block.x), block.model(block.x)) else DRAWS
         self.nearest = block.x.clone()
         self.best = torch.full(block.y.shape, -torch.inf, device=block.x.device)
 
@@ -95,22 +90,10 @@ class Search:
         """A random point of the ball around each image of the block, in the box: (B, C, H, W)."""
         return random_start(self.block.x, self.block.threat_model, self.noise())
 
-    def logits(self, z: Tensor) -> Tensor:
-        """The deployed model's logits (m, C); of one that answers by chance their mean."""
-        if self.draws == 1:
-            return self.block.model(z)
-        return torch.stack([self.block.model(z) for _ in range(self.draws)]).mean(0)
-
-    def _margin(self, z: Tensor, rows: Tensor) -> Tensor:
-        """The deployed model's standardised margin (m,); of one that answers by chance, the middle one's."""
-        y = self.block.y[rows]
-        asked = [margin(standardised(self.block.model(z)), y) for _ in range(self.draws)]
-        return torch.stack(asked).median(0).values
-
     @torch.no_grad()
     def test(self, z: Tensor, rows: Tensor) -> Tensor:
         """Keep the iterates z (m, C, H, W) and note which the deployed model gets wrong; those it gets right, (m,)."""
-        found = self._margin(z, rows).nan_to_num(-torch.inf)
+        found = margin(standardised(self.block.model(z)), self.block.y[rows]).nan_to_num(-torch.inf)
         wrong = found > 0
         self.x_adv[rows] = z.detach()
         self.unbroken[rows[wrong]] = False
@@ -118,14 +101,14 @@ class Search:
         self.best[rows[nearer]], self.nearest[rows[nearer]] = found[nearer], z.detach()[nearer]
         return ~wrong
 
+    @torch.no_grad()
     def confirm(self, rows: Tensor) -> None:
         """Ask the deployed model of all rows (m,) at once, as they are handed on: what it then gets right is unbroken.
 
         Iterates are judged in batches that shrink, and a model may round otherwise in each. What is not confirmed is
         left to the next attack.
         """
-        with torch.no_grad():
-            self.unbroken[rows] = self._margin(self.x_adv[rows], rows) <= 0
+        self.unbroken[rows] = self.block.model(self.x_adv[rows]).argmax(1) == self.block.y[rows]
 
     def climb(self, objective: Objective, start: Tensor, steps: int, rows: Tensor, first: Tensor | float = 2.0) -> None:
         """Auto-PGD (Croce and Hein 2020, algorithm 1) from start (B, C, H, W); a row leaves once it is broken.

@@ -75,8 +75,8 @@ def test_every_path_of_a_router_that_is_not_affine_may_be_reached(linear_moe: An
     model = MoE(linear_moe(SAME, ROUTER).experts, Squared(), 1, "argmax")
     found = paths(model, X)
     assert found.reachable().all()
-    assert found.gradients() == ["own", "gates", "slopes"]
-    assert paths(linear_moe(SAME, ROUTER, 1, "argmax"), X).gradients() == ["own"]
+    assert [kind for kind, _ in found.kinds()] == ["own", "gates", "slopes", "own"]
+    assert paths(linear_moe(SAME, ROUTER, 1, "argmax"), X).kinds() == [("own", False)]
 
 
 def test_the_weakest_path_comes_first(linear_moe: Any):
@@ -148,7 +148,7 @@ class Stepped(nn.Module):
 
 def test_experts_without_a_gradient_are_seen_as_such(linear_moe: Any):
     blind = MoE([Stepped(), Stepped()], linear_moe(SAME, ROUTER[:2]).router, 1, "argmax")
-    assert paths(blind, X).gradients() == ["own", "through", "neighbours"]
+    assert [kind for kind, _ in paths(blind, X).kinds()] == ["own", "through", "neighbours"]
     # a flat expert has a zero gradient on its path
     assert paths(linear_moe([SAME[0], [[0.0, 0], [0, 0]]], ROUTER[:2], 1, "argmax"), X).blind
 

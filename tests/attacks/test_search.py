@@ -9,7 +9,7 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
 from bench.attacks.block import Block, PassCounter
-from bench.attacks.search import DRAWS, Search, dlr, losses, margin, standardised
+from bench.attacks.search import Search, dlr, losses, margin, standardised
 from bench.spec import ThreatModel
 
 
@@ -182,24 +182,3 @@ def test_iterates_are_those_of_pyautoattack(norm: Any, same: int):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-6, msg=f"iterate {number}")
     logits = network(x)
     torch.testing.assert_close(dlr(logits, y), attack.dlr_loss(logits, y))
-
-
-# --- chance -----------------------------------------------------------------------------------------------------------
-
-
-class Noisy(Threshold):
-    """Its pixel is read with noise of ±0.2: wrong in half of all answers at ½, and in a quarter at 0.6."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + 0.4 * torch.rand(x.shape) - 0.2)
-
-
-def test_a_model_that_answers_by_chance_is_wrong_where_most_of_its_answers_are():
-    torch.manual_seed(0)
-    s = search([0.62] * 40, eps=0.05, model=Noisy())
-    s.unbroken[:] = True
-    assert s.draws == DRAWS
-    s.climb(down, s.block.x, 10, s.rows)
-    # at 0.57 each answer is wrong with probability 0.325: the middle of ten seldom is, though single ones often are
-    assert s.unbroken.float().mean() > 0.7
-    assert search([0.9]).draws == 1

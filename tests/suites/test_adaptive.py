@@ -211,10 +211,9 @@ def test_its_cost_counts_what_goes_through_the_parts(linear_moe: Any, score: Any
     # Auto-PGD from one start: the deployed model at the start and at every fifth step, the objective before each step
     # and after the last; and once the deployed model about what the attack ends with
     climb, confirm = 1 + 11 + 2, 1
-    # both paths on the clean image for their order and for their gradients, and the steps of a model that is asked
-    # twice whether it answers by chance, once for its sites and once for functions without a gradient; an aimed start,
-    # whose gradient is the router's alone
-    assert passes["paths"] == (2 * (climb + 1) + confirm + 2 + 2 + 4, 2 * 11 + 2)
+    # both paths on the clean image for their order, and an aimed start each, whose gradient is the router's alone; the
+    # model once for its sites; and it and both experts twice for functions without a gradient
+    assert passes["paths"] == (2 * (climb + 1) + confirm + 2 + 1 + 6, 2 * 11 + 3)
     assert passes["deployed"] == (climb + confirm, 11)
     assert passes["targeted"] == (climb + confirm + 1, 11 + 1)
     assert passes["averaged"] == (1 + 3 * 11 + 2 + confirm, 3 * 11)
