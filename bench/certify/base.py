@@ -38,7 +38,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Claim:
-    """What one method says of a block at one ε: arrays (B,), as in `bench.results.certificates.CERTIFICATE_COLUMNS`."""
+    """What one method claims of a block at one ε: arrays (B,), as `bench.results.certificates` names them."""
 
     method: str
     eps: float
@@ -61,7 +61,7 @@ class Claim:
         predicted: Tensor | None = None,
         reason: str = "",
     ) -> "Claim":
-        """Certified or not (B,), of the block's own ε and F's class where nothing else is said."""
+        """Certified or not (B,), at the block's own ε and for F's class unless given otherwise."""
         correct = block.predicted == block.y
         return cls(
             method,

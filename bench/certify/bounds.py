@@ -21,7 +21,7 @@ from bench.models.moe import MoE
 from bench.models.parts import is_dual, is_moe, routed_branches
 from bench.spec import ThreatModel
 
-#: Where the constants of the paper's formula come from, as its rows say it.
+#: Where the constants of the paper's formula come from: the `reason` of its rows.
 _CONSTANTS = (
     "no certificate: equation 8 of the soft reading, a = softmax(r); s and L_i = ¼ max Lip(z_ia − z_ib) are from bounds"
     " of the router's and the experts' derivatives over this ball, and the competitor's constant is missing"
@@ -29,7 +29,7 @@ _CONSTANTS = (
 
 
 class NotApplicable(Exception):
-    """A model that the method says nothing about; the message says which."""
+    """A model that the method has no certificate for; the message names it."""
 
 
 @dataclass(frozen=True)

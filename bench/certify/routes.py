@@ -190,7 +190,7 @@ class Routes(Certifier):
 def _assumed(block: Examples, moe: Any, top: Tensor) -> str:
     """What is taken for granted of classes that are not ours, `top` (B,) being the router's choice; "" of our own.
 
-    NotSupported where an MoE's own trace of these images says otherwise, or there is none.
+    NotSupported where an MoE's own trace of these images disagrees, or there is none.
     """
     found = []
     if moe is not block.model:
@@ -206,7 +206,7 @@ def _assumed(block: Examples, moe: Any, top: Tensor) -> str:
     else:
         name = type(moe).__name__
         if not callable(getattr(moe, "trace", None)):
-            raise NotSupported(f"{name}, which has no `trace` that says how it routes")
+            raise NotSupported(f"{name}, which has no `trace` that shows how it routes")
         if not _agrees(moe, block, top):
             raise NotSupported(f"{name}, which does not route to the highest score")
         found.append(f"{name} is assumed to route to the highest score everywhere, as it does here")
@@ -214,5 +214,5 @@ def _assumed(block: Examples, moe: Any, top: Tensor) -> str:
 
 
 def _agrees(model: Any, block: Examples, top: Tensor) -> bool:
-    """Whether the model's trace of the block's images says `top` (B,)."""
+    """Whether the model's trace of the block's images selects `top` (B,) first."""
     return bool((model.trace(block.x.clone())[1].selected_experts[:, 0].cpu() == top).all())

@@ -147,7 +147,7 @@ def test_the_linear_program_says_the_same_of_any_multiple_of_a_router(scale: flo
 
 def test_a_solver_without_a_proof_is_not_believed(linear_moe: Any, monkeypatch: pytest.MonkeyPatch):
     moe = linear_moe([[[1.0, 0.0], [0.0, 1.0]]] * 2, [[1, 0], [0, 1]], 1, "argmax")
-    asked = block(moe, torch.tensor([[0.6, 0.4]]).view(1, 1, 1, 2), 0.05)
+    asked = examples(moe, torch.tensor([[0.6, 0.4]]).view(1, 1, 1, 2), 0.05)
     weight, bias = affine_map(moe.router, asked.x.shape[1:])
     every, none = torch.ones(1, 2, dtype=torch.bool), SimpleNamespace(status=0, fun=9.0)
     assert reachable_exactly(weight, bias, asked.x.double().flatten(1), 0.05, every).tolist() == [[True, False]]
@@ -200,7 +200,7 @@ def test_the_deployed_router_keeps_the_route_up_to_the_radius_and_leaves_it_beyo
             assert (router(moved).argmax(1) != top).all()
 
 
-def block(model: nn.Module, x: Tensor, eps: float, norm: Any = "Linf") -> Examples:
+def examples(model: nn.Module, x: Tensor, eps: float, norm: Any = "Linf") -> Examples:
     y = model(x).argmax(1)
     return Examples(model, x, y, torch.arange(len(x)), y, 2, ThreatModel(norm=norm, eps=eps), 0)
 
@@ -209,7 +209,7 @@ def test_claims_by_hand(linear_moe: Any):
     # scores (a, b) of two pixels (0.6, 0.4): the boundary is 0.1 away in Linf, √0.02 in L2
     moe = linear_moe([[[1.0, 0.0], [0.0, 1.0]]] * 2, [[1, 0], [0, 1]], 1, "argmax")
     x = torch.tensor([[0.6, 0.4]]).view(1, 1, 1, 2)
-    claims = {(c.method, c.eps): c for c in Routes(exact=True).certify(block(moe, x, 0.16))}
+    claims = {(c.method, c.eps): c for c in Routes(exact=True).certify(examples(moe, x, 0.16))}
     assert set(claims) == {(m, e) for m in ("routes", "routes-ball") for e in (0.01, 0.02, 0.04, 0.08, 0.16)} | {
         ("routes-lp", 0.16)
     }
@@ -220,18 +220,18 @@ def test_claims_by_hand(linear_moe: Any):
         if method != "routes-lp":
             assert claim.radius[0] == pytest.approx(0.1, abs=1e-4)
             assert claim.radius[0] < 0.1
-    assert Routes().certify(block(moe, x, 0.1, "L2"))[0].radius[0] == pytest.approx(0.02**0.5, abs=1e-4)
+    assert Routes().certify(examples(moe, x, 0.1, "L2"))[0].radius[0] == pytest.approx(0.02**0.5, abs=1e-4)
     dual = DualModel(moe, moe)
-    assert Routes().certify(block(dual, x, 0.16))[0].radius[0] == pytest.approx(0.1, abs=1e-4)
+    assert Routes().certify(examples(dual, x, 0.16))[0].radius[0] == pytest.approx(0.1, abs=1e-4)
 
 
 def test_what_has_no_affine_router_is_said(linear_moe: Any, linear_net: Any):
     x = torch.rand(2, 1, 8, 8)
-    (alone,) = Routes().certify(block(linear_net([[1.0] * 64] * 2), x, 0.1))
+    (alone,) = Routes().certify(examples(linear_net([[1.0] * 64] * 2), x, 0.1))
     assert (alone.status.tolist(), alone.reason) == (["not_applicable"] * 2, "no router to be seen, or one expert")
     moe = linear_moe([[[1.0] * 64] * 2] * 2, [[1.0] * 64] * 2, 1, "argmax")
     moe.router = ConvRouter((1, 8, 8), 2, (0.5,), (0.5,))
-    (conv,) = Routes().certify(block(moe, x, 0.1))
+    (conv,) = Routes().certify(examples(moe, x, 0.1))
     assert (conv.status.tolist(), conv.reason) == (["not_supported"] * 2, "ConvRouter, which is not affine")
     moe.router = nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.GELU())
     with pytest.raises(NotSupported, match="GELU"):
@@ -288,13 +288,13 @@ def test_of_a_foreign_class_its_trace_has_to_agree_and_the_rest_is_said(linear_m
         (OtherDual(moe, moe), "certified", "OtherDual is assumed to give R the image as it is"),
         (Elsewhere(moe, moe), "not_supported", "Elsewhere, which does not route as its R does"),
         (Foreign(moe, -1), "not_supported", "Foreign, which does not route to the highest score"),
-        (Silent(moe), "not_supported", "Silent, which has no `trace` that says how it routes"),
+        (Silent(moe), "not_supported", "Silent, which has no `trace` that shows how it routes"),
         (three, "not_supported", "a router that gives 2 scores for 3 experts"),
         (hooked, "not_supported", "MoE with hooks"),
         (hooked_dual, "not_supported", "DualModel with hooks"),
     ):
         with torch.no_grad():
-            claims = Routes().certify(block(model, x, 0.05))
+            claims = Routes().certify(examples(model, x, 0.05))
         assert {(claim.status[0], claim.reason) for claim in claims} == {(status, reason)}
 
 

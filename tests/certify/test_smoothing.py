@@ -28,10 +28,10 @@ def certify(model: nn.Module, x: Tensor, seed: int = 0, y: Tensor | None = None,
     smoothing = Smoothing(**{"n": 2000, **fields})
     with torch.no_grad():
         predicted = model(x).argmax(1)
-        block = Examples(
+        examples = Examples(
             model, x, predicted if y is None else y, torch.arange(len(x)), predicted, 2, smoothing.own_threat, seed
         )
-        return {claim.method: claim for claim in smoothing.certify(block)}
+        return {claim.method: claim for claim in smoothing.certify(examples)}
 
 
 def line(linear_net: Any, distance: float) -> tuple[nn.Module, Tensor]:
