@@ -164,6 +164,27 @@ class ByOthers(nn.Module):
         return torch.cat([honest, 4 * (second[:, None] > self.asked).float() - 2], 1)
 
 
+class ByClass(nn.Module):
+    """Sends odd classes to its second expert and even ones to its first, in the whole ball."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        loud = (x - 0.5).flatten(1) @ LOUD.T
+        odd = loud[:, 1::2].amax(1) - loud[:, ::2].amax(1)
+        return torch.stack([-odd, odd], 1)
+
+
+class Decoy(nn.Module):
+    """Two classes beside the true one: a decoy that stays just behind it, and one that overtakes it in the ball.
+
+    The margin and DLR see the decoy alone until then, and under cross-entropy the other class has no weight.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ((x - 0.5).flatten(1) @ LOUD.T).argmax(1)
+        true, third, second = (nn.functional.one_hot((y + k) % CLASSES, CLASSES).to(x) for k in (0, 2, 1))
+        return 300 * true + 299 * third + 150 * second * ((x - 0.5).flatten(1) @ QUIET.T)
+
+
 def _towards(x: Tensor, y: Tensor, routes: int) -> Tensor:
     """The corner of the ball that takes the first `routes` routes and ends the quiet margin."""
     own, other = QUIET[y], QUIET[(y + 1) % CLASSES]
@@ -261,6 +282,33 @@ def _by_others(gate: Gate, honest: bool) -> nn.Module:
     return MoE([Ranked(0), Ranked(0), Ranked(1)], ByOthers(CLOSED if honest else 3.0), 1, gate)
 
 
+def _pair_of_sixteen(gate: Gate, honest: bool) -> nn.Module:
+    # 120 pairs, and the two experts that the router likes least; both ask for the same lead.
+    linear = nn.Linear(64, 16)
+    with torch.no_grad():
+        linear.weight[:14] = 0.02 * CODES[6:20]
+        linear.weight[14:] = 0.3 * (ROUTES[0] + 0.15 * CODES[40:42])
+        asked = torch.tensor([0.3 * 2.0, 0.3 * (1.5 * CLOSED if honest else 2.0)])
+        linear.bias.copy_(torch.cat([-0.01 * torch.arange(14), -asked]) - linear.weight.sum(1) / 2)
+    experts = [*(Loud(10.0 + i) for i in range(14)), Quiet(), Quiet()]
+    return MoE(experts, nn.Sequential(nn.Flatten(), linear), 2, gate)
+
+
+def _one_hot_scores(gate: Gate, honest: bool) -> nn.Module:
+    router = Mapped(Router(2, CLOSED if honest else 2.0), lambda z: nn.functional.one_hot(z.argmax(1), 3).to(z))
+    return MoE([Loud(), Loud(5), Quiet()], Turned(router), 1, gate)
+
+
+def _decoy(gate: Gate, honest: bool) -> nn.Module:
+    return MoE([Loud(), Loud(5), Decoy()], Router(2, CLOSED if honest else 2.0), 1, gate)
+
+
+def _routed_experts(gate: Gate, honest: bool) -> nn.Module:
+    # Every image reaches one of the two inner routers.
+    inner = [MoE([Loud(), Loud(5), Quiet()], Router(2, CLOSED if honest else 1.4), 1, gate) for _ in range(2)]
+    return MoE(inner, ByClass(), 1, gate)
+
+
 #: The kinds by name; each exists under both gates.
 VICTIMS = {
     "a pair of experts": Victim(_pair, routes=2),
@@ -273,4 +321,8 @@ VICTIMS = {
     "an expert that is routed": Victim(_nested, routes=2),
     "gate noise": Victim(_noisy),
     "a region towards other images": Victim(_by_others, towards=_towards_another),
+    "a pair of sixteen experts": Victim(_pair_of_sixteen),
+    "one-hot scores": Victim(_one_hot_scores, towards=_turned),
+    "a decoy class": Victim(_decoy),
+    "experts that are routed, by class": Victim(_routed_experts),
 }
