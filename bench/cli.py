@@ -71,6 +71,13 @@ class Listing(StrEnum):
     recipes = "recipes"
 
 
+class Shown(StrEnum):
+    """What `bench show` shows."""
+
+    suite = "suite"
+    objective = "objective"
+
+
 class CertifyMethod(StrEnum):
     """How `bench certify` certifies."""
 
@@ -94,12 +101,23 @@ def split(values: Sequence[str] | None) -> tuple[str, ...]:
     return parts
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from bench import __version__
+
+        print(f"bench {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def load_plugins(
     plugins: Annotated[
         list[str] | None,
         typer.Option("--plugin", metavar="MODULE", help="a module that registers suites, data sets …; may be repeated"),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     """Tells whether a Mixture-of-Experts image classifier is really robust."""
     for module in plugins or ():
@@ -109,34 +127,50 @@ def load_plugins(
 
 
 @app.command("list")
-def list_(what: Listing, as_json: JsonOption = False) -> None:
+def list_(
+    what: Listing,
+    as_json: JsonOption = False,
+    long: Annotated[bool, typer.Option("--long", help="what each is, in a sentence")] = False,
+) -> None:
     """List what there is, by name."""
     with redirect_stdout(sys.stderr):
-        names = _names(what)
-    print(json.dumps(names) if as_json else "\n".join(names))
+        from bench.catalogue import names, sentence
+
+        found = names(what)
+        sentences = [sentence(what, name) for name in found] if long else []
+    if as_json:
+        print(json.dumps(dict(zip(found, sentences, strict=True)) if long else found, ensure_ascii=False))
+    elif long:
+        width = max(map(len, found), default=0)
+        print("\n".join(f"{name:<{width}}  {text}" for name, text in zip(found, sentences, strict=True)))
+    else:
+        print("\n".join(found))
 
 
-def _names(what: Listing) -> list[str]:
-    if what is Listing.variants:
-        from bench.models.variants import VARIANTS
+@app.command()
+def show(
+    what: Shown,
+    name: Annotated[str, typer.Argument(help="such as adaptive; `bench list suites` shows all")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a suite or an objective is, and its parameters: type, default and meaning."""
+    with redirect_stdout(sys.stderr):
+        from tabulate import tabulate
 
-        return list(VARIANTS)
-    if what is Listing.suites:
-        from bench.suites.base import SUITES
-        from bench.suites.torchattacks import NAMES
+        from bench.catalogue import details
 
-        return [name for name in SUITES if name != "torchattacks"] + [f"torchattacks:{name}" for name in NAMES]
-    if what is Listing.datasets:
-        from bench.datasets.base import DATASETS
-
-        return [f"{name}:{kind.argument}" if kind.argument else name for name, kind in DATASETS.items()]
-    if what is Listing.objectives:
-        from bench.training.objectives.base import OBJECTIVES
-
-        return list(OBJECTIVES)
-    from bench.training.recipes import recipes
-
-    return recipes()
+        found = details(what, name)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+        return
+    parameters = found.pop("parameters")
+    for key, value in found.items():
+        print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+    print(
+        "\n" + tabulate(parameters, headers="keys", disable_numparse=True, missingval="none")
+        if parameters
+        else "\nno parameters"
+    )
 
 
 @app.command()

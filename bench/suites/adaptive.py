@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
+from pydantic import Field
+
 from bench.attacks.adaptive import BudgetName, run
 from bench.attacks.block import Attempt, Block
 from bench.attacks.search import Search
@@ -22,7 +24,7 @@ class Adaptive(Suite):
     version: ClassVar[int] = 3
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
 
-    budget: BudgetName = "standard"
+    budget: BudgetName = Field(default="standard", description="how much of each attack; small earns no rank")
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         if not parts(block.model) and not sites(block.model):

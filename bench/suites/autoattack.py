@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 from pyautoattack import AutoAttack, checks
+from pydantic import Field
 from torch import Tensor
 
 from bench.attacks.block import Attempt, Block
@@ -109,7 +110,10 @@ class AutoAttackSuite(Suite):
 
     version: ClassVar[int] = 2
 
-    engine: Literal["fast", "reference"] = "fast"
+    engine: Literal["fast", "reference"] = Field(
+        default="fast",
+        description="fast: on a prepared copy, from which broken rows leave; reference: pyautoattack as it is",
+    )
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         attack, recorder = standard(block), _Recorder(block)

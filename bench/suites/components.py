@@ -37,8 +37,8 @@ class Components(Suite):
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
     every: ClassVar[bool] = True
 
-    steps: int = Field(default=50, gt=0)
-    step_size: float | None = Field(default=None, gt=0)
+    steps: int = Field(default=50, gt=0, description="gradient steps of each PGD")
+    step_size: float | None = Field(default=None, gt=0, description="in pixels of [0, 1]; None: ε/4")
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         model, every = block.model, torch.arange(len(block.y), device=block.y.device)

@@ -17,8 +17,8 @@ class PGD(Suite):
 
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
 
-    steps: int = Field(default=50, gt=0)
-    step_size: float | None = Field(default=None, gt=0)
+    steps: int = Field(default=50, gt=0, description="gradient steps")
+    step_size: float | None = Field(default=None, gt=0, description="in pixels of [0, 1]; None: ε/4")
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         eps, rows = block.threat_model.eps, block.rows

@@ -28,6 +28,14 @@ EFFORT = (
 NAMES = sorted(set(torchattacks.__all__) - set(torchattacks.__wrapper__))
 
 
+def about(name: str) -> tuple[str, dict[str, Any]]:
+    """The library's own words on an attack, and the defaults of what `--set` takes for it."""
+    signature = _signature(name)
+    return getattr(torchattacks, name).__doc__ or "", {
+        key: signature[key].default for key in TorchAttacks.parameters(name)
+    }
+
+
 def _signature(name: str | None) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(torchattacks, name or "").__init__).parameters
 

@@ -1,0 +1,64 @@
+"""What there is, and what is shown of it: everything that is listed has a sentence, everything shown its parameters."""
+
+import json
+from typing import Any
+
+import pytest
+
+from bench import __version__
+from bench.catalogue import details, names, sentence
+from bench.errors import UnusableInput
+
+
+@pytest.mark.parametrize("what", ["variants", "suites", "datasets", "objectives", "recipes"])
+def test_everything_has_a_sentence(what: str):
+    for name in names(what):
+        text = sentence(what, name)
+        assert text == " ".join(text.split())
+        assert 3 < len(text) < 300, name
+
+
+def test_parameters_have_type_default_and_meaning():
+    found = details("suite", "pgd")
+    assert found["norms"] == ["Linf", "L2"]
+    assert found["parameters"] == [
+        {"name": "steps", "type": "int", "default": 50, "meaning": "gradient steps"},
+        {"name": "step_size", "type": "float | none", "default": None, "meaning": "in pixels of [0, 1]; None: ε/4"},
+    ]
+    by_name = {parameter["name"]: parameter for parameter in details("suite", "torchattacks:PGD")["parameters"]}
+    assert list(by_name) == ["alpha", "steps", "random_start"]  # what the harness fills in is not there
+    assert (by_name["steps"]["type"], by_name["steps"]["default"]) == ("int", 10)
+    (engine,) = details("suite", "autoattack")["parameters"]
+    assert engine["type"] == "fast | reference"
+
+
+@pytest.mark.parametrize("what", ["suite", "objective"])
+def test_whatever_is_listed_can_be_shown(what: str):
+    for name in names(f"{what}s"):
+        assert json.dumps(details(what, name)), name
+
+
+def test_what_is_not_there_is_answered_with_the_nearest():
+    with pytest.raises(UnusableInput, match="unknown suite 'pdg': did you mean 'pgd'"):
+        details("suite", "pdg")
+    with pytest.raises(UnusableInput, match="unknown attack 'torchattacks:FGMS': did you mean 'FGSM'"):
+        details("suite", "torchattacks:FGMS")
+    with pytest.raises(UnusableInput, match="unknown objective 'tradez': did you mean 'trades'"):
+        details("objective", "tradez")
+
+
+def test_commands_print_them(bench: Any):
+    status, out, err = bench("show", "suite", "adaptive")
+    assert (status, err) == (0, "")
+    assert out.startswith("name: adaptive\nwhat: ")
+    assert "budget  small | standard | large  standard" in out
+    assert bench("show", "suite", "clean")[1].endswith("\nno parameters\n")
+    shown = json.loads(bench("show", "suite", "pgd", "--json")[1])
+    assert shown["parameters"][0]["name"] == "steps"
+    _, out, _ = bench("list", "objectives", "--long")
+    assert [line.split()[0] for line in out.splitlines()] == names("objectives")
+    assert list(json.loads(bench("list", "suites", "--long", "--json")[1])) == names("suites")
+
+
+def test_the_version_is_told(bench: Any):
+    assert bench("--version") == (0, f"bench {__version__}\n", "")
