@@ -308,7 +308,7 @@ class _Queue(NamedTuple):
 def _work_off(plan: "Plan[Any]", score: Callable[[Any, "RunProgress"], Any], counted: str) -> _Queue:
     """Score the models one after the other, one in memory at a time.
 
-    One that cannot be scored is told, and the next has its turn. `counted`: what a bar counts in the finished blocks.
+    One that cannot be scored is reported, and the next follows. `counted`: what a bar counts in the finished blocks.
     """
     from bench.progress import RunProgress
 

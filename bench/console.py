@@ -1,4 +1,4 @@
-"""What a person is told: one channel, on standard error, in the order in which it is said.
+"""Messages to a person: one channel, on standard error, in order.
 
 Standard output holds results alone. Lines of the logger `bench` come here too.
 """
@@ -13,7 +13,7 @@ _quiet = False
 
 
 def say(message: str) -> None:
-    """One line that is always said: an error, or where a result lies."""
+    """One line that is always printed: an error, or where a result lies."""
     line = " ".join(part.strip() for part in message.splitlines())
     if _write is not None:
         _write(line)
@@ -60,7 +60,7 @@ class _Handler(logging.Handler):
 
 
 def set_up(quiet: bool = False) -> None:
-    """Takes the channel into use: for each command anew, as `--quiet` is each command's."""
+    """Prepares the channel for one command; `--quiet` holds for that command alone."""
     global _quiet
     _quiet = quiet
     logger = logging.getLogger("bench")

@@ -49,9 +49,9 @@ def environment(device: str, threads: int) -> dict[str, str]:
 
 
 class World(NamedTuple):
-    """Which of several processes this is, as torchrun says it; one alone where it was not started by torchrun.
+    """Which of several processes this is, by torchrun's variables; one alone where these are not set.
 
-    What a batch system such as Slurm says of itself is not looked at: `srun torchrun …` is how it starts several.
+    The variables of a batch system such as Slurm are not read: with `srun torchrun …` it starts several.
     """
 
     rank: int

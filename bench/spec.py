@@ -86,7 +86,7 @@ S = TypeVar("S", bound=Spec)
 def build(kind: type[S], what: str, values: Mapping[str, Any]) -> S:
     """`kind(**values)`, with pydantic's complaint turned into one line of UnusableInput.
 
-    An unknown key is answered with the nearest field of `kind`; `what` says in the message what was being read.
+    An unknown key is answered with the nearest field of `kind`; `what` names in the message what was being read.
     """
     for key in values:
         if key not in kind.model_fields:

@@ -85,7 +85,7 @@ class _Randomness:
 class Guarded(nn.Module):
     """A foreign model as the harness asks it: images (B, c, H, W) in, float32 logits (B, C) out.
 
-    Each call gets a copy of the images. The model draws from random numbers of its own, which `reseed` starts anew, so
+    Each call gets a copy of the images. The model has random number generators of its own, which `reseed` seeds, so
     that neither its draws nor a `torch.manual_seed` in its forward pass touch those of an attack. Settings of torch are
     as before afterwards. What it did of all this is in `seen`, in words. Its attributes (router, experts, α …) are
     reached through the guard; hooks on the modules inside work as they do without it.
@@ -107,7 +107,7 @@ class Guarded(nn.Module):
         self.reseed(0)
 
     def reseed(self, seed: int) -> None:
-        """Start the model's own random numbers anew."""
+        """Seed the model's own random number generators."""
         self._seed, self._states = seed, _Randomness.of(seed)
 
     def forward(self, x: Tensor) -> Tensor:

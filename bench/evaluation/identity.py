@@ -3,7 +3,7 @@
 Neither alone is enough: a factory may read a threshold from the environment, or a helper may have been edited, and the
 weights are the same; and few images may not tell two models apart whose weights differ. What a model computes is
 compared with a tolerance, since the last bits of a sum depend on the device and the number of threads; its source text
-is not, since it says nothing of what is called.
+is not compared: it does not show what is called.
 """
 
 import hashlib

@@ -92,7 +92,7 @@ def replay(
                     why = "not finite, or outside the ball or the box" if alone.error else "classified correctly"
                     failures.append((int(witnesses.idx[one]), witnesses.attack[one], why))
     missing = sorted(broken - set(zip(witnesses.idx.tolist(), witnesses.attack, strict=True)))
-    failures += [(idx, attack, f"broken, says the run, but not in {FILE}") for idx, attack in missing]
+    failures += [(idx, attack, f"broken according to the run, but not in {FILE}") for idx, attack in missing]
     return Replay(run, len(rows) + len(missing), tuple(failures))
 
 

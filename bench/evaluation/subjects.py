@@ -57,7 +57,7 @@ def load_subject(word: str, dataset: Dataset, threat_model: ThreatModel, folders
     places = [(norm, folder) for norm in _norms(dataset, threat_model) for folder in folders]
     there = [norm for norm, folder in places if checkpoint_path(folder, dataset.name, norm, word).is_file()]
     if not there:
-        get_variant(re.sub(r"-s[0-9]+$", "", word))  # a name that is no variant's is told so, with the nearest
+        get_variant(re.sub(r"-s[0-9]+$", "", word))  # refuses a name that is no variant's, with the nearest
     norm = there[0] if there else threat_model.norm
     return _from_checkpoint(find_checkpoint(word, dataset.name, norm, list(folders)), dataset, threat_model)
 

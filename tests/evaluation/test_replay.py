@@ -187,7 +187,7 @@ def test_a_broken_example_without_its_witness_fails_and_is_named(bench: Any, mad
     lost = Witnesses.read(folder / FILE).idx[0]
     change(folder, lambda found: found.of(found.idx != lost))
     status, out, _ = bench("replay", str(folder))
-    assert (status, out.splitlines()[0]) == (1, f"example {lost}, pgd: broken, says the run, but not in {FILE}")
+    assert (status, out.splitlines()[0]) == (1, f"example {lost}, pgd: broken according to the run, but not in {FILE}")
     assert out.endswith(f": {count - 1} of {count} adversarial examples verified\n")
 
 
