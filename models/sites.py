@@ -182,7 +182,9 @@ def gap(scores: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen[:, :1] < 0, torch.inf, lead).amin(1)
 
 
-def read(model: nn.Module, found: Sequence[Site], x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def read(
+    model: Callable[[Tensor], Tensor], found: Sequence[Site], x: Tensor
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The model's logits for x (m, …), and of each site the scores (m, T, E) and the gate's input.
 
     A site whose gate the model does not call once in a way that can be seen has no entry.

@@ -36,8 +36,8 @@ class Budget:
 
     A restart of Auto-PGD costs 1.2 forward passes and one backward pass a step: one for the objective, and one at every
     fifth step for the deployed model; `averaged` costs `neighbours` + 0.2. paths: how many paths are attacked at most;
-    path_restarts, path_steps: on all of them together. queries: of Square, by seed and, where gradients do not show
-    what experts do, by path.
+    path_restarts, path_steps: on all of them together. queries: of Square, by seed, and by path where gradients cannot
+    be believed.
     """
 
     paths: int

@@ -93,8 +93,8 @@ class Search:
     @torch.no_grad()
     def test(self, z: Tensor, rows: Tensor) -> Tensor:
         """Keep the iterates z (m, C, H, W) and note which the deployed model gets wrong; those it gets right, (m,)."""
-        found = margin(standardised(self.block.model(z)), self.block.y[rows]).nan_to_num(-torch.inf)
-        wrong = found > 0
+        logits, y = self.block.model(z), self.block.y[rows]
+        found, wrong = margin(standardised(logits), y).nan_to_num(-torch.inf), logits.argmax(1) != y
         self.x_adv[rows] = z.detach()
         self.unbroken[rows[wrong]] = False
         nearer = found > self.best[rows]

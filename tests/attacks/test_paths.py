@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.attacks.block import Block, PassCounter
-from bench.attacks.paths import Paths, forced_paths, square_on_paths
+from bench.attacks.paths import MOST_SETS, Paths, Restart, forced_paths, square_on_paths
 from bench.attacks.search import Search
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
@@ -22,6 +22,20 @@ def search(model: nn.Module, x: Tensor, y: Tensor, eps: float = 0.1, norm: Any =
 
 def paths(model: nn.Module, x: Tensor, y: Tensor | None = None, limit: int = 100, **more: Any) -> Paths:
     return Paths(search(model, x, torch.zeros(len(x), dtype=torch.long) if y is None else y, **more), limit)
+
+
+def restart(found: Paths, experts: list[int], kind: Any = "own", **more: Any) -> Restart:
+    """One on the path to one expert for each row, by the margin."""
+    chosen, zero = torch.tensor(experts).view(-1, 1, 1), torch.zeros(len(experts))
+    fields = {
+        "which": zero.long(),
+        "target": zero.long(),
+        "push": zero,
+        "ahead": zero,
+        "new": zero.bool(),
+        "local": None,
+    }
+    return Restart(found, kind, 0, chosen, **({"local": None} | fields | more))
 
 
 #: Two pixels, the second a constant: the router's scores are (0, a − 0.55 b, a − 0.7 b).
@@ -75,7 +89,7 @@ def test_every_path_of_a_router_that_is_not_affine_may_be_reached(linear_moe: An
     model = MoE(linear_moe(SAME, ROUTER).experts, Squared(), 1, "argmax")
     found = paths(model, X)
     assert found.reachable().all()
-    assert [kind for kind, _ in found.kinds()] == ["own", "gates", "slopes", "own"]
+    assert [kind for kind, _ in found.kinds()] == ["own", "gates", "slopes", "local", "own"]
     assert paths(linear_moe(SAME, ROUTER, 1, "argmax"), X).kinds() == [("own", False)]
 
 
@@ -121,7 +135,7 @@ class Root(nn.Module):
 
 def test_a_start_is_a_point_of_the_box_also_where_a_router_has_no_finite_gradient(linear_moe: Any):
     found = paths(MoE(linear_moe(SAME[:2], ROUTER[:2]).experts, Root(), 1, "argmax"), torch.full((1, 1, 1, 2), 0.5))
-    start = found.aimed(torch.tensor([[[1]]]), "own", 0)
+    start = found.aimed(restart(found, [1]))
     assert start.isfinite().all()
     assert ((start >= 0) & (start <= 1)).all()
 
@@ -129,7 +143,7 @@ def test_a_start_is_a_point_of_the_box_also_where_a_router_has_no_finite_gradien
 def test_an_aimed_start_is_as_far_towards_the_path_as_the_ball_goes(linear_moe: Any):
     found = paths(linear_moe(SAME, ROUTER, 1, "argmax"), X)
     # the lead of expert 1 over 0 rises with a and falls with b
-    assert found.aimed(torch.tensor([[[1]]] * 2), "own", 0)[0].flatten().tolist() == pytest.approx([0.6, 0.9])
+    assert found.aimed(restart(found, [1, 1]))[0].flatten().tolist() == pytest.approx([0.6, 0.9])
 
 
 def test_other_images_on_the_path_are_brought_into_the_ball(linear_moe: Any):
@@ -163,4 +177,85 @@ def test_they_are_broken_all_the_same(linear_moe: Any, attack: Any):
     down = MoE([Stepped(), Stepped()], linear_moe(SAME, ROUTER[:2]).router, 1, "argmax")
     found = paths(down, x, eps=0.3)
     attack(found)
+    assert not bool(found.search.unbroken[0])
+
+
+def test_of_many_sets_the_likeliest_and_the_weakest_are_tried():
+    class Scores(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return -torch.arange(16.0).expand(len(x), -1)  # the first two are the likeliest
+
+    class Says(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensor([[self.value, 0.0]]).expand(len(x), -1) + 0 * x.flatten(1)[:, :1]
+
+    model = MoE([Says(1.0 - i / 8) for i in range(16)], Scores(), 2, "argmax")  # the last two are the weakest
+    found = paths(model, X)
+    sets = [tuple(sorted(path.flatten().tolist())) for path in found.choices]
+    assert (len(sets), found.possible, found.notes) == (MOST_SETS, 120, ["64 of 120 paths attacked"])
+    assert sets[:2] == [(0, 1), (14, 15)]
+    assert len(set(sets)) == MOST_SETS
+
+
+class Mirrored(nn.Module):
+    """Sends an image to its second expert where its first pixel is far on its own side; in steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.flatten(1)[:, 0], x.flatten(1)[:, 1]
+        far = torch.where(b > 0.9, a - 0.5, 0.5 - a) > 0.02
+        return torch.stack([torch.zeros_like(a), far.float() - 0.5], 1)
+
+
+def test_slopes_of_each_image_lead_where_those_of_all_cancel(linear_moe: Any):
+    model = MoE(linear_moe(SAME[:2], ROUTER[:2]).experts, Mirrored(), 1, "argmax")
+    x = torch.tensor([[0.5, 1.0], [0.5, 0.5]]).view(2, 1, 1, 2)
+    found = paths(model, x, eps=0.05)
+    chosen = torch.tensor([[[1]], [[1]]])
+    local = found.local_slopes(chosen)
+    assert local[:, 0].sign().tolist() == [1, -1]
+    assert (local[:, 0].abs() > 5 * local[:, 1].abs()).all()
+    start = found.aimed(restart(found, [1, 1], "local", local=local))
+    assert model.router(start).argmax(1).tolist() == [1, 1]
+
+
+class Lies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+def test_a_gradient_that_leads_astray_is_not_believed(linear_moe: Any):
+    class Liar(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(Lies.apply(x))
+
+    honest = linear_moe([[[1.0, 0], [0, 0]], [[1.0, 0], [0, 0.5]]], ROUTER[:2], 1, "argmax")
+    assert not paths(honest, X).blind
+    assert paths(MoE([honest.experts[0], Liar(honest.experts[1])], honest.router, 1, "argmax"), X).blind
+
+
+def test_a_class_that_only_a_targeted_loss_reaches_is_aimed_at(linear_moe: Any):
+    # class 1 stays just below the true class 0, class 2 far below it rises with the first pixel and passes it
+    weak = [[0.0, 300], [0.0, 299], [1000.0, -250]]
+    model = linear_moe([weak, weak], [[0.0, 0], [0, 0]], 1, "argmax")
+    found = paths(model, torch.tensor([[0.5, 1.0]]).view(1, 1, 1, 2), classes=3)
+    found.order()
+    assert found.targets[0, 0].tolist() == [1, 2]
+    fields = {"which": torch.tensor([3]), "target": torch.tensor([2])}
+    value, _ = restart(found, [0], **fields).objective()(found.search.block.x, torch.tensor([0]))
+    shape = torch.tensor([300.0, 299, 250]) / torch.tensor([300.0, 299, 250]).std(correction=0)
+    assert value.item() == pytest.approx((shape[2] - shape[0]).item(), rel=1e-4)
+    forced_paths(found, 8, 20)
     assert not bool(found.search.unbroken[0])

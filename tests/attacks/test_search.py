@@ -182,3 +182,10 @@ def test_iterates_are_those_of_pyautoattack(norm: Any, same: int):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-6, msg=f"iterate {number}")
     logits = network(x)
     torch.testing.assert_close(dlr(logits, y), attack.dlr_loss(logits, y))
+
+
+def test_at_a_tie_the_class_that_is_given_counts():
+    s = search([0.5], y=1)  # two equal logits: class 0 comes first
+    s.unbroken[:] = True
+    s.test(s.block.x, torch.tensor([0]))
+    assert s.unbroken.tolist() == [False]

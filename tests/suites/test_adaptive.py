@@ -212,8 +212,8 @@ def test_its_cost_counts_what_goes_through_the_parts(linear_moe: Any, score: Any
     # and after the last; and once the deployed model about what the attack ends with
     climb, confirm = 1 + 11 + 2, 1
     # both paths on the clean image for their order, and an aimed start each, whose gradient is the router's alone; the
-    # model once for its sites; and it and both experts twice for functions without a gradient
-    assert passes["paths"] == (2 * (climb + 1) + confirm + 2 + 1 + 6, 2 * 11 + 3)
+    # model once for its sites; and it and both experts three times to see whether gradients can be believed
+    assert passes["paths"] == (2 * (climb + 1) + confirm + 2 + 1 + 9, 2 * 11 + 3)
     assert passes["deployed"] == (climb + confirm, 11)
     assert passes["targeted"] == (climb + confirm + 1, 11 + 1)
     assert passes["averaged"] == (1 + 3 * 11 + 2 + confirm, 3 * 11)
