@@ -20,7 +20,7 @@ from bench.spec import dataset_folder
 _LEGEND = (
     "RA is the accuracy under AutoAttack with its default parameters, RA-worst the accuracy under all attacks that "
     "ran, example by example; both are upper bounds of the true robust accuracy. A row is ranked once AutoAttack has "
-    "run on it with its default parameters, and on a routed or dual model suite `adaptive`, from v2 on and with at "
+    "run on it with its default parameters, and on a routed or dual model suite `adaptive`, from v3 on and with at "
     "least its standard budget, as well. Percent; each RA with its 95 % Wilson interval. RA by seed: the range over "
     "the attack's seeds, where there are several; RA then counts each example at its worst. RA-E-fixed: F under PGD "
     "on the expert that the clean image is routed to; RA-E-any: under PGD on every expert, worst case; RA-R: under "

@@ -27,8 +27,8 @@ from bench.results.schema import Accuracy, Result, suite_label
 from bench.results.store import Run, read_runs
 from bench.spec import ModelInfo, RunSpec
 
-#: The first version of suite `adaptive` that ranks: v1 could miss routes.
-_ADAPTIVE_VERSION = 2
+#: The first version of suite `adaptive` that ranks: those before it missed paths.
+_ADAPTIVE_VERSION = 3
 #: By how much (fraction) RA under PGD may exceed RA before it is flagged.
 _PGD_GAP = 0.1
 
