@@ -1,6 +1,7 @@
 """The commands: parse into specs, call, print. What is heavy is imported inside the command that needs it."""
 
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -87,10 +88,24 @@ class CertifyMethod(StrEnum):
 
 
 class BoardFormat(StrEnum):
-    """What `bench leaderboard` writes."""
+    """How `bench leaderboard` shows the boards."""
 
+    text = "text"
+    md = "md"
     csv = "csv"
+    latex = "latex"
+    html = "html"
     robustbench = "robustbench"
+
+
+class CheckFormat(StrEnum):
+    """How `bench check` reports."""
+
+    text = "text"
+    json = "json"
+    junit = "junit"
+    markdown = "markdown"
+    github = "github"
 
 
 def split(values: Sequence[str] | None) -> tuple[str, ...]:
@@ -443,15 +458,19 @@ def leaderboard(
     out: Annotated[Path, typer.Option("--out", help="folder of the boards")] = Path("leaderboards"),
     board_format: Annotated[
         BoardFormat,
-        typer.Option("--format", help="csv writes a markdown beside it, robustbench a JSON file for each row"),
-    ] = BoardFormat.csv,
+        typer.Option("--format", help="what is printed; latex and html are written as well, robustbench only written"),
+    ] = BoardFormat.text,
+    columns: Annotated[
+        list[str] | None, typer.Option("--columns", help="those shown, by their names in the CSV, which has all")
+    ] = None,
 ) -> None:
-    """Write a CSV and a markdown board per data set and threat, and print the markdown; or RobustBench's JSON files.
+    """Write a CSV and a markdown board per data set and threat model, and print them; or RobustBench's JSON files.
 
     Exit status 1, and no board, where a certificate and an adversarial example contradict each other.
     """
-    from bench.boards.leaderboard import write_boards
+    from bench.boards.leaderboard import FILES, boards, write_boards
     from bench.boards.rows import finished_runs
+    from bench.boards.views import terminal
     from bench.results.certificates import conflicts, read_certificates
 
     if found := conflicts(finished_runs(results), read_certificates(results)):
@@ -469,10 +488,14 @@ def leaderboard(
         if written.left_out:
             say(f"left out: {'; '.join(written.left_out)}")
         return
-    for path in write_boards(results, out):
+    made, shown = boards(results), split(columns)
+    ending = {"latex": "tex"}.get(board_format, board_format.value)
+    kinds = list(dict.fromkeys(("csv", "md", *([ending] if ending in FILES else []))))
+    for path in write_boards(made, out, shown, kinds):
         say(f"{path}")
-        if path.suffix == ".md":
-            print(path.read_text(encoding="utf-8"))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for board in made:
+        print(FILES[ending](board, shown) if ending in FILES else terminal(board, shown, width))
 
 
 @app.command()

@@ -214,7 +214,11 @@ class RunSpec(Spec):
         return digest("subject", {name: fields[name] for name in names}, checkpoint_sha256, fingerprint)
 
     def command(
-        self, results: Path, model: str | None = None, data_root: Path | None = None, checkpoints: Path | None = None
+        self,
+        results: Path | None = None,
+        model: str | None = None,
+        data_root: Path | None = None,
+        checkpoints: Path | None = None,
     ) -> str:
         """The `bench run` or `bench certify` that makes this run, as a shell takes it.
 

@@ -94,8 +94,9 @@ def _footnote(row: Row) -> str:
         f"{row.spec.threat_model}, the first {row.n} test images",
         f"best known is the worst case, example by example, of {', '.join(row.suites)}",
     ]
-    if not row.ranked:  # it has autoattack: only a route that `adaptive` has not attacked keeps it from a rank
+    if any("adaptive" in lack.why for lack in row.lacks):
         notes.append("AutoAttack does not attack a route, so the accuracy may be too high")
+    notes += [lack.why for lack in row.lacks]
     if row.info.additional_data is None:
         notes.append("extra data not stated")
     return "; ".join([*notes, *row.flags])

@@ -4,7 +4,7 @@ A subject is a model, its checkpoint, α, combine and the threat model. Shares a
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,7 @@ from bench.results.metrics import (
     accuracy_after,
     clean_by_example,
     component_rates,
+    first_broken_by,
     holm,
     mcnemar,
     robust_by_example,
@@ -45,7 +46,16 @@ class Scores:
     ra_by_seed: tuple[float, ...]  # of each of its runs, where there are several
     after: Mapping[str, float]  # by attack of the default autoattack: what is robust to it and to all before it
     under: Mapping[str, float]  # RA by suite, but for `clean`, `components` and the default autoattack
+    weaker: frozenset[str]  # those of these suites that ran with settings weaker than their defaults
     components: Mapping[str, Accuracy]
+
+
+@dataclass(frozen=True)
+class Lack:
+    """Why a row has no rank, and the suite that has to be run for one; None: no suite helps."""
+
+    why: str
+    suite: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,15 +64,21 @@ class Row:
 
     result: Result  # of one of its runs on that set
     runs: tuple[Run, ...]  # all that cover the set
-    ranked: bool
+    lacks: tuple[Lack, ...]  # none: it is ranked
     robust: "pd.Series[bool]"  # by idx: to every attack that ran
     worst: Accuracy | None  # None: nothing attacked it
     scores: Scores
-    kills: Mapping[str, int]
+    first_broken_by: Mapping[str, int]  # examples, by suite and attack
+    unique_kills: Mapping[str, int] | None  # None: not every attack has met every example
     flags: tuple[str, ...]
     certified: CertifiedShares = field(default_factory=CertifiedShares)
     rank: int | None = None
     p_first: float | None = None
+
+    @property
+    def ranked(self) -> bool:
+        """Whether all that a rank needs was run."""
+        return not self.lacks
 
     @property
     def spec(self) -> RunSpec:
@@ -112,6 +128,22 @@ class Row:
         alpha = "" if self.alpha is None else f"{self.alpha:g}"
         identity = [self.spec.model, alpha, self.combine, self.info.checkpoint_sha256[:12], ", ".join(self.run_keys)]
         return not self.ranked, -1 if self.worst is None else -self.worst.value, -self.scores.clean.value, identity
+
+
+@dataclass(frozen=True)
+class Board:
+    """One data set and threat model: its rows by evaluation set, the largest first, each table in order."""
+
+    stem: str  # of its files
+    title: str
+    tables: tuple[tuple[Row, ...], ...]
+    left_out: tuple[Run, ...]  # runs with errors
+    results: Path
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those of all tables."""
+        return [row for table in self.tables for row in table]
 
 
 def finished_runs(results_root: Path) -> list[Run]:
@@ -169,7 +201,22 @@ def _adaptive(run: Run) -> bool:
     """Whether it is `adaptive` at no less than its standard budget. Known witnesses to start from only add to it."""
     spec = run.result.spec
     strong = spec.suite_params in ({}, {"budget": "large"}) and spec.suite_version >= _ADAPTIVE_VERSION
-    return spec.suite == "adaptive" and strong
+    return spec.suite == "adaptive" and strong and run.result.attacked
+
+
+def _lacks(covering: Sequence[Run], info: ModelInfo, routed: bool) -> Iterator[Lack]:
+    """What keeps a row from a rank."""
+    default = [run for run in covering if suite_label(run.result.spec) == "autoattack"]
+    if not any(run.result.attacked for run in default):
+        nothing = "suite `autoattack` had nothing to attack" if default else "no autoattack with its default parameters"
+        yield Lack(nothing, None if default else "autoattack")
+    if routed and not any(map(_adaptive, covering)):
+        hidden = any(run.result.spec.suite == "adaptive" and not run.result.attacked for run in covering)
+        why = "its routes are hidden from suite `adaptive`" if hidden else "no adaptive at its standard budget or more"
+        yield Lack(why, None if hidden else "adaptive")
+    for flag in dict.fromkeys(flag for run in covering for flag in run.result.model_flags):
+        if flag in UNRANKED:
+            yield Lack(f"its {flag}")
 
 
 def _rows(subject: list[Run]) -> list[Row]:
@@ -184,7 +231,7 @@ def _rows(subject: list[Run]) -> list[Row]:
             if run not in covering:
                 raise UnusableInput(f"{run} has other examples than {own[0]} but the same fingerprint: run it again")
         of_suites = {run.path: f"{suite_label(run.result.spec)}/" for run in covering}
-        named = [shared[run.path].assign(suite=of_suites[run.path]) for run in covering]
+        named = [shared[run.path].assign(suite=of_suites[run.path], run=run.result.run) for run in covering]
         rows.append(_row(covering, pd.concat(named), own[0], _scores(own, rows_of)))
     return rows
 
@@ -192,18 +239,22 @@ def _rows(subject: list[Run]) -> list[Row]:
 def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: Scores) -> Row:
     """The row of `one`, a run on this evaluation set: all `covering` runs count in it, the scores are of its own.
 
-    `verdicts` are the rows of all of them, with the column `suite`.
+    `verdicts` are the rows of all of them, with the columns `suite` and `run`.
     """
     robust = robust_by_example(verdicts)
     named = verdicts["attack"].where(verdicts["attack"] == "clean", verdicts["suite"] + verdicts["attack"])
     # what a warm start tried again, the attack that had found it keeps
-    kills = unique_kills(verdicts.assign(attack=named)[verdicts["attack"] != "warm-start"])
+    cold = verdicts.assign(attack=named)[verdicts["attack"] != "warm-start"]
+    first: dict[str, int] = {}
+    for label, runs in grouped(covering, lambda run: suite_label(run.result.spec)).items():
+        in_order = sorted(runs, key=lambda run: run.result.spec.seed)
+        frames = [(verdicts[verdicts["run"] == run.result.run], _attacks(run)) for run in in_order]
+        first |= {f"{label}/{attack}": count for attack, count in first_broken_by(frames).items()}
+    every = [f"{suite_label(run.result.spec)}/{attack}" for run in covering for attack in _attacks(run)]
     spec, info = one.result.spec, one.result.model_info
-    labels = {suite_label(run.result.spec) for run in covering}
     dual = info.alpha is not None or spec.alpha is not None
-    unproven = (dual or info.num_experts is not None or info.routing_visible) and not any(map(_adaptive, covering))
-    flags = ["no adaptive attack"] * unproven + ["no autoattack"] * ("autoattack" not in labels)
-    flags += [flag for run in covering for flag in run.result.model_flags]
+    routed = dual or info.num_experts is not None or info.routing_visible
+    flags = [flag for run in covering for flag in run.result.model_flags]
     if scores.ra is not None and "pgd" in scores.under:
         gap = scores.under["pgd"] - scores.ra.value
         flags += [f"PGD {100 * gap:.1f} points above AutoAttack"] * (gap > _PGD_GAP)
@@ -211,11 +262,12 @@ def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: Scores) 
     return Row(
         result=one.result,
         runs=tuple(covering),
-        ranked="autoattack" in labels and not unproven and not set(flags) & set(UNRANKED),
+        lacks=tuple(_lacks(covering, info, routed)),
         robust=robust,
         worst=Accuracy.of(robust) if any(run.result.attacked for run in covering) else None,
         scores=scores,
-        kills=kills,
+        first_broken_by=first,
+        unique_kills=unique_kills(cold, every),
         flags=tuple(dict.fromkeys(flags)),
     )
 
@@ -227,6 +279,7 @@ def _scores(own: list[Run], rows_of: Mapping[Path, pd.DataFrame]) -> Scores:
     by_seed: tuple[float, ...] = ()
     after: dict[str, float] = {}
     under: dict[str, float] = {}
+    weaker: set[str] = set()
     components: dict[str, Accuracy] = {}
     for label, runs in grouped(own, lambda run: suite_label(run.result.spec)).items():
         newest = max(run.result.spec.suite_version for run in runs)
@@ -234,7 +287,7 @@ def _scores(own: list[Run], rows_of: Mapping[Path, pd.DataFrame]) -> Scores:
         rows = pd.concat([rows_of[run.path] for run in runs])
         robust = Accuracy.of(robust_by_example(rows))
         if label == "autoattack":
-            ra = robust
+            ra = robust if any(run.result.attacked for run in runs) else None
             if len({run.result.spec.seed for run in runs}) > 1:
                 by_seed = tuple(run.result.robust_accuracy.value for run in runs)
             names = dict.fromkeys(name for run in runs for name in run.result.accuracy_after if name != "clean")
@@ -244,4 +297,10 @@ def _scores(own: list[Run], rows_of: Mapping[Path, pd.DataFrame]) -> Scores:
             components = {name: Accuracy.of(rate) for name, rate in component_rates(rows).items()}
         elif any(run.result.attacked for run in runs):  # attacks on the parts alone say nothing of the whole
             under[label] = robust.value
-    return Scores(clean, ra, by_seed, after, under, components)
+            weaker |= {label} if any(run.result.weaker for run in runs) else set()
+    return Scores(clean, ra, by_seed, after, under, frozenset(weaker), components)
+
+
+def _attacks(run: Run) -> list[str]:
+    """The attacks of its suite on F, in the order they ran."""
+    return [attack for attack in run.result.accuracy_after if attack not in ("clean", "warm-start")]

@@ -101,12 +101,42 @@ def robust_by_example(verdicts: pd.DataFrame) -> "pd.Series[bool]":
     return verdicts[verdicts["target"] == "F"].groupby("idx")["robust"].all()
 
 
-def unique_kills(verdicts: pd.DataFrame) -> dict[str, int]:
-    """How many examples each attack on F broke that no other in the rows did; attacks without any are left out."""
-    broken = verdicts[(verdicts["target"] == "F") & verdicts["clean_correct"] & (verdicts["attack"] != "clean")]
-    broken = broken[~broken["robust"] & (broken["status"] == "ok")].drop_duplicates(["idx", "attack"])
+def first_broken_by(runs: Iterable[tuple[pd.DataFrame, Sequence[str]]]) -> dict[str, int]:
+    """How many examples each attack on F was the first to break, over runs of one suite: rows, attacks in their order.
+
+    What a later run broke counts where no run before it did. Of an example that an attack has broken, no attack that
+    comes later and skips it is known to fail.
+    """
+    seen: set[int] = set()
+    found: dict[str, int] = {}
+    for verdicts, attacks in runs:
+        broken = _broken(verdicts)
+        for attack in attacks:
+            own = set(broken.loc[broken["attack"] == attack, "idx"].tolist()) - seen
+            found[attack] = found.get(attack, 0) + len(own)
+            seen |= own
+    return {attack: count for attack, count in found.items() if count}
+
+
+def unique_kills(verdicts: pd.DataFrame, attacks: Iterable[str]) -> dict[str, int] | None:
+    """How many examples each of the `attacks` on F broke and no other did; those without any are left out.
+
+    None where one of them has not met every example that F gets right: it might have broken it as well.
+    """
+    whole = verdicts[verdicts["target"] == "F"]
+    right = set(whole.loc[(whole["attack"] == "clean") & whole["clean_correct"], "idx"].tolist())
+    met = {name: set(rows["idx"].tolist()) for name, rows in whole.groupby("attack")}
+    if not all(right <= met.get(attack, set()) for attack in attacks):
+        return None
+    broken = _broken(verdicts).drop_duplicates(["idx", "attack"])
     alone = broken[~broken["idx"].duplicated(keep=False)]
     return {str(attack): int(count) for attack, count in alone["attack"].value_counts(sort=False).items()}
+
+
+def _broken(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """The rows of examples that F gets right and an attack has broken."""
+    attacked = (verdicts["target"] == "F") & verdicts["clean_correct"] & (verdicts["attack"] != "clean")
+    return verdicts[attacked & ~verdicts["robust"] & (verdicts["status"] == "ok")]
 
 
 def accuracy_after(verdicts: pd.DataFrame, attacks: Iterable[str] | None = None) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 import pandas as pd
 from pydantic import Field
 
+from bench.results.flags import WEAKER
 from bench.results.metrics import accuracy_after, clean_by_example, component_rates, robust_by_example, wilson
 from bench.spec import ModelInfo, RunSpec, Spec
 
@@ -93,8 +94,13 @@ class Result(Spec):
 
     @property
     def attacked(self) -> bool:
-        """Whether F was attacked at all: where it was not, what stands is no robust accuracy."""
+        """Whether F was attacked at all: where it was not, there is no robust accuracy."""
         return any(attack != "clean" for attack in self.accuracy_after)
+
+    @property
+    def weaker(self) -> bool:
+        """Whether the suite ran with settings that are weaker than its defaults."""
+        return any(flag.startswith(WEAKER) for flag in self.flags)
 
 
 def _derived(

@@ -9,7 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from bench.boards import views
 from bench.boards.leaderboard import boards, write_boards
+from bench.boards.views import csv
 from bench.errors import UnusableInput
 from bench.results.flags import UNRANKED
 from bench.results.schema import VERDICT_COLUMNS, Result
@@ -66,13 +68,16 @@ def save(
 def table(root: Path) -> pd.DataFrame:
     """The one board's CSV, as text, by model."""
     (board,) = boards(root)
-    return pd.read_csv(StringIO(board.csv), dtype="str", keep_default_na=False).set_index("model", drop=False)
+    return pd.read_csv(StringIO(csv(board)), dtype="str", keep_default_na=False).set_index("model", drop=False)
 
 
 def markdown(root: Path) -> str:
-    return "\n".join(board.markdown for board in boards(root))
+    return "\n".join(map(views.markdown, boards(root)))
 
 
+#: what keeps a row from a rank
+AUTOATTACK = "no autoattack with its default parameters"
+ADAPTIVE = "no adaptive at its standard budget or more"
 #: what suite `components` fills in
 COMPONENTS = [
     *[key + bound for key in ("ra_e_fixed", "ra_e_any", "ra_r") for bound in ("", "_low", "_high")],
@@ -127,12 +132,14 @@ def test_every_column_by_hand(tmp_path: Path):
         "ra_worst_low": "31.27",
         "ra_worst_high": "83.18",
         "p_first": "",
-        "unique_kills": "autoattack/apgd-ce 2, autoattack/apgd-t 1",
+        "first_broken_by": "autoattack/apgd-ce 2, autoattack/apgd-t 1",
+        "unique_kills": "",  # apgd-t has not met what apgd-ce broke
         "route_flip_rate": "",
         "certified_accuracy": "",
         "route_stable": "",
         "smoothed": "",
-        "flags": "no adaptive attack; autoattack: square broke more than apgd",
+        "flags": "autoattack: square broke more than apgd",
+        "no_rank": ADAPTIVE,
         "seeds": "0, 7",
         "suite_version": "autoattack-v2, clean-v1",
         "trained": "digits, 10 epochs",
@@ -141,13 +148,13 @@ def test_every_column_by_hand(tmp_path: Path):
     }
     assert row["run"] == f"{auto.run[:8]}, {clean.run[:8]}"
     text = markdown(tmp_path)
-    assert text.startswith("# digits, Linf 0.2\n\nRA is the accuracy under AutoAttack")
+    assert text.startswith("# digits, Linf 0.2\n\n- rank: by RA-worst, among rows on which AutoAttack has run")
     assert "## n = 10: the first 10 examples of the archive (fingerprint ffffffffffff)" in text
-    assert text.count("| 60.00 [31.27, 83.18] |") == 2  # RA, and RA-worst
-    # rank, RA by seed, RA-E-fixed, RA-E-any, RA-R, p, route-flip rate, and the three of what is certified
-    assert text.count("| –") == 2 + 8
-    assert "- [1] autoattack: square broke more than apgd" in text  # longer than a cell is wide
-    assert "no adaptive attack; [1]" in text
+    assert text.count(" 60.00 [31.27, 83.18] ") == 2  # RA, and RA-worst
+    # certified; RA by seed, RA-E-fixed, RA-E-any, RA-R, p, unique kills, route-flip rate, two of what is certified
+    assert text.count("| –") == 1 + 9
+    assert "- `dual-jtdmoe (α 0.7)`: autoattack: square broke more than apgd" in text
+    assert f"- `dual-jtdmoe (α 0.7)`: {ADAPTIVE}: `bench run --suite adaptive --dataset digits " in text
 
 
 def test_worst_case_is_taken_over_examples_not_over_averages(tmp_path: Path):
@@ -186,7 +193,7 @@ def test_other_parameters_have_their_own_column(tmp_path: Path):
         *[f"{key}_{bound}" for key in ("ra_e_fixed", "ra_e_any", "ra_r", "ra_worst") for bound in ("low", "high")],
     ]
     assert (row["ra"], row["ra_autoattack[version=rand]"], row["ra_worst"]) == ("", "25.00", "25.00")
-    assert row["flags"] == "no autoattack"
+    assert row["no_rank"] == AUTOATTACK
     assert rows.loc["other", "ra_pgd[steps=10]"] == ""
     assert "| RA torchattacks:FGSM" in markdown(tmp_path)
 
@@ -215,14 +222,14 @@ def test_routed_rows_are_ranked_with_adaptive_only(tmp_path: Path, info: dict[st
     rows = table(tmp_path)
     assert list(rows["rank"]) == ["1", ""]
     assert list(rows["ra_worst"]) == ["25.00", "75.00"]  # the routed row stands below, however high
-    assert rows["flags"].iloc[1] == "no adaptive attack"
+    assert rows["no_rank"].iloc[1] == ADAPTIVE
     save(tmp_path, "adaptive", {"clean": "1111", "routes": "1110"}, suite_version=1, **routed)
     assert list(table(tmp_path)["rank"]) == ["1", ""]
     save(tmp_path, "adaptive", {"clean": "1111", "routes": "1010"}, **routed)
     rows = table(tmp_path)
     assert list(rows["rank"]) == ["1", "2"]
     assert list(rows["ra_worst"]) == ["50.00", "25.00"]
-    assert "adaptive attack" not in "".join(rows["flags"])
+    assert list(rows["no_rank"]) == ["", ""]
 
 
 def test_order_by_worst_then_clean_then_name(tmp_path: Path):
@@ -246,7 +253,7 @@ def test_a_weak_attack_alone_earns_no_rank_and_neither_does_an_autoattack_that_f
         ("attacked", "1", "25.00"),
         ("noise", "", "100.00"),
     ]
-    assert rows.loc["noise", "flags"] == "no autoattack"
+    assert rows.loc["noise", "no_rank"] == AUTOATTACK
 
 
 def test_unlike_examples_are_not_ranked_together(tmp_path: Path):
@@ -298,7 +305,7 @@ def test_a_run_with_errors_is_left_out_and_named(tmp_path: Path):
     row = table(tmp_path).loc["dense-at"]
     assert (row["ra"], row["ra_worst"]) == ("", "75.00")
     assert bad.run[:8] not in row["run"]
-    note = f"Left out: autoattack on dense-at, digits Linf 0.2 (run {bad.run}), for its 2 rows with status `error`."
+    note = f"Left out, for its 2 rows with status `error`: autoattack on dense-at, digits Linf 0.2 (run {bad.run})."
     assert markdown(tmp_path).endswith(f"\n\n{note}\n")
 
 
@@ -307,11 +314,13 @@ def test_one_board_for_each_data_set_and_threat(tmp_path: Path):
     save(results, "pgd", {"clean": "11", "pgd": "10"})
     save(results, "pgd", {"clean": "11", "pgd": "10"}, threat_model=ThreatModel(norm="L2", eps=8 / 255))
     save(results, "pgd", {"clean": "11", "pgd": "10"}, dataset="imagefolder:/my data")
-    assert [path.name for path in write_boards(results, out)] == [
+    assert [path.name for path in write_boards(boards(results), out)] == [
         *["digits_L2-8_255.csv", "digits_L2-8_255.md", "digits_Linf-0.2.csv", "digits_Linf-0.2.md"],
         *[f"{dataset_folder('imagefolder:/my data')}_Linf-0.2.{suffix}" for suffix in ("csv", "md")],
     ]
-    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in write_boards(results, out))
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        path.name for path in write_boards(boards(results), out)
+    )
 
 
 def test_same_runs_same_bytes(tmp_path: Path):
@@ -322,20 +331,21 @@ def test_same_runs_same_bytes(tmp_path: Path):
 
     fill(tmp_path / "one", "abc")
     fill(tmp_path / "two", "cab")
-    written = write_boards(tmp_path / "one", tmp_path / "out")
+    written = write_boards(boards(tmp_path / "one"), tmp_path / "out")
     before = [(path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in written]
-    assert write_boards(tmp_path / "two", tmp_path / "out") == written
+    assert write_boards(boards(tmp_path / "two"), tmp_path / "out") == written
     assert [(path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in written] == before
     save(tmp_path / "two", "pgd", {"clean": "1111", "pgd": "0000"}, model="d")
-    write_boards(tmp_path / "two", tmp_path / "out")
+    write_boards(boards(tmp_path / "two"), tmp_path / "out")
     assert all(path.read_bytes() != data for path, (data, _, _) in zip(written, before, strict=True))
 
 
 def test_text_does_not_break_the_table(tmp_path: Path):
     save(tmp_path, "pgd", {"clean": "11", "pgd": "10"}, info={"trained": "a|b\nc"}, flags=("p|q",))
     lines = [line for line in markdown(tmp_path).splitlines() if line.startswith("|")]
-    assert len(lines) == 3
-    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    assert len(lines) == 3 + 3
+    assert len({line.replace("\\|", "").count("|") for line in lines[:3]}) == 1
+    assert len({line.replace("\\|", "").count("|") for line in lines[3:]}) == 1
     assert table(tmp_path).loc["dense-at", "trained"] == "a|b\nc"
 
 
@@ -347,7 +357,7 @@ def test_nothing_to_show(tmp_path: Path):
     save(tmp_path / "results", "pgd", {"clean": "11", "pgd": "10"})
     (tmp_path / "file").touch()
     with pytest.raises(UnusableInput, match="cannot be written"):
-        write_boards(tmp_path / "results", tmp_path / "file")
+        write_boards(boards(tmp_path / "results"), tmp_path / "file")
 
 
 def test_boards_and_the_regression_check_do_without_torch():
@@ -364,7 +374,7 @@ def test_a_warm_started_run_has_its_own_column_counts_in_the_worst_case_and_is_n
     save(tmp_path, "autoattack", {"clean": "1110", "warm-start": "00..", "apgd-ce": "..1."}, **warm)
     row = table(tmp_path).loc["dense-at"]
     assert (row["ra"], row["ra_autoattack[warm_start=True]"], row["ra_worst"]) == ("", "25.00", "25.00")
-    assert (row["rank"], row["flags"]) == ("", "no autoattack")
+    assert (row["rank"], row["no_rank"]) == ("", AUTOATTACK)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +394,7 @@ def test_a_routed_row_is_ranked_for_an_adaptive_run_of_the_standard_budget_or_mo
     save(tmp_path, "autoattack", {"clean": "111", "apgd-ce": "011"}, info=MOE)
     save(tmp_path, "adaptive", {"clean": "111", "route-aware": "00."}, info=MOE, **fields)
     row = table(tmp_path).loc["dense-at"]
-    assert (row["rank"], row["flags"]) == (("1", "") if ranked else ("", "no adaptive attack"))
+    assert (row["rank"], row["no_rank"]) == (("1", "") if ranked else ("", ADAPTIVE))
     assert row["ra_worst"] == "33.33"
 
 
@@ -395,9 +405,16 @@ def test_what_one_attack_alone_broke_is_counted_by_hand(tmp_path: Path):
     save(tmp_path, "components", {"clean": "111110", "pgd": "111100"}, target="expert:0")
     save(tmp_path, "clean", {"clean": "111110", "warm-start": "00.0.."}, warm_start=True)
     # what a warm start tries again counts for nobody
-    # 0: both suites; 1: pgd alone; 3: Square alone, with both seeds; 4: a part, not F; 5: wrong from the start
+    # 0: both suites; 1: pgd; 3: Square, with both seeds; 4: a part, not F; 5: wrong from the start
     row = table(tmp_path).loc["dense-at"]
-    assert row["unique_kills"] == "autoattack/square 1, pgd/pgd 1"
+    assert row["first_broken_by"] == "autoattack/apgd-ce 1, autoattack/square 1, pgd/pgd 2"
+    assert row["unique_kills"] == ""  # Square has not met example 0
+
+
+def test_unique_kills_are_known_where_every_attack_met_every_example(tmp_path: Path):
+    save(tmp_path, "pgd", {"clean": "11110", "pgd": "0011."})
+    save(tmp_path, "torchattacks:FGSM", {"clean": "11110", "FGSM": "0101."})
+    assert table(tmp_path).loc["dense-at", "unique_kills"] == "pgd/pgd 1, torchattacks:FGSM/FGSM 1"
 
 
 def test_ranked_rows_are_compared_with_the_first(tmp_path: Path):
@@ -422,8 +439,8 @@ def test_training_seeds_are_rows_and_a_range(tmp_path: Path):
         save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": marks}, model=name, info=info)
     save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1111"}, model="dense-at", info={"seed": 0})
     (board,) = boards(tmp_path)
-    assert board.markdown.count("training seeds") == 1
-    last = [line.strip("| ").split() for line in board.markdown.splitlines() if line.startswith("| moe-at ")][-1]
+    assert views.markdown(board).count("training seeds") == 1
+    last = [line.strip("| ").split() for line in views.markdown(board).splitlines() if line.startswith("| moe-at ")][-2]
     assert " ".join(last).replace(" | ", "|") == "moe-at|0, 1, 11|100.00|25.00–75.00|25.00–75.00"
 
 

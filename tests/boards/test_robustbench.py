@@ -129,7 +129,7 @@ def test_route_that_nobody_attacked_is_unreliable(model: str, info: dict[str, An
     assert path == f"cifar10/Linf/{model.replace(':', '_')}.json"
     assert found["unreliable"] is True
     assert "AutoAttack does not attack a route, so the accuracy may be too high; " in found["footnote"]
-    assert "no adaptive attack" in found["footnote"]
+    assert "no adaptive at its standard budget or more" in found["footnote"]
     assert found["name"] == ("dual (α = 0.7, probs)" if model == "dual" else model)
     save(tmp_path / "results", "adaptive", "10000", model=model, info=info)
     ((_, found),) = written(tmp_path)[0].items()

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bench.boards import views
 from bench.boards.leaderboard import boards
 from bench.certify.base import CERTIFIERS
 from bench.errors import UnusableInput
@@ -160,12 +161,13 @@ def test_the_boards_columns_by_hand(tmp_path: Path):
     save(tmp_path, other, info={"checkpoint_sha256": "d" * 64})  # another checkpoint
     save(tmp_path, other, alpha=0.7)
     (board,) = boards(tmp_path)
-    line = dict(zip(board.csv.splitlines()[0].split(","), board.csv.splitlines()[1].split(","), strict=False))
+    text = views.csv(board)
+    line = dict(zip(text.splitlines()[0].split(","), text.splitlines()[1].split(","), strict=False))
     # images 1 (union), 2 (soft), 3 (at 0.3); image 0 is certified for a wrong class
     assert line["certified_accuracy"] == "75.00"
     assert line["route_stable"] == "50.00"
-    assert "25.00 (smoothed, σ 0.25, L2 0.5)" in board.csv
-    assert "certified, smoothed model" in board.markdown
+    assert "25.00 (smoothed, σ 0.25, L2 0.5)" in text
+    assert "certified, smoothed model" in views.markdown(board)
 
 
 def test_smaller_balls_alone_fill_no_column(tmp_path: Path):

@@ -12,6 +12,7 @@ from bench.results.metrics import (
     accuracy_after,
     adjusted,
     clean_by_example,
+    first_broken_by,
     holm,
     mcnemar,
     robust_by_example,
@@ -100,20 +101,43 @@ def test_an_example_is_robust_if_no_row_on_f_breaks_it():
 def test_unique_kills_by_hand():
     given_rows = [
         # idx, attack, target, clean_correct, robust, status
-        (0, "clean", "F", True, True, "ok"),
-        (0, "a", "F", True, False, "ok"),  # a alone, twice: two seeds
-        (0, "a", "F", True, False, "ok"),
+        *[(idx, "clean", "F", idx != 5, idx != 5, "ok") for idx in range(6)],
+        *[(0, "a", "F", True, False, "ok")] * 2,  # a alone, twice: two seeds
+        (0, "b", "F", True, True, "ok"),
         (1, "a", "F", True, False, "ok"),  # both
         (1, "b", "F", True, False, "ok"),
         (2, "a", "F", True, True, "ok"),
         (2, "b", "F", True, False, "ok"),  # b alone
+        (3, "a", "F", True, True, "ok"),
         (3, "b", "F", True, False, "error"),  # unknown is not broken
+        (4, "a", "F", True, True, "ok"),
+        (4, "b", "F", True, True, "ok"),
         (4, "b", "R", True, False, "ok"),  # not F
-        (5, "clean", "F", False, False, "ok"),  # wrong from the start
-        (5, "b", "F", False, False, "ok"),
+        (5, "b", "F", False, False, "ok"),  # wrong from the start
     ]
     frame = pd.DataFrame(given_rows, columns=["idx", "attack", "target", "clean_correct", "robust", "status"])
-    assert unique_kills(frame) == {"a": 1, "b": 1}
+    assert unique_kills(frame, ["a", "b"]) == {"a": 1, "b": 1}
+    # b has not met example 0, c none: what a broke there nobody knows to be a's alone
+    assert unique_kills(frame[(frame["idx"] != 0) | (frame["attack"] != "b")], ["a", "b"]) is None
+    assert unique_kills(frame, ["a", "b", "c"]) is None
+
+
+def test_what_was_first_broken_by_which_attack_by_hand():
+    def run(**marks: str) -> tuple[pd.DataFrame, list[str]]:
+        """One letter an example: 1 robust, 0 broken, `.` not met."""
+        given_rows = [
+            (idx, name, "F", True, mark == "1", "ok")
+            for name, letters in {"clean": "1111", **marks}.items()
+            for idx, mark in enumerate(letters)
+            if mark != "."
+        ]
+        columns = ["idx", "attack", "target", "clean_correct", "robust", "status"]
+        return pd.DataFrame(given_rows, columns=columns), list(marks)
+
+    assert first_broken_by([run(a="0011", b="..01")]) == {"a": 2, "b": 1}
+    assert first_broken_by([run(a="0011", b="0001")]) == {"a": 2, "b": 1}  # b attacks all: a was still first
+    # a second seed: example 0 has been broken, 3 has not
+    assert first_broken_by([run(a="0011", b="..11"), run(a="1110", b="001.")]) == {"a": 3}
 
 
 def test_accuracy_after_by_hand():
