@@ -507,13 +507,16 @@ def check(
     strict: Annotated[
         bool, typer.Option("--strict", help="a drop fails without significance, and so does a gain beyond chance")
     ] = False,
+    report_format: Annotated[
+        CheckFormat, typer.Option("--format", help="how the report is printed")
+    ] = CheckFormat.text,
 ) -> None:
     """Compare results with a baseline, example by example; exit status 1 on a regression."""
     from bench.boards.check import check as compare
-    from bench.boards.check_formats import text
+    from bench.boards.check_formats import FORMATS
 
     report = compare(baseline, results, max_drop, alpha, strict)
-    print(text(report))
+    print(FORMATS[report_format](report))
     if report.failed:
         raise typer.Exit(FAILED)
 

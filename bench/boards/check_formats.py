@@ -1,34 +1,117 @@
-"""The report of the regression check as text."""
+"""The report of the regression check: as text, JSON, JUnit, markdown, and annotations of GitHub Actions. No torch."""
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 
 from tabulate import tabulate
 
-from bench.boards.check import Report
+from bench.boards.check import Comparison, Report, Unmeasured
 
 _VERDICTS = {"ok": "ok", "regression": "REGRESSION", "drop": "drop?", "gain": "GAIN"}
+_HEADS = {"regression": "regression", "drop": "not significant", "gain": "gain"}
 _MEASURES = {"robust": "RA", "clean_correct": "SA"}
+#: Of the table's columns, those whose text is broken into lines: so no line is longer than 100 characters.
+_WIDEST = {"model": 16, "suite": 14}
 
 
 def text(report: Report) -> str:
     """A table in percent, under 100 columns wide, and a line for whatever in it is not simply ok."""
-    table = [
+    table = _table(report)
+    widths = [_WIDEST.get(key) for key in table[0]] if table else None
+    shown = tabulate(table, headers="keys", tablefmt="simple", disable_numparse=True, maxcolwidths=widths)
+    return "\n".join([shown, *(f"{head}: {line}" for head, line, _ in _lines(report))]) + "\n"
+
+
+def markdown(report: Report) -> str:
+    """The verdict in bold, the table, and the lines: what a summary of a CI job shows."""
+    table = [{key: cell.replace("|", "\\|") for key, cell in row.items()} for row in _table(report)]
+    parts = [f"**bench check: {'failed' if report.failed else 'passed'}**"]
+    parts.append(tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True))
+    if lines := _lines(report):
+        parts.append("\n".join(f"- {head}: {line}" for head, line, _ in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def as_json(report: Report) -> str:
+    """One object: `failed`, the parameters, every comparison and what could not be compared."""
+    rows = [{**asdict(row), "drop": row.drop, "fails": report.fails(row)} for row in report.rows]
+    whole = {
+        "failed": report.failed,
+        "alpha": report.alpha,
+        "max_drop": report.max_drop,
+        "strict": report.strict,
+        "rows": rows,
+        "unmeasured": [asdict(one) for one in report.unmeasured],
+        "warnings": report.warnings,
+    }
+    return json.dumps(whole, indent=1) + "\n"
+
+
+def junit(report: Report) -> str:
+    """A test case for each comparison, and for what could not be compared."""
+    failures = sum(map(report.fails, report.rows)) + sum(one.fails for one in report.unmeasured)
+    count = len(report.rows) + len(report.unmeasured)
+    suite = ET.Element("testsuite", name="bench check", tests=str(count), failures=str(failures))
+    found: list[Comparison | Unmeasured] = [*report.rows, *report.unmeasured]
+    for one in found:
+        name = f"{_MEASURES.get(one.measure, one.measure)} {one.suite}"
+        case = ET.SubElement(suite, "testcase", classname=one.model, name=name)
+        fails = report.fails(one) if isinstance(one, Comparison) else one.fails
+        if fails:
+            ET.SubElement(case, "failure", message=str(one))
+        elif isinstance(one, Unmeasured):
+            ET.SubElement(case, "skipped", message=str(one))
+        elif one.verdict != "ok":
+            ET.SubElement(case, "system-out").text = str(one)
+    if report.warnings:
+        ET.SubElement(suite, "system-out").text = "\n".join(report.warnings)
+    ET.indent(suite)
+    return ET.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def github(report: Report) -> str:
+    """The text, and GitHub Actions' annotations: an error for what fails, a warning for what else is to be known."""
+    lines = [
+        f"::{'error' if fails else 'warning'} title=bench check: {head}::{_annotation(line)}"
+        for head, line, fails in _lines(report)
+    ]
+    return text(report) + "".join(f"{line}\n" for line in lines)
+
+
+def _annotation(line: str) -> str:
+    return line.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _table(report: Report) -> list[dict[str, str]]:
+    return [
         {
             "model": row.model,
             "checkpoint": row.checkpoint,
             "suite": row.suite,
             "of": _MEASURES.get(row.measure, row.measure),
-            "n": row.n,
-            "before": f"{100 * row.baseline:.2f}",
-            "now": f"{100 * row.now:.2f}",
+            "n": str(row.n),
+            "before → now": f"{100 * row.baseline:.2f} → {100 * row.now:.2f}",
             "drop": f"{100 * row.drop:.2f}",
-            "p (Holm)": f"{row.p_adjusted:.2g}",
+            "p": f"{row.p_adjusted:.2g}",
             "verdict": _VERDICTS[row.verdict],
         }
         for row in report.rows
     ]
-    widths = [18, None, 16, None, None, None, None, None, None, None]
-    lines = [tabulate(table, headers="keys", tablefmt="simple", disable_numparse=True, maxcolwidths=widths)]
-    lines += [f"warning: {warning}" for warning in report.warnings]
-    lines += [f"{'missing' if one.fails else 'not compared'}: {one}" for one in report.unmeasured]
-    heads = {"regression": "regression", "drop": "not significant", "gain": "gain"}
-    lines += [f"{heads[row.verdict]}: {row}" for row in report.rows if row.verdict != "ok"]
-    return "\n".join(lines) + "\n"
+
+
+def _lines(report: Report) -> list[tuple[str, str, bool]]:
+    """What is not simply ok: its kind, in words, and whether it fails the check."""
+    lines = [("warning", warning, False) for warning in report.warnings]
+    lines += [("missing" if one.fails else "not compared", str(one), one.fails) for one in report.unmeasured]
+    return lines + [(_HEADS[row.verdict], str(row), report.fails(row)) for row in report.rows if row.verdict != "ok"]
+
+
+FORMATS: Mapping[str, Callable[[Report], str]] = {
+    "text": text,
+    "json": as_json,
+    "junit": junit,
+    "markdown": markdown,
+    "github": github,
+}
