@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.boards.rows import Row
+from bench.boards.rows import ADAPTIVE_VERSION, Row
 from bench.errors import UnusableInput, did_you_mean
 from bench.results.schema import Accuracy
 
@@ -100,7 +100,7 @@ _FIRST = (
         "rank",
         lambda row: row.rank,
         "by RA-worst, among rows on which AutoAttack has run with its default parameters and, unless the model is known"
-        " to make no choices, suite `adaptive` (from v2 on) with no less than its standard budget",
+        f" to make no choices, suite `adaptive` (from v{ADAPTIVE_VERSION} on) with no less than its standard budget",
     ),
     Column("model", "model", lambda row: row.spec.model),
     Column("objective", "objective", lambda row: row.info.objective),

@@ -29,7 +29,7 @@ from bench.results.store import Run, read_runs
 from bench.spec import ModelInfo, RunSpec
 
 #: The first version of suite `adaptive` that ranks: those before it missed paths.
-_ADAPTIVE_VERSION = 3
+ADAPTIVE_VERSION = 3
 #: By how much (fraction) RA under PGD may exceed RA before it is flagged.
 _PGD_GAP = 0.1
 
@@ -200,7 +200,7 @@ def _subject(run: Run) -> str:
 def _adaptive(run: Run) -> bool:
     """Whether it is `adaptive` at no less than its standard budget. Known witnesses to start from only add to it."""
     spec = run.result.spec
-    strong = spec.suite_params in ({}, {"budget": "large"}) and spec.suite_version >= _ADAPTIVE_VERSION
+    strong = spec.suite_params in ({}, {"budget": "large"}) and spec.suite_version >= ADAPTIVE_VERSION
     return spec.suite == "adaptive" and strong and run.result.attacked
 
 
