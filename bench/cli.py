@@ -297,8 +297,20 @@ def run(
         folder = run_folder(results, result.spec, result.run)
         what = f"{result.spec.suite} on {result.spec.model}: {result.errors} rows are errors ({reasons})"
         say(f"error: {what}; remove {folder} to run it again")
-    if queue.status or failed:
-        raise typer.Exit(queue.status or FAILED)
+    idle = [result for result in queue.done if not (result.errors or result.attacked or result.spec.suite == "clean")]
+    for result in idle if request.models else ():  # of all that are there, some have no routes
+        say(f"error: {result.spec.suite} on {result.spec.model} attacked nothing: {_why_idle(result)}")
+    if failed and not queue.status:
+        raise typer.Exit(FAILED)
+    if queue.status or (idle and request.models):
+        raise typer.Exit(UNUSABLE)
+
+
+def _why_idle(result: "Result") -> str:
+    """Why a suite had nothing to attack, and what to do."""
+    if not result.clean_accuracy.value:
+        return "it classifies no image correctly; check what its inputs are normalised by"
+    return "it shows no router with experts (docs/your-own-model.md); show them, or run autoattack"
 
 
 def _alphas(words: Sequence[str] | None) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from bench.errors import UnusableInput
 from bench.results.certificates import Certificates, CertifiedShares, certified_shares
-from bench.results.flags import UNRANKED
+from bench.results.flags import HIDDEN_ROUTES, ROUTES_INSIDE, UNRANKED
 from bench.results.metrics import (
     accuracy_after,
     clean_by_example,
@@ -217,6 +217,8 @@ def _lacks(covering: Sequence[Run], info: ModelInfo, routed: bool) -> Iterator[L
     for flag in dict.fromkeys(flag for run in covering for flag in run.result.model_flags):
         if flag in UNRANKED:
             yield Lack(f"its {flag}")
+        elif flag.startswith(HIDDEN_ROUTES):
+            yield Lack("its routes are not named")
 
 
 def _rows(subject: list[Run]) -> list[Row]:
@@ -253,8 +255,9 @@ def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: Scores) 
     every = [f"{suite_label(run.result.spec)}/{attack}" for run in covering for attack in _attacks(run)]
     spec, info = one.result.spec, one.result.model_info
     dual = info.alpha is not None or spec.alpha is not None
-    routed = dual or info.num_experts is not None or info.routing_visible
     flags = [flag for run in covering for flag in run.result.model_flags]
+    routed = dual or info.num_experts is not None or info.routing_visible
+    routed = routed or any(flag.startswith(ROUTES_INSIDE) for flag in flags)
     if scores.ra is not None and "pgd" in scores.under:
         gap = scores.under["pgd"] - scores.ra.value
         flags += [f"PGD {100 * gap:.1f} points above AutoAttack"] * (gap > _PGD_GAP)

@@ -21,17 +21,20 @@ from bench.evaluation.probes import PROBED, probe
 from bench.evaluation.report import BlockReport
 from bench.evaluation.verdicts import Judgement, judge, legal
 from bench.job import Job, Subject
+from bench.models.choices import find_choices, plain
 from bench.models.deployed import Prediction, dependence, predict, validate_outputs
-from bench.models.foreign import DRAWS, Guarded
-from bench.models.parts import parts
+from bench.models.foreign import DRAWS, Guarded, settings_kept
+from bench.models.parts import is_moe, parts
 from bench.randomness import block_seed, seeded
-from bench.results.flags import BY_CHANCE, WEAKER
+from bench.results.flags import BY_CHANCE, HIDDEN_ROUTES, ROUTES_INSIDE, WEAKER
 from bench.results.schema import VERDICT_COLUMNS
 from bench.results.witnesses import Witnesses
 from bench.suites.base import Suite
 
 #: What known adversarial examples are called as an attack; it comes before the suite's own.
 WARM_START = "warm-start"
+#: How many images are sent through a foreign model while its operations are watched.
+WATCHED = 4
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Examiner:
         self.spec, self.suite, self.num_classes, self.info = job.spec, job.method, job.num_classes, job.subject.info
         self.model, self.known = model, known
         validate_outputs(model, first, self.num_classes, self.info)
-        self._found = self._depends(first[:PROBED])
+        self._found = [*self._depends(first[:PROBED]), *self._routes(first[:WATCHED])]
 
     def _depends(self, x: Tensor) -> list[str]:
         """What the model's answers depend on beside the image, as flags."""
@@ -95,6 +98,23 @@ class Examiner:
             self.model.draws = DRAWS
             return [*reasons, f"the mean of {DRAWS} draws is attacked, and their majority judged"]
         return list(reasons)
+
+    def _routes(self, x: Tensor) -> list[str]:
+        """Routes of a foreign model that its attributes do not show, as a flag: hidden ones, or those found inside."""
+        if not isinstance(self.model, Guarded):
+            return []
+        model = plain(self.model.model)
+        moes = [name for name, module in model.named_modules() if is_moe(module)]
+        try:
+            with seeded(0), settings_kept():
+                choices = find_choices(model, x.clone(), known=moes)
+        except Exception as error:  # what cannot be watched may choose
+            return [f"{HIDDEN_ROUTES}the forward pass cannot be watched ({type(error).__name__})"]
+        if choices:
+            return [f"{HIDDEN_ROUTES}{choices.words}"]
+        if moes and not self.info.routing_visible:
+            return [f"{ROUTES_INSIDE}{', '.join(f'{name}.router'.lstrip('.') for name in moes)}"]
+        return []
 
     def run(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> ExaminedBlock:
         """Attack and judge block `number`: images x (B, C, H, W), labels y (B,), their indices idx (B,) in the data.

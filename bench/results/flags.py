@@ -7,3 +7,8 @@ UNRANKED = (BY_CHANCE, "outputs depend on the batch", "forward passes change the
 
 #: How the flag of a run begins whose suite had weaker settings than its default (`Suite.weaker_than_default`).
 WEAKER = "weaker than the default: "
+
+#: Beginnings of flags: of a model with signs of routes that nobody has named, which is unranked
+#: (`bench.models.choices`), and of one whose routes were found inside, which has to be attacked by `adaptive`.
+HIDDEN_ROUTES = "routes not named: "
+ROUTES_INSIDE = "routes inside: "

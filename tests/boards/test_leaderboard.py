@@ -13,7 +13,7 @@ from bench.boards import views
 from bench.boards.leaderboard import boards, write_boards
 from bench.boards.views import csv
 from bench.errors import UnusableInput
-from bench.results.flags import UNRANKED
+from bench.results.flags import HIDDEN_ROUTES, ROUTES_INSIDE, UNRANKED
 from bench.results.schema import VERDICT_COLUMNS, Result
 from bench.results.store import RunFolder, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel, dataset_folder
@@ -462,3 +462,24 @@ def test_what_is_known_of_the_model_is_said_once(tmp_path: Path):
 def test_a_model_that_is_no_function_of_the_image_has_no_rank(flag: str, tmp_path: Path):
     save(tmp_path, "autoattack", {"clean": "11", "apgd-ce": "11"}, model_flags=(flag,))
     assert table(tmp_path).loc["dense-at", "rank"] == ""
+
+
+def test_hidden_routes_have_no_rank_and_routes_found_inside_need_adaptive(tmp_path: Path):
+    for model, flag in (
+        ("dense", "other"),
+        ("hidden", f"{HIDDEN_ROUTES}gt in M"),
+        ("inside", f"{ROUTES_INSIDE}m.router"),
+    ):
+        save(tmp_path, "autoattack", {"clean": "11", "apgd-ce": "11"}, model=model, model_flags=(flag,))
+    assert table(tmp_path)["rank"].to_dict() == {"dense": "1", "hidden": "", "inside": ""}
+    for model in ("hidden", "inside"):
+        save(tmp_path, "adaptive", {"clean": "11", "route": "11"}, model=model)
+    ranks = table(tmp_path)["rank"].to_dict()
+    assert ranks["hidden"] == ""
+    assert ranks["inside"] in ("1", "2")
+
+
+def test_adaptive_that_attacked_nothing_proves_nothing(tmp_path: Path):
+    save(tmp_path, "autoattack", {"clean": "11", "apgd-ce": "11"}, model="m", model_flags=(f"{ROUTES_INSIDE}router",))
+    save(tmp_path, "adaptive", {"clean": "11"}, model="m")
+    assert table(tmp_path).loc["m", "rank"] == ""

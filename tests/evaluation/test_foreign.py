@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.models.foreign import DRAWS
-from bench.results.flags import BY_CHANCE, UNRANKED
+from bench.results.flags import BY_CHANCE, HIDDEN_ROUTES, ROUTES_INSIDE, UNRANKED
 from bench.results.store import read_runs
 
 
@@ -56,7 +56,7 @@ def test_what_a_forward_pass_does_changes_no_verdict_and_is_a_flag(
     compared = [column for column in rows.columns if column != "linf" or suite == "pgd"]
     if flag != "the forward pass changes grad mode":  # without a gradient PGD ends elsewhere
         assert rows[compared].equals(same[compared])
-    assert honest.model_flags == ()
+    assert honest.model_flags == ("routes inside: model.router",)
     assert flag in result.model_flags
     assert torch.is_grad_enabled()
 
@@ -141,6 +141,62 @@ def test_batch_dependence_and_state_are_seen_at_any_batch_size(batch_size: int, 
     for kind, flag in ((Centred, UNRANKED[1]), (Counts, UNRANKED[2])):
         result, _ = score(kind(planted, nothing), "clean", foreign=True, batch_size=batch_size)
         assert flag in result.model_flags
+
+
+# --- routes that nobody has named ------------------------------------------------------------------------------------
+
+
+class Inner(nn.Module):
+    """Calls another and does nothing else; `name`: what the other is called."""
+
+    def __init__(self, model: nn.Module, name: str = "net") -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_submodule(self.name)(x)
+
+
+class Either(nn.Module):
+    """One of two networks by the first pixel, without any name for it."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = (x[:, 0, 0, 0] > 0.5)[:, None]
+        return torch.where(left, self.a(x), self.b(x))
+
+
+def test_a_model_that_chooses_without_a_name_for_it_is_told_what_was_seen(planted: Any, score: Any):
+    hidden = Either(planted.robust().experts[0], planted.robust().experts[1])
+    result, _ = score(hidden, "clean", foreign=True)
+    assert [flag for flag in result.model_flags if flag.startswith(HIDDEN_ROUTES)] == [
+        "routes not named: choices that depend on the image (gt in Either): name its gates with --gates GLOB, or"
+        " declare --gates none"
+    ]
+    result, _ = score(planted.robust().experts[0], "clean", foreign=True)
+    assert not any(flag.startswith((HIDDEN_ROUTES, ROUTES_INSIDE)) for flag in result.model_flags)
+
+
+def test_a_wrapper_is_looked_through(planted: Any, score: Any):
+    result, _ = score(Inner(planted.robust()), "clean", foreign=True)
+    assert [flag for flag in result.model_flags if flag.startswith((HIDDEN_ROUTES, ROUTES_INSIDE))] == [
+        "routes inside: net.router"
+    ]
+    shown, _ = score(planted.robust(), "clean", foreign=True)
+    assert not any(flag.startswith((HIDDEN_ROUTES, ROUTES_INSIDE)) for flag in shown.model_flags)
+
+
+def test_a_model_that_cannot_be_watched_may_choose(planted: Any, score: Any, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no hooks here")
+
+    monkeypatch.setattr("bench.evaluation.examine.find_choices", fail)
+    result, _ = score(Planted(planted, nothing), "clean", foreign=True)
+    assert "routes not named: the forward pass cannot be watched (RuntimeError)" in result.model_flags
 
 
 # --- through the command line ----------------------------------------------------------------------------------------
@@ -248,3 +304,11 @@ def test_a_model_is_forgotten_before_the_next_is_loaded(
     names = [f"{user_models}:{factory}" for factory in ("net", "small", "lazy", "Extra")]
     assert bench("run", "--suite", "clean", "--n-examples", "8", "--model", ",".join(names))[0] == 2
     assert len(alive) == 4
+
+
+@pytest.mark.parametrize("suite", ["adaptive", "components"])
+def test_a_suite_that_attacked_nothing_is_told_and_exits_2(suite: str, bench: Any):
+    status, out, err = bench("run", "--suite", suite, "--model", "dense-at", "--n-examples", "4")
+    assert status == 2
+    assert f"error: {suite} on dense-at attacked nothing: it shows no router with experts" in err
+    assert "–" in out

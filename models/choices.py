@@ -1,0 +1,286 @@
+"""Whether a model chooses by its input: signs of routes in a network that names none.
+
+A network that sends images, tokens or channels down different paths is as robust as its worst path, and attacks that do
+not know the paths overstate it. Two things give it away: names (gate, router, experts …), and the operations of one
+forward pass whose result is a choice: an index, a comparison, a rounding that depends on the images and is then used.
+A value that only passes on the best of several (max-pooling, the largest attention weight) chooses nothing: its index
+is thrown away.
+
+Axes: B = images, E = experts.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+#: What names a route wherever it stands; a `gate` may be a squeeze-and-excitation's sigmoid as well.
+_ROUTES = re.compile(
+    r"[Rr]outer|[Rr]outing|(^|_)routes?(_|$)|[Ee]xperts?(?![a-z])|[Mm]o[Ee](?![a-z])|MOE|EXPERT|ROUTER|[Gg]ater"
+)
+_GATE = re.compile(r"gate|gating", re.IGNORECASE)
+#: A gate gives a score for each of at most so many experts; one that gives more is a layer's own activation.
+_MOST_EXPERTS = 64
+
+_ROUNDING = {"round", "floor", "ceil", "trunc", "frac", "sign", "sgn", "heaviside", "floor_divide", "fmod", "remainder"}
+#: What hands a value, or a number of rows, to Python.
+_READS = {"nonzero", "masked_select", "_local_scalar_dense", "equal", "is_nonzero", "item"}
+#: What moves an index or a mask and does not act on it.
+_CARRIES = {"clone", "_to_copy", "detach", "contiguous", "copy", "cat", "stack", "lift_fresh", "alias"}
+#: Draws in name alone: attention without dropout, dropout that is off.
+_NO_DRAW = re.compile(r"attention|dropout|rrelu")
+#: What takes a tensor's shape and device alone.
+_MAKES = re.compile(r"^new_|_like$")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Signs of routes. `names`: modules and attributes as globs over block numbers, such as `blocks.*.mlp.gate`;
+    `operations`: what was chosen by, each with the module (as a glob) that did it, such as `topk in blocks.*.mlp`."""
+
+    names: tuple[str, ...] = ()
+    operations: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.names or self.operations)
+
+    @property
+    def words(self) -> str:
+        """What was seen, and what to type, in one line."""
+        seen = []
+        if self.operations:
+            seen.append(f"choices that depend on the image ({_few(self.operations)})")
+        if self.names:
+            seen.append(f"names that speak of routes ({_few(self.names)})")
+        gate = next((name for name in self.names if _GATE.search(_last(name)) or "router" in _last(name)), None)
+        example = f"'{gate}'" if gate else "GLOB"
+        return f"{' and '.join(seen)}: name its gates with --gates {example}, or declare --gates none"
+
+
+def find_choices(model: nn.Module, x: Tensor, known: Iterable[str] = ()) -> Choices:
+    """The signs of routes in a model in eval mode, from its code and from one forward pass on images x (B, c, H, W).
+
+    What lies in the modules called `known` (as in `plain(model).named_modules()`) is no sign: it is attacked. The model
+    must be able to take x; what it raises is raised. A compiled model is watched uncompiled. Draws random numbers where
+    the model does.
+    """
+    model = plain(model)
+    watch = _Watch(x)
+    named = {module: name for name, module in reversed(list(model.named_modules()))}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _inside(named, watch), _Reads(watch), watch:
+        output = model(x)
+    if not any(watch.depends(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
+        watch.report("a computation outside torch", "")
+    known = list(known)
+    operations = dict.fromkeys(
+        f"{operation} in {_glob(where) or type(model).__name__}"
+        for operation, where in watch.found
+        if not any(_within(where, outer) for outer in known)
+    )
+    return Choices(tuple(_names(model, watch.shapes, known)), tuple(operations))
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s and the data-parallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _names(model: nn.Module, shapes: dict[str, list[tuple[int, ...]]], known: list[str]) -> Iterator[str]:
+    """Globs of what is named like a route: modules, else a module's attributes, else its class."""
+    modules = {name: m for name, m in model.named_modules() if not any(_within(name, outer) for outer in known)}
+    found: list[str] = []
+    for name, module in modules.items():
+        last = _last(name)
+        speaks = _ROUTES.search(last) or (_GATE.search(last) and _scores(module, shapes.get(name, ())))
+        if speaks and not any(_within(name, seen) for seen in found):
+            found.append(name)
+    for name, module in modules.items():
+        if any(_within(other, name) or _within(name, other) for other in found):
+            continue
+        own = [*vars(module), *_keys(module.named_parameters), *_keys(module.named_buffers)]
+        own = [attribute for attribute in own if not attribute.startswith("_") and _ROUTES.search(attribute)]
+        found += [f"{name}.{attribute}".lstrip(".") for attribute in own]
+        if not own and _ROUTES.search(type(module).__name__):
+            found.append(name)
+    return iter(dict.fromkeys(_glob(name) or type(model).__name__ for name in found))
+
+
+def _keys(named: Callable[..., Iterable[tuple[str, Tensor]]]) -> list[str]:
+    return [name for name, _ in named(recurse=False)]
+
+
+def _within(name: str, outer: str) -> bool:
+    return not outer or name == outer or name.startswith(f"{outer}.")
+
+
+def _scores(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether a module called gate gives scores of experts: it has weights, and few values where its input has more.
+
+    `shapes`: of its first input, then of its outputs, in one call; nothing where it was not called.
+    """
+    if not any(True for _ in module.parameters()):
+        return False
+    if not shapes:
+        return True
+    given, *outputs = shapes
+    return any(shape and shape != given and 2 <= shape[-1] <= _MOST_EXPERTS for shape in outputs)
+
+
+def _last(name: str) -> str:
+    """The last part of a dotted name that is no number."""
+    return next((part for part in reversed(name.split(".")) if not (part.isdigit() or part == "*")), "")
+
+
+def _glob(name: str) -> str:
+    """The name with `*` for the numbers of blocks."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _few(words: Iterable[str]) -> str:
+    first, more = list(words)[:3], len(list(words)) - 3
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
+
+
+@contextmanager
+def _inside(named: dict[nn.Module, str], watch: "_Watch") -> Iterator[None]:
+    """The watch knows in which module it is, and what shapes modules called gate take and give."""
+    handles = []
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        watch.where.append(named[module])
+
+    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        watch.where.pop()
+        if _GATE.search(named[module]):
+            tensors = [leaf for leaf in tree_leaves((inputs[:1], output)) if isinstance(leaf, Tensor)]
+            watch.shapes[named[module]] = [tuple(tensor.shape) for tensor in tensors]
+
+    for module in named:
+        try:
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        except (RuntimeError, AttributeError):  # a scripted part takes no hooks: it goes by the name of its parent
+            continue
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Follows what depends on the images through all operations, and which of it are choices.
+
+    An integer or a truth value computed from images is a choice once another operation uses it. Storages are followed,
+    not tensors, so that views and what is written in place count too.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.data = {_key(x)}
+        self.decided: dict[object, tuple[str, str]] = {}  # storage → the operation and the module that chose
+        self.found: dict[tuple[str, str], None] = {}
+        self.where: list[str] = [""]
+        self.shapes: defaultdict[str, list[tuple[int, ...]]] = defaultdict(list)
+
+    def depends(self, tensor: Tensor) -> bool:
+        """Whether the tensor depends on the images."""
+        return _key(tensor) in self.data or _key(tensor) in self.decided
+
+    def report(self, operation: str, where: str | None = None) -> None:
+        self.found[operation, self.where[-1] if where is None else where] = None
+
+    def read(self, tensor: Tensor) -> None:
+        """Python has read values of the tensor."""
+        if (key := _key(tensor)) in self.decided:
+            self.found[self.decided[key]] = None
+        elif key in self.data:
+            self.report("values read by Python")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = func.overloadpacket.__name__.removesuffix("_")
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not func.is_view:
+            self._follow(func, name, inputs, outputs, args, kwargs)
+        return output
+
+    def _follow(
+        self,
+        func: Any,
+        name: str,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        keys = [_key(tensor) for tensor in inputs]
+        chosen = [self.decided[key] for key in keys if key in self.decided]
+        of_data = any(key in self.data for key in keys)
+        if torch.Tag.nondeterministic_seeded in func.tags and not _NO_DRAW.search(name):
+            self.report(f"random draw ({name})")
+        if chosen and not (name in _CARRIES and not any(tensor.is_floating_point() for tensor in outputs)):
+            self.found |= dict.fromkeys(chosen)
+        if of_data and name in _READS:
+            self.report("values read by Python" if name in ("_local_scalar_dense", "item", "is_nonzero") else name)
+        if of_data and (name in _ROUNDING or (name == "div" and kwargs.get("rounding_mode"))):
+            self.report("rounding" if name == "div" else name)
+        if not (of_data or chosen) or _MAKES.search(name) or _tests_finiteness(name, keys, args):
+            return
+        origin = chosen[0] if chosen else ("rounding to integers" if name == "_to_copy" else name, self.where[-1])
+        for tensor in outputs:
+            if tensor.is_floating_point() or tensor.is_complex():
+                self.data.add(_key(tensor))
+            else:
+                self.decided[_key(tensor)] = origin
+
+
+class _Reads(TorchFunctionMode):
+    """Sees what leaves torch without an operation: `numpy`, `tolist`."""
+
+    _LEAVING: tuple[Callable[..., Any], ...] = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self._LEAVING:
+            self.watch.read(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _tests_finiteness(name: str, keys: list[object], args: tuple[Any, ...]) -> bool:
+    """x == x and |x| ≠ ∞, which `isnan` and `isfinite` are made of: they tell nothing of an image."""
+    if name in ("eq", "ne"):
+        return (len(keys) == 2 and keys[0] == keys[1]) or (len(args) > 1 and args[1] in (float("inf"), -float("inf")))
+    return name in ("isnan", "isinf", "isfinite", "isposinf", "isneginf")
+
+
+def _key(tensor: Tensor) -> object:
+    """What all tensors of one storage share; alive as long as it is kept, so that no later storage gets its address."""
+    try:
+        return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    except (NotImplementedError, RuntimeError):  # sparse tensors and those of oneDNN have none
+        return tensor

@@ -1,0 +1,289 @@
+"""Signs of routes: each shape that routed models come in has them, dense networks have none."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.models.checkpoints import ZOO, load_checkpoint
+from bench.models.choices import Choices, find_choices, plain
+
+_spec = importlib.util.spec_from_file_location("third_party", Path(__file__).with_name("third_party.py"))
+assert _spec is not None
+assert _spec.loader is not None
+third_party = sys.modules.setdefault("third_party", importlib.util.module_from_spec(_spec))
+_spec.loader.exec_module(third_party)
+
+NOTHING = Choices()
+
+
+class Computes(nn.Module):
+    """A linear layer, then a function of its output."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 6)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.linear(x.flatten(1)))
+
+
+def operations(function: Callable[[Tensor], Tensor]) -> list[str]:
+    found = find_choices(Computes(function).eval(), torch.rand(4, 3, 2, 2))
+    assert found.names == ()
+    return [operation.removesuffix(" in Computes") for operation in found.operations]
+
+
+# --- routed models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(third_party.ALL))
+def test_every_shape_of_routed_model_is_noticed(name: str):
+    torch.manual_seed(0)
+    found = find_choices(third_party.build(name), torch.rand(4, 3, 8, 8))
+    assert found
+    assert "--gates none" in found.words
+    if name == "soft mixture of nine":  # nothing is chosen: its name alone tells
+        assert found == Choices(("gate",), ())
+    else:
+        assert found.operations
+
+
+def test_what_was_seen_and_what_to_type_is_said_with_the_blocks_numbers_left_open():
+    found = find_choices(third_party.build("gate gives (scores, routing)"), torch.rand(4, 3, 8, 8))
+    assert found.words == (
+        "choices that depend on the image (argmax in layers.*.gate) and names that speak of routes (layers.*.gate):"
+        " name its gates with --gates 'layers.*.gate', or declare --gates none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "seen"),
+    [
+        (lambda s: s * (s >= s.topk(2).values[:, 1:]), ["ge"]),
+        (lambda s: s.gather(1, s.topk(2).indices), ["topk"]),
+        (lambda s: F.one_hot(s.argmax(1), 6) * s, ["argmax"]),
+        (lambda s: s.gather(1, s.sort(1).indices), ["sort"]),
+        (lambda s: s.gather(1, s.max(1).indices[:, None]), ["max"]),
+        (lambda s: s.masked_fill(s < 0, -1), ["lt"]),
+        (lambda s: torch.where(s[:, :1] > s[:, 1:2], s, -s), ["gt"]),
+        (lambda s: s.round(), ["round"]),
+        (lambda s: s.sign() * s, ["sign"]),
+        (lambda s: torch.zeros(4, 6).scatter(1, (3 * s.sigmoid()).long(), s), ["rounding to integers"]),
+        (lambda s: s + torch.randn_like(s), ["random draw (randn_like)"]),
+        (lambda s: s * (torch.rand(6) > 0.5), ["random draw (rand)"]),
+        (lambda s: s if s.mean() > 0 else -s, ["gt"]),
+        (lambda s: s if s.mean().item() > 0 else -s, ["values read by Python"]),
+        (lambda s: s[:, s.mean(0).tolist().index(max(s.mean(0).tolist())) :], ["values read by Python"]),
+        (lambda s: torch.tensor(s.numpy().round()), ["values read by Python", "a computation outside torch"]),
+        (lambda s: s[s[:, 0].nonzero()[:, 0]], ["nonzero"]),
+    ],
+)
+def test_a_choice_by_the_image_is_noticed(function: Callable[[Tensor], Tensor], seen: list[str]):
+    torch.manual_seed(0)
+    assert operations(function) == seen
+
+
+def test_a_choice_written_in_place_or_through_a_view_is_noticed():
+    def function(s: Tensor) -> Tensor:
+        mask = torch.zeros(4, 2, 3, dtype=torch.bool)
+        mask.view(4, 6).copy_(s > 0)
+        return s.view(4, 2, 3) * mask
+
+    assert operations(function) == ["gt"]
+
+
+def test_names_count_on_modules_attributes_parameters_and_classes():
+    def named(**parts: Any) -> tuple[str, ...]:
+        model = Computes(torch.relu)
+        for name, part in parts.items():
+            setattr(model, name, part)
+        return find_choices(model, torch.rand(2, 3, 2, 2)).names
+
+    class TopMoELayer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    assert named(experts=nn.ModuleList([nn.Linear(2, 2)])) == ("experts",)
+    assert named(n_experts=4) == ("n_experts",)
+    assert named(expert_weights=nn.Parameter(torch.rand(3))) == ("expert_weights",)
+    assert named(layer=TopMoELayer()) == ("layer",)
+    assert named(gate=nn.Linear(6, 3)) == ("gate",)  # not called: it cannot be told what it is
+    assert named(blocks=nn.ModuleList([nn.ModuleDict({"router": nn.Linear(2, 2)}) for _ in range(3)])) == (
+        "blocks.*.router",
+    )
+    assert named(moment=1, remote=2, exported=True, investigate=3, model_expertise=1) == ()
+
+
+def test_a_gate_that_is_an_activation_is_none():
+    class Squeeze(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.gate = nn.Linear(12, 12), nn.Sigmoid()
+            self.gate_fn = nn.Sequential(nn.Linear(12, 12), nn.Sigmoid())
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            return x * self.gate(self.fc(x)) * self.gate_fn(x)
+
+    assert find_choices(Squeeze(), torch.rand(2, 3, 2, 2)) == NOTHING
+
+
+# --- wrappers and our own ---------------------------------------------------------------------------------------------
+
+
+class Calls(nn.Module):
+    """Only calls another."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_our_own_dense_models_have_no_choices_and_a_wrapped_moe_has():
+    x = torch.rand(4, 1, 8, 8)
+    for path in sorted((ZOO / "digits" / "Linf").glob("*.safetensors")):
+        model, header, _ = load_checkpoint(path)
+        found = find_choices(Calls(model), x)
+        assert bool(found) == (header.architecture.kind != "dense"), path.stem
+        assert find_choices(Calls(model), x, known=["inner"]) == NOTHING
+    moe = load_checkpoint(ZOO / "digits" / "Linf" / "moe-rt_er-argmax.safetensors")[0]
+    assert find_choices(Calls(moe), x) == Choices(("inner.experts", "inner.router"), ("topk in inner",))
+
+
+def test_compiled_and_data_parallel_models_are_unwrapped():
+    model = third_party.build("gate rounded")
+    for wrapped in (torch.compile(model), nn.DataParallel(model), nn.DataParallel(torch.compile(model))):
+        assert plain(wrapped) is model
+        assert find_choices(wrapped, torch.rand(2, 3, 8, 8)).operations == ("round in HardGateByRounding",)
+    hidden = Calls(nn.Identity())
+    hidden.inner = torch.compile(model)
+    assert any("round" in operation for operation in find_choices(hidden, torch.rand(2, 3, 8, 8)).operations)
+
+
+def test_a_scripted_model_is_watched_through():
+    scripted = torch.jit.script(third_party.build("cascade by confidence"))
+    assert any(operation.startswith("gt ") for operation in find_choices(scripted, torch.rand(2, 3, 8, 8)).operations)
+
+
+def test_hooks_are_gone_afterwards_also_where_the_model_fails():
+    model = Computes(lambda s: s.view(7, 7))
+    with pytest.raises(RuntimeError, match="shape"):
+        find_choices(model, torch.rand(2, 3, 2, 2))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# --- dense networks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.relu, F.gelu, F.silu, F.hardswish, F.leaky_relu, F.elu, F.softplus, F.relu6, torch.abs, torch.tanh,
+        lambda s: s.clamp(-1, 1),
+        lambda s: s.softmax(1) * s,
+        lambda s: s.amax(1, keepdim=True) + s.max(1, keepdim=True).values + s.median(1, keepdim=True).values,
+        lambda s: s.topk(3).values,
+        lambda s: F.dropout(s, training=False),
+        lambda s: torch.maximum(s, -s) + torch.minimum(s, 2 * s),
+        lambda s: s[:, torch.arange(5, -1, -1)] + s.flip(1),
+        lambda s: s.masked_fill(torch.ones(6, 6).triu().bool()[0], 0.0),
+        lambda s: s * (torch.zeros_like(s) == 0),
+        lambda s: F.layer_norm(s, (6,)) / s.norm(dim=1, keepdim=True),
+        lambda s: s if torch.isfinite(s).all() and not torch.isnan(s).any() else s * 0,
+        lambda s: F.interpolate(s[:, None], 12, mode="linear")[:, 0],
+    ],
+)  # fmt: skip
+def test_what_passes_values_on_is_no_choice(function: Callable[[Tensor], Tensor]):
+    assert operations(function) == []
+
+
+def test_pooling_attention_and_normalisation_are_no_choice():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveMaxPool2d(2),
+        nn.GroupNorm(2, 8), nn.Dropout(0.5), nn.Flatten(2), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+        nn.Flatten(), nn.Linear(32, 5),
+    ).eval()  # fmt: skip
+    assert find_choices(model, torch.rand(4, 3, 8, 8)) == NOTHING
+
+
+TORCHVISION = ["resnet18", "mobilenet_v3_small", "swin_t", "shufflenet_v2_x0_5"]
+TIMM = ["mobilevit_xxs", "tf_efficientnet_b0", "gmixer_12_224", "cait_xxs24_224"]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvisions_dense_networks_have_no_choices(name: str):
+    import torchvision
+
+    assert find_choices(torchvision.models.get_model(name, weights=None).eval(), torch.rand(2, 3, 64, 64)) == NOTHING
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timms_dense_networks_have_no_choices(name: str):
+    assert _of_timm(name) == NOTHING
+
+
+def test_timms_conditional_convolutions_are_mixtures_of_experts():
+    assert "blocks.*.*.routing_fn" in _of_timm("efficientnet_cc_b0_4e").names
+
+
+@pytest.mark.slow
+def test_no_dense_network_of_torchvision_has_choices():
+    import torchvision
+
+    found = {}
+    for name in torchvision.models.list_models(torchvision.models):
+        if any(part in name for part in ("regnet_y_128", "regnet_y_32", "vit_h", "vit_l", "_l", "152", "101")):
+            continue  # the same layers as in the smaller ones
+        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(name, weights=None, **options).eval()
+        size = 224 if name.startswith(("vit", "maxvit")) else 75 if name == "inception_v3" else 64
+        found[name] = find_choices(model, torch.rand(2, 3, size, size))
+    assert len(found) > 30
+    assert {name: choices for name, choices in found.items() if choices} == {}
+
+
+@pytest.mark.slow
+def test_no_dense_network_of_timm_has_choices():
+    """The smallest by its name of each of timm's families."""
+    import timm
+
+    found = {}
+    for family in sorted(timm.list_modules()):
+        names = sorted(timm.list_models(module=family), key=_size)
+        for name in names[:3]:
+            try:
+                found[name] = _of_timm(name)
+                break
+            except Exception:  # needs another size, or weights
+                continue
+    assert len(found) > 60
+    assert {name: choices for name, choices in found.items() if choices} == {}
+
+
+def _size(name: str) -> tuple[bool, int, str]:
+    small = ("nano", "tiny", "atto", "pico", "femto", "xxs", "_s", "18", "small", "050", "xs", "_t")
+    return not any(part in name for part in small), len(name), name
+
+
+def _of_timm(name: str) -> Choices:
+    import timm
+
+    try:
+        model = timm.create_model(name, img_size=64)
+    except TypeError:
+        model = timm.create_model(name)
+    try:
+        return find_choices(model.eval(), torch.rand(2, 3, 64, 64))
+    except (AssertionError, RuntimeError):
+        return find_choices(model.eval(), torch.rand(2, *model.default_cfg["input_size"]))
