@@ -13,6 +13,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from bench.errors import UnusableInput
+from bench.models.deployed import dependence
 from bench.registry import Registry
 from bench.spec import Method, Norm, ThreatModel
 
@@ -98,6 +99,8 @@ class Certifier(Method):
     # a radius is a multiple of parameters: not of inf
     model_config = ConfigDict(allow_inf_nan=False)
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
+    #: What a row is called of a model that nothing can be said about.
+    first: ClassVar[str]
 
     @property
     def own_threat(self) -> ThreatModel | None:
@@ -110,5 +113,19 @@ class Certifier(Method):
             raise UnusableInput(f"{name} does not know {threat_model.norm}: pass --norm {norms} and an --eps")
 
     def certify(self, block: Examples) -> Sequence[Claim]:
-        """What can be said of each example of the block."""
+        """What is claimed of each example of the block: `not_supported` unless each image is answered by itself."""
+        try:
+            reasons = dependence(block.model, self.probed(block)).reasons
+        except Exception as error:  # whatever a user's model raises
+            reasons = (f"the model fails on other batches of images: {type(error).__name__}",)
+        if reasons:
+            return [Claim.nothing(block, self.first, "not_supported", "; ".join(reasons))]
+        return self.claims(block)
+
+    def probed(self, block: Examples) -> Tensor:
+        """Images (m, C, H, W), one batch, on which the model has to answer image by image."""
+        return block.x
+
+    def claims(self, block: Examples) -> Sequence[Claim]:
+        """The same, of a model that is a function of single images."""
         raise NotImplementedError

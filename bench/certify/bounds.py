@@ -13,18 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
-from bench.certify.layers import NotSupported, check_untouched, layers, terms
+from bench.certify.composition import Network, check_composition, check_finite
+from bench.certify.layers import NotSupported
 from bench.certify.linear import Bounds
-from bench.models.dual import DualModel
+from bench.certify.rounding import Arithmetic
 from bench.models.moe import MoE
-from bench.models.parts import is_dual, is_moe
+from bench.models.parts import is_dual, is_moe, routed_branches
 from bench.spec import ThreatModel
-
-#: Of the magnitude of an output's terms, what is kept in reserve for a float32 network's rounding.
-LOGIT_SLACK = 1e-5
-#: What is kept of a probability, for the rounding of softmax and of mixing.
-PROBABILITY_SLACK = 1e-5
-
 
 #: Where the constants of the paper's formula come from, as its rows say it.
 _CONSTANTS = (
@@ -41,20 +36,22 @@ class NotApplicable(Exception):
 class Margins:
     """What one network's logits can do over the region.
 
-    logits: at most min over the region of z_y − z_j, (B, C), inf at y, less the reserve for rounding. reserve: what is
-    kept for each logit, (B, C).
+    logits: at most min over the region of z_y − z_j, (B, C), inf at y, less both rounding margins. rounding: the margin
+    of each logit, (B, C).
     """
 
     bounds: Bounds
     logits: Tensor
-    reserve: Tensor
+    rounding: Tensor
 
     @classmethod
-    def of(cls, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> "Margins":
-        bounds, reserve = _bounded(network, x, threat)
+    def of(cls, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, experts: int = 1) -> "Margins":
+        """Of one of so many experts; NotSupported where the network is not known, or is not what was read of it."""
+        bounds, rounding = _bounded(network, x, threat, experts)
         eye = torch.eye(size_of(bounds), dtype=torch.double)
-        least = bounds.least(eye[y][:, None, :] - eye) - reserve.gather(1, y[:, None]) - reserve
-        return cls(bounds, least.scatter(1, y[:, None], torch.inf), reserve)
+        y = y.cpu()
+        least = bounds.least(eye[y][:, None, :] - eye) - rounding.gather(1, y[:, None]) - rounding
+        return cls(bounds, least.scatter(1, y[:, None], torch.inf), rounding)
 
     def probabilities(self, scale: Tensor | float = 1.0) -> Tensor:
         """At most min over the region of p_y − p_j (B, C), of the softmax of `scale` (B, 1) in (0, 1] times the logits.
@@ -71,11 +68,12 @@ class Margins:
         return self.bounds.lipschitz(pairs(size_of(self.bounds))).amax(1)
 
 
-def _bounded(network: nn.Module, x: Tensor, threat: ThreatModel) -> tuple[Bounds, Tensor]:
-    """A network's bounds, and what is kept in reserve for the rounding of each of its outputs (B, C)."""
-    bounds = Bounds(layers(network, x.shape[1:]), x, threat)
+def _bounded(module: nn.Module, x: Tensor, threat: ThreatModel, experts: int = 1) -> tuple[Bounds, Tensor]:
+    """A network's bounds, and the rounding margin of each of its outputs (B, C) in the region."""
+    network = Network.of(module, x, experts)
+    bounds = Bounds(network.layers, x, threat)
     region = bounds.region
-    return bounds, LOGIT_SLACK * terms(network, torch.maximum(region.low.abs(), region.high.abs()))
+    return bounds, network.margins(torch.maximum(region.low.abs(), region.high.abs()))
 
 
 def size_of(bounds: Bounds) -> int:
@@ -94,27 +92,28 @@ def pairs(count: int) -> Tensor:
 class Router:
     """What a router's scores can do over the region.
 
-    lead: at most min over the region of r_i − r_k, (B, i, k), less the reserve for rounding. lipschitz: at least
-    s = max_{i,k} of the Lipschitz constant of r_i − r_k, (B,). scores: at the centre, (B, E). reserve: what is kept for
+    lead: at most min over the region of r_i − r_k, (B, i, k), less both rounding margins. lipschitz: at least
+    s = max_{i,k} of the Lipschitz constant of r_i − r_k, (B,). scores: at the centre, (B, E). rounding: the margin of
     each score, (B, E).
     """
 
     lead: Tensor
     lipschitz: Tensor
     scores: Tensor
-    reserve: Tensor
+    rounding: Tensor
 
     @classmethod
     def of(cls, moe: MoE, x: Tensor, threat: ThreatModel) -> "Router":
         """NotSupported where there is not one score for each expert."""
-        bounds, reserve = _bounded(moe.router, x, threat)
+        bounds, rounding = _bounded(moe.router, x, threat)
         count = size_of(bounds)
         if count != len(moe.experts):
             raise NotSupported(f"a router that gives {count} scores for {len(moe.experts)} experts")
         eye = torch.eye(count, dtype=torch.double)
         every = (eye[:, None] - eye[None]).flatten(0, 1)[None]
-        lead = bounds.least(every).view(len(x), count, count) - reserve[:, :, None] - reserve[:, None]
-        return cls(lead, bounds.lipschitz(pairs(count)).amax(1), moe.router(x).double().cpu(), reserve)
+        lead = bounds.least(every).view(len(x), count, count) - rounding[:, :, None] - rounding[:, None]
+        scores = moe.router(x.clone()).double().cpu()
+        return cls(lead, bounds.lipschitz(pairs(count)).amax(1), scores, rounding)
 
     @property
     def reachable(self) -> Tensor:
@@ -163,46 +162,48 @@ def soft_radius(gap: Tensor, lipschitz: Tensor, alpha: float = 1.0) -> Tensor:
 class ClassBounds(Certifier):
     """Interval and linear bounds of every expert, combined over the routes that the ball allows."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
+    first: ClassVar[str] = "network"
 
-    def certify(self, block: Examples) -> list[Claim]:
+    def claims(self, block: Examples) -> list[Claim]:
         try:
             return list(self._claims(block))
         except NotSupported as layer:
-            return [Claim.nothing(block, "network", "not_supported", str(layer))]
+            return [Claim.nothing(block, self.first, "not_supported", str(layer))]
         except NotApplicable as reason:
-            return [Claim.nothing(block, "network", "not_applicable", str(reason))]
+            return [Claim.nothing(block, self.first, "not_applicable", str(reason))]
 
     def _claims(self, block: Examples) -> Sequence[Claim]:
         model, alpha = block.model, 1.0
         if is_dual(model):
-            model, alpha = _robust_branch(model)
+            model, alpha = _robust_branch(model, block.x)
         threshold = (1 - alpha) / alpha if alpha > 0 else torch.inf
-        threshold += PROBABILITY_SLACK * (block.model is not model)
+        threshold += self._of_probabilities(block) * (block.model is not model)
         if not is_moe(model):
             margins = self._margins(block, model)
             # of a dual, R's probability margin has to outweigh S
             least = margins.logits if block.model is model else margins.probabilities()
             return [self._claim(block, "network", (least > threshold * (block.model is not model)).all(1))]
-        if type(model) is not MoE:
-            raise NotSupported(f"{type(model).__name__}, whose way of mixing its experts is not known")
-        check_untouched(model)
-        if model.num_selected_experts == 1:
-            return self._top1(block, model, threshold if block.model is not model else None, alpha)
-        if model.num_selected_experts == len(model.experts) and model.combine == "probs":
-            return self._soft(block, model, threshold, alpha)
+        moe: Any = model
+        check_composition(moe, block.x)
+        if moe.num_selected_experts == 1:
+            return self._top1(block, moe, threshold if block.model is not moe else None, alpha)
+        if moe.num_selected_experts == len(moe.experts) and moe.combine == "probs":
+            return self._soft(block, moe, threshold, alpha)
         raise NotApplicable(
-            f"{model.num_selected_experts} of {len(model.experts)} experts, combine={model.combine}: there is a"
+            f"{moe.num_selected_experts} of {len(moe.experts)} experts, combine={moe.combine}: there is a"
             " certificate for top-1, and for all experts with combine=probs"
         )
 
     def _top1(self, block: Examples, moe: MoE, threshold: float | None, alpha: float) -> Sequence[Claim]:
         router = Router.of(moe, block.x, block.threat_model)
-        every = [self._margins(block, expert) for expert in moe.experts]
+        every = [self._margins(block, expert, len(moe.experts)) for expert in moe.experts]
         if threshold is None:  # a positive weight changes no class
             fine = torch.stack([(margins.logits > 0).all(1) for margins in every], 1)
         else:
-            scale = router.top_weights if moe.gate == "softmax" else torch.ones_like(router.scores)
+            scale = torch.ones_like(router.scores)
+            if moe.gate == "softmax":
+                scale = router.top_weights - self._of_probabilities(block)
             least = [margins.probabilities(scale[:, [i]]) for i, margins in enumerate(every)]
             fine = torch.stack([(margin > threshold).all(1) for margin in least], 1)
         reachable = router.reachable
@@ -215,7 +216,7 @@ class ClassBounds(Certifier):
 
     def _soft(self, block: Examples, moe: MoE, threshold: float, alpha: float) -> Sequence[Claim]:
         router = Router.of(moe, block.x, block.threat_model)
-        every = [self._margins(block, expert) for expert in moe.experts]
+        every = [self._margins(block, expert, len(moe.experts)) for expert in moe.experts]
         values = torch.stack([margins.probabilities() for margins in every], 1)
         weights = router.scores.softmax(1)
         if moe.gate == "argmax":
@@ -230,10 +231,10 @@ class ClassBounds(Certifier):
             steep = (weights * bend).sum(1)
         own = torch.nn.functional.one_hot(block.predicted.clamp_min(0), gap.shape[1]).bool()
         direct = least_mixture(values.masked_fill(own[:, None], 1.0), low, high)
-        # scores and logits that are off by their reserve move G by no more than that; here and at the other point
-        off = router.reserve.amax(1) + torch.stack([margins.reserve.amax(1) for margins in every]).amax(0)
+        # scores and logits that are off by their margins move G by no more than that; here and at the other point
+        off = router.rounding.amax(1) + torch.stack([margins.rounding.amax(1) for margins in every]).amax(0)
         along = gap - 2 * off[:, None] - block.threat_model.reach * steep[:, None]
-        least = (torch.maximum(direct, along) - PROBABILITY_SLACK).masked_fill(own, torch.inf)
+        least = (torch.maximum(direct, along) - self._of_probabilities(block)).masked_fill(own, torch.inf)
         return [
             self._claim(block, "soft", (least > threshold).all(1)),
             self._paper(block, moe, every, router, alpha),
@@ -251,27 +252,31 @@ class ClassBounds(Certifier):
         nothing = torch.zeros_like(radius, dtype=torch.bool)
         return Claim.of(block, "paper-formula", nothing, radius, reason=_CONSTANTS)
 
-    def _margins(self, block: Examples, network: nn.Module) -> Margins:
-        return Margins.of(network, block.x, block.predicted.clamp_min(0), block.threat_model)
+    def _margins(self, block: Examples, network: nn.Module, experts: int = 1) -> Margins:
+        return Margins.of(network, block.x, block.predicted.clamp_min(0), block.threat_model, experts)
+
+    def _of_probabilities(self, block: Examples) -> float:
+        """The rounding margin of F's probabilities."""
+        experts = max((len(moe.experts) for moe in routed_branches(block.model).values()), default=1)
+        return Arithmetic.used(block.model, block.x).of_probabilities(block.num_classes, experts)
 
     def _claim(self, block: Examples, method: str, certified: Tensor, reachable: Tensor | None = None) -> Claim:
         sizes = None if reachable is None else reachable.sum(1)
         return Claim.of(block, method, certified, certified.double() * block.threat_model.eps, sizes)
 
 
-def _robust_branch(dual: Any) -> tuple[Any, float]:
-    """R and α of a dual that mixes probabilities."""
-    if type(dual) is not DualModel:
-        raise NotSupported(f"{type(dual).__name__}, whose way of mixing its branches is not known")
-    check_untouched(dual)
+def _robust_branch(dual: Any, x: Tensor) -> tuple[Any, float]:
+    """R and α of a dual that mixes probabilities; NotSupported unless S's are probabilities everywhere."""
+    check_composition(dual, x)
     if dual.combine != "probs":
         raise NotApplicable("a dual that mixes logits: S's logits are not bounded by R's")
+    check_finite(dual.standard, x)
     return dual.robust, float(dual.alpha)
 
 
 def _gap(block: Examples, moe: MoE, weights: Tensor) -> Tensor:
     """G_j = Σ a_i g_ij at the centre (B, C), inf at y, of the weights a (B, E) of all experts."""
     y = block.predicted.clamp_min(0)
-    p = torch.stack([expert(block.x).double().cpu().softmax(1) for expert in moe.experts], 1)
+    p = torch.stack([expert(block.x.clone()).double().cpu().softmax(1) for expert in moe.experts], 1)
     mean = (weights[:, :, None] * p).sum(1)
     return (mean.gather(1, y[:, None]) - mean).scatter(1, y[:, None], torch.inf)

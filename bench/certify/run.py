@@ -63,8 +63,8 @@ def certify(
             x, y = data.x[chosen].to(device), data.y[chosen]
             with eval_frozen(model), full_float32(), torch.no_grad():
                 if number == 0:
-                    validate_outputs(model, x, num_classes, subject.info)
-                clean = predict(model, x, False)
+                    validate_outputs(model, x.clone(), num_classes, subject.info)
+                clean = predict(model, x.clone(), False)
                 predicted = torch.where(clean.finite, clean.classes, -1)
                 block = Examples(model, x, y, data.idx[chosen], predicted, num_classes, spec.threat_model, spec.seed)
                 rows = _rows(job.method, block)

@@ -13,7 +13,8 @@ from scipy.stats import binomtest, norm
 from torch import Tensor
 
 from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
-from bench.certify.layers import NotSupported, check_untouched
+from bench.certify.composition import check_composition
+from bench.certify.layers import NotSupported
 from bench.models.dual import DualModel
 from bench.randomness import generator
 from bench.spec import Norm, ThreatModel
@@ -54,9 +55,9 @@ def tight_dual_radius(p: float, sigma: float, alpha: float) -> float:
     return max(0.0, float(sigma * (norm.ppf(p) - norm.ppf(0.5 / alpha))))
 
 
-def _untouched(model: DualModel) -> bool:
+def _is_its_branches(model: DualModel, x: Tensor) -> bool:
     try:
-        check_untouched(model)
+        check_composition(model, x)
     except NotSupported:
         return False
     return True
@@ -79,6 +80,8 @@ class Smoothing(Certifier):
     `failure_probability`. Noise is keyed by the seed and the example, so no image depends on another.
     """
 
+    version: ClassVar[int] = 2
+    first: ClassVar[str] = "smoothing"
     norms: ClassVar[tuple[Norm, ...]] = ("L2",)
 
     sigma: float = Field(default=0.25, gt=0, description="of the noise, in pixels of [0, 1]")
@@ -91,9 +94,15 @@ class Smoothing(Certifier):
     def own_threat(self) -> ThreatModel:
         return ThreatModel(norm="L2", eps=self.sigma)
 
-    def certify(self, block: Examples) -> list[Claim]:
+    def probed(self, block: Examples) -> Tensor:
+        """The first image under noise, in a batch as large as those that count."""
+        count = min(self.noise_batch, max(self.n0, self.n))
+        noise = torch.randn(count, *block.x.shape[1:], generator=generator(block.seed, "smoothing probe"))
+        return block.x[:1] + self.sigma * noise.to(block.x.device)
+
+    def claims(self, block: Examples) -> list[Claim]:
         model, sigma = block.model, self.sigma
-        dual = type(model) is DualModel and model.combine == "probs" and _untouched(model)
+        dual = type(model) is DualModel and model.combine == "probs" and _is_its_branches(model, block.x)
         answers: dict[str, list[tuple[int, float]]] = {}
         for row in range(len(block.x)):
             draws = generator(block.seed, "smoothing", int(block.idx[row]))
@@ -144,5 +153,5 @@ class Smoothing(Certifier):
 def _logits(model: Any, z: Tensor, dual: bool) -> list[Tensor]:
     if not dual:
         return [model(z)]
-    standard, robust = model.standard(z), model.robust(z)
+    standard, robust = model.standard(z.clone()), model.robust(z.clone())
     return [model.mix(standard, robust), robust]

@@ -43,7 +43,7 @@ SMOOTHED = ("smoothing", "smoothing-dual", "smoothing-dual-tight")
 #: Shown, and never certified.
 OTHERS = ("paper-formula", "smoothing-predict")
 #: The first versions that are believed; what an older one certified may be untrue.
-BELIEVED = {"certify-routes": 2, "certify-bounds": 2}
+BELIEVED = {"certify-routes": 3, "certify-bounds": 3, "certify-smoothing": 2}
 METHODS = (*ROUTES, *DETERMINISTIC, *SMOOTHED, *OTHERS)
 
 

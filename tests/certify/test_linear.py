@@ -5,12 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from bench.certify import layers as lowering
-from bench.certify.layers import NotSupported, layers, terms
+from bench.certify.layers import layers
 from bench.certify.linear import Bounds, Region
-from bench.models.base import Classifier, Normalize
+from bench.models.base import Classifier
 from bench.models.experts import EXPERTS
 from bench.models.routing import AffineRouter, ConvRouter
 from bench.spec import ThreatModel
@@ -136,64 +135,3 @@ def test_of_intervals_and_linear_bounds_the_tighter_counts(linear_net: Any):
     net = nn.Sequential(*linear_net([[1, -1.25]]), nn.ReLU(), linear_net([[1]])[1])
     bounds = Bounds(layers(net, x.shape[1:]), x, ThreatModel(norm="Linf", eps=0.25))
     assert float(bounds._carried(bounds._steps, one)) == pytest.approx(0.0, abs=1e-5)
-
-
-def test_what_cancels_counts_in_full_among_the_terms(linear_net: Any):
-    # |−1| 0.5 + |2| 1 + |−1| = 3.5 and 1.5 + 4 + 0.5 = 6, as they leave a ReLU; together 9.5, whatever the outputs are
-    first, last = nn.Linear(2, 2), linear_net([[1, -1]])
-    first.weight.data, first.bias.data = torch.tensor([[-1.0, 2.0], [3.0, 4.0]]), torch.tensor([-1.0, 0.5])
-    size = torch.tensor([[[[0.5, 1.0]]]])
-    assert float(terms(nn.Sequential(nn.Flatten(), first, nn.ReLU(), last), size)) == 9.5
-    assert float(terms(nn.Sequential(nn.Flatten(), first, last), size)) == 9.5
-    # BatchNorm: (x − 5) · 2 + 10 is 2x: 2 (1 + 5) + 10
-    norm = nn.BatchNorm2d(1, eps=0.0)
-    norm.running_mean, norm.running_var = torch.tensor([5.0]), torch.tensor([1.0])
-    norm.weight.data, norm.bias.data = torch.tensor([2.0]), torch.tensor([10.0])
-    assert float(terms(norm, torch.ones(1, 1, 1, 1))) == 22
-    # a residual block: its input, and of its body, which sees nothing, the last bias
-    block = BasicBlock(1, 1).eval()
-    for conv in (block.conv1, block.conv2):
-        conv.weight.data.zero_()
-    block.bn2.bias.data.fill_(-3)
-    assert float(terms(block, torch.ones(1, 1, 1, 1))) == 4
-
-
-class Scaled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def hooked(net: nn.Module) -> nn.Module:
-    net.register_forward_pre_hook(lambda *_: None)
-    return net
-
-
-def overridden(net: nn.Module) -> nn.Module:
-    net.forward = lambda x: x  # type: ignore[method-assign]
-    return net
-
-
-@pytest.mark.parametrize(
-    ("part", "said"),
-    [
-        (nn.GELU(), "GELU"),
-        (nn.GroupNorm(1, 2), "GroupNorm"),
-        (nn.MaxPool2d(2), "MaxPool2d"),
-        (Scaled(2, 2), "Scaled"),
-        (hooked(nn.Linear(2, 2)), "Linear with hooks"),
-        (hooked(nn.Sequential(nn.Linear(2, 2))), "Sequential with hooks"),
-        (overridden(nn.Linear(2, 2)), "Linear with its own forward"),
-        (overridden(nn.Sequential(nn.Linear(2, 2))), "Sequential with its own forward"),
-        (nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)), "ParametrizedLinear"),
-        (nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), "Conv2d with padding_mode=reflect"),
-        (nn.BatchNorm2d(2, track_running_stats=False), "BatchNorm2d without running statistics"),
-        (nn.AdaptiveAvgPool2d(2), "AdaptiveAvgPool2d to 2"),
-        (nn.Flatten(2), "Flatten from 2 to -1"),
-        (EXPERTS["vit_mini"]((3, 16, 16), 5, image_size=16, width=6), "ResizedViT"),
-        (EXPERTS["small_cnn"](SHAPE, 5, norm="group"), "GroupNorm"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_is_not_known_by_its_exact_class_is_named(part: nn.Module, said: str):
-    with pytest.raises(NotSupported, match=f"^{said}$"):
-        layers(nn.Sequential(Normalize(*COLOURS), part), torch.Size(SHAPE))

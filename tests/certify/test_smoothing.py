@@ -157,3 +157,50 @@ def test_only_l2_is_certified():
     with pytest.raises(UnusableInput, match="--norm L2"):
         Smoothing().check("certify-smoothing", "digits", ThreatModel(norm="Linf", eps=0.1))
     assert str(Smoothing(sigma=0.5).own_threat) == "L2 0.5"
+
+
+class Crowd(nn.Module):
+    """Class 0 for everybody in a batch whose mean has it, else for nobody: under noise the mean is the image itself."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).mean(0, keepdim=True).expand(len(x), -1).clone()
+
+
+def test_a_model_that_answers_by_its_batch_or_by_chance_is_refused(linear_net: Any):
+    net, x = line(linear_net, 0.1)
+
+    class Noisy(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return net(z) + 0.01 * torch.randn(len(z), 2)
+
+    for model, reason in ((Crowd(net), "outputs depend on the batch"), (Noisy(), "outputs depend on chance")):
+        (claim,) = certify(model, x).values()
+        assert (claim.method, claim.status.tolist(), claim.reason) == ("smoothing", ["not_supported"], reason)
+
+    class FromHundred(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return net(z) if len(z) < 100 else net(z).mean(0, keepdim=True).expand(len(z), -1).clone()
+
+    (claim,) = certify(FromHundred(), x).values()  # no block is as large, but the noise is
+    assert claim.reason == "outputs depend on the batch"
+
+
+def test_a_branch_that_works_in_place_changes_no_other_branchs_noise(linear_net: Any):
+    robust, x = line(linear_net, 0.4)
+
+    class InPlace(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return z.sub_(9.0).flatten(1)[:, :2]
+
+    class Copying(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return (z - 9.0).flatten(1)[:, :2]
+
+    found, expected = (certify(DualModel(standard(), robust, 0.7), x) for standard in (InPlace, Copying))
+    assert set(found) == set(expected) == {"smoothing", "smoothing-predict", "smoothing-dual", "smoothing-dual-tight"}
+    for method, claim in found.items():
+        assert claim.radius.tolist() == expected[method].radius.tolist()

@@ -93,7 +93,7 @@ def test_a_certification_is_what_its_rows_amount_to_and_lies_among_the_runs(tmp_
     (read,) = read_certificates(tmp_path)
     assert read.result == made
     pd.testing.assert_frame_equal(read.rows, rows)
-    assert read.path.relative_to(tmp_path).parts[:4] == ("digits", "Linf-0.2", "certify-bounds-v2", "m")
+    assert read.path.relative_to(tmp_path).parts[:4] == ("digits", "Linf-0.2", "certify-bounds-v3", "m")
     assert [run.result.spec.suite for run in read_runs(tmp_path)] == ["pgd"]
     with pytest.raises(ValueError, match="rows of 4 examples, not of 5"):
         Certification.from_rows(spec("x", 5), INFO, "f", made.clean_accuracy, rows, params={}, **PROVENANCE)
@@ -191,7 +191,7 @@ def test_a_certified_example_that_is_broken_is_a_conflict(
     status, out, err = bench("leaderboard", "--results", str(tmp_path / "r"), "--out", str(tmp_path / "boards"))
     assert status == 1
     both = out.strip().splitlines()
-    assert "certify-bounds-v2" in both[0]
+    assert "certify-bounds-v3" in both[0]
     assert "method=union" in both[0]
     assert f"{fields.get('suite', 'pgd').replace(':', '_')}-v1" in both[1]
     assert f"attack={row[1]}" in both[1]
@@ -253,10 +253,10 @@ def test_nothing_that_is_stored_contradicts_itself():
 def test_what_an_older_version_certified_is_not_believed(tmp_path: Path):
     assert {f"certify-{name}": kind.version for name, kind in CERTIFIERS.items() if kind.version > 1} == BELIEVED
     rows = frame(methods={("network", 0.2): "111"})
-    save(tmp_path, rows, suite_version=1)
+    save(tmp_path, rows, suite_version=2)
     assert read_certificates(tmp_path) == []
     save(tmp_path, rows)
-    assert [one.result.spec.suite_version for one in read_certificates(tmp_path)] == [2]
+    assert [one.result.spec.suite_version for one in read_certificates(tmp_path)] == [3]
 
 
 def test_what_is_never_certain_contradicts_nothing(tmp_path: Path):
