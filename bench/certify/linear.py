@@ -174,7 +174,8 @@ class Bounds:
         """The interval of a ReLU's inputs, cut with the linear bounds of the neurons that it leaves undecided."""
         shape, images = inputs.low.shape[1:], len(inputs.low)
         size = shape.numel()
-        if size > MAX_NEURONS or not images:
+        exact = self.region.threat.norm == "Linf" and len(steps) == 1 and isinstance(steps[0], _AffineStep)
+        if size > MAX_NEURONS or not images or exact:
             return inputs
         low, high = inputs.low.flatten(1).clone(), inputs.high.flatten(1).clone()
         undecided = (low < 0) & (high > 0)
@@ -182,7 +183,7 @@ class Bounds:
             a = torch.zeros(len(chosen), size, dtype=torch.double)
             a[torch.arange(len(chosen)), chosen] = 1
             a = a.view(1, len(chosen), *shape)  # the same for all images, until a ReLU tells them apart
-            mine = undecided[:, chosen]  # of other images' neurons the intervals stand: no image depends on another
+            mine = undecided[:, chosen]  # other images' neurons keep their intervals: no image depends on another
             low[:, chosen] = torch.where(mine, self._carried(steps, a).maximum(low[:, chosen]), low[:, chosen])
             high[:, chosen] = torch.where(mine, (-self._carried(steps, -a)).minimum(high[:, chosen]), high[:, chosen])
         # both are sound, but for rounding, which may leave them crossed
