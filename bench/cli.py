@@ -204,6 +204,7 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="remove what a stopped training left, start again")
     ] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Train a variant; its checkpoint goes to CHECKPOINTS/<dataset>/<norm>/."""
     with redirect_stdout(sys.stderr):

@@ -120,7 +120,7 @@ MUTATIONS = [
         "bench/evaluation/examine.py",
         "self.model, x.clone(), y, to_attack",
         "self.model, x, y, to_attack",
-        "tests/evaluation/test_evaluate.py",
+        "tests/evaluation/test_examine.py",
     ),
     Mutation(
         "bench/evaluation/examine.py",

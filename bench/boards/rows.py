@@ -258,6 +258,8 @@ def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: Scores) 
     flags = [flag for run in covering for flag in run.result.model_flags]
     routed = dual or info.num_experts is not None or info.routing_visible
     routed = routed or any(flag.startswith(ROUTES_INSIDE) for flag in flags)
+    clean = verdicts[verdicts["attack"] == "clean"].groupby("idx")["clean_correct"]
+    flags += ["SA differs between suites"] * bool((clean.nunique() > 1).any())
     if scores.ra is not None and "pgd" in scores.under:
         gap = scores.under["pgd"] - scores.ra.value
         flags += [f"PGD {100 * gap:.1f} points above AutoAttack"] * (gap > _PGD_GAP)

@@ -458,6 +458,12 @@ def test_what_is_known_of_the_model_is_said_once(tmp_path: Path):
     assert table(tmp_path).loc["dense-at", "rank"] == "1"
 
 
+def test_a_clean_accuracy_that_differs_between_suites_is_flagged(tmp_path: Path):
+    save(tmp_path, "autoattack", {"clean": "110", "apgd-ce": "11."})
+    save(tmp_path, "pgd", {"clean": "101", "pgd": "1.1"})  # the same accuracy, on other images
+    assert "SA differs between suites" in table(tmp_path).loc["dense-at", "flags"]
+
+
 @pytest.mark.parametrize("flag", UNRANKED)
 def test_a_model_that_is_no_function_of_the_image_has_no_rank(flag: str, tmp_path: Path):
     save(tmp_path, "autoattack", {"clean": "11", "apgd-ce": "11"}, model_flags=(flag,))
