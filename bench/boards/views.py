@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
-from tabulate import tabulate
+from tabulate import MIN_PADDING, tabulate
 
 from bench.boards.columns import MAIN, ROUTED, Column, chosen, columns, record, span
 from bench.boards.rows import Board, Row, grouped
@@ -54,7 +54,8 @@ def _wrapped(text: str, width: int | None) -> list[str]:
 
 def _shorten(body: list[list[str]], titles: list[str], at: int, width: int) -> None:
     """Cuts the names in column `at`, so that no line is longer than `width`, where that leaves enough of them."""
-    columns = list(zip(*([titles, *body]), strict=True))
+    padded = [title + " " * MIN_PADDING for title in titles]  # as tabulate does
+    columns = list(zip(padded, *body, strict=True))
     others = sum(max(map(len, column)) for number, column in enumerate(columns) if number != at)
     room = max(_NARROWEST, width - others - 2 * (len(titles) - 1))
     for row in body:

@@ -14,6 +14,7 @@ from bench.boards import views
 from bench.boards.leaderboard import boards, write_boards
 from bench.boards.rows import Board
 from bench.errors import UnusableInput
+from bench.results.flags import WEAKER
 from bench.results.schema import VERDICT_COLUMNS, Result
 from bench.results.store import RunFolder, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel
@@ -57,7 +58,7 @@ def board(tmp_path: Path) -> Board:
         info=MOE | {"word": "out/m.safetensors"},
     )
     save(
-        results, "pgd", "11111111", "weak", suite_params={"steps": 1}, flags=("weaker than pgd is by default: steps=1",)
+        results, "pgd", "11111111", "weak", suite_params={"steps": 1}, flags=(f"{WEAKER}steps=1 (default 50)",)
     )
     (made,) = boards(results)
     return made

@@ -403,7 +403,8 @@ def test_a_warm_start_has_a_label_of_its_own(shelve: Any, tmp_path: Path):
     shelve(tmp_path, "moe-at")
     request = RunRequest(suites=("pgd", "clean"), dataset="digits", models=("moe-at",), n_examples=2)
     cold, warm = (
-        plan(request.model_copy(update={"warm_start": given}), tmp_path, [tmp_path]) for given in (False, True)
+        plan(request.model_copy(update={"warm_start": given}), tmp_path, [tmp_path]).jobs("moe-at")
+        for given in (False, True)
     )
     assert [suite_label(job.spec) for job in cold] == ["pgd", "clean"]
     assert [suite_label(job.spec) for job in warm] == ["pgd[warm_start=True]", "clean[warm_start=True]"]
