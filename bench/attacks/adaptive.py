@@ -35,9 +35,10 @@ class Budget:
     """How much of each attack is run.
 
     A restart of Auto-PGD costs 1.2 forward passes and one backward pass a step: one for the objective, and one at every
-    fifth step for the deployed model; `averaged` costs `neighbours` + 0.2. paths: how many paths are attacked at most;
-    path_restarts, path_steps: on all of them together. queries: of Square, by seed, and by path where gradients cannot
-    be believed.
+    fifth step for the deployed model; `averaged` costs `neighbours` + 0.2. paths: how many paths are attacked at most.
+    path_restarts, path_steps: on all of them together; many short restarts, most of which go on from the nearest point
+    so far, found more than few long ones at the same cost. queries: of Square, by seed, and by path where gradients
+    cannot be believed.
     """
 
     paths: int
@@ -54,8 +55,8 @@ class Budget:
 
 BUDGETS = {
     "small": Budget(16, 8, 50, 1, 50, (0.0, 0.5, 1.0), 1, 2, 1, 250),
-    "standard": Budget(64, 48, 100, 2, 100, (0.0, 0.25, 0.5, 0.75, 1.0), 4, 4, 1, 1000),
-    "large": Budget(256, 160, 200, 10, 200, (0.0, 0.25, 0.5, 0.75, 1.0), 9, 8, 3, 5000),
+    "standard": Budget(64, 160, 25, 2, 100, (0.0, 0.25, 0.5, 0.75, 1.0), 4, 4, 1, 1000),
+    "large": Budget(256, 800, 25, 10, 200, (0.0, 0.25, 0.5, 0.75, 1.0), 9, 8, 3, 5000),
 }
 
 

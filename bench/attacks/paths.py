@@ -40,7 +40,7 @@ AHEAD, PUSH = (-2.0, 0.0), (-1.0, 2.0)
 ROUTE_FIRST, EVERY = 1e3, 6
 #: Where restarts begin, after the first on a path, which is aimed at it: cumulated probabilities of an aimed point, a
 #: uniform one, the nearest to being broken so far; the rest begin at other images that take the path.
-AIMED, UNIFORM, NEAREST = 0.35, 0.65, 0.85
+AIMED, UNIFORM, NEAREST = 0.15, 0.3, 0.9
 #: The first steps of a restart, in ε: Auto-PGD's own, and finer ones from the nearest point so far.
 COARSE, FINE = 2.0, (1 / 4, 1 / 32)
 #: How far slopes are measured, in ε, in turn; how many Gaussian neighbours are averaged, and how far they lie, in ε.

@@ -57,9 +57,7 @@ def board(tmp_path: Path) -> Board:
         LONG,
         info=MOE | {"word": "out/m.safetensors"},
     )
-    save(
-        results, "pgd", "11111111", "weak", suite_params={"steps": 1}, flags=(f"{WEAKER}steps=1 (default 50)",)
-    )
+    save(results, "pgd", "11111111", "weak", suite_params={"steps": 1}, flags=(f"{WEAKER}steps=1 (default 50)",))
     (made,) = boards(results)
     return made
 

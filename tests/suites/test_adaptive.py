@@ -258,7 +258,7 @@ def test_a_model_without_parts_is_said_to_have_none(linear_net: Any, planted: An
 def test_budgets_grow():
     small, standard, large = (BUDGETS[name] for name in ("small", "standard", "large"))
     for less, more in ((small, standard), (standard, large)):
-        assert less.path_steps * less.path_restarts < more.path_steps * more.path_restarts
+        assert less.path_restarts * less.path_steps < more.path_restarts * more.path_steps
         assert (less.paths, less.restarts, less.steps, less.queries, less.targets) < (
             more.paths, more.restarts, more.steps, more.queries, more.targets
         )  # fmt: skip
