@@ -81,6 +81,7 @@ class Paths:
             self._pass, self._passes = block.model.once, EXPECTED
         with torch.no_grad():
             _, found, inputs = routing.read(self._pass, every, block.x)
+            found = {name: scores for name, scores in found.items() if len(scores) == len(block.x)}
             for site in every:  # an expert that is routed itself may not be asked about every image
                 if site.name not in found and (host := routing.host(site, every)) and host[0].name in found:
                     with routing.intercepted(host[0], partial(_sent, host[1])):
