@@ -46,16 +46,26 @@ class Site:
 def sites(model: nn.Module) -> list[Site]:
     """The sites of a model, in the order of its modules; those with all experts selected choose nothing, and are none.
 
-    An MoE is any sub-module with `router` and `experts`; K is its `num_selected_experts`, 1 where it does not say.
+    An MoE of whole networks is any sub-module with `router` and `experts`; K is its `num_selected_experts`, 1 where it
+    does not say. An MoE block inside a network is one with `gate` (a module), `experts` and `num_selected_experts`.
     """
     found = []
     for name, module in bare(model).named_modules():
-        if is_moe(module):
+        attribute = "router" if is_moe(module) else "gate" if is_block(module) else None
+        if attribute is not None:
             owner: Any = module
             count, k = len(owner.experts), int(getattr(owner, "num_selected_experts", 1))
             if k < count:
-                found.append(Site(f"{name}.router".removeprefix("."), owner, "router", count, k))
+                where = f"{name}.{attribute}".removeprefix(".")
+                found.append(Site(where, owner, attribute, count, k, whole=attribute == "router"))
     return found
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether it is an MoE block whose experts are parts of a network, chosen by a gate that can be seen."""
+    gate, experts = getattr(module, "gate", None), getattr(module, "experts", None)
+    shown = isinstance(gate, nn.Module) and isinstance(experts, nn.ModuleList)
+    return shown and hasattr(module, "num_selected_experts")
 
 
 def host(site: Site, others: Sequence[Site]) -> tuple[Site, int] | None:

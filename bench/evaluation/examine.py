@@ -25,6 +25,7 @@ from bench.models.choices import find_choices, plain
 from bench.models.deployed import Prediction, dependence, predict, validate_outputs
 from bench.models.foreign import DRAWS, Guarded, settings_kept
 from bench.models.parts import is_moe, parts
+from bench.models.sites import is_block, sites
 from bench.randomness import block_seed, seeded
 from bench.results.flags import BY_CHANCE, HIDDEN_ROUTES, ROUTES_INSIDE, WEAKER
 from bench.results.schema import VERDICT_COLUMNS
@@ -104,7 +105,7 @@ class Examiner:
         if not isinstance(self.model, Guarded):
             return []
         model = plain(self.model.model)
-        moes = [name for name, module in model.named_modules() if is_moe(module)]
+        moes = [name for name, module in model.named_modules() if is_moe(module) or is_block(module)]
         try:
             with seeded(0), settings_kept():
                 choices = find_choices(model, x.clone(), known=moes)
@@ -112,8 +113,8 @@ class Examiner:
             return [f"{HIDDEN_ROUTES}the forward pass cannot be watched ({type(error).__name__})"]
         if choices:
             return [f"{HIDDEN_ROUTES}{choices.words}"]
-        if moes and not self.info.routing_visible:
-            return [f"{ROUTES_INSIDE}{', '.join(f'{name}.router'.lstrip('.') for name in moes)}"]
+        if (found := sites(model)) and not self.info.routing_visible:
+            return [f"{ROUTES_INSIDE}{', '.join(site.name for site in found)}"]
         return []
 
     def run(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> ExaminedBlock:

@@ -1,11 +1,14 @@
 """Routing sites: a gate's scores are read, and forced by the least shift, whatever class the gate is of."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bench import load_model
+from bench.datasets.base import open_dataset
 from bench.models import sites as routing
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
@@ -165,3 +168,24 @@ def test_a_gate_that_fails_leaves_no_hook_and_no_context_behind(linear_moe: Any)
         model(X)
     assert not model.router._forward_hooks
     assert not model.router._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("blockmoe-at", 1), ("vmoe-at", 5)])
+def test_gates_inside_a_network_are_read_and_forced(name: str, tokens: int):
+    model = load_model(name, dataset="digits")
+    x = open_dataset("digits").evaluation_set(Path(), 5).x
+    found = sites(model)
+    assert found
+    assert not any(site.whole for site in found)
+    logits, scores, _ = read(model, found, x)
+    assert torch.equal(logits, model(x))
+    for site in found:
+        assert scores[site.name].shape == (5, tokens, site.num_experts)
+        asked = set[nn.Module]()
+        hooks = [e.register_forward_hook(lambda module, *_, asked=asked: asked.add(module)) for e in site.owner.experts]
+        chosen = torch.arange(1, 1 + site.k).expand(5, -1)
+        with intercepted(site, lambda seen, chosen=chosen: forced(seen, chosen)):  # type: ignore[misc]
+            model(x)
+        assert asked == {site.owner.experts[number] for number in chosen[0]}
+        for hook in hooks:
+            hook.remove()

@@ -14,6 +14,7 @@ from bench.attacks.search import Search
 from bench.datasets.base import EvalSet, fingerprint
 from bench.errors import UnusableInput
 from bench.models.dual import DualModel
+from bench.models.layers import SparseMoE
 from bench.models.moe import MoE
 from bench.suites.base import open_suites
 
@@ -327,3 +328,39 @@ def test_called_by_itself_it_refuses_what_it_does_not_know(wrong: dict[str, Any]
 def test_called_by_itself_it_refuses_a_model_without_parts(linear_net: Any):
     with pytest.raises(UnusableInput, match=r"^Sequential shows no routing: an MoE has `router` and `experts`"):
         AdaptiveAttack(linear_net([[1.0], [0.0]]))
+
+
+class Planted(nn.Module):
+    """A network with one MoE block inside, whose second expert reads the quiet code."""
+
+    def __init__(self, gate: nn.Module, second: Tensor) -> None:
+        super().__init__()
+        experts = [nn.Linear(192, 10, bias=False), nn.Linear(192, 10, bias=False)]
+        for expert, weight in zip(experts, (CODES[1:11], second), strict=True):
+            expert.weight.data = weight.clone()
+        self.block = SparseMoE(gate, experts, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block((x - 0.5).flatten(1))
+
+
+class Inner(nn.Module):
+    """Sends the rows to the second expert 0.0625 along a direction of their own, in steps, as `InSteps` the images."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        lead = (16 * h).round() / 16 @ CODES[50] / 192 - 0.0625
+        return torch.stack([torch.zeros_like(lead), 40 * lead], 1)
+
+
+@pytest.mark.parametrize("budget", ["small", pytest.param("standard", marks=pytest.mark.slow)])
+def test_a_block_inside_a_network_is_attacked_by_its_routes(budget: str, score: Any):
+    broken, _ = score(Planted(Inner(), CODES[32:42]).eval(), "adaptive", settings={"budget": budget})
+    assert (broken.errors, broken.robust_accuracy.value) == (0, 0)
+    honest, _ = score(Planted(Inner(), CODES[1:11] / 2).eval(), "adaptive", settings={"budget": "small"})
+    assert (honest.errors, honest.robust_accuracy.value) == (0, 23 / 24)
+
+
+def test_gradients_leave_a_block_that_hides_behind_its_gate(score: Any, cut_autoattack: Any):
+    cut_autoattack(20, 9, 0)
+    result, _ = score(Planted(Inner(), CODES[32:42]).eval(), "autoattack")
+    assert result.robust_accuracy.value >= 0.9 * result.clean_accuracy.value
