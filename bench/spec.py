@@ -326,6 +326,7 @@ ADDED_PARAMETERS: dict[str, dict[str, Any]] = {
         "init": None,
         "init_standard": None,
         "ema_decay": 0.0,
+        "eps_warmup": 0,
         "balance_loss": "switch",
         "route_by": "image",
         "network": {},

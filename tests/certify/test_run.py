@@ -188,6 +188,7 @@ def test_unusable_input_is_one_line(words: tuple[str, ...], said: str, bench: Be
 
 def test_several_processes_are_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     status, out, err = bench("certify", "--method", "routes", "--model", "moe-at", "--n-examples", "4")
     assert (status, out) == (2, "")
     assert err.strip().splitlines()[-1].endswith("and there are 2: start it without torchrun")

@@ -109,7 +109,8 @@ def test_baselines_are_named_behind_a_model(tmp_path: Path, shelve: Any):
     shelve(tmp_path, "moe-at", "dual-jtdmoe")
     words = ("moe-at@ensemble", "dual-jtdmoe@robust", f"{tmp_path}/digits/Linf/moe-at.safetensors@ensemble")
     request = RunRequest(suites=("clean",), dataset="digits", n_examples=3, models=words)
-    specs = [job.spec for job in plan(request, tmp_path, [tmp_path])]
+    made = plan(request, tmp_path, [tmp_path])
+    specs = [job.spec for word in made.models for job in made.jobs(word)]
     assert [spec.model for spec in specs] == ["moe-at@ensemble", "dual-jtdmoe@robust", "moe-at@ensemble"]
     assert {spec.alpha for spec in specs} == {None}
     assert set(BASELINES) == {"best-expert", "ensemble", "robust"}
