@@ -298,7 +298,8 @@ def run(
         folder = run_folder(results, result.spec, result.run)
         what = f"{result.spec.suite} on {result.spec.model}: {result.errors} rows are errors ({reasons})"
         say(f"error: {what}; remove {folder} to run it again")
-    idle = [result for result in queue.done if not (result.errors or result.attacked or result.spec.suite == "clean")]
+    attackable = [r for r in queue.done if r.clean_accuracy.value > 0 and r.spec.suite != "clean" and not r.errors]
+    idle = [result for result in attackable if not result.attacked]
     for result in idle if request.models else ():  # of all that are there, some have no routes
         say(f"error: {result.spec.suite} on {result.spec.model} attacked nothing: {_why_idle(result)}")
     if failed and not queue.status:

@@ -333,7 +333,7 @@ BAD: list[tuple[str, str]] = [
     ("list", "Missing argument 'what'. Choose from: variants, suites, datasets, objectives, recipes."),
     ("list models", "'models' is not one of 'variants', 'suites', 'datasets', 'objectives', 'recipes'."),
     ("leaderboard extra", "Got unexpected extra argument(s) (extra)."),
-    ("leaderboard --format xml", "'xml' is not one of 'csv', 'robustbench'."),
+    ("leaderboard --format xml", "'xml' is not one of 'text', 'md', 'csv', 'latex', 'html', 'robustbench'."),
     ("run --n-examples many", "'--n-examples': Input should be a valid integer"),
     ("run --n-examples many", "(got 'many')."),
     ("run --batch-size 1.5", "(got '1.5')."),

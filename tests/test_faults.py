@@ -64,10 +64,10 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 def test_a_router_trains_under_softmax_and_under_argmax_it_stays_as_it_was_drawn(
     variant: str, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs, caplog: pytest.LogCaptureFixture
 ):
-    softmax = get_variant(variant).gate == "softmax"
+    softmax = get_variant(variant).gate != "argmax"  # also of the gates of blocks inside a network
     # the balance loss would train it even where the classes' loss does not
-    run = loop(tiny_spec(variant, **{"balance": 0.0} if softmax else {}))
-    routers = {name: p for name, p in run.model.named_parameters() if "router." in name}
+    run = loop(tiny_spec(variant, **{"balance": 0.0} if softmax and "softmoe" not in variant else {}))
+    routers = {name: p for name, p in run.model.named_parameters() if "router." in name or ".gate." in name}
     drawn, trained = state(run.model), set[str]()
 
     def look(_: str) -> None:
@@ -105,7 +105,7 @@ def test_a_dead_expert_is_told_how_to_wake_where_the_router_trains_and_not_where
 def test_every_step_is_taken_in_train_mode_and_every_batch_moves_the_batch_statistics(
     variant: str, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
 ):
-    routed = VARIANTS[variant].kind != "dense"
+    routed = VARIANTS[variant].kind != "dense" and VARIANTS[variant].network != "softmoe"
     every = {"num_experts": 2, "num_selected_experts": 2} if routed else {}  # so that every expert sees every batch
     run = loop(tiny_spec(variant, **every))
     modes, statistics = set[bool](), [state(run.model)]
@@ -114,7 +114,7 @@ def test_every_step_is_taken_in_train_mode_and_every_batch_moves_the_batch_stati
     run.train(on_step=lambda *_: statistics.append(state(run.model)))
     assert modes == {True}
     means = {key for key in statistics[0] if key.endswith("running_mean")}
-    assert means
+    assert means or VARIANTS[variant].network in ("vmoe", "softmoe")  # a ViT has no statistics of the batch
     assert len(statistics) == 5  # 2 epochs of 2 batches
     for before, after in pairwise(statistics):
         assert means <= changed(before, after)
