@@ -87,6 +87,7 @@ class Paths:
                     with routing.intercepted(host[0], partial(_sent, host[1])):
                         _, more, seen = routing.read(self._pass, [site], block.x)
                     found, inputs = found | more, inputs | seen
+            found = {name: scores for name, scores in found.items() if len(scores) == len(block.x)}
         self.sites = [site for site in every if site.name in found]
         self.notes += [f"{site.name}: its scores cannot be forced" for site in every if site.name not in found]
         hosts = {site.name: routing.host(site, self.sites) for site in self.sites}
@@ -101,7 +102,10 @@ class Paths:
         self._direct = {
             name
             for name, seen in inputs.items()
-            if found[name].shape[1] == 1 and seen.shape == block.x.shape and torch.equal(seen, block.x)
+            if name in found
+            and found[name].shape[1] == 1
+            and seen.shape == block.x.shape
+            and torch.equal(seen, block.x)
         }
         self._maps = {site.name: self._affine(site) for site in self.sites}
         self._scales = {site.name: self._scale(site) for site in self.sites}

@@ -259,3 +259,21 @@ def test_a_class_that_only_a_targeted_loss_reaches_is_aimed_at(linear_moe: Any):
     assert value.item() == pytest.approx((shape[2] - shape[0]).item(), rel=1e-4)
     forced_paths(found, 8, 20)
     assert not bool(found.search.unbroken[0])
+
+
+def test_a_router_that_is_asked_about_some_images_alone_is_told_and_no_error(linear_moe: Any):
+    class Cascade(nn.Module):
+        """Asks its MoE about the images whose first pixel is below 0.9."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = linear_moe(SAME, ROUTER, 1, "argmax")
+
+        def forward(self, x: Tensor) -> Tensor:
+            some = x.flatten(1)[:, 0] < 0.9
+            logits = torch.tensor([[1.0, 0.0]]).repeat(len(x), 1)
+            logits[some] = self.moe(x[some])
+            return logits
+
+    found = paths(Cascade(), X)
+    assert (found.sites, found.notes) == ([], ["moe.router: its scores cannot be forced"])
