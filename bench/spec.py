@@ -28,6 +28,8 @@ NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")
 #: What RobustBench has boards of, by its own names; here, since importing robustbench imports torch.
 ROBUSTBENCH_DATASETS = ("cifar10", "cifar100", "imagenet")
 ROBUSTBENCH_NORMS: tuple[Norm, ...] = ("Linf", "L2")
+#: What suite `adaptive` reports of a gate whose routes it could not attack; its run then earns no rank.
+NOT_FORCED = "its scores cannot be forced"
 
 
 #: How far outside the ball an example may lie and still be in it: attacks compute in float32.

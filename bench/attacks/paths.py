@@ -25,6 +25,7 @@ from bench.models.foreign import Guarded
 from bench.models.parts import parts
 from bench.models.sites import Site
 from bench.pgd import ascend_once, project
+from bench.spec import NOT_FORCED
 
 #: Whose gradient a restart follows: the model's own; that of a smooth stand-in (`StraightThrough`) for what has none,
 #: in the gates alone or in the whole model; the slopes of the scores, their mean over the block or each image's own;
@@ -89,7 +90,7 @@ class Paths:
                     found, inputs = found | more, inputs | seen
             found = {name: scores for name, scores in found.items() if len(scores) == len(block.x)}
         self.sites = [site for site in every if site.name in found]
-        self.notes += [f"{site.name}: its scores cannot be forced" for site in every if site.name not in found]
+        self.notes += [f"{site.name}: {NOT_FORCED}" for site in every if site.name not in found]
         hosts = {site.name: routing.host(site, self.sites) for site in self.sites}
         #: for a site inside an expert: the number of the site that chooses that expert, and the expert's
         self._inside = {

@@ -26,7 +26,7 @@ from bench.results.metrics import (
 )
 from bench.results.schema import Accuracy, Result, suite_label
 from bench.results.store import Run, read_runs
-from bench.spec import ModelInfo, RunSpec
+from bench.spec import NOT_FORCED, ModelInfo, RunSpec
 
 #: The first version of suite `adaptive` that ranks: those before it missed paths.
 ADAPTIVE_VERSION = 3
@@ -198,10 +198,14 @@ def _subject(run: Run) -> str:
 
 
 def _adaptive(run: Run) -> bool:
-    """Whether it is `adaptive` at no less than its standard budget. Known witnesses to start from only add to it."""
+    """Whether it is `adaptive` at no less than its standard budget, and could attack every gate that it saw.
+
+    Known adversarial examples to start from only add to it.
+    """
     spec = run.result.spec
     strong = spec.suite_params in ({}, {"budget": "large"}) and spec.suite_version >= ADAPTIVE_VERSION
-    return spec.suite == "adaptive" and strong and run.result.attacked
+    forced = not any(NOT_FORCED in flag for flag in run.result.flags)
+    return spec.suite == "adaptive" and strong and forced and run.result.attacked
 
 
 def _lacks(covering: Sequence[Run], info: ModelInfo, routed: bool) -> Iterator[Lack]:

@@ -16,7 +16,7 @@ from bench.errors import UnusableInput
 from bench.results.flags import HIDDEN_ROUTES, ROUTES_INSIDE, UNRANKED
 from bench.results.schema import VERDICT_COLUMNS, Result
 from bench.results.store import RunFolder, run_folder
-from bench.spec import ModelInfo, RunSpec, ThreatModel, dataset_folder
+from bench.spec import NOT_FORCED, ModelInfo, RunSpec, ThreatModel, dataset_folder
 
 MOE = {"architecture": "resnet10", "num_experts": 4, "num_selected_experts": 1, "gate": "softmax"}
 STATUS = {"1": "ok", "0": "ok", "e": "error"}
@@ -386,6 +386,8 @@ def test_a_warm_started_run_has_its_own_column_counts_in_the_worst_case_and_is_n
         ({"suite_params": {"budget": "small"}}, False),
         ({"suite_params": {"budget": "small"}, "warm_start": True}, False),
         ({"suite_params": {"recipe": "trial"}}, False),
+        ({"flags": ("adaptive: 120 of 4,096 paths attacked",)}, True),
+        ({"flags": (f"adaptive: moe.router: {NOT_FORCED}",)}, False),
     ],
 )
 def test_a_routed_row_is_ranked_for_an_adaptive_run_of_the_standard_budget_or_more(
