@@ -239,7 +239,7 @@ def torchrun() -> Callable[..., tuple[str, str]]:
             text=True,
         )
         try:
-            out, err = started.communicate(timeout=120)  # torch's own limit for a lost process is half an hour
+            out, err = started.communicate(timeout=600)  # torch's own limit for a lost process is half an hour
         finally:
             started.terminate()  # upon which torchrun ends its processes
             started.wait()

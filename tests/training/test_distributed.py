@@ -199,7 +199,7 @@ def test_two_machines_of_the_command_train_as_one_process_with_twice_the_batch(t
         for rank in range(2)
     ]
     try:
-        said = [machine.communicate(timeout=180) for machine in machines]
+        said = [machine.communicate(timeout=600) for machine in machines]
     finally:
         for machine in machines:
             machine.kill()
