@@ -235,6 +235,10 @@ def train(
         print(f"{path}: put together from {' and '.join(part.file for part in header.parts.values())}")
 
 
+#: Why a suite had nothing to attack on a model that gets images right, and what to do.
+_IDLE = "it shows no router with experts (docs/your-own-model.md); show them, or run autoattack"
+
+
 @app.command()
 def run(
     suite: Annotated[list[str] | None, typer.Option("--suite", help="clean,pgd,autoattack if not given")] = None,
@@ -301,18 +305,11 @@ def run(
     attackable = [r for r in queue.done if r.clean_accuracy.value > 0 and r.spec.suite != "clean" and not r.errors]
     idle = [result for result in attackable if not result.attacked]
     for result in idle if request.models else ():  # of all that are there, some have no routes
-        say(f"error: {result.spec.suite} on {result.spec.model} attacked nothing: {_why_idle(result)}")
+        say(f"error: {result.spec.suite} on {result.spec.model} attacked nothing: {_IDLE}")
     if failed and not queue.status:
         raise typer.Exit(FAILED)
     if queue.status or (idle and request.models):
         raise typer.Exit(UNUSABLE)
-
-
-def _why_idle(result: "Result") -> str:
-    """Why a suite had nothing to attack, and what to do."""
-    if not result.clean_accuracy.value:
-        return "it classifies no image correctly; check what its inputs are normalised by"
-    return "it shows no router with experts (docs/your-own-model.md); show them, or run autoattack"
 
 
 def _alphas(words: Sequence[str] | None) -> tuple[float, ...]:

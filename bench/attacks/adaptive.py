@@ -12,12 +12,11 @@ from typing import Literal
 from zlib import crc32
 
 import torch
-from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from bench.attacks.block import Block, PassCounter
 from bench.attacks.deployed import averaged, deployed, nearest, reweighed, targeted
-from bench.attacks.paths import Paths, forced_paths, square_on_paths
+from bench.attacks.paths import Paths, forced_paths, square_attack, square_on_paths
 from bench.attacks.search import Search
 from bench.errors import UnusableInput, did_you_mean
 from bench.models.deployed import eval_frozen, full_float32
@@ -154,11 +153,7 @@ class AdaptiveAttack:
 
 
 def _square(search: Search, queries: int, number: int) -> None:
-    """Square (Andriushchenko et al. 2020), by pyautoattack, with a seed of its own."""
+    """Square on the deployed model, with a seed of its own."""
     block, rows = search.block, search.rows
-    seed = (block.seed + 7919 * (number + 1)) % 2**32
-    attack = SquareAttack(
-        block.model, norm=block.threat_model.norm, eps=block.threat_model.eps, n_queries=queries, seed=seed,
-        device=block.x.device,
-    )  # fmt: skip
+    attack = square_attack(block, queries, 7919 * (number + 1))
     search.test(attack.perturb(block.x[rows], block.y[rows]), rows)

@@ -18,6 +18,7 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor
 
 from bench.attacks.affine import affine_map, reachable_pairs
+from bench.attacks.block import Block
 from bench.attacks.gradients import StraightThrough, logarithms, slopes
 from bench.attacks.search import Objective, Search, losses, margin, standardised
 from bench.models import sites as routing
@@ -487,8 +488,16 @@ class Restart:
         return objective
 
 
+def square_attack(block: Block, queries: int, shift: int) -> SquareAttack:
+    """Square (Andriushchenko et al. 2020), by pyautoattack, with the block's seed shifted."""
+    threat, seed = block.threat_model, (block.seed + shift) % 2**32
+    return SquareAttack(
+        block.model, norm=threat.norm, eps=threat.eps, n_queries=queries, seed=seed, device=block.x.device
+    )
+
+
 def square_on_paths(paths: Paths, queries: int) -> None:
-    """Square (Andriushchenko et al. 2020), by pyautoattack, on each path: `queries` where gradients cannot be believed,
+    """Square on each path: `queries` where gradients cannot be believed,
     else SOME_QUERIES of them on all paths together.
 
     What it maximises is the least of the path's margin and its lead: a point where both are positive breaks the model.
@@ -501,10 +510,7 @@ def square_on_paths(paths: Paths, queries: int) -> None:
         rows = search.rows[can[search.rows, number]]
         if not len(rows):
             continue
-        attack = SquareAttack(
-            block.model, norm=block.threat_model.norm, eps=block.threat_model.eps, n_queries=queries,
-            seed=(block.seed + 104729 * (number + 1)) % 2**32, device=block.x.device,
-        )  # fmt: skip
+        attack = square_attack(block, queries, 104729 * (number + 1))
 
         def asked(x: Tensor, y: Tensor, path: Tensor = path) -> tuple[Tensor, Tensor]:
             logits, lead = paths.on_path(x, path.expand(len(x), -1, -1))
