@@ -1,6 +1,7 @@
 """The commands: parse into specs, call, print. What is heavy is imported inside the command that needs it."""
 
 import json
+import shlex
 import shutil
 import sys
 import warnings
@@ -233,6 +234,60 @@ def train(
         print(f"{path}: {scores} (epoch {held_out['epoch']:.0f} of {header.epochs})")
     else:
         print(f"{path}: put together from {' and '.join(part.file for part in header.parts.values())}")
+
+
+@app.command()
+def tune(
+    variant: Annotated[str, typer.Argument(help="such as moe-rt_er; `bench list variants` shows all")],
+    trials: Annotated[int, typer.Option("--trials", min=1, help="how many settings are tried")],
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="K=V,V…", help="values to try of a parameter, instead of its own"),
+    ] = None,
+    n_examples: Annotated[
+        int, typer.Option("--n-examples", min=1, help="held-out training images that a trial is scored on")
+    ] = 150,
+    dataset: DatasetOption = "digits",
+    recipe: Annotated[str | None, typer.Option("--recipe", help="a preset; the data set's own if not given")] = None,
+    settings: SettingsOption = None,
+    seed: SeedOption = 0,
+    norm: NormOption = None,
+    eps: EpsOption = None,
+    data_root: DataRootOption = Path("data"),
+    checkpoints: CheckpointsOption = Path("checkpoints"),
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Choose a variant's hyper-parameters by trials, each scored on held-out training images under attack.
+
+    The same command goes on after a stop. --set fixes a parameter for all trials.
+    """
+    with redirect_stdout(sys.stderr):
+        from bench.datasets.base import open_dataset
+        from bench.evaluation.plan import threat_model
+        from bench.results.store import ensure_writable
+        from bench.settings import parse_grid, setting
+        from bench.tune import Trial, best, open_search, table_path
+        from bench.tune import tune as run_trials
+
+        data, fixed = open_dataset(dataset), _settings(settings)
+        threat = threat_model(data, norm, eps)
+        search = open_search(variant, data, threat, recipe, fixed, parse_grid(grid or ()), seed)
+        ensure_writable(checkpoints)
+
+        def words(trial: Trial) -> str:
+            return " ".join(setting(*item) for item in trial.settings.items())
+
+        def tell(number: int, trial: Trial) -> None:
+            note(f"trial {number}/{trials}: {words(trial)}: SA {trial.sa:.2%} RA {trial.ra:.2%} {trial.seconds:.0f} s")
+
+        chosen = best(run_trials(search, trials, n_examples, data_root, checkpoints, device, tell))
+    print(f"{table_path(checkpoints, search.spec)}: {trials} trials on {n_examples} held-out images")
+    command = ["bench", "train", variant, "--dataset", dataset, "--seed", str(seed)]
+    chosen_by_user = {"--recipe": recipe, "--norm": norm, "--eps": eps, "--data-root": data_root}
+    command += [word for name, value in chosen_by_user.items() if value for word in (name, str(value))]
+    command += [word for item in {**fixed, **chosen.settings}.items() for word in ("--set", setting(*item))]
+    print(f"best: SA {chosen.sa:.2%} RA {chosen.ra:.2%}: {shlex.join(command)}")
 
 
 #: Why a suite had nothing to attack on a model that gets images right, and what to do.

@@ -43,6 +43,17 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
+def parse_grid(items: Iterable[str]) -> dict[str, list[Any]]:
+    """`--grid k=v,v` options as a dict of the values to try, each read as `parse_settings` reads it."""
+    grid: dict[str, list[Any]] = {}
+    for item in items:
+        key, _, values = item.partition("=")
+        grid[key.strip()] = [parse_settings([f"{key}={value}"])[key.strip()] for value in values.split(",")]
+        if not values or None in grid[key.strip()]:
+            raise UnusableInput(f"--grid '{item}' is not of the form key=value,value")
+    return grid
+
+
 def setting(key: str, value: Any) -> str:
     """`key=value` such that `parse_settings` gives this value; a text is quoted only where it has to be."""
     plain = f"{key}={value}"

@@ -27,6 +27,7 @@ class AdvMoE(Adversarial):
     """
 
     reach: ClassVar[float] = 1.25
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"beta": (1.0, 3.0, 6.0), "inner_steps": (2, 5)}
 
     inner_steps: int = Field(default=2, gt=0)
     beta: float = Field(default=6.0, ge=0)

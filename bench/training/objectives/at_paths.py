@@ -4,8 +4,8 @@ CE(F(x'), y) + β · mean_x agg_i CE(f_i(x'_i), y), x'_i = PGD on the cross-entr
 all experts or the worst; x' = x'_i of the expert that the router chooses for the clean x.
 """
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ class ATPaths(CrossEntropyAttack):
     the worst expert's loss then bounds that of every attack that forces a path. Each of E experts is attacked for every
     image, so a step costs about E times one of `at`; `inner_steps=1` makes up for it.
     """
+
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"beta": (0.3, 1.0, 3.0), "paths": ("all", "worst")}
 
     beta: float = Field(default=1.0, ge=0)
     paths: Literal["all", "worst"] = "all"

@@ -96,6 +96,8 @@ class Objective(Spec):
     """
 
     adversarial: ClassVar[bool] = False
+    #: Parameters of the method's own, and the values of each that `bench tune` tries.
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     balance: float = Field(default=0.5, ge=0, description="weight of the load-balance loss of a softmax gate")
 

@@ -4,8 +4,8 @@ CE(F(x'), y) + (β/B) Σ_x Σ_s KL(softmax f_s(x) ‖ softmax f_s(x'_s)), x'_s =
 `expert_reduction=mean`, the mean over s instead of the sum.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,6 +27,12 @@ class RTER(CrossEntropyAttack):
     `one_dispatch`: the attacks on F and on the experts go through the experts together, in each of their steps. They
     find the same up to rounding; which is faster depends on the device (see benchmarks/README.md).
     """
+
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "beta": (0.3, 1.0, 3.0, 6.0),
+        "expert_term": ("second", "all"),
+        "expert_reduction": ("sum", "mean"),
+    }
 
     beta: float = Field(default=6.0, ge=0)
     expert_term: Literal["second", "all"] = "second"

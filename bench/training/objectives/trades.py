@@ -1,7 +1,7 @@
 """TRADES (Zhang et al. 2019): CE(F(x), y) + β · KL(F(x) ‖ F(x')), x' maximises the KL; the clean side is the target."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -15,6 +15,8 @@ from bench.training.objectives.base import OBJECTIVES, Adversarial, Batch, Step,
 @OBJECTIVES.register("trades")
 class TRADES(Adversarial):
     """`beta` weighs the KL's mean over the batch."""
+
+    grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {"beta": (1.0, 3.0, 6.0)}
 
     beta: float = Field(default=6.0, ge=0)
 

@@ -1,0 +1,126 @@
+"""Hyper-parameters by trials: which points are drawn, on which images they are scored, and what a rerun repeats."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from bench import tune as tuning
+from bench.datasets.base import fingerprint, open_dataset
+from bench.errors import UnusableInput
+from bench.models.variants import VARIANTS
+from bench.results.store import read_runs
+from bench.settings import parse_grid
+from bench.training.data import read_training_data
+from bench.training.recipes import train_spec
+from bench.tune import Search, Trial, best, draw, open_search, own_grid, table_path, tune
+
+DIGITS = open_dataset("digits")
+TINY = {"n_train": 200, "n_val": 50, "epochs": 1, "val_steps": 1, "width": 4}
+
+
+def search(variant: str, grid: dict[str, list[Any]] | None = None, seed: int = 0, **fixed: Any) -> Search:
+    return open_search(variant, DIGITS, DIGITS.threat_model, None, fixed, grid or {}, seed)
+
+
+def test_each_method_searches_its_own_parameters():
+    grids = {name: set(search(name).grid) for name in ("dense-at", "moe-at", "moe-at-argmax", "dual-jtdmoe")}
+    assert grids == {
+        "dense-at": {"lr"},
+        "moe-at": {"lr", "balance"},
+        "moe-at-argmax": {"lr"},  # its router is not trained
+        "dual-jtdmoe": {"lr", "balance", "alpha", "beta", "expert_term", "expert_reduction"},
+    }
+
+
+@pytest.mark.parametrize("variant", [name for name, variant in VARIANTS.items() if variant.parts is None])
+def test_every_value_of_every_grid_is_a_setting_of_its_variant(variant: str):
+    for key, values in own_grid(train_spec(variant, DIGITS, DIGITS.threat_model)).items():
+        for value in values:
+            train_spec(variant, DIGITS, DIGITS.threat_model, settings={key: value})
+
+
+def test_the_first_trial_is_the_recipes_own_and_none_comes_twice():
+    grid = {"beta": [1.0, 6.0], "lr": [0.1, 0.3, 0.9], "balance": [0.5]}
+    points = draw(search("moe-rt_er", grid, expert_term="second", expert_reduction="sum"), 6)
+    assert points[0] == {"beta": 6.0, "lr": 0.3, "balance": 0.5}  # digits' recipe, and the objective's defaults
+    assert {(point["beta"], point["lr"]) for point in points} == {(b, lr) for b in (1, 6) for lr in (0.1, 0.3, 0.9)}
+
+
+def test_fewer_trials_are_the_beginning_of_more_and_another_seed_draws_others():
+    assert draw(search("moe-rt_er"), 9)[:1] == draw(search("moe-rt_er"), 1)
+    assert draw(search("moe-rt_er"), 9) == draw(search("moe-rt_er"), 9)
+    assert draw(search("moe-rt_er"), 9) != draw(search("moe-rt_er", seed=1), 9)
+
+
+@pytest.mark.parametrize(
+    ("variant", "grid", "fixed", "message"),
+    [
+        ("dual", {}, {}, "'dual' is put together from moe-standard and moe-rt_er, not trained"),
+        ("moe-rt_er", {"beta": [1.0]}, {"beta": 2.0}, "--grid beta: it is fixed by --set beta"),
+        ("moe-rt_er", {"betaa": [1.0]}, {}, "'moe-rt_er' has no such parameter"),
+        ("moe-rt_er", {"beta": [1.0, -1.0]}, {}, "beta: Input should be greater than or equal to 0"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_anything_trains(
+    variant: str, grid: dict[str, list[Any]], fixed: dict[str, Any], message: str
+):
+    with pytest.raises(UnusableInput, match=message):
+        search(variant, grid, **fixed)
+
+
+def test_more_trials_than_points_are_refused_with_their_number():
+    with pytest.raises(UnusableInput, match=r"--trials 5: the grid of 'dense-at' has 3 points \(lr\): ask for 1 … 3"):
+        draw(search("dense-at"), 5)
+
+
+def test_the_grids_words():
+    assert parse_grid(["beta=0.3,1", "expert_term=all"]) == {"beta": [0.3, 1], "expert_term": ["all"]}
+    for wrong in ("beta", "beta=", "beta=1,,2"):
+        with pytest.raises(UnusableInput, match=f"--grid '{wrong}' is not of the form"):
+            parse_grid([wrong])
+
+
+def test_the_best_has_the_highest_ra_then_sa_and_is_the_earliest():
+    trials = [Trial({"beta": n}, sa, ra, 1.0) for n, (sa, ra) in enumerate([(0.9, 0.4), (0.8, 0.5), (0.9, 0.5)] * 2)]
+    assert best(trials).settings == {"beta": 2}
+
+
+@pytest.mark.parametrize("variant", ["moe-at", "dense-at"])
+def test_trials_are_scored_on_held_out_images_and_a_rerun_trains_nothing(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = search(variant, {"lr": [0.3, 0.1]}, **TINY | ({"balance": 0.5} if variant == "moe-at" else {}))
+    first = tune(asked, 2, 20, tmp_path, tmp_path)
+    assert [trial.settings for trial in first] == [{"lr": 0.3}, {"lr": 0.1}]
+    data = read_training_data(asked.spec, DIGITS, tmp_path)
+    held_out = data.held_out[:20]
+    assert not set(held_out.tolist()) & set(data.train.tolist())
+    runs = read_runs(tmp_path / "tuning")
+    pixels = data.images.floats(held_out)
+    assert {run.result.fingerprint for run in runs} == {fingerprint(pixels, data.images.y[held_out])}
+    assert {run.result.spec.suite for run in runs} == {"adaptive" if variant == "moe-at" else "autoattack"}
+    table = pd.read_csv(table_path(tmp_path, asked.spec))
+    assert table["ra"].tolist() == [trial.ra for trial in first]
+    assert list(table.columns) == ["lr", "sa", "ra", "seconds"]
+
+    monkeypatch.setattr("bench.training.loop.Trainer", None)
+    monkeypatch.setattr("bench.evaluation.evaluate.evaluate", None)
+    assert tune(asked, 2, 20, tmp_path, tmp_path) == first
+
+
+def test_more_images_than_are_held_out_are_refused(tmp_path: Path):
+    with pytest.raises(UnusableInput, match="--n-examples 51 is more than the 50 held-out images"):
+        tune(search("dense-at", **TINY), 1, 51, tmp_path, tmp_path)
+
+
+def test_the_command_prints_the_training_of_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Any):
+    trials = [Trial({"lr": 0.1}, 0.9, 0.2, 3.0), Trial({"lr": 0.3}, 0.9, 0.5, 3.0)]
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: trials)
+    status, out, _ = bench("tune", "dense-at", "--trials", "2", "--checkpoints", str(tmp_path), "--set", "epochs=3")
+    assert status == 0
+    assert out.splitlines()[-1] == (
+        "best: SA 90.00% RA 50.00%: bench train dense-at --dataset digits --seed 0 --data-root data --set epochs=3"
+        " --set lr=0.3"
+    )
