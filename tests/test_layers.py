@@ -17,7 +17,7 @@ USERS = {
     "suites/pgd",
     "suites/autoattack",
     "attacks/adaptive",
-    "attacks/paths",
+    "attacks/restarts",
     "attacks/leaving",
     "compat",
 }

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bench.attacks.block import Block, PassCounter
 from bench.attacks.deployed import averaged, deployed, nearest, reweighed, targeted
-from bench.attacks.paths import Paths, forced_paths, square_attack, square_on_paths
+from bench.attacks.paths import Paths
+from bench.attacks.restarts import forced_paths, square_attack, square_on_paths
 from bench.attacks.search import Search
 from bench.errors import UnusableInput, did_you_mean
 from bench.models.deployed import eval_frozen, full_float32

@@ -1,0 +1,258 @@
+"""Attacks on paths: make the experts of a path wrong, and the model take that path.
+
+Restarts of Auto-PGD on the paths of a block in turn, and Square on each. Axes as in `bench.attacks.paths`: B = examples
+of the block, m = rows that are attacked, P = paths, N = sites, K = selected experts, C = classes, D = pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from pyautoattack.square import SquareAttack
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from bench.attacks.block import Block
+from bench.attacks.paths import Gradient, Paths
+from bench.attacks.search import Objective, losses, margin, standardised
+from bench.pgd import ascend_once, project
+
+#: How far ahead the path is pushed, in median gaps of the natural route, and how hard: exponents of ten, from … to.
+AHEAD, PUSH = (-2.0, 0.0), (-1.0, 2.0)
+#: A push that outweighs every loss, in every sixth restart: the route comes first, and the loss where it is won.
+ROUTE_FIRST, EVERY = 1e3, 6
+#: Where restarts begin, after the first on a path, which is aimed at it: cumulated probabilities of an aimed point, a
+#: uniform one, the nearest to being broken so far; the rest begin at other images that take the path.
+AIMED, UNIFORM, NEAREST = 0.15, 0.3, 0.9
+#: The first steps of a restart, in ε: Auto-PGD's own, and finer ones from the nearest point so far.
+COARSE, FINE = 2.0, (1 / 4, 1 / 32)
+#: How many Gaussian neighbours are averaged, and how far they lie, in ε.
+NEIGHBOURS, SPREAD = 4, 0.125
+#: Pairs of corners of the ball that an image's own slopes are taken from, where the gates can be asked alone, and else.
+CORNERS, FEW_CORNERS = 256, 16
+#: A path's other classes that a restart may aim at, the likeliest first.
+TARGETS = 5
+#: The share of Square's queries that paths get where gradients can be believed.
+SOME_QUERIES = 1 / 4
+
+
+def forced_paths(paths: Paths, restarts: int, steps: int) -> None:
+    """Auto-PGD on the paths that each image can be led to, in turn, the weakest first.
+
+    Every reachable path is met by every kind of restart at least once, however few the restarts.
+    """
+    search, ranking = paths.search, Ranking.of(paths)
+    turns = kinds(paths)
+    if search.rows.numel():
+        restarts = max(restarts, len(turns) * int(ranking.reachable[search.rows].max()))
+    for number in range(restarts):
+        rows = search.rows
+        if not len(rows):
+            return
+        kind, elsewhere = turns[number % len(turns)]
+        restart = Restart.drawn(paths, ranking, kind, number // len(turns), route_first=number % EVERY == EVERY - 1)
+        start, first = restart.start(elsewhere)
+        search.climb(restart.objective(), start, steps, rows, first)
+
+
+def kinds(paths: Paths) -> list[tuple[Gradient, bool]]:
+    """What restarts do in turn: the gradient that they follow, and whether they begin at other images.
+
+    The model's own alone where gradients are right. A gate that is not affine by its structure may have a gradient that
+    is zero or leads astray.
+    """
+    turns: list[tuple[Gradient, bool]] = [("own", False)]
+    if not paths.affine:
+        turns += [("gates", False), ("slopes", False), ("local", False), ("own", True)]
+    if paths.blind:
+        turns += [("through", False), ("neighbours", False)]
+    return turns
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The paths of each row in the order in which they are attacked.
+
+    order (B, P): the weakest on the clean image first, those out of reach last. reachable (B,): how many can be
+    reached, at least one. targets (B, P, TARGETS): the likeliest other classes on each path.
+    """
+
+    order: Tensor
+    reachable: Tensor
+    targets: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, paths: Paths) -> "Ranking":
+        block, rows, can = paths.search.block, paths.search.rows, paths.reachable
+        count = min(TARGETS, block.num_classes - 1)
+        targets = torch.zeros(*can.shape, count, dtype=torch.long, device=can.device)
+        weakness = torch.full(can.shape, -torch.inf, device=can.device)
+        for path in range(len(paths.choices)):
+            mine = rows[can[rows, path]]
+            if len(mine):
+                logits, _ = paths.on_path(block.x[mine], paths.choices[path].expand(len(mine), -1, -1))
+                weakness[mine, path] = margin(standardised(logits), block.y[mine]).nan_to_num(-1e9).clamp_min(-1e9)
+                own = one_hot(block.y[mine], logits.shape[1]).bool()
+                others = logits.nan_to_num(-torch.inf).masked_fill(own, -torch.inf)
+                targets[mine, path] = others.topk(count).indices
+        return cls(weakness.argsort(1, descending=True), can.sum(1).clamp_min(1), targets)
+
+
+@dataclass(frozen=True)
+class Restart:
+    """One restart on one path for each row, (B, …) each: the objective is
+
+        loss(model on the path) − push · relu(ahead − the path's lead).
+
+    which: 0 … 2, the loss of `losses`, 3 the logit of a target class minus the true one. new: whether the path is met
+    for the first time. local: the image's own slopes, where these are followed.
+    """
+
+    paths: Paths
+    kind: Gradient
+    turn: int
+    chosen: Tensor
+    which: Tensor
+    target: Tensor
+    push: Tensor
+    ahead: Tensor
+    new: Tensor
+    local: Tensor | None
+
+    @classmethod
+    def drawn(cls, paths: Paths, ranking: Ranking, kind: Gradient, turn: int, route_first: bool) -> "Restart":
+        """With the loss, its target, the push and how far ahead it goes drawn for each row."""
+        block, many = paths.search.block, ranking.reachable
+        count, device = len(block.y), block.x.device
+        path = ranking.order.gather(1, (turn % many)[:, None])[:, 0]
+        chosen, others = paths.choices[path], ranking.targets[torch.arange(count, device=device), path]
+        which = torch.randint(4, (count,)).to(device)
+        target = others.gather(1, torch.randint(others.shape[1], (count, 1)).to(device))[:, 0]
+        ahead, push = (10 ** torch.empty(count).uniform_(*bounds).to(device) for bounds in (AHEAD, PUSH))
+        if route_first:
+            push = torch.full_like(push, ROUTE_FIRST)
+        local = local_slopes(paths, chosen) if kind == "local" else None
+        return cls(paths, kind, turn, chosen, which, target, push, ahead, turn < many, local)
+
+    def on_path(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """`Paths.on_path` for rows (m,), by this restart's gradient."""
+        logits, lead = self.paths.on_path(z, self.chosen[rows], self.kind, self.turn)
+        if self.local is not None:
+            line = (z.flatten(1) * self.local[rows]).sum(1)
+            lead = line + (lead - line).detach()
+        return logits, lead
+
+    def start(self, elsewhere: bool) -> tuple[Tensor, Tensor]:
+        """Where it begins (B, C, H, W), and its first step (B,).
+
+        Aimed at the path where that is new; else at an aimed, a uniform, the nearest point so far, or another image.
+        """
+        search, device = self.paths.search, self.new.device
+        draw = torch.rand(self.new.shape).to(device)
+        draw = torch.ones_like(draw) if elsewhere else draw.masked_fill(self.new, 0)
+        fine = torch.tensor(FINE)[torch.randint(len(FINE), draw.shape)].to(device)
+        start = other_images(self.paths, self.chosen)
+        for least, most, points in ((UNIFORM, NEAREST, search.nearest), (AIMED, UNIFORM, search.uniform())):
+            here = (draw >= least) & (draw < most)
+            start = torch.where(here.view(-1, 1, 1, 1), points, start)
+        here = draw < AIMED
+        if bool(here[search.rows].any()):
+            start = torch.where(here.view(-1, 1, 1, 1), self.aimed(), start)
+        return start, torch.where((draw >= UNIFORM) & (draw < NEAREST), fine, torch.full_like(fine, COARSE))
+
+    def aimed(self) -> Tensor:
+        """From each image a step of ε towards its path: (B, C, H, W)."""
+        block, rows = self.paths.search.block, self.paths.search.rows
+        z = block.x[rows].detach().requires_grad_()
+        with torch.enable_grad():
+            _, lead = self.on_path(z, rows)
+        start = block.x.clone()
+        if lead.requires_grad:
+            (ascent,) = torch.autograd.grad(lead.sum(), z)
+            ascent = ascent.nan_to_num(0.0, 0.0, 0.0)
+            start[rows] = ascend_once(block.x[rows], ascent, block.x[rows], block.threat_model, block.threat_model.eps)
+        return start
+
+    def objective(self) -> Objective:
+        """What is climbed; it believes the model to be broken where the path is taken and its class is wrong."""
+        block = self.paths.search.block
+        near = None
+        if self.kind == "neighbours":
+            near = SPREAD * block.threat_model.eps * torch.randn(NEIGHBOURS, *block.x.shape).to(block.x)
+
+        def once(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            logits, lead = self.on_path(z, rows)
+            y, shape = block.y[rows], standardised(logits)
+            aimed = shape.gather(1, self.target[rows, None]) - shape.gather(1, y[:, None])
+            value = torch.cat([losses(logits, y), aimed], 1).gather(1, self.which[rows, None])[:, 0]
+            return value - self.push[rows] * (self.ahead[rows] - lead).relu(), (logits.argmax(1) != y) & (lead > 0)
+
+        def objective(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            if near is None:
+                return once(z, rows)
+            values, hits = (torch.stack(many) for many in zip(*(once(z + d[rows], rows) for d in near), strict=True))
+            return values.mean(0), hits.all(0)
+
+        return objective
+
+
+def other_images(paths: Paths, chosen: Tensor) -> Tensor:
+    """For each row the clean image of another, brought into the row's ball: (B, C, H, W).
+
+    By chance one of those that take its path, chosen (B, N, K), where there are any, else one of another class.
+    """
+    block, takers = paths.search.block, paths.takers(chosen)
+    takers = torch.where(takers.any(1, keepdim=True), takers, block.y[:, None] != block.y)
+    draw = torch.rand(takers.shape).to(takers.device).masked_fill(~takers, -1)
+    return project(block.x[draw.argmax(1)], block.x, block.threat_model)
+
+
+@torch.no_grad()
+def local_slopes(paths: Paths, chosen: Tensor) -> Tensor:
+    """Of each image's lead on its path of those chosen (B, N, K) the slopes (B, D), from corners of its ball.
+
+    Without a gradient, and of each image alone: a router may be led elsewhere by each, or answer in steps.
+    """
+    block, rows = paths.search.block, paths.search.rows
+    x, threat, generator = block.x[rows], block.threat_model, torch.Generator().manual_seed(block.seed)
+    total = torch.zeros_like(x)
+    for _ in range(CORNERS if paths.direct else FEW_CORNERS):
+        signs = (torch.randint(0, 2, block.x.shape, generator=generator) * 2 - 1).to(block.x)[rows]
+        ends = [ascend_once(x, side * signs, x, threat, threat.eps) for side in (1, -1)]
+        high, low = (paths.lead(end, chosen[rows]) for end in ends)
+        total += (high - low).nan_to_num(0.0, 0.0, 0.0).view(-1, 1, 1, 1) * signs
+    slopes = torch.zeros(len(block.x), x[0].numel(), device=x.device)
+    slopes[rows] = total.flatten(1)
+    return slopes
+
+
+def square_attack(block: Block, queries: int, shift: int) -> SquareAttack:
+    """Square (Andriushchenko et al. 2020), by pyautoattack, with the block's seed shifted."""
+    threat, seed = block.threat_model, (block.seed + shift) % 2**32
+    return SquareAttack(
+        block.model, norm=threat.norm, eps=threat.eps, n_queries=queries, seed=seed, device=block.x.device
+    )
+
+
+def square_on_paths(paths: Paths, queries: int) -> None:
+    """Square on each path: `queries` where gradients cannot be believed,
+    else SOME_QUERIES of them on all paths together.
+
+    What it maximises is the least of the path's margin and its lead: a point where both are positive breaks the model.
+    """
+    search, block, can = paths.search, paths.search.block, paths.reachable
+    if not paths.blind:
+        queries = max(1, int(SOME_QUERIES * queries / max(1, int(can[search.rows].sum(1).max()))))
+    for number, path in enumerate(paths.choices):
+        rows = search.rows[can[search.rows, number]]
+        if not len(rows):
+            continue
+        attack = square_attack(block, queries, 104729 * (number + 1))
+
+        def asked(x: Tensor, y: Tensor, path: Tensor = path) -> tuple[Tensor, Tensor]:
+            logits, lead = paths.on_path(x, path.expand(len(x), -1, -1))
+            value = -torch.minimum(margin(standardised(logits), y), lead)
+            return value, value
+
+        attack.margin_and_loss = asked
+        search.test(attack.perturb(block.x[rows], block.y[rows]), rows)
