@@ -2,7 +2,7 @@
 
 import math
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,7 +11,9 @@ from bench import console
 from bench.environment import World
 from bench.results.schema import Result
 from bench.spec import RunSpec, TrainSpec
-from bench.training.loop import Epoch
+
+if TYPE_CHECKING:  # torch's compiler comes with it, which attacks do without
+    from bench.training.loop import Epoch
 
 
 class _Bar:
@@ -54,7 +56,7 @@ class TrainingProgress(_Bar):
         description = f"{self._spec.variant} epoch {epoch + 1}/{epochs} loss {loss:.3f}{self._scores}"
         self._progress.update(self._task, completed=epoch * steps + done, total=epochs * steps, description=description)
 
-    def on_epoch(self, epoch: Epoch) -> None:
+    def on_epoch(self, epoch: "Epoch") -> None:
         self._scores = f" SA {epoch.sa:.1%} RA {epoch.ra:.1%}"
         line = f"epoch {epoch.epoch}/{self._spec.recipe.epochs} loss {epoch.loss:.3f}{self._scores}"
         console.note(f"{line} {epoch.images_per_second:.0f} images/s")

@@ -1,23 +1,16 @@
 """The networks that serve as experts, or alone as dense models; put together from torchvision's and timm's parts.
 
 Each is registered in `EXPERTS` as a function of (input_shape, num_classes) and its own keyword parameters that returns
-an nn.Module from normalised images (B, c, H, W) to logits (B, C).
+an nn.Module from normalised images (B, c, H, W) to logits (B, C). What needs torchvision or timm imports them
+itself: they take longer than torch.
 """
 
 import inspect
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import timm
-import torch
-import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, conv1x1
+from torch import nn
 
 from bench.errors import UnusableInput, did_you_mean
 from bench.registry import Registry
@@ -67,6 +60,8 @@ def small_cnn(input_shape: Shape, num_classes: int, *, width: int = 12, norm: No
 
 def resnet_stage(inplanes: int, planes: int, blocks: int, stride: int, norm: Norm) -> nn.Sequential:
     """Basic blocks from `inplanes` to `planes` channels, the first of which has the stride."""
+    from torchvision.models.resnet import BasicBlock, conv1x1
+
     downsample = None
     if stride != 1 or inplanes != planes:
         downsample = nn.Sequential(conv1x1(inplanes, planes, stride), norm_layer(norm)(planes))
@@ -111,20 +106,12 @@ def resnet18(input_shape: Shape, num_classes: int, *, width: int = 64, norm: Nor
     return _resnet(input_shape, num_classes, 2, width, norm)
 
 
-class ResizedViT(VisionTransformer):  # type: ignore[misc]  # timm has no types
-    """timm's ViT behind a bilinear resize to its own image size, so that attacks act on the native pixels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        size = self.patch_embed.img_size
-        if x.shape[-2:] != size:
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-        return super().forward(x)
-
-
 def vit(
     input_shape: Shape, num_classes: int, depth: int, heads: int, image_size: int, patch_size: int, width: int
 ) -> nn.Module:
     """A ViT of `depth` blocks; UnusableInput for sizes that do not divide."""
+    from bench.models.vit import ResizedViT
+
     if image_size % patch_size:
         raise UnusableInput(f"image_size {image_size} must be a multiple of patch_size {patch_size}")
     if width % heads:
@@ -149,54 +136,3 @@ def vit_mini(
 ) -> nn.Module:
     """A ViT of four blocks for 64 px, which a CPU can train."""
     return vit(input_shape, num_classes, 4, 3, image_size, patch_size, width)
-
-
-#: timm's name of the expert whose ImageNet weights it has.
-TIMM_NAMES = {"vit_small": "vit_small_patch16_224"}
-
-
-def pretrained_weights(name: str, network: nn.Module, source: str | None = None) -> dict[str, Tensor]:
-    """timm's ImageNet weights for `network`, the expert called `name`, all but those of its head.
-
-    They come from the Hugging Face hub, or from the file `source` (safetensors, or the npz in which they were first
-    published); position embeddings are resampled to the network's own image size.
-
-    Raises:
-        UnusableInput: there are none for this expert, the hub is out of reach, or the file does not hold them.
-    """
-    instead = "train from random weights with --set pretrained=false"
-    if name not in TIMM_NAMES:
-        raise UnusableInput(f"timm has no weights of expert '{name}', but of {', '.join(TIMM_NAMES)}: {instead}")
-    if source is not None and not source.endswith((".safetensors", ".npz")):  # timm would unpickle it
-        raise UnusableInput(f"--set pretrained={source} must be a .safetensors or .npz file; or {instead}")
-    if source is not None and not Path(source).is_file():
-        raise UnusableInput(f"--set pretrained={source}: there is no such file: correct the path, or {instead}")
-    assert isinstance(network, ResizedViT)
-    embed = network.patch_embed
-    overlay = None if source is None else {"file": source, "custom_load": source.endswith(".npz")}
-    try:
-        with torch.random.fork_rng(devices=[]), _quiet("huggingface_hub"):
-            vit = timm.create_model(
-                TIMM_NAMES[name], pretrained=True, pretrained_cfg_overlay=overlay, img_size=embed.img_size,
-                patch_size=embed.patch_size, embed_dim=network.embed_dim, in_chans=embed.proj.in_channels,
-            )  # fmt: skip
-    except Exception as error:  # the hub's, the file's and timm's own, of many kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        where = f"from '{source}'" if source else "from the Hugging Face hub"
-        raise UnusableInput(
-            f"the weights of timm's {TIMM_NAMES[name]} could not be loaded {where} ({reason}): {instead}, or name a"
-            " file that holds them with --set pretrained=FILE.safetensors"
-        ) from None
-    return {key: value for key, value in vit.state_dict().items() if not key.startswith("head.")}
-
-
-@contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Nothing below an error is logged: the hub tells of each of its many attempts."""
-    log = logging.getLogger(logger)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

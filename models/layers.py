@@ -15,9 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
-from torchvision.models.resnet import conv1x1, conv3x3
 
 from bench.errors import UnusableInput, did_you_mean
 from bench.models.experts import Norm, Shape, norm_layer, resnet_stage, vit
@@ -223,6 +221,8 @@ def blockmoe(
 
     Stages halve the map and double the width until the map has 4 pixels a side: two for 8 px, four for 32 and 64.
     """
+    from torchvision.models.resnet import conv1x1
+
     channels, side = input_shape[0], min(input_shape[1:])
     first = 1 if side <= 32 else 2  # the CIFAR stem; above 32 px it halves the image, as the ImageNet stem would
     stem = nn.Conv2d(channels, width, 3, stride=first, padding=1, bias=False)
@@ -291,11 +291,15 @@ def softmoe(
 
 def _branch(inplanes: int, planes: int, stride: int, norm: Norm) -> nn.Sequential:
     """A basic block without its shortcut."""
+    from torchvision.models.resnet import conv3x3
+
     first, second = conv3x3(inplanes, planes, stride), conv3x3(planes, planes)
     return nn.Sequential(first, norm_layer(norm)(planes), nn.ReLU(), second, norm_layer(norm)(planes))
 
 
 def _mlps(width: int, count: int) -> list[nn.Module]:
+    from timm.layers import Mlp
+
     return [Mlp(width, 4 * width) for _ in range(count)]
 
 

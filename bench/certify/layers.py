@@ -6,6 +6,7 @@ was read to the network's own outputs.
 Axes: B = batch, S = linear functions that are bounded, E = experts; the shape of one example is (…).
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
-from torchvision.models.resnet import BasicBlock
 
 from bench.models.base import Classifier, Normalize
 from bench.models.routing import AffineRouter, ConvRouter
@@ -101,10 +101,11 @@ def layers(module: nn.Module, shape: torch.Size) -> list[Layer]:
 def read(module: nn.Module) -> list[Layer]:
     """The layers of a network in eval mode, in order, one for each step of its forward pass; NotSupported as above."""
     kind: Any = type(module)
-    if kind not in _KNOWN:
+    reader = _KNOWN.get(kind) or (_block if kind is _basic_block() else None)
+    if reader is None:
         raise NotSupported(kind.__name__)
     check_untouched(module)
-    return _KNOWN[kind](module)
+    return reader(module)
 
 
 def joined(parts: list[Layer], shape: torch.Size) -> list[Layer]:
@@ -265,6 +266,12 @@ def _flatten(module: Any) -> list[Layer]:
     return [Affine(lambda x: x.flatten(1), lambda x: x.flatten(1), 0)]
 
 
+def _basic_block() -> type[nn.Module] | None:
+    """torchvision's BasicBlock; None where nobody has imported torchvision, which is slow, so that no module is one."""
+    resnet = sys.modules.get("torchvision.models.resnet")
+    return None if resnet is None else resnet.BasicBlock
+
+
 def _block(module: Any) -> list[Layer]:
     shortcut = [] if module.downsample is None else read(module.downsample)
     body = [layer for part in (module.conv1, module.bn1, module.relu, module.conv2, module.bn2) for layer in read(part)]
@@ -290,7 +297,6 @@ _KNOWN: dict[type[nn.Module], Callable[[Any], list[Layer]]] = {
     nn.AdaptiveAvgPool2d: _pool,
     nn.Flatten: _flatten,
     nn.Identity: lambda _: [],
-    BasicBlock: _block,
     Normalize: _normalize,
     Classifier: _chain("normalize", "backbone"),
     ConvRouter: _chain("normalize", "features", "linear"),

@@ -10,13 +10,14 @@ from bench.errors import UnusableInput
 from bench.models.architecture import Architecture, Dense, Dual, Network
 from bench.models.base import Classifier
 from bench.models.checkpoints import Header, Origin, load_checkpoint
-from bench.models.experts import pretrained_weights
 from bench.spec import Recipe, TrainSpec
 from bench.training.data import TrainingData, split
 
 
 def load_pretrained(model: nn.Module, recipe: Recipe) -> None:
     """Load timm's weights into each expert of the model; all experts are then alike, except for their heads."""
+    from bench.models.vit import pretrained_weights  # here, because timm is slow to import
+
     backbones = [part.backbone for part in model.modules() if isinstance(part, Classifier)]
     source = recipe.pretrained if isinstance(recipe.pretrained, str) else None
     weights = pretrained_weights(recipe.expert, backbones[0], source)

@@ -21,7 +21,6 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 import bench
@@ -234,8 +233,7 @@ class Trainer:
         self.engine = self.fabric.setup_module(Engine(self.model))  # on its device from here on
         # Its decay grows with the number of steps (1 − (1 + step)^−⅔) up to the recipe's, so that a short training
         # does not average in its random beginning.
-        decay = recipe.ema_decay
-        self.ema = ModelEmaV3(self.model, decay=decay, use_warmup=True) if decay else None
+        self.ema = _average(self.model, recipe.ema_decay) if recipe.ema_decay else None
         self.deployed: nn.Module = self.ema.module if self.ema else self.model
         deal = partial(
             Sampler,
@@ -483,6 +481,13 @@ class Trainer:
             self.files.remove()
         self.fabric.barrier()
         return self.path
+
+
+def _average(model: nn.Module, decay: float) -> Any:
+    """timm's average of the model's weights; imported here, because timm takes longer than torch."""
+    from timm.utils.model_ema import ModelEmaV3
+
+    return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
 def _fabric(device: str, precision: Precision, routed: bool) -> Fabric:
