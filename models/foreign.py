@@ -8,6 +8,8 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from inspect import ismethod
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 #: Forward passes that stand for one where a model answers by chance: as many as AutoAttack's `rand` version takes.
 DRAWS = 20
 
+#: Attributes by which a model shows parts that are called by themselves, beside its experts.
+_PARTS = ("router", "standard", "robust")
 _CUDNN = ("allow_tf32", "deterministic", "benchmark")
 
 
@@ -82,61 +86,98 @@ class _Randomness:
         return made
 
 
+@dataclass
+class _Shared:
+    """What a model and its parts have in common behind their guards."""
+
+    draws: int = 1
+    seed: int = 0
+    states: _Randomness = field(default_factory=lambda: _Randomness.of(0))
+    seen: set[str] = field(default_factory=set)
+    parts: "list[Guarded]" = field(default_factory=list)
+
+
 class Guarded(nn.Module):
     """A foreign model as the harness asks it: images (B, c, H, W) in, float32 logits (B, C) out.
 
     Each call gets a copy of the images. The model has random number generators of its own, which `reseed` seeds, so
     that neither its draws nor a `torch.manual_seed` in its forward pass touch those of an attack. Settings of torch are
     as before afterwards. What it did of all this is in `seen`, in words. Its attributes (router, experts, α …) are
-    reached through the guard; hooks on the modules inside work as they do without it.
+    reached through the guard, and the parts among them are guarded as well, since attacks call them by themselves;
+    hooks on the modules inside work as they do without it.
 
     draws: above 1 for a model that answers by chance. A call then gives the mean logits of D = draws passes, whose
     random numbers are the same in every call, so that an attack climbs an expectation (Athalye et al., ICML 2018);
-    `once` is a single pass with new ones.
+    `once` is a single pass with new ones. counted: a module that the logits of each single pass go through.
     """
 
-    def __init__(self, model: nn.Module, draws: int = 1) -> None:
+    def __init__(self, model: Any, draws: int = 1, shared: _Shared | None = None, scores: bool = False) -> None:
+        """`shared` is that of the whole model where this is a part of it; `scores`: a router, whose answer is given as
+        it is."""
         super().__init__()
         self.model = model
-        self.draws = draws
-        self.seen: set[str] = set()
+        self.counted = nn.Identity()
         self.dtype = torch.float32  # of its logits
         self.connected: bool | None = None  # logits and images, in the graph of gradients
-        if next(model.parameters(), None) is None:  # attack libraries read a model's device from its parameters
+        self._shared, self._scores = shared or _Shared(draws), scores
+        if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
+            # attack libraries read a model's device from its parameters
             self.placed = nn.Parameter(torch.empty(0), requires_grad=False)
-        self.reseed(0)
+
+    @property
+    def draws(self) -> int:
+        return self._shared.draws
+
+    @draws.setter
+    def draws(self, draws: int) -> None:
+        self._shared.draws = draws
+
+    @property
+    def seen(self) -> set[str]:
+        """What the model or a part of it did, in words."""
+        return self._shared.seen
 
     def reseed(self, seed: int) -> None:
         """Seed the model's own random number generators."""
-        self._seed, self._states = seed, _Randomness.of(seed)
+        self._shared.seed, self._shared.states = seed, _Randomness.of(seed)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.draws == 1:
+    def forward(self, x: Tensor) -> Any:
+        if self.draws == 1 or self._scores:
             return self.once(x)
-        kept, passes = self._states, []
+        kept, passes = self._shared.states, []
         for draw in range(self.draws):
-            self._states = _Randomness.of(self._seed + 1 + draw)
+            self._shared.states = _Randomness.of(self._shared.seed + 1 + draw)
             passes.append(self.once(x))
-        self._states = kept
+        self._shared.states = kept
         return torch.stack(passes).mean(0)
 
-    def once(self, x: Tensor) -> Tensor:
+    def once(self, x: Tensor) -> Any:
         """The logits (B, C) of one pass."""
-        return self._cast(self._call(self.model, x), x)
+        answer = self._call(self.model, x)
+        answer = answer if self._scores else self._cast(answer, x)
+        return self.counted(answer) if isinstance(answer, Tensor) else answer
+
+    def part(self, inner: Any, scores: bool = False) -> "Guarded":
+        """A part of the model behind the same guard: always the same one. `scores`: a router."""
+        for known in self._shared.parts:
+            if known.model is inner or (ismethod(inner) and known.model == inner):
+                return known
+        self._shared.parts.append(Guarded(inner, shared=self._shared, scores=scores))
+        return self._shared.parts[-1]
 
     def _call(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
         """What a function of the model's gives for images, behind the guard."""
         given, outside = x.clone(), _Randomness()
         version = given._version
         with settings_kept(lambda name: self.seen.add(f"the forward pass changes {name}")):
-            self._states.put()
+            self._shared.states.put()
             seed = torch.initial_seed()
             try:
                 answer = function(given)
             finally:
                 if torch.initial_seed() != seed:
                     self.seen.add("the forward pass seeds torch's random numbers")
-                self._states = _Randomness()
+                self._shared.states = _Randomness()
                 outside.put()
         if given._version != version:
             self.seen.add("the forward pass writes into its input")
@@ -167,7 +208,11 @@ class Guarded(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             value = getattr(super().__getattr__("model"), name)
-        return self._trace if name == "trace" else value
+        if name == "trace":
+            return self._trace
+        if name == "experts" and isinstance(value, nn.ModuleList):
+            return nn.ModuleList(self.part(expert) for expert in value)
+        return self.part(value, scores=name == "router") if name in _PARTS and callable(value) else value
 
     def _trace(self, x: Tensor) -> Any:
         model: Any = self.model
@@ -181,9 +226,14 @@ class Guarded(nn.Module):
         return self
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The model itself, whose modules are to be looked through, without its guard."""
+def bare(model: Any) -> Any:
+    """The model or the part itself, whose modules are to be looked through, without its guard."""
     return model.model if isinstance(model, Guarded) else model
+
+
+def behind(model: nn.Module, part: Any, scores: bool = False) -> Any:
+    """A part of a model that is to be called by itself: behind the model's guard, if it has one."""
+    return model.part(part, scores) if isinstance(model, Guarded) else part
 
 
 def switch_mode(model: nn.Module, training: bool) -> None:

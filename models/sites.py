@@ -114,14 +114,13 @@ def intercepted(
 ) -> Iterator[list[Tensor]]:
     """Within, the model goes on with what `change` makes of the gate's scores; the gate itself runs inside `around`.
 
-    Gives a list that holds the gate's first input of each call; it stays empty where the model does not call its gate
-    in a way that can be seen.
+    Gives a list that holds the gate's first input of each call, as it was before the gate worked on it; it stays empty
+    where the model does not call its gate in a way that can be seen.
     """
     calls: list[Tensor] = []
 
     def changed(inputs: Sequence[Any], output: Any) -> Any:
         images = len(inputs[0])
-        calls.append(inputs[0])
         scores = scores_of(output, images, site.num_experts)
         return output if scores is None else _with_scores(output, change(scores), images)
 
@@ -130,6 +129,7 @@ def intercepted(
         open_now: list[ExitStack] = []
 
         def before(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any]) -> None:
+            calls.append((*inputs, *more.values())[0].detach().clone())
             open_now.append(ExitStack())
             open_now[-1].enter_context(around())
 
@@ -149,6 +149,7 @@ def intercepted(
         return
 
     def replaced(*inputs: Any, **more: Any) -> Any:
+        calls.append((*inputs, *more.values())[0].detach().clone())
         with around():
             output = gate(*inputs, **more)
         return changed((*inputs, *more.values()), output)

@@ -135,15 +135,15 @@ class AdaptiveAttack:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """What breaks the model on x (B, C, H, W) with labels y (B,), in the ball; any point of it where nothing did.
 
-        Of a model that answers by chance the mean of DRAWS passes is attacked. Modes, parameters' flags and torch's
-        random state are as before, after it.
+        The model is called behind a guard, and of one that answers by chance the mean of DRAWS passes is attacked.
+        Modes, parameters' flags and torch's random state are as before, after it.
         """
-        with eval_frozen(self.model), full_float32(), torch.random.fork_rng(), PassCounter(self.model) as passes:
-            model = self.model
+        model = Guarded(self.model)
+        with eval_frozen(model), full_float32(), torch.random.fork_rng(), PassCounter(model) as passes:
             with torch.no_grad():
                 logits = model(x)
                 if not torch.equal(model(x), logits):  # it answers by chance
-                    model = Guarded(model, DRAWS)
+                    model.draws = DRAWS
                     logits = model(x)
             correct = logits.argmax(1) == y
             block = Block(model, x, y, correct, logits.shape[1], "", self.threat_model, self.seed, passes)

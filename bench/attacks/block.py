@@ -10,6 +10,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from bench.models.foreign import Guarded
 from bench.spec import ThreatModel
 
 
@@ -73,9 +74,13 @@ class PassCounter:
 
     @contextmanager
     def also(self, *modules: nn.Module) -> Iterator[None]:
-        """Counts what is sent through these modules too, such as a model's parts, when they are called directly."""
-        handles = [module.register_forward_pre_hook(self._begin) for module in modules]
-        handles += [module.register_forward_hook(self._end, always_call=True) for module in modules]
+        """Counts what is sent through these modules too, such as a model's parts, when they are called directly.
+
+        Of one that answers by chance each draw counts.
+        """
+        counted = [module.counted if isinstance(module, Guarded) else module for module in modules]
+        handles = [module.register_forward_pre_hook(self._begin) for module in counted]
+        handles += [module.register_forward_hook(self._end, always_call=True) for module in counted]
         try:
             yield
         finally:

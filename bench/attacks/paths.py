@@ -20,7 +20,7 @@ from bench.attacks.affine import affine_map, reachable_pairs
 from bench.attacks.gradients import StraightThrough, logarithms, slopes
 from bench.attacks.search import Search, margin, standardised
 from bench.models import sites as routing
-from bench.models.foreign import Guarded
+from bench.models.foreign import Guarded, behind
 from bench.models.parts import parts
 from bench.models.sites import Site
 from bench.pgd import ascend_once
@@ -133,7 +133,8 @@ class Paths:
     def _weakness(self, site: Site) -> Tensor:
         """The mean margin of each expert alone on the clean images, (E,)."""
         x, y = self.search.block.x, self.search.block.y
-        return torch.stack([margin(standardised(expert(x)), y).mean() for expert in site.owner.experts])
+        experts = [behind(self.search.block.model, expert) for expert in site.owner.experts]
+        return torch.stack([margin(standardised(expert(x)), y).mean() for expert in experts])
 
     def _enumerated(self) -> Tensor:
         """The choices of all paths; where they are too many, of those that force one site, then two.
@@ -284,7 +285,8 @@ class Paths:
 
     def _asked(self, site: Site, x: Tensor) -> Tensor:
         """The scores (m, E) of a gate that sees the images as they are."""
-        found = routing.scores_of(site.gate(x), len(x), site.num_experts)
+        gate = behind(self.search.block.model, site.gate, scores=True)
+        found = routing.scores_of(gate(x), len(x), site.num_experts)
         assert found is not None  # it was read before
         return logarithms(found)[:, 0]
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.attacks.gradients import differentiable, has_gradient
+from bench.models.foreign import bare
 from bench.models.parts import RoutedModel, is_dual, routed_branches
 from bench.pgd import ascend_once, default_step_size, pgd, random_start
 from bench.spec import ThreatModel
@@ -61,7 +62,7 @@ def _routed(model: object) -> dict[str, RoutedModel]:
 def _router_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:
     """Whether the loss's gradient reaches the routers' scores: AutoAttack looks at the pixels' alone."""
     for name, moe in _routed(model).items():
-        gradients = _gradient_at(moe.router, model, x, y)
+        gradients = _gradient_at(bare(moe.router), model, x, y)
         if gradients is None:
             yield f"{name}router gradient cannot be seen"
         elif not gradients.isfinite().all():

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench.attacks.block import PassCounter
+from bench.models.foreign import Guarded
 
 
 def test_passes_are_counted_while_entered():
@@ -22,6 +23,19 @@ def test_passes_are_counted_while_entered():
         assert counter.lap() == (2, 4)
     model(torch.ones(5, 2)).sum().backward()
     assert counter.lap() == (0, 0)
+
+
+def test_each_draw_of_a_model_that_answers_by_chance_is_a_pass():
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.rand(3)
+
+    guard = Guarded(Noisy(2, 3), draws=20)
+    with PassCounter(guard) as counter:
+        guard(torch.ones(4, 2, requires_grad=True)).sum().backward()
+        assert counter.lap() == (80, 80)
+        guard.once(torch.ones(4, 2))
+        assert counter.lap() == (4, 0)
 
 
 def test_block_remembers_the_attacks_on_the_whole_model(planted: Any, block_of: Any):

@@ -73,6 +73,40 @@ def test_attacks_on_routes_see_through_the_guard(kind: str, suite: str, planted:
     assert result.passes == own.passes
 
 
+class Doing(nn.Module):
+    """A part that does something to the images, and answers for what they were."""
+
+    def __init__(self, part: nn.Module, does: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.part, self.does = part, does
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x.clone()
+        self.does(x)
+        return self.part(kept)
+
+
+@pytest.mark.parametrize("suite", ["adaptive", "components"])
+@pytest.mark.parametrize("does", [lambda x: x.sub_(0.3), lambda x: torch.manual_seed(0)])
+def test_parts_that_reach_outside_change_no_attack_on_routes(
+    does: Any, suite: str, planted: Any, score: Any, tmp_path: Path
+):
+    def model(does: Callable[[Tensor], Any]) -> Any:
+        moe = planted.broken()
+        moe.router = Doing(moe.router, does)
+        for number, expert in enumerate(moe.experts):
+            moe.experts[number] = Doing(expert, does)
+        return moe.eval()
+
+    options = {"eps": 0.03, "settings": {"budget": "small"} if suite == "adaptive" else {"steps": 3}, "foreign": True}
+    honest, rows = score(model(nothing), suite, **options)
+    result, same = score(model(does), suite, results=tmp_path / "other", **options)
+    pd.testing.assert_frame_equal(rows, same)
+    assert (honest.errors, result.errors) == (0, 0)
+    assert result.passes == honest.passes
+    assert any(flag.startswith("the forward pass") for flag in result.model_flags)
+
+
 def test_a_suite_that_works_in_place_spoils_no_data(planted: Any, score: Any):
     from bench.suites.base import Suite
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from bench.models.deployed import Dependence, dependence, eval_frozen, predict
 from bench.models.dual import DualModel
-from bench.models.foreign import DRAWS, Guarded
+from bench.models.foreign import DRAWS, Guarded, bare, behind
 from bench.models.moe import MoE
-from bench.models.parts import is_dual, is_moe, is_traced, routed_branches, set_alpha
+from bench.models.parts import is_dual, is_moe, is_traced, parts, routed_branches, set_alpha
 from bench.results.flags import UNRANKED
 
 
@@ -159,11 +159,12 @@ def test_attributes_parts_and_hooks_are_those_of_the_model(linear_moe: Callable[
     assert not is_dual(guard)
     assert not is_traced(Guarded(Does()))
     assert routed_branches(guard) == {"": guard}
-    assert guard.router is moe.router
-    assert guard.experts is moe.experts
+    assert guard.router is guard.router
+    assert bare(guard.router) is moe.router
+    assert [bare(expert) for expert in guard.experts] == list(moe.experts)
     assert guard.num_selected_experts == moe.num_selected_experts
     seen: list[Tensor] = []
-    handle = guard.router.register_forward_hook(lambda *told: seen.append(told[2]))
+    handle = moe.router.register_forward_hook(lambda *told: seen.append(told[2]))
     logits, trace = guard.trace(x)
     handle.remove()
     assert torch.equal(seen[0], trace.gate_logits)
@@ -186,6 +187,48 @@ def test_a_trace_is_guarded_as_well(linear_moe: Callable[..., MoE]):
     guard.trace(x)
     assert torch.equal(x, kept)
     assert guard.seen == {"the forward pass writes into its input"}
+
+
+class Mixture(nn.Module):
+    """A user's own mixture, whose router is a method, and which does something wherever it is called."""
+
+    def __init__(self, does: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.experts, self._does = nn.ModuleList([Does(does), Does(does)]), does
+
+    def router(self, x: Tensor) -> Tensor:
+        self._does(x)
+        return x.flatten(1)[:, :2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[0](x)
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        (lambda x: x.sub_(0.3), "the forward pass writes into its input"),
+        (lambda x: torch.manual_seed(0), "the forward pass seeds torch's random numbers"),
+        (lambda x: torch.set_grad_enabled(False), "the forward pass changes grad mode"),
+        (lambda x: torch.set_default_dtype(torch.float64), "the forward pass changes default dtype"),
+    ],
+)
+@pytest.mark.parametrize("part", ["router", "experts", "S", "R", "S.expert:1", "a gate inside"])
+def test_a_part_that_is_called_by_itself_is_guarded_too(part: str, does: Callable[[Tensor], Any], said: str):
+    dual = DualModel(Mixture(does), Mixture(does), 0.7)
+    guard = Guarded(dual if part.startswith(("S", "R")) else dual.standard)
+    called = {
+        "router": lambda: guard.router,
+        "experts": lambda: guard.experts[1],
+        "a gate inside": lambda: behind(guard, bare(guard).router, scores=True),
+    }
+    x, state = X.clone(), torch.get_rng_state()
+    called.get(part, lambda: parts(guard)[part])()(x)
+    assert torch.equal(x, X)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert guard.seen == {said}
 
 
 class Chance(Does):
