@@ -535,16 +535,9 @@ def leaderboard(
     Exit status 1, and no board, where a certificate and an adversarial example contradict each other.
     """
     from bench.boards.leaderboard import FILES, boards, write_boards
-    from bench.boards.rows import finished_runs
     from bench.boards.views import terminal
-    from bench.results.certificates import conflicts, read_certificates
 
-    if found := conflicts(finished_runs(results), read_certificates(results)):
-        print("\n\n".join(map(str, found)))
-        say(
-            f"error: {len(found)} predictions are not what is certified for their images: one of each two rows is wrong"
-        )
-        raise typer.Exit(FAILED)
+    _refuse_conflicts(results)
     if board_format is BoardFormat.robustbench:
         from bench.boards.robustbench import write_model_info
 
@@ -562,6 +555,67 @@ def leaderboard(
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for board in made:
         print(FILES[ending](board, shown) if ending in FILES else terminal(board, shown, width))
+
+
+def _refuse_conflicts(results: Path) -> None:
+    """Prints where a certificate and a prediction contradict each other, and exits with status 1."""
+    from bench.boards.rows import finished_runs
+    from bench.results.certificates import conflicts, read_certificates
+
+    if found := conflicts(finished_runs(results), read_certificates(results)):
+        print("\n\n".join(map(str, found)))
+        say(
+            f"error: {len(found)} predictions are not what is certified for their images: one of each two rows is wrong"
+        )
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def report(
+    results: ResultsOption = Path("results"),
+    out: Annotated[Path, typer.Option("--out", help="the page")] = Path("report.html"),
+    data_root: DataRootOption = Path("data"),
+    checkpoints: CheckpointsOption = Path("checkpoints"),
+) -> None:
+    """Write all boards, figures and sources of the numbers as one HTML page, which needs no network and no other file.
+
+    Clean images are shown where they lie at DATA_ROOT, training curves of the models in CHECKPOINTS. Exit status 1, and
+    no page, where a certificate and an adversarial example contradict each other.
+    """
+    with redirect_stdout(sys.stderr):
+        from bench.files import write_if_changed
+        from bench.report.beside import clean_images, histories
+        from bench.report.page import page
+
+        _refuse_conflicts(results)
+        write_if_changed(out, page(results, histories([checkpoints]), clean_images(data_root)).encode())
+    print(out)
+
+
+@app.command()
+def plot(
+    figure: Annotated[str | None, typer.Argument(help="which; without one, all are listed")] = None,
+    results: ResultsOption = Path("results"),
+    out: Annotated[Path | None, typer.Option("--out", help="a .svg or .pdf file; FIGURE.svg if not given")] = None,
+    board: Annotated[
+        str | None, typer.Option("--board", help="such as digits_Linf-0.2, where there are several")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="a row of the board, where there are several")] = None,
+    checkpoints: CheckpointsOption = Path("checkpoints"),
+) -> None:
+    """Write one figure of the report as SVG or PDF, for a paper."""
+    from bench.report.beside import histories
+    from bench.report.figures import KINDS
+    from bench.report.plot import plot as write_plot
+
+    if figure is None:
+        width = max(map(len, KINDS))
+        print("\n".join(f"{name:<{width}}  {kind.shows}" for name, kind in KINDS.items()))
+        return
+    path = out or Path(f"{figure}.svg")
+    trained = histories([checkpoints]) if figure == "training" else {}
+    write_plot(figure, results, path, board, model, trained)
+    print(path)
 
 
 @app.command()

@@ -139,8 +139,8 @@ def test_importing_bench_loads_nothing_heavy(tmp_path: Path):
     assert not loaded("import bench", tmp_path) & set(HEAVY)
 
 
-def test_results_and_boards_import_no_torch(tmp_path: Path):
-    modules = of_folder("results") + of_folder("boards")
+def test_results_boards_and_reports_import_no_torch(tmp_path: Path):
+    modules = of_folder("results") + of_folder("boards") + of_folder("report")
     found = loaded(f"import {', '.join(modules)}", tmp_path)
     assert set(modules) <= found
     assert "torch" not in found
@@ -164,9 +164,12 @@ def test_help_imports_nothing_heavy(tmp_path: Path):
         ("leaderboard",),
         ("leaderboard", "--format", "robustbench"),
         ("check", "--baseline", "results"),
+        ("report",),
+        ("plot",),
     ],
 )
 def test_commands_without_a_model_import_no_torch(words: tuple[str, ...], tmp_path: Path):
     found = loaded(run_main(*words), tmp_path)
-    assert {"list": "bench.models.variants"}.get(words[0], f"bench.boards.{words[0]}") in found
+    own = {"list": "bench.models.variants", "report": "bench.report.page", "plot": "bench.report.plot"}
+    assert own.get(words[0], f"bench.boards.{words[0]}") in found
     assert "torch" not in found

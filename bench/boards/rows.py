@@ -101,6 +101,11 @@ class Row:
         return self.info.alpha if self.spec.alpha is None else self.spec.alpha
 
     @property
+    def name(self) -> str:
+        """The model, with a dual's α, since several are possible."""
+        return self.spec.model if self.alpha is None else f"{self.spec.model} (α {self.alpha:g})"
+
+    @property
     def experts(self) -> str:
         """The architecture, of an MoE with how many experts are selected of how many."""
         info = self.info

@@ -4,6 +4,7 @@ import html as escaping
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 from tabulate import MIN_PADDING, tabulate
@@ -11,6 +12,8 @@ from tabulate import MIN_PADDING, tabulate
 from bench.boards.columns import MAIN, ROUTED, Column, chosen, columns, record, span
 from bench.boards.rows import Board, Row, grouped
 from bench.results.store import Run
+
+T = TypeVar("T")
 
 _NARROWEST = 8  # characters that a terminal leaves of a model's name
 
@@ -28,7 +31,7 @@ def terminal(board: Board, keys: Sequence[str] = (), width: int | None = None) -
     lines = [board.title]
     for table in board.tables:
         constant, varying = _constant(table, shown)
-        lines += ["", _heading(table) + "".join(f", {column.title} {value}" for column, value in constant)]
+        lines += ["", heading(table) + "".join(f", {column.title} {value}" for column, value in constant)]
         body = [[_plain(column, row) for column in varying] for row in table]
         titles = [column.title for column in varying]
         names = [column.key for column in varying].index("model") if "model" in keys or not keys else None
@@ -41,10 +44,10 @@ def terminal(board: Board, keys: Sequence[str] = (), width: int | None = None) -
         lines += [line.rstrip() for line in text]
         lines += [""] * any(row.flags or row.lacks for row in table)
         for row in table:
-            lines += _wrapped(f"{_name(row)}: {'; '.join(row.flags)}", width) if row.flags else []
-        for name, why, command in _unranked(table, board.results):
+            lines += _wrapped(f"{row.name}: {'; '.join(row.flags)}", width) if row.flags else []
+        for name, why, command in lacking(table, board.results):
             lines += [*_wrapped(f"{name} has no rank: {why}", width), *([f"  {command}"] if command else [])]
-    lines += [_left_out(run) for run in board.left_out]
+    lines += [left_out(run) for run in board.left_out]
     return "\n".join(lines) + "\n"
 
 
@@ -69,7 +72,7 @@ def _plain(column: Column, row: Row) -> str:
     if column.key == "flags":
         return str(len(row.flags)) if row.flags else ""
     if column.key == "model":
-        return _name(row)
+        return row.name
     value = column.text(row)
     if column.key == "ra_worst" and row.worst is not None:
         return f"{value} ±{100 * (row.worst.high - row.worst.low) / 2:.2f}"
@@ -84,7 +87,7 @@ def markdown(board: Board, keys: Sequence[str] = ()) -> str:
     parts = [f"# {board.title}", _legend(shown)]
     for table in board.tables:
         constant, varying = _constant(table, shown)
-        parts.append(f"## {_heading(table)}")
+        parts.append(f"## {heading(table)}")
         if constant:
             parts.append(f"In all rows: {', '.join(f'{column.title} {value}' for column, value in constant)}.")
         ranked, unranked = ([row for row in table if row.ranked == yes] for yes in (True, False))
@@ -94,18 +97,18 @@ def markdown(board: Board, keys: Sequence[str] = ()) -> str:
             parts += ["### Without a rank", _pipe(unranked, [column for column in varying if column.key != "rank"])]
             lacks = [
                 f"- {_code(name)}: {_escaped(why)}" + (f": {_code(command)}" if command else "")
-                for name, why, command in _unranked(unranked)
+                for name, why, command in lacking(unranked)
             ]
             parts.append("\n".join(lacks))
         if any(column.key == "flags" for column in varying) and any(row.flags for row in table):
-            notes = [f"- {_code(_name(row))}: {_escaped('; '.join(row.flags))}" for row in table if row.flags]
+            notes = [f"- {_code(row.name)}: {_escaped('; '.join(row.flags))}" for row in table if row.flags]
             parts += ["Flags:", "\n".join(notes)]
         if not keys and (own := [row for row in table if any(column.text(row) for column in routed[1:])]):
             known = [column for column in routed if any(column.text(row) for row in own)]
             parts += ["### Routed models", _legend(known), _pipe(own, known)]
         parts += _over_training_seeds(table)
         parts += ["<details>\n<summary>All other columns</summary>", _legend(rest), _pipe(table, rest), "</details>"]
-    parts += [_left_out(run) for run in board.left_out]
+    parts += [left_out(run) for run in board.left_out]
     return "\n\n".join(parts) + "\n"
 
 
@@ -116,7 +119,7 @@ def latex(board: Board, keys: Sequence[str] = ()) -> str:
     for table in board.tables:
         constant, varying = _constant(table, shown)
         said = "".join(f", {column.title} {value}" for column, value in constant)
-        body = [_cells(table, varying, row, _latex_cell) for row in table]
+        body = [cells(table, varying, row, _latex_cell) for row in table]
         align = "".join("l" if column.key in ("model", "flags") else "r" for column in varying)
         at = next((number for number, row in enumerate(table) if not row.ranked), len(table))
         lines = [" & ".join(cells) + r" \\" for cells in body]
@@ -124,7 +127,7 @@ def latex(board: Board, keys: Sequence[str] = ()) -> str:
             lines.insert(at, r"\midrule")
         parts.append(
             "\n".join([
-                f"% {_heading(table)}{said}",
+                f"% {heading(table)}{said}",
                 rf"\begin{{tabular}}{{{align}}}",
                 r"\toprule",
                 " & ".join(_tex(column.title) for column in varying) + r" \\",
@@ -146,27 +149,27 @@ def html(board: Board, keys: Sequence[str] = ()) -> str:
         said = "".join(f", {column.title} {value}" for column, value in constant)
         meanings = [(escaping.escape(column.meaning), escaping.escape(column.title)) for column in varying]
         heads = "".join(f'<th title="{meaning}">{title}</th>' for meaning, title in meanings)
-        caption = escaping.escape(f"{board.title}: {_heading(table)}{said}")
+        caption = escaping.escape(f"{board.title}: {heading(table)}{said}")
         lines = ['<table class="bench-board">', f"<caption>{caption}</caption>"]
         lines.append(f"<thead><tr>{heads}</tr></thead>")
         for kind in (True, False):
             if rows := [row for row in table if row.ranked == kind]:
                 lines.append(f'<tbody class="{"ranked" if kind else "unranked"}">')
                 for row in rows:
-                    cells = "".join(f"<td>{cell}</td>" for cell in _cells(table, varying, row, _html_cell))
-                    lines.append(f"<tr>{cells}</tr>")
+                    written = "".join(f"<td>{cell}</td>" for cell in cells(table, varying, row, _html_cell))
+                    lines.append(f"<tr>{written}</tr>")
                 lines.append("</tbody>")
         parts.append("\n".join([*lines, "</table>"]))
     return "\n\n".join(parts) + "\n"
 
 
-def _cells(table: Sequence[Row], shown: Sequence[Column], row: Row, cell: Callable[[str, str, bool], str]) -> list[str]:
+def cells(table: Sequence[Row], shown: Sequence[Column], row: Row, cell: Callable[[str, str, bool], T]) -> list[T]:
     """Of each column the value, its interval and whether it is the best of the ranked rows, written by `cell`."""
     found = []
     for column in shown:
         values = [number for other in table if other.ranked and (number := column.number(other)) is not None]
         best = column.best and row.ranked and len(values) > 1 and column.number(row) == max(values)
-        text = _name(row) if column.key == "model" else column.text(row)
+        text = row.name if column.key == "model" else column.text(row)
         if column.key == "flags":
             text = str(len(row.flags)) if row.flags else ""
         interval = f"[{', '.join(column.bounds(row))}]" if column.interval and text else ""
@@ -190,14 +193,10 @@ def _tex(text: str) -> str:
     return "".join(special.get(char, char) for char in " ".join(text.split()))
 
 
-def _heading(table: Sequence[Row]) -> str:
+def heading(table: Sequence[Row]) -> str:
+    """The evaluation set of a table."""
     n, fingerprint = table[0].n, table[0].result.fingerprint
     return f"n = {n}: the first {n} examples of the archive (fingerprint {fingerprint[:12]})"
-
-
-def _name(row: Row) -> str:
-    """The model, with a dual's α where several are possible."""
-    return row.spec.model if row.alpha is None else f"{row.spec.model} (α {row.alpha:g})"
 
 
 def _constant(table: Sequence[Row], shown: Sequence[Column]) -> tuple[list[tuple[Column, str]], list[Column]]:
@@ -215,7 +214,7 @@ def _constant(table: Sequence[Row], shown: Sequence[Column]) -> tuple[list[tuple
     return [(column, value) for column, value in constant if column.key != "n"], varying
 
 
-def _unranked(table: Sequence[Row], results: Path | None = None) -> list[tuple[str, str, str]]:
+def lacking(table: Sequence[Row], results: Path | None = None) -> list[tuple[str, str, str]]:
     """Of each row without a rank its model, what it lacks in words, and the command that supplies that, if one does.
 
     The command names the folder `results`, but not in files, which are the same wherever the results lie.
@@ -226,7 +225,7 @@ def _unranked(table: Sequence[Row], results: Path | None = None) -> list[tuple[s
         update = {"suite": suites, "suite_params": {}, "warm_start": False, "seed": 0}
         command = row.spec.model_copy(update=update).command(results, row.info.word) if suites else ""
         if row.lacks:
-            notes.append((_name(row), "; ".join(lack.why for lack in row.lacks), command))
+            notes.append((row.name, "; ".join(lack.why for lack in row.lacks), command))
     return notes
 
 
@@ -245,7 +244,7 @@ def _pipe(table: Sequence[Row], shown: Sequence[Column]) -> str:
         if "flags" in cells:
             cells["flags"] = str(len(row.flags)) if row.flags else ""
         if "model" in cells:
-            cells["model"] = _name(row)
+            cells["model"] = row.name
         body.append([_escaped(cell) or "–" for cell in cells.values()])
     headers = [_escaped(column.title) for column in shown]
     return tabulate(body, headers=headers, tablefmt="pipe", disable_numparse=True)
@@ -273,7 +272,8 @@ def _variant(row: Row) -> tuple[str, str, str]:
     return name, "" if row.alpha is None else f"{row.alpha:g}", row.combine
 
 
-def _left_out(run: Run) -> str:
+def left_out(run: Run) -> str:
+    """Why a run is on no board."""
     return f"Left out, for its {run.result.errors} rows with status `error`: {run}."
 
 

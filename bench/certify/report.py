@@ -1,15 +1,15 @@
 """A certification's table and its figure: what share is certified at which radius."""
 
-import io
 from collections.abc import Mapping
-from math import isfinite
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from bench.results.certificates import ANSWERED, ROUTES, SMOOTHED, STATUSES, Certification, succeeded
+from bench.drawing import bars_of_sizes, name, steps_by_radius, style, svg
+from bench.results.certificates import ANSWERED, ROUTES, STATUSES, Certification, succeeded
+from bench.results.curves import last_radius, shares, sizes
 from bench.spec import ThreatModel
 
 if TYPE_CHECKING:
@@ -68,37 +68,9 @@ def _by_radius(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], threat: Threa
     return f"\n{text}\n\n%, by radius: the share of images that still count there.\n"
 
 
-def shares(rows: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By method, the share of images (≥ 2,) that still count at each radius, as a step curve from radius 0.
-
-    A route counts at all radii below its own; a class as well, where it is right. A method with one ε is a point.
-    """
-    found = {}
-    for method, own in rows.groupby("method", sort=False):
-        first = own.drop_duplicates("idx")
-        if method in (*ROUTES[:2], *SMOOTHED):
-            counts = first["radius"].notna() & (first["correct"] | first["method"].isin(ROUTES)) & (first["radius"] > 0)
-            radii = np.sort(first.loc[counts, "radius"].to_numpy())
-            finite = radii[np.isfinite(radii)]
-            x = np.concatenate([[0.0], finite])
-            found[str(method)] = (x, (len(radii) - np.arange(len(x))) / len(first))
-    return found
-
-
-def sizes(rows: pd.DataFrame) -> pd.DataFrame:
-    """The share of images with each |S(ε)| (columns) at each ε (index) that the route's radius was asked for at."""
-    own = rows[(rows["method"] == ROUTES[0]) & (rows["reachable"] >= 0)]
-    return pd.crosstab(own["eps"], own["reachable"], normalize="index")
-
-
 def curve(result: Certification, rows: pd.DataFrame) -> str:
     """The `figure` as SVG, whose bytes follow from the rows alone."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "bench", "svg.fonttype": "none"}):
-        figure(result, rows).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    return svg(figure(result, rows))
 
 
 def figure(result: Certification, rows: pd.DataFrame) -> "Figure":
@@ -107,34 +79,20 @@ def figure(result: Certification, rows: pd.DataFrame) -> "Figure":
     Below it, of routes, a histogram of |S(ε)|: a bar for each ε, the smallest size at the bottom.
     """
     from matplotlib.figure import Figure  # here, since only a certification that is finished draws
-    from matplotlib.ticker import PercentFormatter
 
     threat, lines, reached = result.spec.threat_model, shares(rows), sizes(rows)
     of_routes = bool(set(result.certified) & set(ROUTES))
-    ends = [float(x[-1]) for x, _ in lines.values() if len(x) > 1]
-    right = max([threat.eps, *(end for end in ends if isfinite(end))])
-    if of_routes:  # beyond a few ε nothing is of interest
-        right = min(right, 2 * threat.eps)
-    drawn = Figure(figsize=(6, 7 if len(reached) else 3.6), layout="constrained")
-    panels = drawn.subplots(2 if len(reached) else 1, squeeze=False)[:, 0]
-    top = panels[0]
-    for method, (x, y) in lines.items():
-        top.step([*x, right], [*y, y[-1]], where="post", label=method)
-    for method, rate in result.certified.items():
-        if method not in lines:
-            top.plot([threat.eps], [rate.value], "o", label=method)
-    top.set(title=f"{result.spec.suite} on {result.spec.model}", xlabel=f"{threat.norm} radius", xlim=(0, right))
-    top.set(ylabel=_TITLES[of_routes])
-    below = np.zeros(len(reached))
-    for size, share in reached.items():
-        panels[1].bar([f"{eps:.3g}" for eps in reached.index], share, bottom=below, label=f"|S(ε)| = {size}")
-        below = below + share.to_numpy()
-    for panel in panels[1:]:
-        panel.set(title="size of S(ε)", xlabel=f"{threat.norm} ε", ylabel="share of images")
-    for panel in panels:
-        panel.set_ylim(0, 1)
-        panel.yaxis.set_major_formatter(PercentFormatter(1))
-        panel.grid(axis="y", alpha=0.4)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend()
+    points = {method: rate.value for method, rate in result.certified.items() if method not in lines}
+    with style():
+        drawn = Figure(figsize=(6, 7 if len(reached) else 3.6), layout="constrained")
+        panels = drawn.subplots(2 if len(reached) else 1, squeeze=False)[:, 0]
+        steps_by_radius(panels[0], lines, points, threat.eps, last_radius(lines, threat.eps, of_routes))
+        title = f"{result.spec.suite} on {name(result.spec.model)}"
+        panels[0].set(title=title, xlabel=f"{threat.norm} radius", ylabel=_TITLES[of_routes])
+        for panel in panels[1:]:
+            bars_of_sizes(panel, reached)
+            panel.set(title="size of S(ε)", xlabel=f"{threat.norm} ε", ylabel="share of images")
+        for panel in panels:
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend()
     return drawn

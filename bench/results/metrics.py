@@ -110,9 +110,9 @@ def first_broken_by(runs: Iterable[tuple[pd.DataFrame, Sequence[str]]]) -> dict[
     seen: set[int] = set()
     found: dict[str, int] = {}
     for verdicts, attacks in runs:
-        broken = _broken(verdicts)
+        rows = broken(verdicts)
         for attack in attacks:
-            own = set(broken.loc[broken["attack"] == attack, "idx"].tolist()) - seen
+            own = set(rows.loc[rows["attack"] == attack, "idx"].tolist()) - seen
             found[attack] = found.get(attack, 0) + len(own)
             seen |= own
     return {attack: count for attack, count in found.items() if count}
@@ -128,13 +128,13 @@ def unique_kills(verdicts: pd.DataFrame, attacks: Iterable[str]) -> dict[str, in
     met = {name: set(rows["idx"].tolist()) for name, rows in whole.groupby("attack")}
     if not all(right <= met.get(attack, set()) for attack in attacks):
         return None
-    broken = _broken(verdicts).drop_duplicates(["idx", "attack"])
-    alone = broken[~broken["idx"].duplicated(keep=False)]
+    pairs = broken(verdicts).drop_duplicates(["idx", "attack"])
+    alone = pairs[~pairs["idx"].duplicated(keep=False)]
     return {str(attack): int(count) for attack, count in alone["attack"].value_counts(sort=False).items()}
 
 
-def _broken(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """The rows of examples that F gets right and an attack has broken."""
+def broken(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """The rows in which an attack on F has broken an example that F gets right."""
     attacked = (verdicts["target"] == "F") & verdicts["clean_correct"] & (verdicts["attack"] != "clean")
     return verdicts[attacked & ~verdicts["robust"] & (verdicts["status"] == "ok")]
 

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench.certify.report import curve, figure, shares, table
+from bench.certify.report import curve, figure, table
 from bench.results.certificates import CERTIFICATE_COLUMNS, Certification
+from bench.results.curves import shares
 from bench.results.schema import Accuracy
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 
@@ -119,7 +120,7 @@ def test_the_histogram_of_reachable_experts_is_a_panel_of_its_own():
 def test_the_figure_has_the_shares_as_steps_and_a_point_where_there_is_one_radius():
     frame = pd.concat([rows("smoothing", RADII, RIGHT), rows("union", RADII, RIGHT)], ignore_index=True)
     (panel,) = figure(certification(frame), frame).axes
-    assert (panel.get_title(), panel.get_xlabel()) == ("certify-x on <m>", "L2 radius")
+    assert (panel.get_title("left"), panel.get_xlabel()) == ("certify-x on <m>", "L2 radius")
     assert panel.get_ylabel() == "certified accuracy"
     steps, point = panel.lines
     # 60 % from 0 on, 40 % from 0.1, 20 % from 0.3, where the figure ends

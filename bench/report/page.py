@@ -1,0 +1,221 @@
+"""The report: one static HTML page that needs no server, no network and no other file. No torch.
+
+The same results give the same bytes. What a user named is escaped by jinja2, and in figures by matplotlib.
+"""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from bench.boards.columns import MAIN, Column, chosen, columns, percent
+from bench.boards.rows import Board, Row
+from bench.boards.views import cells, heading, lacking, left_out
+from bench.drawing import Drawing, inline
+from bench.report.details import Model, chain, read
+from bench.report.figures import KINDS, bounds
+from bench.report.gallery import CleanImages, Gallery, gallery
+from bench.results.certificates import Certification
+from bench.results.schema import Result, suite_label
+
+#: Beside the numbers of a model, what each of them is.
+_CHAIN = {
+    "certified": "proven",
+    "RA-worst": "every attack",
+    "AutoAttack": "AutoAttack alone",
+    "PGD": "PGD alone",
+    "SA": "no attack",
+}
+_NEAR = 0.0005  # shares that two decimals of a percent hardly tell apart
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the board: what it shows, and what it is sorted by."""
+
+    text: str
+    interval: str
+    best: bool
+    sort: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run or certification behind the numbers, and the command that makes it."""
+
+    what: str
+    finding: str
+    result: Result | Certification
+    command: str
+
+
+def page(results: Path, histories: Mapping[str, pd.DataFrame], clean_images: CleanImages) -> str:
+    """The report on all finished runs below `results`; UnusableInput as for boards."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("bench.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    number = count()
+    found = read(results, histories)
+    boards = [_board(board, models, clean_images, number) for board, models in found]
+    finished = sorted(
+        source.result.finished[:10] for board in boards for m in board["models"] for source in m["sources"]
+    )
+    return environment.get_template("page.html").render(
+        boards=boards,
+        results=str(results),
+        models=len({model.row.info.checkpoint_sha256 + model.row.name for _, models in found for model in models}),
+        runs=len({run.path for _, models in found for model in models for run in model.row.runs}),
+        since=finished[0],
+        until=finished[-1],
+    )
+
+
+def _board(board: Board, models: Sequence[Model], clean_images: CleanImages, number: Iterator[int]) -> dict[str, Any]:
+    shown = columns(board.rows)
+    tables = []
+    for table in board.tables:
+        own = [model for model in models if any(model.row is row for row in table)]
+        tables.append({
+            "heading": heading(table),
+            "columns": shown,
+            "main": {column.key for column in chosen(shown, MAIN)},
+            "rows": [
+                {"id": _id(board, model, models), "model": model, "cells": _cells(table, shown, model.row)}
+                for model in own
+            ],
+            "figures": _figures("board", own, number),
+            "lacking": lacking(table, board.results),
+        })  # fmt: skip
+    return {
+        "id": board.stem,
+        "title": board.title,
+        "headline": headline(board),
+        "tables": tables,
+        "left_out": [left_out(run) for run in board.left_out],
+        "models": [_model(board, model, models, clean_images, number) for model in models],
+    }
+
+
+def _model(
+    board: Board, model: Model, models: Sequence[Model], clean_images: CleanImages, number: Iterator[int]
+) -> dict[str, Any]:
+    row = model.row
+    bar = bounds([row], names=False)
+    shown: Gallery = gallery(model, clean_images)
+    return {
+        "id": _id(board, model, models),
+        "name": model.row.name,
+        "rank": row.rank,
+        "several_sets": len(board.tables) > 1,
+        "n": row.n,
+        "verdict": verdict(row),
+        "chain": [(label, percent(share), _CHAIN[label]) for label, share in chain(row).items()],
+        "bar": bar and _picture(bar, number),
+        "flags": row.flags,
+        "info": row.info,
+        "row": row,
+        "figures": _figures("model", [model], number),
+        "gallery": shown,
+        "replays": [
+            shlex.join(["bench", "replay", path])
+            for path in dict.fromkeys(str(picture.run.path) for picture in shown.pictures)
+        ],
+        "sources": _sources(board, model),
+    }
+
+
+def _figures(of: str, models: Sequence[Model], number: Iterator[int]) -> list[tuple[str, str, Markup]]:
+    """Of each kind that applies its name, title and picture."""
+    drawn = []
+    for word, kind in KINDS.items():
+        if kind.of == of and (drawing := kind.draw(models)) is not None:
+            drawn.append((word, drawing.title, _picture(drawing, number)))
+    return drawn
+
+
+def _picture(drawing: Drawing, number: Iterator[int]) -> Markup:
+    return Markup(inline(drawing, f"f{next(number)}"))  # written by an XML library, which escapes all texts
+
+
+def _id(board: Board, model: Model, models: Sequence[Model]) -> str:
+    at = next(number for number, other in enumerate(models, start=1) if other is model)
+    return f"{board.stem}-{at}"
+
+
+def _cells(table: Sequence[Row], shown: Sequence[Column], row: Row) -> list[Cell]:
+    numbers = {column.key: column.number(row) for column in shown}
+    written = cells(table, shown, row, lambda text, interval, best: (text, interval, best))
+    return [
+        Cell(text, interval, best, text if numbers[column.key] is None else repr(numbers[column.key]))
+        for column, (text, interval, best) in zip(shown, written, strict=True)
+    ]
+
+
+def headline(board: Board) -> str:
+    """What a board says, in at most two sentences."""
+    ranked = [row for row in board.rows if row.rank is not None and row.worst is not None]
+    if not ranked:
+        return "No model has a rank yet: what is shown are upper bounds of the robust accuracy."
+    first = ranked[0]
+    assert first.worst is not None
+    share = percent(first.worst.value)
+    text = f"Most robust is {first.name}: {share} % of {first.n} images withstand every attack that ran."
+    gaps = [(row.scores.ra.value - row.worst.value, row) for row in ranked if row.scores.ra and row.worst]
+    gap, worst = max(gaps, key=lambda pair: pair[0], default=(0.0, first))
+    if gap > _NEAR and worst.scores.ra and worst.worst:
+        text += (
+            f" AutoAttack alone overstates {worst.name} most: it leaves {percent(worst.scores.ra.value)} %, all attacks"
+            f" together {percent(worst.worst.value)} %."
+        )
+    return text
+
+
+def verdict(row: Row) -> str:
+    """What is known of a model's robustness, in one sentence."""
+    if row.worst is None:
+        return "Nothing attacked it, so there is no robust accuracy."
+    text = (
+        f"{percent(row.worst.value)} % of {row.n} images withstand every attack that ran"
+        f" (95 % interval {percent(row.worst.low)} to {percent(row.worst.high)})"
+    )
+    if row.scores.ra is not None:
+        gap = row.scores.ra.value - row.worst.value
+        text += (
+            f", {percent(row.scores.ra.value)} % AutoAttack alone" if gap > _NEAR else ", as many as AutoAttack alone"
+        )
+        if row.worst.value and row.scores.ra.value >= 2 * row.worst.value:
+            text += f" ({row.scores.ra.value / row.worst.value:.1f} times as many)"
+    if row.certified.accuracy is not None:
+        text += f"; {percent(row.certified.accuracy)} % are proven"
+    if row.lacks:
+        text += f"; it has no rank: {'; '.join(lack.why for lack in row.lacks)}"
+    return f"{text}."
+
+
+def _sources(board: Board, model: Model) -> list[Source]:
+    """The runs and certifications behind a model's numbers."""
+    found = []
+    word = model.row.info.word or None
+    for run in model.row.runs:
+        result = run.result
+        robust = f"SA {percent(result.clean_accuracy.value)}"
+        if result.attacked:
+            robust += f", RA {percent(result.robust_accuracy.value)}"
+        found.append(Source(_what(result), robust, result, result.spec.command(board.results, word)))
+    for one in model.certificates:
+        shares = ", ".join(f"{method} {percent(share.value)}" for method, share in one.result.certified.items())
+        what = f"{_what(one.result)}, {one.result.spec.threat_model}"
+        found.append(Source(what, shares or "not applicable", one.result, one.result.spec.command(board.results, word)))
+    return found
+
+
+def _what(result: Result | Certification) -> str:
+    return f"{suite_label(result.spec)} v{result.spec.suite_version}"
