@@ -155,7 +155,7 @@ def benchmark(
         bars.expect(len(jobs))
         for job in jobs:
             bars.start(job.spec)
-            result, reused = score(job, folder, where, bars.on_block)
+            result, reused = score(job, folder, where, bars.on_block, bars.on_attack)
             if result is None:
                 raise UnusableInput("benchmark() is one process's work: start `bench run` with torchrun instead")
             bars.finish(result, reused)

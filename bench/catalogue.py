@@ -72,6 +72,8 @@ def details(what: str, name: str) -> dict[str, Any]:
         found["version"] = kind.version
         found |= {} if name.startswith("torchattacks:") else {"norms": list(kind.norms)}
         found |= {"datasets": list(kind.datasets)} if kind.datasets else {}
+        found |= {"needs": list(kind.needs)} if kind.needs else {}
+        found["cost"] = _cost(kind.open(name.partition(":")[2] or None, {}))
     found["notes"] = " ".join((inspect.getdoc(kind) or "").split())
     found["parameters"] = _of_torchattacks(name) if name.startswith("torchattacks:") else _fields(kind)
     return found
@@ -89,6 +91,16 @@ def _kind(what: str, name: str) -> Any:
 
         return OBJECTIVES[name]
     raise UnusableInput(f"there is nothing to show of a {what}: there are {', '.join(SHOWN)}")
+
+
+def _cost(suite: Any) -> str:
+    """In passes through the model, for ten classes and for all that has no other number."""
+    if (cost := suite.cost(num_classes=10)) is None:
+        return "not known"
+    return (
+        f"about {cost.forwards:,} forward and {cost.backwards:,} backward passes for each example that withstands it"
+        " (of 10 classes)"
+    )
 
 
 def _fields(kind: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from bench import console
+from bench import console, registry
 from bench.console import note, say
 from bench.errors import TrainingFailed, UnusableInput
 
@@ -32,7 +32,6 @@ INTERRUPTED = 130  # what typer makes of Ctrl-C
 app = typer.Typer(
     name="bench",
     help="Tells whether a Mixture-of-Experts image classifier is really robust.",
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -117,6 +116,11 @@ def split(values: Sequence[str] | None) -> tuple[str, ...]:
     return parts
 
 
+def _width() -> int | None:
+    """The columns of the terminal on standard output; None where that is a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         from bench import __version__
@@ -136,10 +140,10 @@ def load_plugins(
     ] = False,
 ) -> None:
     """Tells whether a Mixture-of-Experts image classifier is really robust."""
+    registry.named_plugins.clear()
     for module in plugins or ():
-        from bench.registry import load_plugin
-
-        load_plugin(module)
+        registry.load_plugin(module)
+        registry.named_plugins.append(module)
 
 
 @app.command("list")
@@ -342,7 +346,7 @@ def run(
         ensure_writable(results)
 
         def score(job: "Job[Suite]", progress: "RunProgress") -> "Result | None":
-            result, reused = score_job(job, results, where, progress.on_block)
+            result, reused = score_job(job, results, where, progress.on_block, progress.on_attack)
             if result is not None:
                 progress.finish(result, reused)
             return result
@@ -510,8 +514,11 @@ def certify(
         queue = _work_off(plan_methods(methods, request, data_root, [checkpoints, ZOO], results), score, "certified")
 
     def tables(certified: "Sequence[Certification]") -> str:
-        paths = [run_folder(results, result.spec, result.run) / "table.md" for result in certified]
-        return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+        folders = [run_folder(results, result.spec, result.run) for result in certified]
+        return "\n".join(
+            f"{(folder / 'table.md').read_text(encoding='utf-8')}\nfigure: {folder / 'curve.svg'}\n"
+            for folder in folders
+        )
 
     _print(queue.done, tables, as_json)
     if queue.status:
@@ -552,9 +559,8 @@ def leaderboard(
     kinds = list(dict.fromkeys(("csv", "md", *([ending] if ending in FILES else []))))
     for path in write_boards(made, out, shown, kinds):
         say(f"{path}")
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for board in made:
-        print(FILES[ending](board, shown) if ending in FILES else terminal(board, shown, width))
+        print(FILES[ending](board, shown) if ending in FILES else terminal(board, shown, _width()))
 
 
 def _refuse_conflicts(results: Path) -> None:
@@ -667,13 +673,35 @@ def replay(
 
 
 @app.command()
-def doctor(data_root: DataRootOption = Path("data"), checkpoints: CheckpointsOption = Path("checkpoints")) -> None:
-    """Print versions, devices, whether the suites import, and which data and models are found."""
+def doctor(
+    model: ModelOption = None,
+    dataset: DatasetOption = "digits",
+    device: DeviceOption = "auto",
+    data_root: DataRootOption = Path("data"),
+    checkpoints: CheckpointsOption = Path("checkpoints"),
+) -> None:
+    """Tell what this machine has of what bench needs; or with --model, what a model shows and how long suites take.
+
+    Exit status 1 where a package is missing, 2 where a model has a problem; each is told with what to do.
+    """
     with redirect_stdout(sys.stderr):
-        from bench.doctor import examine
+        from bench.doctor import described, examine, examine_model
+        from bench.environment import torch_device
         from bench.models.checkpoints import ZOO
 
-        findings = list(examine(data_root, [checkpoints, ZOO]))
+        folders, where = [checkpoints, ZOO], torch_device(device)
+    if model:
+        problems = 0
+        for word in split(model):
+            with redirect_stdout(sys.stderr):
+                diagnosis, images = examine_model(word, dataset, data_root, folders, where)
+            print(described(diagnosis, images, _width()))
+            problems += len(diagnosis.problems)
+        if problems:
+            raise typer.Exit(UNUSABLE)
+        return
+    with redirect_stdout(sys.stderr):
+        findings = list(examine(data_root, folders))
     width = max(len(what) for what, _, _ in findings)
     for what, found, fine in findings:
         print(f"{what:<{width}}  {found}{'' if fine else '  ← missing'}")
@@ -692,6 +720,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_dispatch(app, arguments, TyperException))
 
 
+def _again(words: Sequence[str]) -> str:
+    """The command that goes on where the one with these words was stopped."""
+    more = ["--resume"] if "train" in words and "--resume" not in words else []
+    kept = [word for word in words if word != "--restart"]
+    return shlex.join(["bench", *kept, *more])
+
+
 def _parser_message(error: Any) -> str:
     """The parser's own message, and the value that it does not name where a number is none."""
     message: str = error.format_message().rstrip(".").replace("Value error, ", "")
@@ -704,7 +739,7 @@ def _dispatch(application: typer.Typer, arguments: Sequence[str] | None, parser_
     try:
         status = application(arguments, standalone_mode=False) or DONE
         if status == INTERRUPTED:
-            say("stopped: `bench run` and `bench certify` go on where they were, `bench train` does with --resume")
+            say(f"stopped; this goes on: {_again(sys.argv[1:] if arguments is None else arguments)}")
         return status
     except UnusableInput as error:
         say(f"error: {error}")

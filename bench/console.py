@@ -12,6 +12,15 @@ _write: Callable[[str], object] | None = None  # above a bar, while one is on th
 _quiet = False
 
 
+def duration(seconds: float) -> str:
+    """As a person says it: `0.4 s`, `12 s`, `3 min`, `2.5 h`, `4 days`."""
+    for unit, size, most in (("s", 1.0, 90), ("min", 60.0, 90), ("h", 3600.0, 48)):
+        count = seconds / size
+        if count < most:
+            return f"{count:.0f} {unit}" if count >= 10 else f"{count:.2g} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
 def say(message: str) -> None:
     """One line that is always printed: an error, or where a result lies."""
     line = " ".join(part.strip() for part in message.splitlines())

@@ -1,16 +1,27 @@
-"""What this machine has of what bench needs."""
+"""What this machine has of what bench needs, and what a model shows of itself before it is scored."""
 
 import importlib
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 
 import bench
-from bench.datasets.base import DATASETS, open_dataset
+from bench.console import duration
+from bench.datasets.base import DATASETS, Dataset, open_dataset
 from bench.environment import versions
 from bench.errors import UnusableInput
+from bench.evaluation.diagnosis import Diagnosis, diagnose
+from bench.evaluation.plan import RunRequest, plan
 from bench.models.checkpoints import available
+from bench.suites.base import Suite, open_suites
+
+#: On so many test images a model is looked at, and timed in one batch.
+LOOKED_AT = 128
+#: The suites that are told of, where the data set's threat model has them.
+SUITES = ("clean", "pgd", "autoattack", "adaptive", "components")
 
 
 def examine(data_root: Path, checkpoints: Sequence[Path]) -> Iterator[tuple[str, str, bool]]:
@@ -40,3 +51,52 @@ def examine(data_root: Path, checkpoints: Sequence[Path]) -> Iterator[tuple[str,
             yield f"data: {name}", str(error), True  # a data set that nobody uses need not be there
         norm = dataset.threat_model.norm
         yield f"models: {name}", ", ".join(available(name, norm, list(checkpoints))) or "none", True
+
+
+def examine_model(
+    model: str, dataset: str, data_root: Path, checkpoints: Sequence[Path], device: str = "cpu"
+) -> tuple[Diagnosis, int]:
+    """What the model that `model` names shows on the data set, and how many test images there are.
+
+    Raises:
+        UnusableInput: the model or the data cannot be used; the message says why.
+    """
+    data = open_dataset(dataset)
+    images = data.read("test", data_root, LOOKED_AT)
+    suites = tuple(name for name, suite in open_suites(SUITES, {}).items() if _fits(name, suite, data))
+    request = RunRequest(suites=suites, dataset=dataset, models=(model,), n_examples=len(images.y))
+    return diagnose(plan(request, data_root, checkpoints), model, device), images.available
+
+
+def _fits(name: str, suite: Suite, data: Dataset) -> bool:
+    try:
+        suite.check(name, data.name, data.threat_model)
+    except UnusableInput:
+        return False
+    return True
+
+
+def described(found: Diagnosis, images: int, width: int | None = None) -> str:
+    """A line for each finding, of a problem what to do below it, and a table of the suites.
+
+    images: how many the data set has, for which the times are told. width: of the terminal, if it is one.
+    """
+    indent = max(len(finding.what) for finding in found.findings) + 2
+    lines: list[str] = []
+    for finding in found.findings:
+        for text in (finding.seen, f"→ {finding.remedy}" if finding.remedy else ""):
+            room = (width or 10**6) - indent
+            for number, line in enumerate(textwrap.wrap(text, room) if text else ()):
+                head = finding.what if not number and text == finding.seen else ""
+                lines.append(f"{head:<{indent}}{line}")
+    rows = [
+        [
+            each.suite,
+            each.why_not or "yes",
+            *("–" if each.seconds is None else duration(count * each.seconds) for count in (100, images)),
+        ]
+        for each in found.suites
+    ]
+    heads = ["suite", "attacks it", "100 images", f"all {images:,}"]
+    note = "Times are for images that withstand everything; what is broken early costs less."
+    return "\n".join([*lines, "", tabulate(rows, headers=heads, disable_numparse=True), "", note])

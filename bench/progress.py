@@ -1,11 +1,21 @@
 """What a person sees while a command works: bars on standard error, one line for what is done."""
 
 import math
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from bench import console
 from bench.environment import World
@@ -16,14 +26,25 @@ if TYPE_CHECKING:  # torch's compiler comes with it, which attacks do without
     from bench.training.loop import Epoch
 
 
+class _Lines(Progress):
+    """A bar, and below it a line that is made anew whenever the bar is drawn."""
+
+    below: Callable[[], str] = staticmethod(lambda: "")
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if text := self.below():
+            yield Text(text, no_wrap=True, overflow="ellipsis")
+
+
 class _Bar:
     """A bar where a person is looking, and lines that stay; a file gets the lines alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, *columns: ProgressColumn) -> None:
         # no markup, no emoji: a model called `zoo:ok` must not come out as a picture
         screen = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        self._progress = _Lines(
+            TextColumn("{task.description}", markup=False), BarColumn(), *columns,
             console=screen, transient=True,
             disable=not screen.is_terminal or World.here().rank > 0 or console.is_quiet(),
             speed_estimate_period=math.inf,  # a block takes longer than the half minute that it is by default
@@ -45,7 +66,7 @@ class TrainingProgress(_Bar):
     """A bar over the steps with the loss, and one line per epoch with SA and RA on the held-out images."""
 
     def __init__(self, spec: TrainSpec) -> None:
-        super().__init__()
+        super().__init__(MofNCompleteColumn(), TimeRemainingColumn())
         self._spec = spec
         self._task = self._progress.add_task(f"{spec.variant} on {spec.dataset}", total=None)
         self._scores = ""
@@ -63,11 +84,17 @@ class TrainingProgress(_Bar):
 
 
 class RunProgress(_Bar):
-    """A bar over the blocks of each run, and a line a finished run. `counted`: what the bar counts in its blocks."""
+    """A bar over the blocks of each run with the attack that is under way, and a line a finished run.
+
+    `counted`: what `on_block` counts in the finished blocks.
+    """
 
     def __init__(self, counted: str = "not yet broken") -> None:
-        super().__init__()
+        super().__init__(TextColumn("{task.fields[blocks]}", markup=False))
         self._runs, self._number, self._counted = 0, 0, counted
+        self._attack = self._found = ""
+        self._taken: list[float] = []  # seconds of each run that was computed
+        self._progress.below = self._below
 
     def expect(self, runs: int) -> None:
         """So many runs are still to come, as far as is known."""
@@ -81,14 +108,49 @@ class RunProgress(_Bar):
             self._label += f" (α {spec.alpha:g})"
         for finished in self._progress.task_ids:  # a task cannot go back to an unknown total
             self._progress.remove_task(finished)
-        self._task = self._progress.add_task(self._label, total=None)
+        self._attack = self._found = ""
+        self._first: tuple[int, float] | None = None  # blocks that were done as the run began, and when
+        self._ends: float | None = None  # when it will be done, at the pace of its blocks so far
+        self._task = self._progress.add_task(self._label, total=None, blocks="")
 
     def on_block(self, done: int, blocks: int, count: int) -> None:
-        description = f"{self._label}: {count} {self._counted}" if done else self._label
-        self._progress.update(self._task, description=description, completed=done, total=blocks)
+        self._attack = ""
+        self._found = f"{count} {self._counted} after {done} of {blocks} blocks" if done else ""
+        now = self._progress.get_time()
+        before, began = self._first = self._first or (done, now)
+        if done > before:
+            self._ends = now + (now - began) / (done - before) * (blocks - done)
+        text = f"block {min(done + 1, blocks)} of {blocks}"
+        self._progress.update(self._task, completed=done, total=blocks, blocks=text)
+
+    def on_attack(self, attack: str, attacked: int, unbroken: int) -> None:
+        """An attack of the block under way was given so many examples, so many of which are not broken yet."""
+        broken = f", {unbroken} not yet broken" if unbroken < attacked else ""
+        self._attack = f"{attack}: {attacked} examples{broken}"
+
+    def _below(self) -> str:
+        """The attack under way, what the finished blocks have left, and how long it takes."""
+        tasks = self._progress.tasks
+        if not tasks:
+            return ""
+        (task,) = tasks
+        return "  " + "; ".join(filter(None, (self._attack or self._found, self._times(task))))
+
+    def _times(self, task: Task) -> str:
+        elapsed = task.elapsed or 0.0
+        words = [f"{console.duration(elapsed)} so far"]
+        if self._ends is not None:
+            left = max(0.0, self._ends - self._progress.get_time())
+            others = self._runs - self._number
+            mean = (sum(self._taken) + elapsed + left) / (len(self._taken) + 1)
+            words.append(f"about {console.duration(left)} left")
+            words += [f"{console.duration(left + others * mean)} for all {self._runs} runs"] * (others > 0)
+        return ", ".join(words)
 
     def finish(self, result: Result, reused: bool = False) -> None:
         """Tell of a finished run; `reused`: it was finished before, and nothing was computed."""
+        if not reused:
+            self._taken.append(result.seconds)
         accuracy = f"SA {result.clean_accuracy.value:.2%}"
         accuracy += f" RA {result.robust_accuracy.value:.2%}" if result.attacked else ""
         forwards = sum(counts["forwards"] for counts in result.passes.values())

@@ -15,6 +15,8 @@ from bench.errors import UnusableInput, did_you_mean
 
 T = TypeVar("T")
 
+#: Modules that `--plugin` named, which commands that are printed repeat.
+named_plugins: list[str] = []
 #: Whose items are registered now: the plugin that is being imported, or bench ("").
 _origin = ""
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bench.errors import UnusableInput, did_you_mean
+from bench.registry import named_plugins
 from bench.settings import parse_number, setting
 
 Norm = Literal["Linf", "L2", "L1"]
@@ -53,15 +54,22 @@ def path_safe(name: str) -> str:
 def dataset_name(word: str) -> str:
     """A data set's one name: a folder of images is its absolute path, without links, however a user writes it.
 
-    UnusableInput for a path that cannot be resolved.
+    A size to which its images are brought stays behind it. UnusableInput for a path that cannot be resolved.
     """
-    kind, colon, path = word.partition(":")
+    kind, colon, rest = word.partition(":")
     if not colon or not kind.startswith("imagefolder"):
         return word
+    path, size = folder_and_size(rest)
     try:
-        return f"{kind}:{Path(path).expanduser().resolve()}"
+        return f"{kind}:{Path(path).expanduser().resolve()}" + (f":size={size}" if size else "")
     except (OSError, RuntimeError) as error:  # a home folder of nobody's, a link to itself
         raise UnusableInput(f"data set '{word}': {error}") from None
+
+
+def folder_and_size(argument: str) -> tuple[str, int | None]:
+    """What `PATH:size=224` names, or `PATH` alone: the folder, and the side in pixels that images are brought to."""
+    sized = re.fullmatch(r"(.*):size=([1-9][0-9]*)", argument)
+    return (sized[1], int(sized[2])) if sized else (argument, None)
 
 
 def dataset_folder(name: str) -> str:
@@ -228,7 +236,8 @@ class RunSpec(Spec):
         are not given are left to the command's defaults.
         """
         kind, _, method = self.suite.partition("certify-")
-        words = ["bench", "run", "--suite", kind] if kind else ["bench", "certify", "--method", method]
+        words = ["bench", *(word for module in named_plugins for word in ("--plugin", module))]
+        words += ["run", "--suite", kind] if kind else ["certify", "--method", method]
         words += ["--dataset", self.dataset, "--model", model or self.model]
         words += [] if self.alpha is None else ["--alpha", repr(self.alpha)]
         words += ["--n-examples", str(self.n_examples), "--norm", self.threat_model.norm]

@@ -141,7 +141,10 @@ def read_header(path: Path) -> Header:
     except (SafetensorError, OSError) as error:
         raise UnusableInput(f"'{path}' is truncated or no safetensors file ({error}): train it again") from None
     if text is None:
-        raise UnusableInput(f"'{path}' has no bench header: it was not written by `bench train`")
+        raise UnusableInput(
+            f"'{path}' has no bench header: it was not written by `bench train`; pass a function that builds your own"
+            " network and loads it, as --model package.module:function (docs/your-own-model.md has one)"
+        )
     try:
         return Header.model_validate(json.loads(text))
     except (ValidationError, json.JSONDecodeError) as error:

@@ -21,6 +21,9 @@ def test_everything_has_a_sentence(what: str):
 def test_parameters_have_type_default_and_meaning():
     found = details("suite", "pgd")
     assert found["norms"] == ["Linf", "L2"]
+    assert found["needs"] == ["gradients"]
+    assert found["cost"].startswith("about 50 forward and 50 backward passes for each example that withstands it")
+    assert details("suite", "torchattacks:CW")["cost"] == "not known"
     assert found["parameters"] == [
         {"name": "steps", "type": "int", "default": 50, "meaning": "gradient steps"},
         {"name": "step_size", "type": "float | none", "default": None, "meaning": "in pixels of [0, 1]; None: ε/4"},

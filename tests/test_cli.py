@@ -383,6 +383,13 @@ BAD: list[tuple[str, str]] = [
     ("train moe-at --dataset cifar10 --data-root nowhere", "nowhere"),
     ("run --dataset imagefolder:nowhere", "/nowhere has no images"),
     ("run --model missing.safetensors", "no checkpoint at 'missing.safetensors'"),
+    (
+        "run --model mine.pt",
+        "--model 'mine.pt' holds weights, not the network that they are for: write a function that",
+    ),
+    ("run --model some/mine.CKPT", "pass --model package.module:function (docs/your-own-model.md has one)"),
+    ("doctor --model mine.pth", "holds weights"),
+    ("doctor --model moe-sandard", "unknown variant 'moe-sandard': did you mean 'moe-standard'?"),
     ("run --model moe-at-s9", "no Linf checkpoint of 'moe-at-s9' for digits"),
     ("run --model robustbench:Standard", "RobustBench's zoo has no models for digits"),
     ("run --model nowhere:make", "--model 'nowhere:make' cannot be made: ModuleNotFoundError"),
@@ -491,11 +498,9 @@ def test_interrupt_is_one_line(bench: Bench, user_model: str, monkeypatch: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bench.evaluation.plan.plan", interrupt)
-    assert bench("run") == (
-        130,
-        "",
-        "stopped: `bench run` and `bench certify` go on where they were, `bench train` does with --resume\n",
-    )
+    assert bench("run", "--data-root", "a b") == (130, "", "stopped; this goes on: bench run --data-root 'a b'\n")
+    monkeypatch.setattr("bench.training.loop.train", interrupt)
+    assert bench("train", "moe-at", "--restart")[2] == "stopped; this goes on: bench train moe-at --resume\n"
 
 
 def test_failed_training_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch):

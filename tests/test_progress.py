@@ -44,11 +44,12 @@ def test_a_run_leaves_one_line_where_nobody_watches(capsys: pytest.CaptureFixtur
         progress.start(SPEC)
         progress.on_block(0, 3, 0)
         (task,) = progress._progress.tasks
-        assert task.description == "[1/2] torchattacks:CW on zoo[b]:ok (α 0.5)"  # nothing is known yet
+        assert task.description == "[1/2] torchattacks:CW on zoo[b]:ok (α 0.5)"
+        assert "broken" not in progress._below()  # nothing is known yet
         progress.on_block(1, 3, 7)
         (task,) = progress._progress.tasks
-        assert task.description == "[1/2] torchattacks:CW on zoo[b]:ok (α 0.5): 7 not yet broken"
-        assert (task.completed, task.total) == (1, 3)
+        assert (task.completed, task.total, task.fields["blocks"]) == (1, 3, "block 2 of 3")
+        assert progress._below().startswith("  7 not yet broken after 1 of 3 blocks; ")
         progress.finish(RESULT)
         progress.start(SPEC.model_copy(update={"alpha": None}))
         (task,) = progress._progress.tasks
@@ -72,8 +73,33 @@ def test_the_time_that_is_left_is_known_where_a_block_takes_minutes():
         for done in (0, 1, 2, 3):  # 100 s a block
             progress.on_block(done, 10, 5)
             clock += 100
-        (task,) = progress._progress.tasks
-        assert task.time_remaining == 700
+        clock -= 100
+        assert progress._below().endswith("5 min so far, about 12 min left")  # 700 s
+
+
+def test_the_attack_under_way_and_the_time_for_all_runs_are_told():
+    clock = 0.0
+    with RunProgress() as progress:
+        progress._progress.get_time = lambda: clock
+        progress.expect(3)
+        progress.start(SPEC)
+        progress.on_block(0, 4, 0)
+        progress.on_attack("paths", 60, 60)
+        clock += 50
+        assert progress._below() == "  paths: 60 examples; 50 s so far"
+        progress.on_attack("paths", 60, 41)
+        assert progress._below() == "  paths: 60 examples, 41 not yet broken; 50 s so far"
+        clock += 50
+        progress.on_block(1, 4, 33)
+        times = "100 s so far, about 5 min left, 18 min for all 3 runs".replace("100 s", "1.7 min")
+        assert progress._below() == f"  33 not yet broken after 1 of 4 blocks; {times}"  # 300 s, and twice 400 s
+        progress.finish(RESULT.model_copy(update={"seconds": 800.0}))
+        progress.start(SPEC)
+        progress.on_block(0, 4, 0)
+        assert "for all" not in progress._below()  # this run's own pace is not known
+        clock += 50
+        progress.on_block(1, 4, 0)
+        assert "about 2.5 min left, 11 min for all 3 runs" in progress._below()  # 150 s, and (800 + 200) / 2 s
 
 
 @pytest.mark.parametrize(("rank", "seen"), [("0", True), ("1", False)])
@@ -85,8 +111,9 @@ def test_of_several_processes_the_first_shows_a_bar(
     with RunProgress() as progress:
         progress.start(SPEC)
         progress.on_block(1, 3, 7)
+        progress._progress.refresh()
     bar = capsys.readouterr().err
-    assert ("7 not yet broken" in bar and "1/3" in bar) == bool(bar) == seen
+    assert ("7 not yet broken" in bar and "block 2 of 3" in bar) == bool(bar) == seen
 
 
 def test_a_run_that_does_not_finish_leaves_no_bar_behind(capsys: pytest.CaptureFixture[str]):

@@ -60,6 +60,26 @@ BUDGETS = {
 }
 
 
+def passes(budget: BudgetName, num_classes: int, *, dual: bool) -> tuple[int, int]:
+    """About how many forward and backward passes an example costs that withstands everything.
+
+    Without those of Square on the paths whose gradients cannot be believed, which most models do not have.
+    """
+    much = BUDGETS[budget]
+
+    def climbs(count: int, steps: int, neighbours: float = 1) -> tuple[float, float]:
+        return count * ((steps + 2) * (neighbours + 0.2) + 2), count * (steps + 2) * neighbours
+
+    every = [
+        climbs(much.path_restarts, much.path_steps),
+        climbs(much.restarts + len(much.weights) * dual + min(much.targets, num_classes - 1), much.steps),
+        climbs(1, much.steps, much.neighbours),
+        (much.square_seeds * much.queries, 0),
+    ]
+    forwards, backwards = (sum(each) for each in zip(*every, strict=True))
+    return round(forwards), round(backwards)
+
+
 def attacks(search: Search, budget: BudgetName) -> Iterator[tuple[str, Attack]]:
     """The attacks by name in the order they run, the strongest on routes first."""
     model, much = search.block.model, BUDGETS[budget]
@@ -95,6 +115,8 @@ def run(search: Search, budget: BudgetName, only: Collection[str] | None = None)
             if only is None or name in only:
                 rows = search.rows
                 if len(rows):
+                    search.attack, search.given = name, len(rows)
+                    search.block.on_attack(name, len(rows), len(rows))
                     torch.manual_seed(crc32(f"{search.block.seed} {name}".encode()))
                     attack()
                     search.confirm(rows)

@@ -3,7 +3,7 @@
 Axes: B = examples of an attack block, m = examples that an attack was run on; images (B, C, H, W) in [0, 1].
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Self
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from bench.models.foreign import Guarded
 from bench.spec import ThreatModel
+
+#: Told while an attack is under way: its name, how many examples it was given, how many of them are not broken yet.
+OnAttack = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class Block:
     attacks: list[str] = field(
         default_factory=list
     )  # in the order they run, also those that had no example left to attack
+    on_attack: OnAttack = lambda *_: None  # for whoever watches; called as an attack begins, and again as it goes on
 
     @property
     def rows(self) -> Tensor:

@@ -68,6 +68,8 @@ class Search:
     """
 
     block: Block
+    attack: str = ""  # the one under way, and how many examples it was given
+    given: int = 0
     unbroken: Tensor = field(init=False)
     x_adv: Tensor = field(init=False)
 
@@ -135,6 +137,7 @@ class Search:
                 run.leave(self.test(run.candidate(), run.rows))
                 if not len(run.rows):
                     return
+        self.block.on_attack(self.attack, self.given, len(self.rows))
 
 
 class _Run:

@@ -1,13 +1,14 @@
 """A user's own images, in a folder for each class."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
-from bench.datasets.base import DATASETS, Dataset, Images, Split
+from bench.datasets.base import DATASETS, Dataset, EvalSet, Images, Split
 from bench.datasets.images import image_size, interleave, read_images
 from bench.errors import UnusableInput
-from bench.spec import ThreatModel, dataset_name
+from bench.spec import ThreatModel, dataset_name, folder_and_size
 
 # torchvision's ImageFolder takes the same
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
@@ -17,6 +18,9 @@ LARGEST_OF_CIFAR = 48  # pixels of a side: what is larger is trained as Tiny-Ima
 @DATASETS.register("imagefolder")
 class ImageFolder(Dataset):
     """PATH/train/<class>/** and PATH/val/<class>/** (PATH/test where there is no val), images of one size, as RGB.
+
+    `PATH:size=N` reads images of any size: the shorter side is resized to N pixels and the middle is cropped, as
+    torchvision's Resize(N) and CenterCrop(N) do. What is then attacked are these pixels.
 
     Classes are sorted by name, as torchvision's ImageFolder does; an image may lie in folders of its class, at any
     depth. Hidden files and folders (.DS_Store, .ipynb_checkpoints) are neither classes nor images. Within a split the
@@ -36,7 +40,8 @@ class ImageFolder(Dataset):
     def __init__(self, path: str) -> None:
         """Looks at the folders and one image's header; UnusableInput if they are not laid out as above."""
         self.name = dataset_name(f"{self.kind}:{path}")
-        folder = Path(self.name.partition(":")[2])
+        argument, self.size = folder_and_size(self.name.partition(":")[2])
+        folder = Path(argument)
         test = folder / "val" if (folder / "val").is_dir() else folder / "test"
         self._folders: dict[Split, Path] = {"train": folder / "train", "test": test}
         there = [split for split in self._folders.values() if split.is_dir()]
@@ -48,6 +53,8 @@ class ImageFolder(Dataset):
                 raise UnusableInput(f"class '{unlike[0]}' is in only one of {there[0]} and {other}: both need the same")
         self.num_classes = len(self._classes)
         height, width = image_size(_images(there[0] / self._classes[0])[0])
+        if self.size is not None:
+            height = width = self.size
         self.input_shape = (len(self.mean), height, width)
         self.recipe = "cpu-cifar10" if max(height, width) <= LARGEST_OF_CIFAR else "cpu-tinyimagenet"
 
@@ -61,7 +68,14 @@ class ImageFolder(Dataset):
         if not folder.is_dir():
             raise UnusableInput(f"{self.name} has no {split} images: put them in {folder}/CLASS")
         listed = interleave([_images(folder / name) for name in self._classes])
-        return read_images(listed, self.input_shape, limit, published=0)
+        return read_images(listed, self.input_shape, limit, published=0, resize=self.size is not None)
+
+    def evaluation_set(self, root: Path, n_examples: int | None) -> EvalSet:
+        found = super().evaluation_set(root, n_examples)
+        if self.size is None:
+            return found
+        said = f"images resized and cropped to {self.size}×{self.size} pixels, which are what is attacked"
+        return replace(found, note="; ".join(filter(None, (found.note, said))))
 
 
 @DATASETS.register("imagefolder-grey")

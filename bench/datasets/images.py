@@ -27,10 +27,11 @@ def image_size(path: Path) -> tuple[int, int]:
         _unreadable(path, error)
 
 
-def decode(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+def decode(path: Path, shape: tuple[int, int, int], resize: bool = False) -> NDArray[np.uint8]:
     """One image file as `shape` = (C, H, W) uint8; transparency is dropped.
 
-    For C = 3 grey and palette images become RGB.
+    For C = 3 grey and palette images become RGB. `resize`: one of another size is brought to that of `shape`, a
+    square, by its shorter side, and the middle is kept.
 
     Raises:
         UnusableInput: it names the file, which cannot be decoded, is not H×W pixels large, has over 8 bits a channel,
@@ -40,14 +41,20 @@ def decode(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             # before decoding: a header that claims a huge image costs nothing
-            if [image.height, image.width] != size:
+            if [image.height, image.width] != size and not resize:
                 raise UnusableInput(
                     f"{path} is {image.height}×{image.width} pixels, not {size[0]}×{size[1]}: images of a data set "
-                    f"have one size, as ε is in pixels of the native image; resize them beforehand"
+                    f"have one size, as ε is in pixels of the native image; imagefolder:PATH:size=N resizes and crops"
                 )
             if _is_deep(image):
                 raise UnusableInput(f"{path} has more than 8 bits a channel: convert it to 8 bits beforehand")
-            pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            colours = image.convert("RGB")
+            if resize:  # on Pillow's images, as most training scripts have it
+                from torchvision.transforms.functional import center_crop
+                from torchvision.transforms.functional import resize as resize_shorter
+
+                colours = center_crop(resize_shorter(colours, size[:1]), size)
+            pixels = np.asarray(colours).transpose(2, 0, 1)
     except UnusableInput:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -84,12 +91,16 @@ def interleave(classes: Sequence[Sequence[Path]]) -> list[tuple[Path, int]]:
 
 
 def read_images(
-    listed: Sequence[tuple[Path, int]], shape: tuple[int, int, int], limit: int | None, published: int
+    listed: Sequence[tuple[Path, int]],
+    shape: tuple[int, int, int],
+    limit: int | None,
+    published: int,
+    resize: bool = False,
 ) -> Images:
     """The first `limit` of the `listed` (file, label), decoded to `shape`; `available` is the number listed."""
     chosen = listed[:limit]
     x = np.empty((len(chosen), *shape), np.uint8)
     for i, (path, _) in enumerate(chosen):
-        x[i] = decode(path, shape)
+        x[i] = decode(path, shape, resize)
     y = torch.tensor([label for _, label in chosen], dtype=torch.int64)
     return Images(torch.from_numpy(x), y, white=255, available=len(listed), published=published)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from bench.attacks.block import OnAttack
 from bench.datasets.base import EvalSet, input_hash
 from bench.environment import World, environment, git_hash
 from bench.errors import UnusableInput
@@ -56,6 +57,7 @@ def evaluate(
     device: str = "cpu",
     on_block: OnBlock = lambda *_: None,
     known: Witnesses | None = None,
+    on_attack: OnAttack = lambda *_: None,
 ) -> Result | None:
     """Score the job's subject by its suite and store the verdicts; a run that is already finished is only read.
 
@@ -79,7 +81,7 @@ def evaluate(
     model = guarded(job.subject).to(device)
     blocks = _Blocks(folder, len(range(0, len(data), spec.batch_size)), on_block)
     with eval_frozen(model), full_float32(), seeded(0):
-        examiner = Examiner(job, model, known, data.x[: spec.batch_size].to(device))
+        examiner = Examiner(job, model, known, data.x[: spec.batch_size].to(device), on_attack)
     if job.subject.identity:
         write_if_changed(folder.path / identity.FILE, job.subject.identity)
     blocks.look()
@@ -103,7 +105,11 @@ def evaluate(
 
 
 def score(
-    job: Job[Suite], results: Path, device: str = "cpu", on_block: OnBlock = lambda *_: None
+    job: Job[Suite],
+    results: Path,
+    device: str = "cpu",
+    on_block: OnBlock = lambda *_: None,
+    on_attack: OnAttack = lambda *_: None,
 ) -> tuple[Result | None, bool]:
     """What `evaluate` gives, from known adversarial examples if the spec starts warm; and whether it was there already.
 
@@ -114,7 +120,7 @@ def score(
     if finished is not None:
         return finished, True
     known = earlier_witnesses(results, job.spec, job.subject, job.data) if job.spec.warm_start else None
-    return evaluate(job, results, device, on_block, known), False
+    return evaluate(job, results, device, on_block, known, on_attack), False
 
 
 def _differs(folder: RunFolder, subject: Subject, started: float) -> bool:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bench.attacks.block import Attempt, Block, PassCounter
+from bench.attacks.block import Attempt, Block, OnAttack, PassCounter
 from bench.datasets.base import input_hash
 from bench.errors import UnusableInput
 from bench.evaluation.probes import PROBED, probe
@@ -76,7 +76,14 @@ class Examiner:
     The images that a suite is given are a copy: what it or the model does to them changes no verdict.
     """
 
-    def __init__(self, job: Job[Suite], model: nn.Module, known: Witnesses | None, first: Tensor) -> None:
+    def __init__(
+        self,
+        job: Job[Suite],
+        model: nn.Module,
+        known: Witnesses | None,
+        first: Tensor,
+        on_attack: OnAttack = lambda *_: None,
+    ) -> None:
         """`model` is in eval mode and frozen, `known` are adversarial examples that are tried before the suite, `first`
         the images (B, C, H, W) of the first block, by which the model is looked at. Of one that is found to answer by
         chance the mean of several passes is attacked, and their majority judged.
@@ -85,9 +92,10 @@ class Examiner:
             UnusableInput: it cannot take these images, or gives another number of classes.
         """
         self.spec, self.suite, self.num_classes, self.info = job.spec, job.method, job.num_classes, job.subject.info
-        self.model, self.known = model, known
+        self.model, self.known, self.on_attack = model, known, on_attack
         validate_outputs(model, first, self.num_classes, self.info)
-        self._found = [*self._depends(first[:PROBED]), *self._routes(first[:WATCHED])]
+        #: flags of what the model's answers depend on, and of routes that it does not show
+        self.found = [*self._depends(first[:PROBED]), *self._routes(first[:WATCHED])]
 
     def _depends(self, x: Tensor) -> list[str]:
         """What the model's answers depend on beside the image, as flags."""
@@ -129,12 +137,13 @@ class Examiner:
         record = self._clean(number, x, y, idx)
         if number == 0:
             right = record.correct.to(x.device)
-            record.report.model_flags += [*self._found, *self._probe(x[right], y[right])]
+            record.report.model_flags += [*self.found, *self._probe(x[right], y[right])]
         with PassCounter(self.model) as counter:
             to_attack = record.correct.to(x.device, copy=True)  # a copy, as known adversarial examples change it
             block = Block(
-                self.model, x.clone(), y, to_attack, self.num_classes, self.spec.dataset, threat, seed, counter
-            )
+                self.model, x.clone(), y, to_attack, self.num_classes, self.spec.dataset, threat, seed, counter,
+                on_attack=self.on_attack,
+            )  # fmt: skip
             try:
                 if record.correct.any() or self.suite.every:
                     for attempt in self._attempts(block, record):
@@ -233,6 +242,8 @@ class Examiner:
             block.flags.append(f"{attempt.attack}: the suite's own accuracies are not the re-check's")
         record.frames.append(_frame(columns, rows, attempt.attack, attempt.target, judged))
         record.report.add(attempt, judged)
+        if whole:
+            self.on_attack(attempt.attack, len(rows), int(record.unbroken[rows].sum()))
 
     def _fail(self, error: Exception, record: _Record) -> None:
         """The rows of a suite that raised: errors for what it was to attack and has not broken."""

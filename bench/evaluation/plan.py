@@ -161,7 +161,7 @@ def plan_on(
         if not 0 <= value <= 1:
             raise UnusableInput(f"--alpha {value:g} must be in [0, 1]")
     data = dataset.evaluation_set(data_root, request.n_examples)
-    models = request.models or tuple(find_models(dataset, threat, checkpoints))
+    models = request.models or tuple(find_models(dataset, threat, checkpoints, data_root))
     made = Plan(request, dataset, threat, methods, data, models, checkpoints, results)
     if request.alphas and not made.has_dual():
         raise UnusableInput(f"--alpha sets a dual's α, and {', '.join(models)} is none: name one with --model dual")

@@ -17,7 +17,7 @@ from bench.models.deployed import eval_frozen, full_float32
 from bench.models.foreign import DRAWS, Guarded
 from bench.models.parts import set_alpha
 from bench.results.flags import BY_CHANCE
-from bench.results.store import Run, read_run
+from bench.results.store import CERTIFICATES, Run, read_run
 from bench.results.witnesses import FILE, Witnesses
 
 
@@ -43,10 +43,12 @@ def replay(
         UnusableInput: no finished run there, no witnesses (with the command that makes them), or the model or the data
             are not those of the run.
     """
+    if (folder / CERTIFICATES).is_file():
+        raise UnusableInput(f"'{folder}' is a certification, which has no adversarial examples to replay")
     run = read_run(folder)
     spec, result = run.result.spec, run.result
     again = spec.command(_results_of(folder), model, data_root, checkpoints[0])
-    remake = f"remove the folder, and run `{again}`"
+    remake = f"remove the folder {folder}, and run `{again}`"
     path, broken = folder / FILE, _broken(run)
     if not path.is_file():
         if not broken:

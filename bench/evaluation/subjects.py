@@ -22,20 +22,27 @@ from bench.models.variants import get_variant
 from bench.randomness import seeded
 from bench.spec import ModelInfo, ThreatModel
 
+#: Endings of files that a model is saved in, which are not read: pickles run code, and none says what network it is of.
+_WEIGHTS = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".tar", ".h5", ".onnx", ".npz"}
+
 
 def routing_visible(model: object) -> bool:
     """Whether a model shows its routing: `router`, `experts` (a ModuleList) and `trace`, or a dual's branches and α."""
     return is_dual(model) or (is_moe(model) and is_traced(model))
 
 
-def find_models(dataset: Dataset, threat_model: ThreatModel, folders: Sequence[Path]) -> list[str]:
-    """Every variant with a checkpoint for the data set; UnusableInput if there is none."""
+def find_models(
+    dataset: Dataset, threat_model: ThreatModel, folders: Sequence[Path], data_root: Path = Path("data")
+) -> list[str]:
+    """Every variant with a checkpoint for the data set; UnusableInput, with how to get one, if there is none."""
     names = [name for norm in _norms(dataset, threat_model) for name in available(dataset.name, norm, list(folders))]
     if not names:
         places = " nor ".join(f"'{folder}'" for folder in folders)
+        from bench.training.recipes import first_training
+
         raise UnusableInput(
-            f"no {threat_model.norm} checkpoint for {dataset.name} in {places}: make one with"
-            f" `bench train moe-at --dataset {dataset.name}`, or name a model with --model"
+            f"no {threat_model.norm} checkpoint for {dataset.name} in {places}: name a model with --model, or train one"
+            f" with {first_training(dataset, data_root, folders[0])}"
         )
     return list(dict.fromkeys(names))
 
@@ -52,6 +59,11 @@ def load_subject(word: str, dataset: Dataset, threat_model: ThreatModel, folders
         return Subject(model, _foreign_info(word, model, dataset.name), foreign=True)
     if word.endswith(".safetensors"):
         return _from_checkpoint(Path(word), dataset, threat_model)
+    if Path(word).suffix.lower() in _WEIGHTS:
+        raise UnusableInput(
+            f"--model '{word}' holds weights, not the network that they are for: write a function that builds it and"
+            " loads them, and pass --model package.module:function (docs/your-own-model.md has one)"
+        )
     if ":" in word:
         return foreign_subject(_call_factory(word, dataset), word)
     places = [(norm, folder) for norm in _norms(dataset, threat_model) for folder in folders]

@@ -6,18 +6,19 @@ from math import isfinite
 import numpy as np
 import pandas as pd
 
-from bench.results.certificates import ROUTES, SMOOTHED
+from bench.results.certificates import ANSWERED, ROUTES, SMOOTHED
 
 
 def shares(rows: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By method, the share of images (≥ 2,) that still count at each radius, as a step curve from radius 0.
 
-    A route counts at all radii below its own; a class as well, where it is right. A method with one ε is a point.
+    A route counts at all radii below its own; a class as well, where it is right. A method with one ε is a point, and
+    one that could not be applied has no share.
     """
     found = {}
     for method, own in rows.groupby("method", sort=False):
         first = own.drop_duplicates("idx")
-        if method in (*ROUTES[:2], *SMOOTHED):
+        if method in (*ROUTES[:2], *SMOOTHED) and own["status"].isin(ANSWERED).all():
             counts = first["radius"].notna() & (first["correct"] | first["method"].isin(ROUTES)) & (first["radius"] > 0)
             radii = np.sort(first.loc[counts, "radius"].to_numpy())
             finite = radii[np.isfinite(radii)]

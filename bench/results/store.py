@@ -34,6 +34,9 @@ _SIDE = b"bench.side"
 _KEPT = "bench.results.witnesses"
 
 
+#: So many runs are named where a folder holds some and is none.
+_NAMED = 3
+
 RowCheck = Callable[[pd.DataFrame], None]
 R = TypeVar("R", bound=Spec)
 
@@ -213,8 +216,19 @@ def read_result(path: Path, kind: type[R]) -> R:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise _unusable(file, f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()) from None
+    except FileNotFoundError:
+        raise UnusableInput(f"'{path}' is no finished run: {_runs_below(path)}") from None
     except OSError as error:
         raise _unusable(file, error) from None
+
+
+def _runs_below(path: Path) -> str:
+    """Which folders below `path` are runs, in words."""
+    found = [folder for folder in finished_folders(path) if not (folder / CERTIFICATES).exists()]
+    if not found:
+        return "it has no result.json, and no folder below it has; make a run with: bench run"
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"name one of the runs below it, such as {', '.join(map(str, found[:_NAMED]))}{more}"
 
 
 def read_runs(root: Path) -> list[Run]:

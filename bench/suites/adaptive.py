@@ -4,14 +4,15 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from pydantic import Field
+from torch import nn
 
-from bench.attacks.adaptive import BudgetName, run
+from bench.attacks.adaptive import BudgetName, passes, run
 from bench.attacks.block import Attempt, Block
 from bench.attacks.search import Search
-from bench.models.parts import parts
+from bench.models.parts import is_dual, parts
 from bench.models.sites import sites
 from bench.spec import Norm
-from bench.suites.base import SUITES, Suite
+from bench.suites.base import SUITES, Cost, Suite
 
 
 @SUITES.register("adaptive")
@@ -23,8 +24,14 @@ class Adaptive(Suite):
 
     version: ClassVar[int] = 3
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
+    needs: ClassVar[tuple[str, ...]] = ("routes",)
 
     budget: BudgetName = Field(default="standard", description="how much of each attack; small earns no rank")
+
+    def cost(self, num_classes: int, model: nn.Module | None = None) -> Cost | None:
+        if model is not None and not parts(model) and not sites(model):
+            return None
+        return Cost(*passes(self.budget, num_classes, dual=model is not None and is_dual(model)))
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         if not parts(block.model) and not sites(block.model):

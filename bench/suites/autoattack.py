@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 
 from pyautoattack import AutoAttack, checks
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.attacks.block import Attempt, Block
 from bench.attacks.leaving import leave_early
 from bench.attacks.prepared import prepare
-from bench.suites.base import SUITES, CaughtWarnings, Suite
+from bench.suites.base import SUITES, CaughtWarnings, Cost, Suite
 
 Perturb = Callable[[Tensor, Tensor], Tensor]
 
@@ -45,6 +45,14 @@ def standard(block: Block) -> AutoAttack:
     if targets < 3:
         attack.attacks_to_run = [name for name in attack.attacks_to_run if name != "apgd-t"]
     return attack
+
+
+def standard_cost(num_classes: int) -> Cost:
+    """Of the standard version: 100 steps of APGD-CE, then of APGD-T and FAB-T for each target, and 5,000 queries."""
+    targets = min(9, num_classes - 1)
+    apgd = 100 * (1 + (targets if targets > 2 else 0))
+    fab = 100 * targets  # each of whose steps asks twice
+    return Cost(apgd + 2 * fab + 5000, apgd + fab)
 
 
 @contextmanager
@@ -91,6 +99,7 @@ class _Recorder:
 
     def _recorded(self, name: str, perturb: Perturb) -> Perturb:
         def recorded(x: Tensor, y: Tensor) -> Tensor:
+            self.block.on_attack(name, len(x), len(x))
             x_adv = perturb(x, y)
             fooled = self.block.model(x_adv).max(dim=1)[1] != y
             self.attempts.append(self.block.attempt(name, self.alive, x_adv, claimed=fooled))
@@ -109,11 +118,15 @@ class AutoAttackSuite(Suite):
     """
 
     version: ClassVar[int] = 2
+    needs: ClassVar[tuple[str, ...]] = ("gradients",)
 
     engine: Literal["fast", "reference"] = Field(
         default="fast",
         description="fast: on a prepared copy, from which broken rows leave; reference: pyautoattack as it is",
     )
+
+    def cost(self, num_classes: int, model: nn.Module | None = None) -> Cost:
+        return standard_cost(num_classes)
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         attack, recorder = standard(block), _Recorder(block)

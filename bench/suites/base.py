@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin
+
+from torch import nn
 
 from bench.attacks.block import Attempt, Block
 from bench.errors import UnusableInput, did_you_mean
@@ -12,12 +14,20 @@ from bench.spec import Method, Norm, ThreatModel, build
 SUITES: Registry[type["Suite"]] = Registry("suite", "bench.suites", "bench.suites")
 
 
+class Cost(NamedTuple):
+    """Passes through the model for one example that withstands everything; what is broken leaves earlier."""
+
+    forwards: float
+    backwards: float
+
+
 class Suite(Method):
     """Base of all suites; subclasses register with `SUITES`."""
 
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
     datasets: ClassVar[tuple[str, ...]] = ()  # those that it can be run on; empty: any
     has_attack: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ()  # of a model beside its logits: gradients, routes
     every: ClassVar[bool] = False  # whether examples that F gets wrong are attacked as well
 
     @classmethod
@@ -61,6 +71,10 @@ class Suite(Method):
         if (step := getattr(self, "step_size", None)) is not None:
             found += short_walk("step_size", step, getattr(self, "steps", 1), 2 * threat_model.eps)
         return ", ".join(found) or None
+
+    def cost(self, num_classes: int, model: nn.Module | None = None) -> Cost | None:
+        """About what it costs on a model, or on a routed one with four experts if none is given; None: not known."""
+        return None
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         """Attack the block's examples that the model gets right, or `every` one.

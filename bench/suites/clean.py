@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
+from torch import nn
+
 from bench.attacks.block import Attempt, Block
-from bench.suites.base import SUITES, Suite
+from bench.suites.base import SUITES, Cost, Suite
 
 
 @SUITES.register("clean")
@@ -12,6 +14,9 @@ class Clean(Suite):
     """Attacks nothing."""
 
     has_attack: ClassVar[bool] = False
+
+    def cost(self, num_classes: int, model: nn.Module | None = None) -> Cost:
+        return Cost(1, 0)
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         return iter(())

@@ -23,7 +23,7 @@ from bench.attacks.gradients import differentiable
 from bench.models.parts import is_dual, parts, routed_branch
 from bench.pgd import pgd, random_start
 from bench.spec import Norm
-from bench.suites.base import SUITES, Suite
+from bench.suites.base import SUITES, Cost, Suite
 
 
 @SUITES.register("components")
@@ -35,10 +35,16 @@ class Components(Suite):
 
     version: ClassVar[int] = 3
     norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2")
+    needs: ClassVar[tuple[str, ...]] = ("routes",)
     every: ClassVar[bool] = True
 
     steps: int = Field(default=50, gt=0, description="gradient steps of each PGD")
     step_size: float | None = Field(default=None, gt=0, description="in pixels of [0, 1]; None: ε/4")
+
+    def cost(self, num_classes: int, model: nn.Module | None = None) -> Cost | None:
+        attacked = 4 if model is None else len(parts(model))
+        passes = self.steps * (attacked + 1)  # the route as well
+        return Cost(passes, passes) if attacked else None
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         model, every = block.model, torch.arange(len(block.y), device=block.y.device)
@@ -47,6 +53,7 @@ class Components(Suite):
             return
         found: dict[str, Tensor] = {}
         for name, part in classifiers.items():
+            block.on_attack(f"pgd on {name}", len(every), len(every))
             with block.passes.also(part):
                 found[name] = self._pgd(block, _cross_entropy(part, block.y))
             yield block.attempt("pgd", every, found[name], target=name)

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
+from torch import nn
+
 from bench.attacks.block import Attempt, Block
 from bench.spec import ROBUSTBENCH_DATASETS, ROBUSTBENCH_NORMS, Norm
-from bench.suites.autoattack import watched
-from bench.suites.base import SUITES, Suite
+from bench.suites.autoattack import standard_cost, watched
+from bench.suites.base import SUITES, Cost, Suite
 
 
 @SUITES.register("robustbench")
@@ -18,11 +20,16 @@ class RobustBenchSuite(Suite):
     """
 
     norms: ClassVar[tuple[Norm, ...]] = ROBUSTBENCH_NORMS
+    needs: ClassVar[tuple[str, ...]] = ("gradients",)
     datasets: ClassVar[tuple[str, ...]] = ROBUSTBENCH_DATASETS
+
+    def cost(self, num_classes: int, model: nn.Module | None = None) -> Cost:
+        return standard_cost(num_classes)
 
     def attack(self, block: Block) -> Iterator[Attempt]:
         from bench.compat import benchmark  # robustbench takes seconds to import
 
+        block.on_attack("robustbench", len(block.rows), len(block.rows))
         with watched(block):
             found = benchmark(block.model, block.x, block.y, block.dataset, block.threat_model, block.seed)
         rows = block.rows

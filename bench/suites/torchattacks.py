@@ -8,11 +8,12 @@ from typing import Any, Self
 
 import torchattacks
 from pydantic import Field
+from torch import nn
 
 from bench.attacks.block import Attempt, Block
 from bench.errors import UnusableInput, did_you_mean
 from bench.spec import ThreatModel, build
-from bench.suites.base import SUITES, Suite, refuse_wide_step, short_walk
+from bench.suites.base import SUITES, Cost, Suite, refuse_wide_step, short_walk
 
 #: What the library calls the radius; an attack without either knows no ball.
 RADIUS = ("eps", "max_epsilon")
@@ -107,6 +108,13 @@ class TorchAttacks(Suite):
             raise UnusableInput(f"suite '{name}' has no {threat_model.norm} attack: it has {', '.join(norms)}")
         refuse_wide_step(name, "alpha", self.settings.get("alpha"), threat_model)
 
+    def cost(self, num_classes: int, model: nn.Module | None = None) -> Cost | None:
+        signature = _signature(self.name)
+        if not {"alpha", "steps"} <= set(signature) or any(many in signature for many in ("N", "m", "eot_iter")):
+            return None
+        steps = self.settings.get("steps", signature["steps"].default)
+        return Cost(steps, steps)
+
     def weaker_than_default(self, threat_model: ThreatModel) -> str | None:
         signature, found = _signature(self.name), []
         for key, value in self.settings.items():
@@ -133,5 +141,6 @@ class TorchAttacks(Suite):
         if self.name == "AutoAttack":
             block.flags.append("torchattacks:AutoAttack: 10 steps of APGD and FAB, not the 100 of suite autoattack")
         rows = block.rows
+        block.on_attack(self.name, len(rows), len(rows))
         attack = getattr(torchattacks, self.name)(block.model, **self.arguments(block))
         yield block.attempt(self.name, rows, attack(block.x[rows], block.y[rows]), bounded=self.bounded)

@@ -92,6 +92,8 @@ def test_the_share_at_several_radii_is_a_table():
     ]  # fmt: skip
     alone = rows("union", RADII, RIGHT)
     assert "by radius" not in table(certification(alone), alone)
+    dense = rows("routes", RADII, RIGHT, status="not_applicable")  # which has no route, and so no share of routes
+    assert "by radius" not in table(certification(dense), dense)
 
 
 def test_the_papers_share_is_called_no_certificate():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,9 @@ def test_the_command_scores_every_kind_of_model(method: str, bench: Bench, shelv
     assert status == 0
     for name in ("dense-at", "moe-at", "dual-jtdmoe"):
         assert f"# certify-{method} on {name}, digits, n = 4" in out
+    figures = re.findall(r"^figure: (.*)$", out, re.MULTILINE)
+    assert len(figures) == 3
+    assert all(Path(figure).is_file() for figure in figures)
     status, out, err = bench(*words, "--json")
     assert status == 0
     results = [Certification.model_validate(one) for one in json.loads(out)]

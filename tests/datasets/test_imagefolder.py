@@ -1,6 +1,8 @@
 """A user's own folder of images."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from PIL import Image
 from bench import load_model
 from bench.datasets.base import Dataset, open_dataset
 from bench.errors import UnusableInput
+from bench.spec import dataset_folder
 
 NONE = Path("nowhere")  # it needs no root
 H, W = 6, 10
@@ -262,3 +265,46 @@ def test_what_was_trained_and_run_on_a_folder_is_found_however_it_is_written(tmp
     assert len(list((tmp_path / "results").rglob("result.json"))) == 2
     model = load_model("dense-standard", dataset="imagefolder:own/../own/set")
     assert torch.equal(model.normalize.mean.flatten(), torch.full((3,), 0.5))
+
+
+def test_images_of_any_size_are_resized_and_cropped_as_torchvision_does(folder: Path) -> None:
+    from torchvision import datasets, transforms
+
+    write(folder / "val" / "B" / "1.png", pixels(0, (31, 20)))
+    dataset = open_dataset(f"imagefolder:{folder}:size=8")
+    assert (dataset.name, dataset.input_shape) == (f"imagefolder:{folder}:size=8", (3, 8, 8))
+    change = transforms.Compose([transforms.Resize(8), transforms.CenterCrop(8), transforms.PILToTensor()])
+    theirs = datasets.ImageFolder(str(folder / "val"), change)
+    ours = dataset.read("test", NONE)
+    order = [("B/0.png", 0), ("a/1.png", 1), ("B/1.png", 0)]
+    of_file = {Path(path).relative_to(folder / "val").as_posix(): at for at, (path, _) in enumerate(theirs.samples)}
+    for image, label, (name, wanted) in zip(ours.x, ours.y, order, strict=True):
+        assert torch.equal(image, theirs[of_file[name]][0])
+        assert label == wanted == theirs[of_file[name]][1]
+    found = dataset.evaluation_set(NONE, 2)
+    assert found.note == "images resized and cropped to 8×8 pixels, which are what is attacked"
+    assert dataset_folder(dataset.name) != dataset_folder(opened(folder).name)
+
+
+@pytest.mark.parametrize("word", ["photos:size=0", "photos:size=8x8", "photos:size="])
+def test_a_size_that_is_none_is_part_of_the_path(word: str, tmp_path: Path) -> None:
+    with pytest.raises(UnusableInput, match="has no images"):
+        open_dataset(f"imagefolder:{tmp_path / word}")
+
+
+def test_the_command_that_is_suggested_trains_and_runs(folder: Path, bench: Any) -> None:
+    for seed in range(20, 40):
+        write(folder / "train" / "Ba"[seed % 2] / f"{seed}.png", pixels(seed))
+    asked = ["--dataset", f"imagefolder:{folder}:size=8", "--checkpoints", "my models", "--device", "cpu"]
+    run = ["run", *asked, "--suite", "clean", "--model", "moe-at"]
+    status, _, err = bench(*run[:-2])
+    assert status == 2
+    command = re.search(r"train one with `bench (.*)` \(under an hour on two cores\)$", err.strip())
+    assert command, err
+    words = shlex.split(command[1])
+    assert words[words.index("--set") + 1 :: 2][:2] == ["n_train=20", "n_val=4"]
+    tiny = [word for setting in ("epochs=1", "width=4", "batch_size=8") for word in ("--set", setting)]
+    assert bench(*words, *tiny, "--set", "inner_steps=1", "--device", "cpu")[0] == 0
+    status, out, _ = bench(*run)
+    assert status == 0
+    assert "images resized and cropped to 8×8 pixels" in out

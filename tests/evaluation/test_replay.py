@@ -265,7 +265,7 @@ def test_the_command_that_is_named_makes_the_witnesses_again(
     status, out, err = bench("replay", str(folder), *where)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert str(folder / FILE) in err
-    command = re.search(r": remove the folder, and run `(bench run .*)`\n$", err)
+    command = re.search(r": remove the folder .+, and run `(bench run .*)`\n$", err)
     assert command is not None, err
     shutil.rmtree(folder)
     assert bench(*shlex.split(command[1])[1:])[0] == 0
@@ -297,7 +297,7 @@ def test_witnesses_of_other_images_are_refused(bench: Any, made: Any):
         change(folder, of)
         status, out, err = bench("replay", str(folder))
         assert (status, out, err.count("\n")) == (2, "", 1)
-        assert f"error: '{folder / FILE}' is about other images: remove the folder, and run `bench run" in err
+        assert f"error: '{folder / FILE}' is about other images: remove the folder {folder}, and run `bench run" in err
         (folder / FILE).write_bytes(content)
 
 
@@ -305,3 +305,24 @@ def test_a_folder_without_a_run_is_one_line(bench: Any):
     status, out, err = bench("replay", "results/nothing")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "results/nothing" in err
+
+
+def test_a_folder_that_is_no_run_is_answered_with_the_runs_in_it(bench: Any, made: Any):
+    folder = made()
+    status, _, err = bench("replay", "results")
+    assert status == 2
+    assert err == f"error: 'results' is no finished run: name one of the runs below it, such as {folder}\n"
+    assert bench("replay", "nowhere")[2].startswith("error: 'nowhere' is no finished run: it has no result.json")
+    (folder / "certificates.parquet").touch()
+    assert "is a certification, which has no adversarial examples" in bench("replay", str(folder))[2]
+
+
+def test_commands_that_are_printed_name_the_plugins_again(bench: Any, made: Any):
+    Path("planted_plugin.py").write_text("")
+    folder = made()
+    (folder / FILE).unlink()
+    assert (
+        "run `bench --plugin planted_plugin run --suite"
+        in bench("--plugin", "planted_plugin", "replay", str(folder))[2]
+    )
+    assert "run `bench run --suite" in bench("replay", str(folder))[2]

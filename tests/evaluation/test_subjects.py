@@ -132,7 +132,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path, digits: Dataset):
 
 
 def test_without_a_name_every_variant_with_a_checkpoint_is_meant(tmp_path: Path, digits: Dataset):
-    with pytest.raises(UnusableInput, match=r"no Linf checkpoint for digits in .*: make one with `bench train"):
+    with pytest.raises(
+        UnusableInput, match=r"no Linf checkpoint for digits in .*: name a model .* or train one with `bench train"
+    ):
         find_models(digits, LINF, [tmp_path, tmp_path / "zoo"])
     for name in ("moe-at", "dense-at", "moe-at-s2", "mine"):
         write(checkpoint_path(tmp_path, "digits", "Linf", name), Dense(**DIGITS))

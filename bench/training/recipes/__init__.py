@@ -1,5 +1,6 @@
 """The presets of training, `*.yaml` in this folder, and how a recipe with settings becomes a TrainSpec."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from bench.errors import UnusableInput, did_you_mean
 from bench.models.architecture import Dense, Dual, Inside, Network, Routed
 from bench.models.layers import parameters_of
 from bench.models.variants import Variant, get_variant
+from bench.registry import named_plugins
 from bench.settings import parse_value
 from bench.spec import Recipe, ThreatModel, TrainSpec, build
 from bench.training.objectives.base import OBJECTIVES, Objective
@@ -24,6 +26,27 @@ _SIZES = ("width", "image_size", "patch_size", "norm", *_INSIDE)
 def recipes() -> list[str]:
     """Names of the presets in this folder."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+#: How long one variant takes by the recipes that are made for two CPU cores.
+TAKES = {"digits": "under 90 seconds", "cpu-cifar10": "under an hour", "cpu-tinyimagenet": "under an hour"}
+
+
+def first_training(dataset: Dataset, data_root: Path, checkpoints: Path) -> str:
+    """The command that trains a first model on a data set, with no more images than it has, and how long it takes."""
+    words = ["bench", *(word for module in named_plugins for word in ("--plugin", module))]
+    words += ["train", "moe-at", "--dataset", dataset.name, "--data-root", str(data_root)]
+    words += ["--checkpoints", str(checkpoints)]
+    recipe = read_recipe(dataset.recipe)
+    try:
+        available = dataset.read("train", data_root, 1).available
+    except UnusableInput:
+        available = 0  # the command itself says what is missing
+    if 0 < available < (recipe.n_train or 1) + recipe.n_val:
+        held_out = min(recipe.n_val, max(1, available // 5))
+        words += ["--set", f"n_train={available - held_out}", "--set", f"n_val={held_out}"]
+    takes = f" ({TAKES[dataset.recipe]} on two cores)" if dataset.recipe in TAKES else ""
+    return f"`{shlex.join(words)}`{takes}"
 
 
 def read_recipe(name: str) -> Recipe:

@@ -1,0 +1,312 @@
+"""What a model of the user's own shows before it is scored: what is seen of it, what will attack it, and how long.
+
+Axes: n = images that are looked at, C = classes.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.attacks.block import Block, PassCounter
+from bench.attacks.paths import Paths
+from bench.attacks.search import Search
+from bench.evaluation.examine import Examiner, guarded
+from bench.evaluation.plan import Plan
+from bench.evaluation.probes import probe
+from bench.job import Job
+from bench.models.deployed import eval_frozen, full_float32
+from bench.models.foreign import Guarded
+from bench.models.parts import is_dual, parts
+from bench.models.sites import Site, sites
+from bench.randomness import seeded
+from bench.results.flags import HIDDEN_ROUTES, UNRANKED
+from bench.spec import NOT_FORCED
+from bench.suites.base import Suite
+
+#: Seconds that each pass is timed for, and the most times that it is made.
+_TIMED, _MOST_TIMES = 0.3, 20
+#: By how much (fraction) a model has to be better on images of another scale to be taken as made for that.
+_BETTER = 0.15
+#: How a model wants its images that has no normalisation inside: by what is subtracted and divided by, per channel.
+_SCALES = {"normalised as ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, what was seen, and, of a problem, what to do."""
+
+    what: str
+    seen: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A suite on this model: why it cannot attack it (or ""), and seconds for each example that withstands it.
+
+    seconds: None where the suite does not state what it costs.
+    """
+
+    suite: str
+    why_not: str
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found of a model; a problem keeps it from a rank, or makes its numbers doubtful."""
+
+    findings: list[Finding]
+    suites: list[Attacked]
+
+    @property
+    def problems(self) -> list[Finding]:
+        """What has to be mended."""
+        return [finding for finding in self.findings if finding.remedy]
+
+
+def diagnose(plan: Plan[Suite], model: str, device: str) -> Diagnosis:
+    """Load the model that `model` names and look at it on the plan's images; its suites are those of the plan.
+
+    Raises:
+        UnusableInput: there is no such model, it cannot take these images, or it gives another number of classes.
+    """
+    jobs = plan.jobs(model)
+    job = jobs[0]
+    network, x, y = guarded(job.subject).to(device), job.data.x.to(device), job.data.y.to(device)
+    with eval_frozen(network), full_float32():
+        with seeded(0):
+            examiner = Examiner(job, network, None, x)
+        with torch.no_grad():
+            logits = network(x).float()
+        block = Block(
+            network, x, y, logits.argmax(1) == y, job.num_classes, job.spec.dataset, job.spec.threat_model, 0,
+            PassCounter(network),
+        )  # fmt: skip
+        gates, paths, unforced = _gates(block)
+        hidden = [flag for flag in examiner.found if flag.startswith(HIDDEN_ROUTES)]
+        findings = [
+            _model(job, network),
+            _input(job),
+            *_outputs(network, logits, job),
+            *_accuracy(network, x, y, logits, plan),
+            *_depends(examiner.found),
+            _routes(network, gates, paths, hidden, unforced),
+            *_gradients(network, x, y, job),
+        ]
+        forward, both = _timed(network, x, y)
+        suites = [_attacked(each, network, forward, both) for each in jobs]
+    if isinstance(network, Guarded):
+        findings += [Finding("forward pass", what) for what in sorted(network.seen) if "no gradient" not in what]
+    return Diagnosis([*findings, _rank(findings, routed=bool(gates or parts(network)))], suites)
+
+
+def _model(job: Job[Suite], network: nn.Module) -> Finding:
+    info = job.subject.info
+    count = sum(parameter.numel() for parameter in network.parameters())
+    made = f", {info.trained}" if info.trained else ""
+    return Finding("model", f"{info.architecture}, {count:,} parameters{made}")
+
+
+def _input(job: Job[Suite]) -> Finding:
+    shape = "×".join(map(str, job.data.x.shape[1:]))
+    return Finding(
+        "input", f"{shape} images of {job.spec.dataset}, pixels in [0, 1]; looked at {len(job.data)} of them"
+    )
+
+
+def _outputs(network: nn.Module, logits: Tensor, job: Job[Suite]) -> Iterator[Finding]:
+    kind = str(network.dtype if isinstance(network, Guarded) else logits.dtype).removeprefix("torch.")
+    finite = logits[logits.isfinite()]
+    reach = f", from {finite.min():.3g} to {finite.max():.3g}" if len(finite) else ""
+    yield Finding("output", f"logits of {job.num_classes} classes, {kind}{reach}")
+    if bad := int((~logits.isfinite()).any(1).sum()):
+        yield Finding(
+            "output", f"not finite for {bad} of {len(logits)} images", "such a run is refused: train it again"
+        )
+    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+        yield Finding(
+            "output",
+            "these are probabilities, behind which the losses of attacks are flat",
+            "return the logits: leave the last softmax out",
+        )
+
+
+def _accuracy(network: nn.Module, x: Tensor, y: Tensor, logits: Tensor, plan: Plan[Suite]) -> Iterator[Finding]:
+    """The accuracy, and whether it is better on images of another scale: the normalisation belongs into the model."""
+    found, guess = _share(logits, y), 1 / plan.dataset.num_classes
+    yield Finding("accuracy", f"{found:.1%} of {len(y)} clean images")
+    if not isinstance(network, Guarded):
+        return
+    data = plan.dataset
+    scales: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+        "normalised by the data set's mean and standard deviation": (data.mean, data.std),
+        "in [-1, 1]": ((0.5,) * x.shape[1], (0.5,) * x.shape[1]),
+        "in [0, 255]": ((0.0,) * x.shape[1], (1 / 255,) * x.shape[1]),
+        **{name: scale for name, scale in _SCALES.items() if x.shape[1] == len(scale[0])},
+    }
+    others = {name: _share(_answers(network, _scaled(x, *scale)), y) for name, scale in scales.items() if scale[0]}
+    best = max(others, key=lambda name: others[name])
+    if others[best] > found + _BETTER:
+        yield Finding(
+            "normalisation",
+            f"{others[best]:.1%} are right where images are {best}: the model seems to have no normalisation inside",
+            "put it in front, inside the module: pixels in [0, 1] in, logits out",
+        )
+    elif found < 2 * guess:
+        yield Finding(
+            "accuracy",
+            f"no better than chance, which is {guess:.1%}",
+            "look at the weights, and at the order of the classes, which has to be the data set's",
+        )
+
+
+def _share(logits: Tensor, y: Tensor) -> float:
+    return float((logits.argmax(1) == y).float().mean())
+
+
+@torch.no_grad()
+def _answers(network: nn.Module, x: Tensor) -> Tensor:
+    return network(x).float().nan_to_num(-torch.inf)
+
+
+def _scaled(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    return (x - x.new_tensor(mean).view(-1, 1, 1)) / x.new_tensor(std).view(-1, 1, 1)
+
+
+#: Of what a model's answers depend on beside the image: what it is called, and what to do.
+_DEPENDENCE = dict(
+    zip(
+        UNRANKED,
+        (
+            ("chance", "let eval mode draw nothing (dropout, noise), or read its rows without a rank"),
+            ("batch", "let eval mode use running statistics, and no shuffling or capacity over the batch"),
+            ("state", "let forward passes in eval mode change no buffer or attribute"),
+        ),
+        strict=True,
+    )
+)
+
+
+def _depends(found: Sequence[str]) -> Iterator[Finding]:
+    """What the answers depend on beside the image, of what the examiner has found."""
+    fine = {"chance": "the same answer each time", "batch": "each image is answered alone", "state": "kept"}
+    for flag, (what, remedy) in _DEPENDENCE.items():
+        seen = flag in found
+        yield Finding(what, flag if seen else fine[what], remedy if seen else "")
+    for flag in found:
+        if flag.startswith("probe of"):
+            yield Finding("batch", flag, "let it take batches of 1, 2, 8 and 32 images")
+
+
+def _gates(block: Block) -> tuple[list[Site], int, list[str]]:
+    """The gates that can be forced, how many paths they make, and what is said of the others."""
+    if not sites(block.model):
+        return [], 0, []
+    with seeded(0):
+        found = Paths(Search(block), limit=1)
+    return found.sites, found.possible, [note for note in found.notes if NOT_FORCED in note]
+
+
+def _routes(
+    network: nn.Module, gates: Sequence[Site], paths: int, hidden: Sequence[str], unforced: Sequence[str]
+) -> Finding:
+    if hidden:
+        what = hidden[0].removeprefix(HIDDEN_ROUTES)
+        seen, _, remedy = what.partition(": ")
+        return Finding("routes", seen, f"{remedy or 'let its forward pass be traced'} (docs/your-own-model.md)")
+    if unforced:
+        return Finding("routes", "; ".join(unforced), "let the model call its gate once for each batch, as a module")
+    if gates:
+        words = [f"{gate.name} ({gate.k} of {gate.num_experts})" for gate in gates[:3]]
+        more = f" and {len(gates) - 3} more gates" if len(gates) > 3 else ""
+        kind = "a dual; " if is_dual(network) else ""
+        return Finding("routes", f"{kind}{', '.join(words)}{more}: {paths:,} paths")
+    if parts(network):
+        return Finding("routes", f"none, but {len(parts(network))} parts that are attacked one by one")
+    return Finding("routes", "none: nothing that it computes chooses by the image")
+
+
+def _gradients(network: nn.Module, x: Tensor, y: Tensor, job: Job[Suite]) -> Iterator[Finding]:
+    """The gradient by the pixels, then what the probes of a run find of routers."""
+    with torch.enable_grad():
+        z = x.clone().requires_grad_()
+        loss = F.cross_entropy(network(z), y, reduction="sum")
+        gradient = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
+    absent = gradient is None or (isinstance(network, Guarded) and "logits have no gradient" in network.seen)
+    flat = 1.0 if gradient is None else float((gradient.flatten(1) == 0).all(1).float().mean())
+    better = "keep it differentiable: suites that follow gradients find little, Square alone remains"
+    if absent:
+        yield Finding("gradients", "none reaches the pixels", better)
+    elif gradient is not None and not gradient.isfinite().all():
+        yield Finding("gradients", "not finite at the pixels", better)
+    elif flat > 0:
+        yield Finding("gradients", f"zero at the pixels of {flat:.0%} of the images", better)
+    else:
+        yield Finding("gradients", "reach the pixels of every image")
+    right = network(x).argmax(1) == y
+    if right.any():
+        with seeded(0):
+            flags = probe(network, x[right][:32], y[right][:32], job.spec.threat_model, attacked=False)
+        yield from (Finding("gradients", flag) for flag in flags if "router" in flag)
+
+
+def _timed(network: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Seconds of an example in a forward pass, and in a forward and a backward pass, on the whole batch."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            network(x)
+
+    def both() -> None:
+        with torch.enable_grad():
+            z = x.clone().requires_grad_()
+            loss = F.cross_entropy(network(z), y)
+            if loss.requires_grad:
+                torch.autograd.grad(loss, z, allow_unused=True)
+
+    return _seconds(forward, x) / len(x), _seconds(both, x) / len(x)
+
+
+def _seconds(call: Callable[[], object], x: Tensor) -> float:
+    """The fastest of several calls: what else the machine does only slows them."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        call()
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return time.perf_counter() - began
+
+    once()  # the first call allocates
+    taken = [once()]
+    while sum(taken) < _TIMED and len(taken) < _MOST_TIMES:
+        taken.append(once())
+    return min(taken)
+
+
+def _attacked(job: Job[Suite], network: Any, forward: float, both: float) -> Attacked:
+    cost = job.method.cost(job.num_classes, network)
+    if "routes" in job.method.needs and cost is None:
+        return Attacked(job.spec.suite, "no: it shows no routes", None)
+    if cost is None:
+        return Attacked(job.spec.suite, "", None)
+    why_not = "" if job.method.has_attack else "no: accuracy alone"
+    return Attacked(job.spec.suite, why_not, (cost.forwards - cost.backwards) * forward + cost.backwards * both)
+
+
+def _rank(findings: Sequence[Finding], *, routed: bool) -> Finding:
+    reasons = [
+        finding.seen
+        for finding in findings
+        if finding.remedy and finding.what in ("chance", "batch", "state", "routes")
+    ]
+    if reasons:
+        return Finding("rank", f"none: {'; '.join(reasons)}", "mend what is named above")
+    needed = "suites autoattack and adaptive with their" if routed else "suite autoattack with its"
+    return Finding("rank", f"after {needed} default settings")
