@@ -73,6 +73,7 @@ def benchmark(
     eps: float | str | None = None,
     n_examples: int | None = None,
     suites: Sequence[str] = SUITES,
+    gates: Sequence[str] = (),
     *,
     x: Any = None,
     y: Any = None,
@@ -96,6 +97,7 @@ def benchmark(
         eps: the radius in pixels of [0, 1], such as "8/255"; the data set's own if not given.
         n_examples: the first so many test images; all if not given.
         suites: as `bench run --suite` takes them.
+        gates: as `bench run --gates` takes them.
         x, y: images (n, C, H, W) of your own, floats in [0, 1], and their classes (n,), instead of the data set's.
         settings: parameters of the suites, as `--set` takes them.
         model_name: what a module is called in the results; its class if not given.
@@ -135,6 +137,7 @@ def benchmark(
         seed=seed,
         batch_size=batch_size,
         settings=settings or {},
+        gates=tuple(gates),
     )
     where = torch_device(device)
     with ExitStack() as stack:

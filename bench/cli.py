@@ -48,6 +48,15 @@ ModelOption = Annotated[
         "--model", help="a variant, a .safetensors file, robustbench:NAME, package.module:callable, or MODEL@baseline"
     ),
 ]
+GatesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gates",
+        metavar="GLOB",
+        help="modules of a model of your own whose output scores experts, such as 'blocks.*.gate' or gate:k=2; `none`:"
+        " it makes no choices",
+    ),
+]
 AlphaOption = Annotated[list[str] | None, typer.Option("--alpha", help="a dual's α; several make a sweep")]
 ExamplesOption = Annotated[int | None, typer.Option("--n-examples", help="the first N test images; all if not given")]
 NormOption = Annotated[str | None, typer.Option("--norm", help="Linf, L2 or L1; the data set's own if not given")]
@@ -303,6 +312,7 @@ def run(
     suite: Annotated[list[str] | None, typer.Option("--suite", help="clean,pgd,autoattack if not given")] = None,
     dataset: DatasetOption = "digits",
     model: ModelOption = None,
+    gates: GatesOption = None,
     alpha: AlphaOption = None,
     n_examples: ExamplesOption = None,
     norm: NormOption = None,
@@ -341,6 +351,7 @@ def run(
             batch_size=batch_size,
             settings=_settings(settings),
             warm_start=warm_start,
+            gates=split(gates),
         )
         where = torch_device(device)
         ensure_writable(results)

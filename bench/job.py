@@ -1,7 +1,7 @@
 """One run to be made: who is scored, and by which suite or way to certify."""
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -20,7 +20,8 @@ class Subject:
 
     expert_scores: sa and ra of an MoE's experts on held-out images. foreign: not built from a checkpoint of ours, so
     its forward pass may do anything, and is called behind a guard. identity: the file by which such a model is
-    recognised (`bench.evaluation.identity`), to be kept with its runs.
+    recognised (`bench.evaluation.identity`), to be kept with its runs. gates: those that the user named, as words of
+    `--gates`, and sites: what they are (`bench.models.sites`).
     """
 
     model: nn.Module
@@ -29,6 +30,8 @@ class Subject:
     expert_scores: tuple[dict[str, float], ...] = ()
     foreign: bool = False
     identity: bytes = b""
+    gates: tuple[str, ...] = ()
+    sites: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

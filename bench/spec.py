@@ -199,14 +199,16 @@ class RunSpec(Spec):
     seed: int = Field(default=0, ge=0)
     batch_size: int = Field(default=128, gt=0)
     warm_start: bool = Field(default=False, description="the adversarial examples of earlier runs are tried first")
+    gates: tuple[str, ...] = Field(default=(), description="modules that a user named as gates, or `none`")
 
     def _keyed(self) -> dict[str, Any]:
-        """What the keys are made of: runs from before `warm_start` was a field keep theirs.
+        """What the keys are made of: runs from before `warm_start` and `gates` were fields keep theirs.
 
         Of a data set with an argument only the kind: where the images lie is no part of what they are, which the
         fingerprint says.
         """
-        fields = self.model_dump(mode="json", exclude=set() if self.warm_start else {"warm_start"})
+        unused = {name for name in ("warm_start", "gates") if not getattr(self, name)}
+        fields = self.model_dump(mode="json", exclude=unused)
         return fields | {"dataset": self.dataset.partition(":")[0]}
 
     def run_key(self, checkpoint_sha256: str, fingerprint: str) -> str:
@@ -219,9 +221,10 @@ class RunSpec(Spec):
 
     def subject_key(self, checkpoint_sha256: str, fingerprint: str) -> str:
         """Who was attacked, with which pixels, inside which ball: what the worst case is taken over."""
-        names = ("model", "alpha", "combine", "dataset", "threat_model")
+        names = ("model", "alpha", "combine", "dataset", "threat_model", "gates")
         fields = self._keyed()
-        return digest("subject", {name: fields[name] for name in names}, checkpoint_sha256, fingerprint)
+        known = {name: fields[name] for name in names if name in fields}
+        return digest("subject", known, checkpoint_sha256, fingerprint)
 
     def command(
         self,
@@ -239,6 +242,7 @@ class RunSpec(Spec):
         words = ["bench", *(word for module in named_plugins for word in ("--plugin", module))]
         words += ["run", "--suite", kind] if kind else ["certify", "--method", method]
         words += ["--dataset", self.dataset, "--model", model or self.model]
+        words += [word for gate in self.gates for word in ("--gates", gate)]
         words += [] if self.alpha is None else ["--alpha", repr(self.alpha)]
         words += ["--n-examples", str(self.n_examples), "--norm", self.threat_model.norm]
         words += ["--eps", self.threat_model.eps_text, "--seed", str(self.seed), "--batch-size", str(self.batch_size)]

@@ -38,6 +38,11 @@ _READS = {"nonzero", "masked_select", "_local_scalar_dense", "equal", "is_nonzer
 _CARRIES = {"clone", "_to_copy", "detach", "contiguous", "copy", "cat", "stack", "lift_fresh", "alias"}
 #: Draws in name alone: attention without dropout, dropout that is off.
 _NO_DRAW = re.compile(r"attention|dropout|rrelu")
+#: What a layer with weights is made of.
+_LAYERS = {
+    "mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "native_layer_norm", "native_group_norm",
+    "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training",
+}  # fmt: skip
 #: What takes a tensor's shape and device alone.
 _MAKES = re.compile(r"^new_|_like$")
 
@@ -66,27 +71,28 @@ class Choices:
         return f"{' and '.join(seen)}: name its gates with --gates {example}, or declare --gates none"
 
 
-def find_choices(model: nn.Module, x: Tensor, known: Iterable[str] = ()) -> Choices:
+def find_choices(model: nn.Module, x: Tensor, known: Iterable[str] = (), gates: Iterable[str] = ()) -> Choices:
     """The signs of routes in a model in eval mode, from its code and from one forward pass on images x (B, c, H, W).
 
-    What lies in the modules called `known` (as in `plain(model).named_modules()`) is no sign: it is attacked. The model
-    must be able to take x; what it raises is raised. A compiled model is watched uncompiled. Draws random numbers where
-    the model does.
+    What lies in the modules called `known` (as in `plain(model).named_modules()`) is no sign: it is attacked. Nor is
+    what follows from the output of `gates` alone, or a name beside one of them. The model must be able to take x; what
+    it raises is raised. A compiled model is watched uncompiled. Draws random numbers where the model does.
     """
-    model = plain(model)
-    watch = _Watch(x)
+    model, gates = plain(model), list(gates)
+    watch = _Watch(x, gates)
     named = {module: name for name, module in reversed(list(model.named_modules()))}
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), _inside(named, watch), _Reads(watch), watch:
         output = model(x)
     if not any(watch.depends(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
         watch.report("a computation outside torch", "")
-    known = list(known)
+    known = [*known, *gates]
     operations = dict.fromkeys(
         f"{operation} in {_glob(where) or type(model).__name__}"
         for operation, where in watch.found
         if not any(_within(where, outer) for outer in known)
     )
-    return Choices(tuple(_names(model, watch.shapes, known)), tuple(operations))
+    beside = [gate.rpartition(".")[0] for gate in gates]
+    return Choices(tuple(_names(model, watch.shapes, known, beside)), tuple(operations))
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -100,9 +106,17 @@ def plain(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _names(model: nn.Module, shapes: dict[str, list[tuple[int, ...]]], known: list[str]) -> Iterator[str]:
-    """Globs of what is named like a route: modules, else a module's attributes, else its class."""
+def _names(
+    model: nn.Module, shapes: dict[str, list[tuple[int, ...]]], known: list[str], beside: list[str]
+) -> Iterator[str]:
+    """Globs of what is named like a route: modules, else a module's attributes, else its class.
+
+    `beside`: modules that hold a named gate; all that lies in them is known, of the model what it holds itself.
+    """
+    known = [*known, *filter(None, beside)]
     modules = {name: m for name, m in model.named_modules() if not any(_within(name, outer) for outer in known)}
+    if "" in beside:
+        modules = {name: m for name, m in modules.items() if "." in name}
     found: list[str] = []
     for name, module in modules.items():
         last = _last(name)
@@ -169,6 +183,8 @@ def _inside(named: dict[nn.Module, str], watch: "_Watch") -> Iterator[None]:
         if _GATE.search(named[module]):
             tensors = [leaf for leaf in tree_leaves((inputs[:1], output)) if isinstance(leaf, Tensor)]
             watch.shapes[named[module]] = [tuple(tensor.shape) for tensor in tensors]
+        if named[module] in watch.gates:
+            watch.scores |= {_key(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)}
 
     for module in named:
         try:
@@ -190,8 +206,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     not tensors, so that views and what is written in place count too.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, gates: list[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.gates = gates
+        self.scores: set[object] = set()  # what is computed from the gates' output alone
         self.data = {_key(x)}
         self.decided: dict[object, tuple[str, str]] = {}  # storage → the operation and the module that chose
         self.found: dict[tuple[str, str], None] = {}
@@ -207,6 +225,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def read(self, tensor: Tensor) -> None:
         """Python has read values of the tensor."""
+        if _key(tensor) in self.scores:
+            return
         if (key := _key(tensor)) in self.decided:
             self.found[self.decided[key]] = None
         elif key in self.data:
@@ -234,6 +254,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         kwargs: dict[str, Any],
     ) -> None:
         keys = [_key(tensor) for tensor in inputs]
+        depending = [key for key in keys if key in self.data or key in self.decided]
+        # what gates that are attacked choose; a layer with weights ends it
+        if depending and self.scores.issuperset(depending) and name not in _LAYERS:
+            for tensor in outputs:
+                self.scores.add(_key(tensor))
+                self.data.add(_key(tensor))
+            return
         chosen = [self.decided[key] for key in keys if key in self.decided]
         of_data = any(key in self.data for key in keys)
         if torch.Tag.nondeterministic_seeded in func.tags and not _NO_DRAW.search(name):

@@ -2,7 +2,8 @@
 
 A user's code is not changed: a hook on the gate reads its scores, and adds the least shift to them that makes the
 wanted experts win. An MoE of whole networks has one site, its router; a dual those of both branches; an expert that is
-itself routed has one of its own. A *path* is a choice at every site.
+itself routed has one of its own; a block inside a network has one, shown by its attributes or named by the user
+(`bench.models.gates`). A *path* is a choice at every site.
 
 Axes: m = images, T = tokens of an image (1 where whole images are routed), E = experts, K = selected experts.
 """
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from bench.models.foreign import bare
+from bench.models.foreign import Guarded, bare
 from bench.models.parts import is_moe
 
 #: From a gate's scores (m, T, E) to those that the model goes on with.
@@ -27,7 +30,11 @@ Change = Callable[[Tensor], Tensor]
 class Site:
     """A gate: `owner.attribute`, a module or a plain callable that gives the scores of `num_experts` experts.
 
-    k: how many of them are selected. whole: whether the owner's experts are classifiers of images, one output each.
+    k: how many of them are selected; all are where nothing is chosen (a soft mixture). whole: whether the owner's
+    experts are classifiers of images, one output each. rows: of the gate's input for each image (T where it sees
+    tokens as rows). layers: for how many layers it scores the experts at a time; each counts as a token. axis: of the
+    experts in the scores. call: which of the functions that the gate calls gives the scores, where it chooses itself;
+    None: they are its output. experts_choose: whether experts choose tokens, which cannot be forced.
     """
 
     name: str
@@ -36,6 +43,22 @@ class Site:
     num_experts: int
     k: int
     whole: bool = True
+    rows: int = 1
+    layers: int = 1
+    axis: int = -1
+    call: int | None = None
+    experts_choose: bool = False
+
+    @property
+    def soft(self) -> bool:
+        """Whether all experts are used, each with its weight."""
+        return self.k == self.num_experts and not self.experts_choose
+
+    @property
+    def words(self) -> str:
+        """What is known of it, such as `blocks.1.gate (top-2 of 8)`."""
+        kind = f"soft, of {self.num_experts}" if self.soft else f"top-{self.k} of {self.num_experts}"
+        return f"{self.name} ({'experts choose tokens' if self.experts_choose else kind})"
 
     @property
     def gate(self) -> Any:
@@ -44,21 +67,24 @@ class Site:
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """The sites of a model, in the order of its modules; those with all experts selected choose nothing, and are none.
+    """The sites of a model, in the order of its modules, then those that the user named; one that chooses nothing is
+    there only if it was named.
 
     An MoE of whole networks is any sub-module with `router` and `experts`; K is its `num_selected_experts`, 1 where it
     does not say. An MoE block inside a network is one with `gate` (a module), `experts` and `num_selected_experts`.
     """
+    named: tuple[Site, ...] = model.gates if isinstance(model, Guarded) else ()
+    gates = [site.gate for site in named]
     found = []
     for name, module in bare(model).named_modules():
         attribute = "router" if is_moe(module) else "gate" if is_block(module) else None
-        if attribute is not None:
+        if attribute is not None and not any(getattr(module, attribute) is gate for gate in gates):
             owner: Any = module
             count, k = len(owner.experts), int(getattr(owner, "num_selected_experts", 1))
             if k < count:
                 where = f"{name}.{attribute}".removeprefix(".")
                 found.append(Site(where, owner, attribute, count, k, whole=attribute == "router"))
-    return found
+    return [*found, *named]
 
 
 def is_block(module: nn.Module) -> bool:
@@ -77,7 +103,7 @@ def host(site: Site, others: Sequence[Site]) -> tuple[Site, int] | None:
     return None
 
 
-def scores_of(output: Any, images: int, num_experts: int) -> Tensor | None:
+def scores_of(output: Any, images: int, num_experts: int, layers: int = 1, axis: int = -1) -> Tensor | None:
     """The scores (m, T, E) in a gate's output: a tensor, or the first that fits in a tuple; None where none does.
 
     Chosen indices alone, whole numbers (m,) or (m, K), count as scores of 1 for the chosen experts, 0 for the others.
@@ -88,24 +114,47 @@ def scores_of(output: Any, images: int, num_experts: int) -> Tensor | None:
         if not tensor.is_floating_point():
             if len(tensor) == images and tensor.numel() < images * num_experts:
                 return nn.functional.one_hot(tensor.view(images, -1), num_experts).sum(1, keepdim=True).float()
-        elif tensor.shape[-1] == num_experts and tensor.numel() % (images * num_experts) == 0:
-            return tensor.reshape(images, -1, num_experts)
+        elif tensor.shape[axis] == num_experts * layers and tensor.numel() % (images * num_experts) == 0:
+            return tensor.movedim(axis, -1).reshape(images, -1, num_experts)
     return None
 
 
-def _with_scores(output: Any, scores: Tensor, images: int) -> Any:
+def _with_scores(output: Any, scores: Tensor, images: int, layers: int, axis: int) -> Any:
     """The same output with other scores (m, T, E)."""
     if isinstance(output, tuple | list):
         parts = list(output)
         for number, part in enumerate(parts):
-            if isinstance(part, Tensor) and scores_of(part, images, scores.shape[-1]) is not None:
-                parts[number] = _with_scores(part, scores, images)
+            if isinstance(part, Tensor) and scores_of(part, images, scores.shape[-1], layers, axis) is not None:
+                parts[number] = _with_scores(part, scores, images, layers, axis)
                 break
         return type(output)(parts) if type(output) in (tuple, list) else type(output)(*parts)
     if not output.is_floating_point():
         chosen = scores[:, 0].topk(max(1, output.numel() // images), dim=-1).indices
         return chosen.view(output.shape).to(output.dtype)
-    return scores.reshape(output.shape)
+    return scores.reshape(output.movedim(axis, -1).shape).movedim(-1, axis)
+
+
+def counts(output: Any) -> bool:
+    """Whether a function's output counts as a call inside a gate: one with a tensor of numbers."""
+    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(output))
+
+
+class _AtCall(TorchFunctionMode):
+    """Within, the output of call `number` is what `change` makes of it."""
+
+    def __init__(self, number: int, change: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.left, self.change = number, change
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if counts(output):
+            self.left -= 1
+            if self.left == -1:
+                return self.change(output)
+        return output
 
 
 @contextmanager
@@ -118,24 +167,33 @@ def intercepted(
     where the model does not call its gate in a way that can be seen.
     """
     calls: list[Tensor] = []
+    layout = (site.layers, site.axis)
+
+    def given(inputs: Sequence[Any]) -> Tensor:
+        found: Tensor = next(one for one in inputs if isinstance(one, Tensor))
+        return found
 
     def changed(inputs: Sequence[Any], output: Any) -> Any:
-        images = len(inputs[0])
-        scores = scores_of(output, images, site.num_experts)
-        return output if scores is None else _with_scores(output, change(scores), images)
+        images = len(given(inputs)) // site.rows
+        scores = scores_of(output, images, site.num_experts, *layout) if images else None
+        return output if scores is None else _with_scores(output, change(scores), images, *layout)
 
     gate = site.gate
     if isinstance(gate, nn.Module):
         open_now: list[ExitStack] = []
 
         def before(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any]) -> None:
-            calls.append((*inputs, *more.values())[0].detach().clone())
+            calls.append(given((*inputs, *more.values())).detach().clone())
             open_now.append(ExitStack())
             open_now[-1].enter_context(around())
+            if site.call is not None:
+                open_now[-1].enter_context(_AtCall(site.call, partial(changed, (*inputs, *more.values()))))
 
         def after(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any], output: Any) -> Any:
             open_now.pop().close()
-            return None if output is None else changed((*inputs, *more.values()), output)  # None: it raised
+            if output is None or site.call is not None:  # None: it raised
+                return None
+            return changed((*inputs, *more.values()), output)
 
         handles = [
             gate.register_forward_pre_hook(before, with_kwargs=True),
@@ -149,7 +207,7 @@ def intercepted(
         return
 
     def replaced(*inputs: Any, **more: Any) -> Any:
-        calls.append((*inputs, *more.values())[0].detach().clone())
+        calls.append(given((*inputs, *more.values())).detach().clone())
         with around():
             output = gate(*inputs, **more)
         return changed((*inputs, *more.values()), output)

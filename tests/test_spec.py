@@ -31,6 +31,7 @@ RUN: dict[str, Any] = {
     "model": "moe-at", "alpha": None, "combine": None, "dataset": "digits", "threat_model": LINF, "suite": "pgd",
     "suite_version": 1, "suite_params": {"steps": 50}, "n_examples": 200, "seed": 0, "batch_size": 128,
     "warm_start": False,
+    "gates": (),
 }  # fmt: skip
 #: another value for each of its fields
 OTHER: dict[str, Any] = {
@@ -38,6 +39,7 @@ OTHER: dict[str, Any] = {
     "threat_model": ThreatModel(norm="L2", eps=0.2), "suite": "clean", "suite_version": 2,
     "suite_params": {"steps": 51}, "n_examples": 201, "seed": 1, "batch_size": 64,
     "warm_start": True,
+    "gates": ("blocks.1.gate",),
 }  # fmt: skip
 TRAIN: dict[str, Any] = {
     "variant": "moe-at", "dataset": "digits", "threat_model": LINF, "recipe_name": "digits", "recipe": Recipe(),
@@ -147,6 +149,7 @@ SENSITIVE: dict[str, set[str]] = {
     "batch_size": {"run", "work"},
     "seed": {"run"},
     "warm_start": {"run", "work"},
+    "gates": {"run", "work", "subject"},
 }
 
 
@@ -165,10 +168,10 @@ def test_what_changes_which_key_of_a_run(field: str):
     assert changed_keys(**{field: OTHER[field]}) == SENSITIVE[field]
 
 
-def test_a_cold_run_keeps_the_keys_that_it_had_before_warm_start_was_a_field():
+def test_a_run_keeps_the_keys_that_it_had_before_fields_that_it_does_not_use():
     spec = RunSpec(**RUN)
     before = spec.model_dump(mode="json")
-    assert before.pop("warm_start") is False
+    assert (before.pop("warm_start"), before.pop("gates")) == (False, [])
     assert spec.run_key("c", "f") == digest("run", before, "c", "f")
     del before["seed"]
     assert spec.work_key("f") == digest("work", before, "f")

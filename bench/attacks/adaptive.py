@@ -5,7 +5,7 @@ paper's section 4 asks for none of them). Success is judged on the deployed mode
 that those before it have not broken.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -20,8 +20,10 @@ from bench.attacks.paths import Paths
 from bench.attacks.restarts import forced_paths, square_attack, square_on_paths
 from bench.attacks.search import Search
 from bench.errors import UnusableInput, did_you_mean
+from bench.models.choices import plain
 from bench.models.deployed import eval_frozen, full_float32
 from bench.models.foreign import DRAWS, Guarded
+from bench.models.gates import LOOKED_AT, declared, find_gates
 from bench.models.parts import is_dual, parts
 from bench.models.sites import sites
 from bench.spec import Norm, ThreatModel
@@ -129,8 +131,8 @@ class AdaptiveAttack:
         x_adv = AdaptiveAttack(model, norm="Linf", eps=8 / 255)(x, y)
 
     The model takes pixels in [0, 1] and gives logits; ε is in pixels. `attacks_to_run`, as AutoAttack's: the names of
-    those to make (`attacks`), all if not given. UnusableInput for a model without visible parts, for L1, or an unknown
-    name of an attack or budget.
+    those to make (`attacks`), all if not given. `gates`: as `bench run --gates` takes them. UnusableInput for a model
+    without visible parts, for L1, or an unknown name of an attack or budget.
     """
 
     def __init__(
@@ -141,11 +143,13 @@ class AdaptiveAttack:
         budget: BudgetName = "standard",
         seed: int = 0,
         attacks_to_run: Collection[str] | None = None,
+        gates: Sequence[str] = (),
     ) -> None:
-        if not parts(model) and not sites(model):
+        model, self.gates = plain(model), gates or declared(model)
+        if not self.gates and not parts(model) and not sites(model):
             raise UnusableInput(
                 f"{type(model).__name__} shows no routing: an MoE has `router` and `experts`, a dual `standard`,"
-                " `robust` and `alpha`"
+                " `robust` and `alpha`, and gates inside a network are named: gates=[GLOB, …]"
             )
         if norm == "L1":
             raise UnusableInput("no adaptive attack in an L1 ball: attack in Linf or L2")
@@ -162,6 +166,8 @@ class AdaptiveAttack:
         """
         model = Guarded(self.model)
         with eval_frozen(model), full_float32(), torch.random.fork_rng(), PassCounter(model) as passes:
+            if self.gates:
+                model.gates = find_gates(self.model, self.gates, x[:LOOKED_AT]).sites
             with torch.no_grad():
                 logits = model(x)
                 if not torch.equal(model(x), logits):  # it answers by chance

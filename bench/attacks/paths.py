@@ -58,7 +58,8 @@ class Paths:
     notes: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        block, every = self.search.block, routing.sites(self.search.block.model)
+        block, known = self.search.block, routing.sites(self.search.block.model)
+        every = [site for site in known if not (site.soft or site.experts_choose)]
         self._pass: Callable[[Tensor], Tensor] = block.model
         self._passes = 1
         if isinstance(block.model, Guarded) and block.model.draws > 1:
@@ -73,7 +74,7 @@ class Paths:
                     found, inputs = found | more, inputs | seen
             found = {name: scores for name, scores in found.items() if len(scores) == len(block.x)}
         self.sites = [site for site in every if site.name in found]
-        self.notes += [f"{site.name}: {NOT_FORCED}" for site in every if site.name not in found]
+        self.notes += [f"{one.name}: {NOT_FORCED}" for one in known if not one.soft and one.name not in found]
         hosts = {site.name: routing.host(site, self.sites) for site in self.sites}
         #: for a site inside an expert: the number of the site that chooses that expert, and the expert's
         self._inside = {
@@ -82,12 +83,14 @@ class Paths:
             if (host := hosts[site.name]) is not None
         }
         self._scores = {name: logarithms(scores) for name, scores in found.items()}
+        shows = {site.name: site.call is None for site in self.sites}
         #: gates of whole images that see them as they are, so that they can be asked alone
         self._direct = {
             name
             for name, seen in inputs.items()
             if name in found
             and found[name].shape[1] == 1
+            and shows[name]
             and seen.shape == block.x.shape
             and torch.equal(seen, block.x)
         }

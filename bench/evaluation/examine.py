@@ -24,10 +24,11 @@ from bench.job import Job, Subject
 from bench.models.choices import find_choices, plain
 from bench.models.deployed import Prediction, dependence, predict, validate_outputs
 from bench.models.foreign import DRAWS, Guarded, settings_kept
+from bench.models.gates import NONE
 from bench.models.parts import is_moe, parts
 from bench.models.sites import is_block, sites
 from bench.randomness import block_seed, seeded
-from bench.results.flags import BY_CHANCE, HIDDEN_ROUTES, ROUTES_INSIDE, WEAKER
+from bench.results.flags import BY_CHANCE, DECLARED, HIDDEN_ROUTES, ROUTES_INSIDE, WEAKER
 from bench.results.schema import VERDICT_COLUMNS
 from bench.results.witnesses import Witnesses
 from bench.suites.base import Suite
@@ -67,7 +68,11 @@ class _Record:
 
 def guarded(subject: Subject) -> nn.Module:
     """The subject's model as it is to be called: one that is not ours behind a guard."""
-    return Guarded(subject.model) if subject.foreign else subject.model
+    if not subject.foreign:
+        return subject.model
+    guard = Guarded(subject.model)
+    guard.gates = subject.sites
+    return guard
 
 
 class Examiner:
@@ -112,18 +117,21 @@ class Examiner:
         """Routes of a foreign model that its attributes do not show, as a flag: hidden ones, or those found inside."""
         if not isinstance(self.model, Guarded):
             return []
+        if self.spec.gates == (NONE,):
+            return [DECLARED]
         model = plain(self.model.model)
         moes = [name for name, module in model.named_modules() if is_moe(module) or is_block(module)]
         try:
             with seeded(0), settings_kept():
-                choices = find_choices(model, x.clone(), known=moes)
+                hard = [site.name for site in self.model.gates if not site.soft]
+                soft = [site.name for site in self.model.gates if site.soft]
+                choices = find_choices(model, x.clone(), known=[*moes, *soft], gates=hard)
         except Exception as error:  # what cannot be watched may choose
             return [f"{HIDDEN_ROUTES}the forward pass cannot be watched ({type(error).__name__})"]
         if choices:
             return [f"{HIDDEN_ROUTES}{choices.words}"]
-        if (found := sites(model)) and not self.info.routing_visible:
-            return [f"{ROUTES_INSIDE}{', '.join(site.name for site in found)}"]
-        return []
+        found = [site.words if site in self.model.gates else site.name for site in sites(self.model)]
+        return [f"{ROUTES_INSIDE}{', '.join(found)}"] if found and not self.info.routing_visible else []
 
     def run(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> ExaminedBlock:
         """Attack and judge block `number`: images x (B, C, H, W), labels y (B,), their indices idx (B,) in the data.

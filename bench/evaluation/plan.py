@@ -12,14 +12,16 @@ from bench.datasets.base import Dataset, EvalSet, open_dataset
 from bench.errors import UnusableInput
 from bench.evaluation.baselines import baseline
 from bench.evaluation.identity import identified, identity_files
-from bench.evaluation.subjects import find_models, load_subject
+from bench.evaluation.subjects import find_models, load_subject, with_gates
 from bench.job import Job, M, Subject
+from bench.models.gates import LOOKED_AT
 from bench.spec import RunSpec, Spec, ThreatModel
 from bench.suites.base import Suite, open_suites
 
 
 class RunRequest(Spec):
-    """What `bench run` was asked for. No `models`: every variant with a checkpoint; no `alphas`: each dual's own."""
+    """What `bench run` was asked for, in its words. No `models`: every variant with a checkpoint; no `alphas`: each
+    dual's own."""
 
     suites: tuple[str, ...]
     dataset: str
@@ -32,6 +34,7 @@ class RunRequest(Spec):
     batch_size: int = 128
     settings: dict[str, Any] = Field(default_factory=dict)
     warm_start: bool = False
+    gates: tuple[str, ...] = ()
 
 
 def threat_model(dataset: Dataset, norm: str | None, eps: str | None) -> ThreatModel:
@@ -86,6 +89,8 @@ class Plan(Generic[M]):
         """The runs of a model that is there already; raises as `jobs` does."""
         files = identity_files(self.results, self.dataset.name, subject.info.name) if self.results else ()
         subject = identified(subject, self.data, self.dataset.num_classes, files)
+        if self.request.suites:  # no certificate depends on them
+            subject = with_gates(subject, self.request.gates, self.data.x[:LOOKED_AT])
         own, asked = subject.info.alpha, self.request.alphas
         alphas: Sequence[float | None] = asked if own is not None and asked else (own,)
         return [self._job(subject, alpha, *method) for alpha in alphas for method in self.methods.items()]
@@ -119,6 +124,7 @@ class Plan(Generic[M]):
             seed=self.request.seed,
             batch_size=self.request.batch_size,
             warm_start=self.request.warm_start,
+            gates=chosen.gates,
         )
         return Job(spec, chosen, method, self.data, self.dataset.num_classes)
 

@@ -5,11 +5,12 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bench.datasets.base import Dataset
@@ -17,6 +18,7 @@ from bench.errors import UnusableInput
 from bench.job import Subject
 from bench.models.checkpoints import available, checkpoint_path, find_checkpoint, load_checkpoint
 from bench.models.foreign import settings_kept, switch_mode
+from bench.models.gates import Gates, declared, find_gates
 from bench.models.parts import is_dual, is_moe, is_traced
 from bench.models.variants import get_variant
 from bench.randomness import seeded
@@ -24,6 +26,8 @@ from bench.spec import ModelInfo, ThreatModel
 
 #: Endings of files that a model is saved in, which are not read: pickles run code, and none says what network it is of.
 _WEIGHTS = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".tar", ".h5", ".onnx", ".npz"}
+#: The flag of a model of the user's own that shows no routes.
+HIDDEN = "routing not visible"
 
 
 def routing_visible(model: object) -> bool:
@@ -95,8 +99,23 @@ def _from_checkpoint(path: Path, dataset: Dataset, threat_model: ThreatModel) ->
 
 def foreign_subject(model: nn.Module, name: str) -> Subject:
     """A model of the user's own as it is called on the boards; its identity is still open (`identified`)."""
-    flags = () if routing_visible(model) else ("routing not visible",)
+    flags = () if routing_visible(model) else (HIDDEN,)
     return Subject(model, _foreign_info(name, model, None), flags, foreign=True)
+
+
+def with_gates(subject: Subject, words: Sequence[str], x: Tensor) -> Subject:
+    """The subject with the gates that `words` name (`--gates`), or else those that its model's attribute `gates` names.
+
+    x (m, C, H, W): images to look at them with. UnusableInput for words that name no gate, or for a model of ours.
+    """
+    if not subject.foreign:
+        if words:
+            raise UnusableInput(f"--gates names gates of a model of your own, and {subject.info.name} is none: drop it")
+        return subject
+    words = words or declared(subject.model)
+    found = find_gates(subject.model, words, x) if words else Gates((), ())
+    flags = tuple(flag for flag in subject.flags if not found.sites or flag != HIDDEN)
+    return replace(subject, gates=found.words, sites=found.sites, flags=flags)
 
 
 def _call_factory(word: str, dataset: Dataset) -> nn.Module:

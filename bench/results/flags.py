@@ -12,3 +12,5 @@ WEAKER = "weaker than the default: "
 #: (`bench.models.choices`), and of one whose routes were found inside, which has to be attacked by `adaptive`.
 HIDDEN_ROUTES = "routes not named: "
 ROUTES_INSIDE = "routes inside: "
+#: Of a model that the user says makes no choices (`--gates none`).
+DECLARED = "declared by the user to have no routes"

@@ -1,24 +1,16 @@
 """Signs of routes: each shape that routed models come in has them, dense networks have none."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+import third_party
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.models.checkpoints import ZOO, load_checkpoint
 from bench.models.choices import Choices, find_choices, plain
-
-_spec = importlib.util.spec_from_file_location("third_party", Path(__file__).with_name("third_party.py"))
-assert _spec is not None
-assert _spec.loader is not None
-third_party = sys.modules.setdefault("third_party", importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(third_party)
 
 NOTHING = Choices()
 

@@ -1,0 +1,427 @@
+"""Gates that a user names, by globs over module names: looked at in a forward pass, and made into routing sites.
+
+How many experts a gate selects is found out by exchanging neighbouring scores that are nearly alike: the model's answer
+jumps where one of them is selected and the other is not, and nowhere in a soft mixture. Along which axis is chosen, and
+whether the gate chooses itself, is read from the operations that act on the scores.
+
+Axes: m = images, T = tokens of an image, E = experts, K = selected experts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from bench.errors import UnusableInput, did_you_mean
+from bench.models.choices import plain
+from bench.models.deployed import eval_frozen
+from bench.models.foreign import Guarded
+from bench.models.sites import Site, counts, intercepted, read
+
+#: A user's word for a model that makes no choices.
+NONE = "none"
+#: Images that gates are looked at with.
+LOOKED_AT = 4
+#: Functions that choose, and those whose result has the order of their input.
+_CHOOSES = {"topk", "argmax", "argmin", "max", "min", "sort", "argsort", "kthvalue", "multinomial", "gumbel_softmax"}
+_COMPARES = {"gt", "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__", "round", "sign", "heaviside"}
+_NORMALISES = {"softmax", "log_softmax", "sigmoid", "softplus", "normalize", "exp", "sparsemax", "entmax15"}
+_MONOTONE = {
+    "softmax", "log_softmax", "sigmoid", "logsigmoid", "exp", "log", "tanh", "float", "double", "half", "to", "type",
+    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "detach", "split",
+    "chunk", "unbind", "transpose", "permute", "movedim", "__getitem__", "__get__", "__truediv__", "div",
+}  # fmt: skip
+#: Layers with weights: what they give is no function of the scores alone any more.
+_LAYERS = {
+    "linear", "conv1d", "conv2d", "conv3d", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum",
+    "layer_norm", "batch_norm", "group_norm", "multi_head_attention_forward", "scaled_dot_product_attention",
+}  # fmt: skip
+#: How far logits may differ from rounding, as a share of the largest one.
+_ROUNDING = 1e-5
+
+
+@dataclass(frozen=True)
+class Named:
+    """One word of a user's: the names that it stands for, and what is known already. `blocks.*.gate:k=2`, `fc:e=4`."""
+
+    pattern: str
+    k: int | None = None
+    e: int | None = None
+
+    @classmethod
+    def parse(cls, word: str) -> "Named":
+        """UnusableInput for a word that is not NAME, NAME:k=K or NAME:e=E."""
+        pattern, *more = word.split(":")
+        known: dict[str, int] = {}
+        for pair in more:
+            key, _, value = pair.partition("=")
+            if key not in ("k", "e") or not value.isdigit() or int(value) < 1 or not pattern:
+                raise UnusableInput(
+                    f"--gates {word}: write NAME, NAME:k=2 (experts selected) or NAME:e=4 (experts to select from)"
+                )
+            known[key] = int(value)
+        return cls(pattern, **known)
+
+    def word(self, name: str) -> str:
+        """The same for one module alone."""
+        return "".join([name, *(f":{key}={value}" for key, value in (("e", self.e), ("k", self.k)) if value)])
+
+
+def declared(model: nn.Module) -> tuple[str, ...]:
+    """What a model's attribute `gates` says: a list of globs, or a dict from globs to K; () where it says nothing."""
+    gates = getattr(plain(model), "gates", None)
+    if isinstance(gates, str):
+        return (gates,)
+    if isinstance(gates, dict) and all(isinstance(name, str) and isinstance(k, int) for name, k in gates.items()):
+        return tuple(f"{name}:k={k}" for name, k in gates.items())
+    if isinstance(gates, list | tuple) and gates and all(isinstance(name, str) for name in gates):
+        return tuple(gates)
+    return ()
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The gates that a user named: as one word each, in the order of the model's modules, and as sites."""
+
+    words: tuple[str, ...]
+    sites: tuple[Site, ...]
+
+
+def find_gates(model: nn.Module, words: Sequence[str], x: Tensor) -> Gates:
+    """The gates of a model that `words` name, from forward passes on images x (m, c, H, W) in eval mode.
+
+    Raises:
+        UnusableInput: a word that names no module, or one whose output cannot be scores, or scores that the model's
+            answer does not depend on.
+    """
+    if NONE in words:
+        if len(words) > 1:
+            raise UnusableInput(f"--gates none says that there are no gates: drop {', '.join(set(words) - {NONE})}")
+        return Gates((NONE,), ())
+    model = plain(model)
+    modules = dict(model.named_modules())
+    modules.pop("")
+    found: dict[str, Named] = {}
+    for word in words:
+        named = Named.parse(word)
+        matched = [name for name in modules if fnmatchcase(name, named.pattern)]
+        matched = matched or [name for name in modules if fnmatchcase(name, f"*.{named.pattern}")]  # inside a wrapper
+        if not matched:
+            raise UnusableInput(f"--gates {word}: the model has no such module: {_nearest(named.pattern, modules)}")
+        found |= dict.fromkeys(matched, named)
+    guard = Guarded(model)
+    with eval_frozen(guard), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        looked = {name: _Look(name, modules[name], named) for name, named in found.items() if name in found}
+        with ExitStack() as stack:
+            for look in looked.values():
+                stack.enter_context(look.hooked())
+            stack.enter_context(_Follow(list(looked.values()), x))
+            guard(x)
+        sites = [look.site(model, len(x)) for look in looked.values()]
+        _of_images(guard, sites, x)
+        sites = [_selects(guard, site, x, looked[site.name]) for site in sites]
+    order = [name for name in modules if name in found]
+    sites.sort(key=lambda site: order.index(site.name))
+    return Gates(tuple(found[name].word(name) for name in order), tuple(sites))
+
+
+def _nearest(pattern: str, modules: dict[str, nn.Module]) -> str:
+    """Modules that may be meant: the nearest names, else those that sound like gates."""
+    last = pattern.rpartition(".")[2].strip("*")
+    alike = [name for name in modules if last and last in name.rpartition(".")[2]]
+    gates = [name for name in modules if any(word in name.rpartition(".")[2].lower() for word in ("gate", "rout"))]
+    names = alike or gates or list(modules)
+    return did_you_mean(pattern, names[:8]) if len(names) <= 8 else f"there are: {', '.join(names[:8])} …"
+
+
+@dataclass(eq=False)
+class _Look:
+    """What one forward pass shows of a gate.
+
+    chosen: what the first function chose by, and along which axis; None where nothing chose by the scores. compared,
+    normalised: whether the scores are compared, or made weights. call: which of the gate's own calls gave the scores,
+    where it chooses itself. own: what it gave, once that is known.
+    """
+
+    name: str
+    module: nn.Module
+    named: Named
+    calls: int = 0
+    inputs: Tensor | None = None
+    output: Any = None
+    inside: bool = False
+    count: int = 0
+    chosen: tuple[Tensor, int] | None = None
+    compared: bool = False
+    normalised: bool = False
+    call: int | None = None
+    scores: Tensor | None = None
+    own: list[Tensor] = field(default_factory=list)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        def before(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any]) -> None:
+            self.inside, self.count = True, 0
+            given = [leaf for leaf in tree_leaves((inputs, more)) if isinstance(leaf, Tensor)]
+            self.inputs = given[0] if given else None
+
+        def after(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any], output: Any) -> None:
+            self.inside, self.output = False, output
+            self.calls += 1
+
+        handles = [
+            self.module.register_forward_pre_hook(before, with_kwargs=True),
+            self.module.register_forward_hook(after, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def refuse(self, why: str) -> UnusableInput:
+        return UnusableInput(f"--gates {self.name}: {why}: name a module whose output is the scores (…, experts)")
+
+    def site(self, model: nn.Module, images: int) -> Site:
+        """The site, as far as one pass shows it; K is still open."""
+        if self.calls != 1 or self.inputs is None:
+            times = f"{self.calls} times" if self.calls else "never"
+            raise self.refuse(f"a forward pass calls it {times}, and a gate is called once")
+        if self.call is None:
+            tensors = [leaf for leaf in tree_leaves(self.output) if isinstance(leaf, Tensor)]
+            fitting = [one for one in tensors if self._fits(one, images)]
+            if not fitting:
+                shapes = ", ".join(f"{tuple(one.shape)} {str(one.dtype)[6:]}" for one in tensors) or "no tensor"
+                raise self.refuse(f"its output ({shapes} for {images} images) cannot be scores")
+            self.scores = fitting[0]
+        scores = self.scores
+        assert scores is not None
+        if not self._fits(scores, images):
+            raise self.refuse(f"its scores {tuple(scores.shape)} for {images} images cannot be those of experts")
+        axis, width, experts, by_expert = self._axes(scores)
+        if experts < 2 or width % experts:
+            raise self.refuse(f"its output has {width} values a row, which are no scores of {max(experts, 2)} experts")
+        rows, left = divmod(len(self.inputs), images)
+        if left or not rows:
+            raise self.refuse(f"its input has {len(self.inputs)} rows for {images} images")
+        self.normalised |= _probabilities(scores)
+        owner, _, attribute = self.name.rpartition(".")
+        return Site(
+            self.name,
+            model.get_submodule(owner),
+            attribute,
+            experts,
+            experts,
+            whole=False,
+            rows=rows,
+            layers=width // experts,
+            axis=axis,
+            call=self.call,
+            experts_choose=not by_expert,
+        )
+
+    @staticmethod
+    def _fits(tensor: Tensor, images: int) -> bool:
+        count = tensor.numel()
+        return tensor.is_floating_point() and tensor.dim() >= 2 and count % images == 0 and len(tensor) % images == 0
+
+    def _axes(self, scores: Tensor) -> tuple[int, int, int, bool]:
+        """The experts' axis in the scores, its length, of how many experts, and whether the choice is along it."""
+        last = scores.shape[-1]
+        if self.chosen is None or self.named.e:
+            axis = 1 if scores.dim() == 4 else -1
+            return axis, scores.shape[axis], self.named.e or scores.shape[axis], True
+        tensor, axis = self.chosen
+        size = tensor.shape[axis]
+        if scores.dim() == 4 and scores.shape[1] == size != last:
+            return 1, size, size, True  # (m, E, H, W)
+        along_last = axis == tensor.dim() - 1 and tensor.shape[: scores.dim() - 1] == scores.shape[:-1]
+        if along_last and last % size == 0:
+            return -1, last, size, True  # where less than the width, for several layers
+        return -1, last, last, axis == tensor.dim() - 1 and size == last and tensor.numel() == scores.numel()
+
+
+class _Follow(TorchFunctionMode):
+    """Follows what depends on the images, and what of it is computed from a gate's scores alone."""
+
+    def __init__(self, looks: list[_Look], x: Tensor) -> None:
+        super().__init__()
+        self.looks = looks
+        self.data = {id(x)}
+        self.of: dict[int, set[str]] = {}  # gates whose scores alone a tensor is computed from
+        self.made: dict[int, tuple[str, Tensor | None, int | None]] = {}  # the function, its input, the gate's call
+        self.pending: dict[int, tuple[_Look, _Look | None, Tensor, int]] = {}
+        self.kept: list[Tensor] = []  # so that no later tensor gets the number of one that is gone
+
+    def _depends(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.data
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._outputs()
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        name = getattr(func, "__name__", "")
+        for tensor in inputs if name != "__get__" else ():
+            self._confirm(tensor)
+        output = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        outputs = [args[0]] if name == "__setitem__" else outputs
+        if not outputs:
+            return output
+        self.kept += outputs
+        inside = next((look for look in self.looks if look.inside), None)
+        number = None
+        if inside is not None and counts(output):
+            number, inside.count = inside.count, inside.count + 1
+        depending = [one for one in inputs if self._depends(one)]
+        if depending or (inside is not None and inputs):
+            self.data |= {id(one) for one in outputs} if depending else set()
+            known = [self.of.get(id(one), set()) for one in depending if name not in _LAYERS]
+            alone = set.intersection(*known) if known else set()
+            for one in outputs:
+                self.made[id(one)] = (name, depending[0] if depending else None, number)
+                self.of[id(one)] = set(alone)
+            if depending:
+                self._choice(name, args, kwargs, depending[0], outputs, inside, alone)
+        return output
+
+    def _outputs(self) -> None:
+        """What gates have given since the last call is scores."""
+        for look in self.looks:
+            if look.output is not None and not look.own:
+                look.own = [leaf for leaf in tree_leaves(look.output) if isinstance(leaf, Tensor)]
+                for one in look.own:
+                    self.data.add(id(one))
+                    self.of.setdefault(id(one), set()).add(look.name)
+
+    def _choice(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensor: Tensor,
+        outputs: list[Tensor],
+        inside: _Look | None,
+        alone: set[str],
+    ) -> None:
+        looks = [look for look in self.looks if look.name in alone or look is inside]
+        for look in looks:
+            if name in _CHOOSES and tensor.is_floating_point() and tensor.dim() > 1:
+                axis = _axis(name, args, kwargs)
+                if axis is not None:
+                    indices = [one for one in outputs if not one.is_floating_point()] or outputs
+                    for one in indices:
+                        self.pending[id(one)] = (look, inside, tensor, axis % tensor.dim())
+            elif look.name in alone:
+                look.compared |= name in _COMPARES
+                look.normalised |= name in _NORMALISES
+
+    def _confirm(self, tensor: Tensor) -> None:
+        """An index that is used is a choice."""
+        if id(tensor) not in self.pending:
+            return
+        look, inside, chosen, axis = self.pending.pop(id(tensor))
+        if look.chosen is not None:
+            return
+        look.chosen = (chosen, axis)
+        if inside is not look:
+            return  # its output is what is forced
+        while True:  # back to what gave the scores, inside the gate
+            function, source, number = self.made.get(id(chosen), ("", None, None))
+            if number is None:
+                look.chosen = None  # of what the gate was given: no score of its own
+                return
+            if function not in _MONOTONE or source is None or not self._depends(source):
+                look.call, look.scores = number, chosen
+                return
+            chosen = source
+
+
+def _axis(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The axis that a function chooses along; None where it is along all."""
+    place = 2 if name in ("topk", "kthvalue") else 1
+    default = None if name in ("argmax", "argmin", "max", "min") else -1
+    given = kwargs.get("dim", args[place] if len(args) > place else default)
+    return given if isinstance(given, int) and not isinstance(given, bool) else default
+
+
+def _of_images(guard: Guarded, sites: list[Site], x: Tensor) -> None:
+    """UnusableInput where the rows of a gate's scores are those of all images' first tokens, then the second ones …"""
+    other = torch.cat([1 - x[:1], x[1:]])
+    before, after = (read(guard, sites, images)[1] for images in (x, other))
+    for site in sites:
+        if site.name in before and site.name in after:
+            moved = (before[site.name] - after[site.name]).abs().amax(-1)  # (m, T)
+            strided = moved.reshape(-1).view(moved.shape[1], len(x)).T
+            if bool(moved[1:].any()) and not bool(strided[1:].any()):
+                raise UnusableInput(
+                    f"--gates {site.name}: its scores have the tokens before the images: name a module whose output is"
+                    " (images, tokens, experts)"
+                )
+
+
+def _selects(guard: Guarded, site: Site, x: Tensor, look: _Look) -> Site:
+    """The site with its K: the user's, or the last rank at which the model's answer jumps."""
+    if (k := look.named.k) is not None:
+        if k > site.num_experts:
+            raise UnusableInput(f"--gates {site.name}:k={k}: it has {site.num_experts} experts")
+        return replace(site, k=k)
+    if site.experts_choose:
+        return site
+    count, orders = site.num_experts, list[Tensor]()
+
+    def ranked(rank: int, apart: float, exchanged: bool) -> Callable[[Tensor], Tensor]:
+        """Scores in a random order of the experts at each token; those of `rank` and the next differ by `apart`."""
+
+        def change(scores: Tensor) -> Tensor:
+            if not orders:
+                draw = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
+                orders.append(draw.argsort(-1).to(scores.device))
+            values = torch.linspace(1, 0.2, count)
+            middle = (values[rank - 1] + values[rank]) / 2
+            values[rank - 1], values[rank] = middle + apart / 2, middle - apart / 2
+            if exchanged:
+                values[[rank - 1, rank]] = values[[rank, rank - 1]]
+            if _probabilities(scores):
+                values = values / values.sum()
+            return torch.empty_like(scores).scatter_(-1, orders[0], values.to(scores).expand_as(scores))
+
+        return change
+
+    def changed(rank: int, apart: float) -> float:
+        first, second = (_answer(guard, site, x, ranked(rank, apart, way)) for way in (False, True))
+        largest = max(float(first.abs().max()), 1e-12)
+        return float((first - second).abs().max()) / largest
+
+    far = 0.8 / (count - 1)
+    near = max(1e-3 * far, 2 * torch.finfo(look.scores.dtype).eps) if look.scores is not None else 1e-3 * far
+    effects = {rank: changed(rank, far) for rank in range(1, count)}
+    if max(effects.values()) <= _ROUNDING:
+        raise look.refuse("the model answers alike whatever the order of its scores")
+    jumps = [rank for rank, effect in effects.items() if effect > _ROUNDING and changed(rank, near) > effect / 2]
+    if not jumps and look.compared:
+        raise UnusableInput(
+            f"--gates {site.name}: its output is compared with a threshold, and scores no experts: show the choice by"
+            " attributes `router` and `experts` (docs/your-own-model.md)"
+        )
+    if not jumps and not look.normalised:
+        raise look.refuse("nothing is chosen by its output, and no softmax of it is taken")
+    return replace(site, k=max(jumps, default=count))
+
+
+def _probabilities(scores: Tensor) -> bool:
+    return bool((scores >= 0).all()) and bool(((scores.sum(-1) - 1).abs() < 1e-3).all())
+
+
+def _answer(guard: Guarded, site: Site, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    guard.reseed(0)  # a gate may draw
+    with intercepted(site, change):
+        return guard(x).nan_to_num(0.0)

@@ -1,0 +1,247 @@
+"""Gates that a user names: what is found out about them, in models of the shapes that public code has."""
+
+from typing import Any
+
+import pytest
+import third_party
+import torch
+from torch import Tensor, nn
+
+from bench.errors import UnusableInput
+from bench.models.choices import find_choices
+from bench.models.foreign import Guarded
+from bench.models.gates import Gates, declared, find_gates
+from bench.models.sites import Site, forced, intercepted, read
+
+X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def named(model: nn.Module, *words: str, x: Tensor = X) -> Gates:
+    return find_gates(model.eval(), words, x)
+
+
+def refused(model: nn.Module, *words: str, x: Tensor = X) -> str:
+    with pytest.raises(UnusableInput) as refusal:
+        named(model, *words, x=x)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def guarded(model: nn.Module, found: tuple[Site, ...]) -> Guarded:
+    guard = Guarded(model)
+    guard.gates = found
+    return guard
+
+
+#: By name in `third_party.ALL`: what to type, and what is found.
+FOUND = {
+    "gate gives (scores, routing)": ("layers.*.gate", "layers.1.gate (top-1 of 4)"),
+    "gate gives (dispatch, combine, loss), experts stacked": ("layers.*.gate", "layers.1.gate (top-1 of 4)"),
+    "tokens dropped by capacity": ("layers.*.gate", "layers.1.gate (top-1 of 4)"),
+    "second expert drawn, gate gives a 4-tuple": ("layers.*.gate", "layers.1.gate (top-2 of 4)"),
+    "bias for the selection alone": ("layers.1", "layers.1 (top-2 of 4)"),
+    "masks of channels by one router": ("fc", "fc (top-1 of 4)"),
+    "router gives the index alone": ("router", "router (top-1 of 4)"),
+    "the released dual's names": ("?moe.router", "Smoe.router (top-1 of 4), Rmoe.router (top-1 of 4)"),
+    "router outside torch": ("fc", "fc (top-1 of 2)"),
+    "soft mixture of nine": ("gate", "gate (soft, of 9)"),
+    "expert choice": ("*.choose", "layers.1.choose (experts choose tokens)"),
+}
+
+
+@pytest.mark.parametrize("name", list(FOUND))
+def test_what_a_gate_selects_is_found_out(name: str):
+    word, words = FOUND[name]
+    found = named(third_party.build(name), word)
+    assert ", ".join(site.words for site in found.sites) == words
+    assert found.words == tuple(site.name for site in found.sites)
+
+
+#: How many tokens an image has there: 4 patches; AdvMoE's router scores two layers.
+TOKENS = {name: 4 if "layers" in word else 2 if "masks" in name else 1 for name, (word, _) in FOUND.items()}
+
+
+@pytest.mark.parametrize("name", [name for name, (_, words) in FOUND.items() if "top" in words])
+def test_its_scores_are_read_and_forced(name: str):
+    found = named(model := third_party.build(name), FOUND[name][0]).sites
+    guard = guarded(model, found)
+    with torch.no_grad():
+        logits, scores, _ = read(guard, found, X)
+        for site in found:
+            assert scores[site.name].shape == (4, TOKENS[name], site.num_experts)
+            answers = []
+            for expert in range(site.num_experts):
+                chosen = torch.tensor([[(expert + i) % site.num_experts for i in range(site.k)]]).expand(4, -1)
+                guard.reseed(0)
+                with intercepted(site, lambda seen, chosen=chosen: forced(seen, chosen)):  # type: ignore[misc]
+                    answers.append(guard(X))
+            assert not torch.allclose(answers[0], answers[1])
+        guard.reseed(0)
+        assert torch.equal(guard(X), logits)
+
+
+@pytest.mark.parametrize("name", list(FOUND))
+def test_what_follows_from_named_gates_alone_is_no_sign_of_hidden_routes(name: str):
+    found = named(model := third_party.build(name), FOUND[name][0]).sites
+    hard = [site.name for site in found if not site.soft]
+    torch.manual_seed(0)
+    seen = find_choices(model, X, known=[site.name for site in found if site.soft], gates=hard)
+    assert not seen.operations or "drawn" in name
+
+
+def test_a_feature_layer_explains_no_choice():
+    model = third_party.build("gate gives (scores, routing)")
+    assert find_choices(model, X, gates=["embed"]).operations
+
+
+class Block(nn.Module):
+    """An MoE block of three linear experts whose weights for each token come from `weigh`."""
+
+    def __init__(self, gate: nn.Module, weigh: Any, width: int = 6) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, 4, 4)
+        self.score, self.weigh = gate, weigh
+        self.mlps = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)  # (B, D, 2, 2)
+        weights = self.weigh(self.score, x)  # (B, T, E)
+        x = x.flatten(2).transpose(1, 2)
+        return self.head((weights[..., None] * torch.stack([mlp(x) for mlp in self.mlps], 2)).sum((1, 2)))
+
+
+def hot(scores: Tensor, k: int) -> Tensor:
+    p = scores.softmax(-1)
+    return p * torch.zeros_like(p).scatter(-1, p.topk(k, -1).indices, 1.0)
+
+
+def twice(scores: Tensor) -> Tensor:
+    """Top-2 by two argmaxes, as GShard has it."""
+    p = scores.softmax(-1)
+    first = nn.functional.one_hot(p.argmax(-1), 3).to(p)
+    return p * (first + nn.functional.one_hot((p * (1 - first)).argmax(-1), 3))
+
+
+def tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+WAYS = {
+    "top-1 by token": (nn.Linear(6, 3), lambda gate, x: hot(gate(tokens(x)), 1), "score (top-1 of 3)"),
+    "top-2 by token": (nn.Linear(6, 3), lambda gate, x: hot(gate(tokens(x)), 2), "score (top-2 of 3)"),
+    "two argmaxes": (nn.Linear(6, 3), lambda gate, x: twice(gate(tokens(x))), "score (top-2 of 3)"),
+    "softmax": (nn.Linear(6, 3), lambda gate, x: gate(tokens(x)).softmax(-1), "score (soft, of 3)"),
+    "sigmoid, top-2": (
+        nn.Linear(6, 3),
+        lambda gate, x: (s := gate(tokens(x)).sigmoid()) * (s >= s.topk(2, -1).values[..., 1:]),
+        "score (top-2 of 3)",
+    ),
+    "a convolution": (nn.Conv2d(6, 3, 1), lambda gate, x: hot(tokens(gate(x)), 1), "score (top-1 of 3)"),
+    "probabilities": (
+        nn.Sequential(nn.Linear(6, 3), nn.Softmax(-1)),
+        lambda gate, x: (p := gate(tokens(x))) * nn.functional.one_hot(p.argmax(-1), 3),
+        "score (top-1 of 3)",
+    ),
+    "rows of all tokens": (
+        nn.Linear(6, 3),
+        lambda gate, x: hot(gate(tokens(x).flatten(0, 1)), 1).view(len(x), 4, 3),
+        "score (top-1 of 3)",
+    ),
+    "tokens are chosen": (
+        nn.Linear(6, 3),
+        lambda gate, x: (p := gate(tokens(x)).softmax(-1)) * torch.zeros_like(p).scatter(1, p.topk(2, 1).indices, 1.0),
+        "score (experts choose tokens)",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_how_a_gate_selects_is_found_out(way: str):
+    gate, weigh, words = WAYS[way]
+    torch.manual_seed(0)
+    (site,) = named(model := Block(gate, weigh), "score").sites
+    assert site.words == words
+    if not site.experts_choose:
+        assert read(model, [site], X)[1]["score"].shape == (4, 4, 3)
+
+
+def test_k_and_e_can_be_given():
+    model = third_party.build("masks of channels by one router")
+    assert named(model, "fc:e=4").sites == named(model, "fc").sites
+    assert named(model, "fc:e=2:k=1").words == ("fc:e=2:k=1",)
+    (site,) = named(model, "fc:k=3").sites
+    assert (site.k, site.num_experts) == (3, 4)
+    assert refused(model, "fc:k=5") == "--gates fc:k=5: it has 4 experts"
+    for word in ("fc:k", "fc:k=0", "fc:m=1", ":k=1"):
+        assert refused(model, word).startswith(f"--gates {word}: write NAME, NAME:k=2")
+
+
+def test_a_wrapper_is_looked_through():
+    model = third_party.build("gate gives (scores, routing)")
+    inside = nn.Sequential(nn.Identity(), model)
+    assert named(inside, "layers.*.gate").words == ("1.layers.1.gate",)
+    assert named(nn.DataParallel(model), "layers.*.gate").words == ("layers.1.gate",)
+    assert named(torch.compile(model), "layers.*.gate").words == ("layers.1.gate",)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_a_gate_is_refused_in_one_line():
+    model = third_party.build("gate gives (scores, routing)")
+    assert refused(model, "layers.*.gat") == (
+        "--gates layers.*.gat: the model has no such module: did you mean 'layers.1.gate'?"
+    )
+    assert "nothing is chosen by its output" in refused(model, "embed")
+    assert "the model answers alike whatever the order of its scores" in refused(model, "layers.1.mlps.0")
+    assert "no scores of 2 experts" in refused(third_party.build("gate rounded"), "fc")
+    assert refused(model, "none", "embed") == "--gates none says that there are no gates: drop embed"
+    assert named(model, "none") == Gates(("none",), ())
+
+
+def test_a_threshold_is_no_gate():
+    class Cascade(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small, self.large = third_party.network(2), third_party.network(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.small(x)
+            sure = y.softmax(1).amax(1) > 0.1
+            return torch.where(sure[:, None], y, self.large(x))
+
+    assert "show the choice by attributes `router` and `experts`" in refused(Cascade(), "small")
+
+
+def test_a_gate_that_is_called_twice_or_never_is_refused():
+    gate = nn.Linear(6, 3)
+    assert "calls it 2 times" in refused(Block(gate, lambda g, x: hot(g(tokens(x)) + g(tokens(x)), 1)), "score")
+    assert "calls it never" in refused(Block(gate, lambda g, x: torch.ones(len(x), 4, 3)), "score")
+
+
+def test_tokens_before_images_are_refused():
+    def weigh(gate: nn.Module, x: Tensor) -> Tensor:
+        return hot(gate(tokens(x).transpose(0, 1)).transpose(0, 1), 1)
+
+    assert "its scores have the tokens before the images" in refused(Block(nn.Linear(6, 3), weigh), "score")
+
+
+def test_a_model_may_name_its_gates_itself():
+    model = third_party.build("gate gives (scores, routing)")
+    assert declared(model) == ()
+    for gates, words in (
+        (["layers.*.gate"], ("layers.*.gate",)),
+        ({"layers.*.gate": 1}, ("layers.*.gate:k=1",)),
+        ("none", ("none",)),
+        (nn.ModuleList([nn.Identity()]), ()),
+        ([nn.Identity()], ()),
+    ):
+        model.gates = gates
+        assert declared(model) == declared(nn.DataParallel(model)) == words
+        del model.gates
+
+
+def test_the_sites_of_a_guard_are_the_named_ones_too():
+    from bench.models.sites import sites
+
+    found = named(model := third_party.build("router gives the index alone"), "router").sites
+    assert [site.name for site in sites(Guarded(model))] == ["router"]
+    assert sites(guarded(model, found)) == list[Site](found)
