@@ -89,7 +89,7 @@ def logarithms(scores: Tensor) -> Tensor:
     A softmax that decides clearly has next to no gradient; its logarithm has.
     """
     with torch.no_grad():
-        if bool((scores < 0).any()) or bool(((scores.sum(-1) - 1).abs() > 1e-3).any()):
+        if bool((scores < 0).any() | ((scores.sum(-1) - 1).abs() > 1e-3).any()):  # one wait for a GPU, not two
             return scores
     return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
 

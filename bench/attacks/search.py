@@ -27,7 +27,7 @@ FIRST, SHORTER, SHORTEST = 0.22, 0.03, 0.06
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """The best other logit minus the true one (m,): above 0 where logits (m, C) are wrong."""
     own = one_hot(y, logits.shape[1]).bool()
-    return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]
+    return logits.masked_fill(own, -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
 
 
 def standardised(logits: Tensor) -> Tensor:
@@ -98,9 +98,10 @@ class Search:
         logits, y = self.block.model(z), self.block.y[rows]
         found, wrong = margin(standardised(logits), y).nan_to_num(-torch.inf), logits.argmax(1) != y
         self.x_adv[rows] = z.detach()
-        self.unbroken[rows[wrong]] = False
+        self.unbroken[rows] &= ~wrong
         nearer = found > self.best[rows]
-        self.best[rows[nearer]], self.nearest[rows[nearer]] = found[nearer], z.detach()[nearer]
+        self.best[rows] = torch.where(nearer, found, self.best[rows])
+        self.nearest[rows] = torch.where(nearer.view(-1, 1, 1, 1), z.detach(), self.nearest[rows])
         return ~wrong
 
     @torch.no_grad()
@@ -202,6 +203,7 @@ class _Run:
 
     def leave(self, stays: Tensor) -> None:
         """Go on with the rows that stay (m,) alone."""
+        kept = stays.nonzero()[:, 0]  # once: a mask makes the host wait for a GPU at each use
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                setattr(self, name, value[stays])
+                setattr(self, name, value[kept])
