@@ -309,7 +309,10 @@ _IDLE = "it shows no router with experts (docs/your-own-model.md); show them, or
 
 @app.command()
 def run(
-    suite: Annotated[list[str] | None, typer.Option("--suite", help="clean,pgd,autoattack if not given")] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option("--suite", help="clean,pgd,autoattack if not given, and adaptive on models with routes"),
+    ] = None,
     dataset: DatasetOption = "digits",
     model: ModelOption = None,
     gates: GatesOption = None,
@@ -338,9 +341,11 @@ def run(
         from bench.evaluation.plan import RunRequest, plan
         from bench.models.checkpoints import ZOO
         from bench.results.store import ensure_writable, run_folder
+        from bench.suites.base import DEFAULT_SUITES
 
         request = RunRequest(
-            suites=split(suite) or ("clean", "pgd", "autoattack"),
+            suites=split(suite) or DEFAULT_SUITES,
+            named=bool(suite),
             dataset=dataset,
             models=split(model),
             alphas=_alphas(alpha),

@@ -173,6 +173,7 @@ class Method(Spec):
     model_config = ConfigDict(allow_inf_nan=False)
 
     version: ClassVar[int] = 1
+    norms: ClassVar[tuple[Norm, ...]] = NORMS  # those that it knows
 
     @property
     def params(self) -> dict[str, Any]:

@@ -353,7 +353,7 @@ BAD: list[tuple[str, str]] = [
     ("train moe-at --recipe digit", "unknown recipe 'digit': did you mean 'digits'?"),
     ("train moe-at --set epoch=1", "--set epoch: 'moe-at' has no such parameter: did you mean 'epochs'?"),
     ("train moe-at --set epochs=few", "(got 'few')"),
-    ("run --set stepz=1", "--set stepz: clean, pgd, autoattack has no such parameter: did you mean 'steps'?"),
+    ("run --set stepz=1", "--set stepz: clean, pgd, autoattack, adaptive has no such parameter: did you mean 'steps'?"),
     ("run --set steps", "--set 'steps' is not of the form key=value"),
     ("run --suite pgd --set steps=0", "(got 0)"),
     # the threat

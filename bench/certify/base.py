@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.errors import UnusableInput
 from bench.models.deployed import dependence
 from bench.registry import Registry
-from bench.spec import Method, Norm, ThreatModel
+from bench.spec import Method, ThreatModel
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,6 @@ class Certifier(Method):
 
     # a radius is a multiple of parameters: not of inf
     model_config = ConfigDict(allow_inf_nan=False)
-    norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
     #: What a row is called of a model that nothing can be said about.
     first: ClassVar[str]
 

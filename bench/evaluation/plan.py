@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from pydantic import Field
+from torch import nn
 
 from bench.datasets.base import Dataset, EvalSet, open_dataset
 from bench.errors import UnusableInput
@@ -15,6 +16,8 @@ from bench.evaluation.identity import identified, identity_files
 from bench.evaluation.subjects import find_models, load_subject, with_gates
 from bench.job import Job, M, Subject
 from bench.models.gates import LOOKED_AT
+from bench.models.parts import parts
+from bench.models.sites import sites
 from bench.spec import RunSpec, Spec, ThreatModel
 from bench.suites.base import Suite, open_suites
 
@@ -24,6 +27,7 @@ class RunRequest(Spec):
     dual's own."""
 
     suites: tuple[str, ...]
+    named: bool = Field(default=True, description="whether the user named the suites; else those that fit are run")
     dataset: str
     models: tuple[str, ...] = ()
     alphas: tuple[float, ...] = ()
@@ -93,7 +97,13 @@ class Plan(Generic[M]):
             subject = with_gates(subject, self.request.gates, self.data.x[:LOOKED_AT])
         own, asked = subject.info.alpha, self.request.alphas
         alphas: Sequence[float | None] = asked if own is not None and asked else (own,)
-        return [self._job(subject, alpha, *method) for alpha in alphas for method in self.methods.items()]
+        fitting = {name: method for name, method in self.methods.items() if self._fits(method, subject.model)}
+        return [self._job(subject, alpha, *method) for alpha in alphas for method in fitting.items()]
+
+    def _fits(self, method: M, model: nn.Module) -> bool:
+        """Whether the method is run on a model: one that nobody named and that needs routes is left out without."""
+        wants_routes = isinstance(method, Suite) and "routes" in method.needs
+        return self.request.named or not wants_routes or bool(parts(model) or sites(model))
 
     def expected(self, models: int) -> int:
         """How many runs so many models are, if none has an α to be swept over."""
@@ -158,6 +168,8 @@ def plan_on(
 ) -> Plan[M]:
     """The runs on a data set that is opened already, whatever the request calls it; raises as `plan` does."""
     threat = threat_model(dataset, request.norm, request.eps)
+    if not request.named:
+        methods = {name: method for name, method in methods.items() if threat.norm in method.norms}
     for name, method in methods.items():
         method.check(name, dataset.name, threat)
     for option, given, least in (("--batch-size", request.batch_size, 1), ("--seed", request.seed, 0)):

@@ -9,7 +9,10 @@ from torch import nn
 from bench.attacks.block import Attempt, Block
 from bench.errors import UnusableInput, did_you_mean
 from bench.registry import Registry
-from bench.spec import Method, Norm, ThreatModel, build
+from bench.spec import Method, ThreatModel, build
+
+#: What `bench run` runs where nobody names suites; of a model without routes not those that need them.
+DEFAULT_SUITES = ("clean", "pgd", "autoattack", "adaptive")
 
 SUITES: Registry[type["Suite"]] = Registry("suite", "bench.suites", "bench.suites")
 
@@ -24,7 +27,6 @@ class Cost(NamedTuple):
 class Suite(Method):
     """Base of all suites; subclasses register with `SUITES`."""
 
-    norms: ClassVar[tuple[Norm, ...]] = ("Linf", "L2", "L1")
     datasets: ClassVar[tuple[str, ...]] = ()  # those that it can be run on; empty: any
     has_attack: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()  # of a model beside its logits: gradients, routes

@@ -11,7 +11,7 @@ from bench.errors import UnusableInput
 from bench.evaluation.plan import RunRequest, plan, threat_model
 from bench.job import Job
 from bench.spec import ThreatModel
-from bench.suites.base import Suite
+from bench.suites.base import DEFAULT_SUITES, Suite
 
 
 @pytest.fixture
@@ -44,6 +44,18 @@ def test_all_examples_in_the_archives_order_unless_said_otherwise(planned: Any):
     assert whole[0].data.idx.tolist() == list(range(500))
     part = planned(n_examples=5)[0].data
     assert (part.idx.tolist(), part.y.tolist()) == (list(range(5)), whole[0].data.y[:5].tolist())
+
+
+def test_suites_that_nobody_named_are_those_that_fit(planned: Any):
+    """`adaptive` needs routes, and neither it nor `pgd` knows L1."""
+    fitting = planned(DEFAULT_SUITES, named=False)
+    routed = [(model, "adaptive") for model in ("moe-at", "dual-jtdmoe")]
+    assert [(j.spec.model, j.spec.suite) for j in fitting if j.spec.suite == "adaptive"] == routed
+    in_l1 = planned(DEFAULT_SUITES, named=False, norm="L1", eps="1")
+    assert {j.spec.suite for j in in_l1} == {"clean", "autoattack"}
+    assert {j.spec.model for j in planned(("adaptive",))} == {"dense-at", "moe-at", "dual-jtdmoe"}
+    with pytest.raises(UnusableInput, match="suite 'adaptive' has no L1 attack"):
+        planned(("adaptive",), norm="L1", eps="1")
 
 
 def test_alphas_sweep_the_duals_alone(planned: Any):
