@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what was saved, and what is not ours is refused in one line that names the file."""
 
 import pickle
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,20 @@ def test_every_variant_comes_back_bit_by_bit_in_eval_mode(
     assert not any(module.training for module in loaded.modules())
     assert loaded_header == head
     assert len(sha256) == 64
+
+
+def test_weights_in_half_precision_are_scored_as_they_are_stored(tmp_path: Path):
+    store = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/to_zoo.py"))["store"]
+    whole = saved(tmp_path / "digits" / "Linf" / "dense-at.safetensors")
+    path = store(tmp_path, "digits", "dense-at", zoo=tmp_path / "zoo")
+    assert path.stat().st_size < 0.7 * (tmp_path / "digits" / "Linf" / "dense-at.safetensors").stat().st_size
+    loaded, found, _ = load_checkpoint(path)
+    assert found == header()
+    for name, value in load_file(path).items():
+        assert value.dtype in (torch.float16, torch.int64)
+        assert torch.equal(loaded.state_dict()[name], value.to(whole.state_dict()[name].dtype))
+        assert torch.equal(value, whole.state_dict()[name].to(value.dtype))
+    assert loaded(X).dtype == torch.float32
 
 
 def test_loading_does_not_move_the_random_state(path: Path):
