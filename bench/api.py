@@ -85,6 +85,7 @@ def benchmark(
     data_root: str | Path = "data",
     model_dir: str | Path = "checkpoints",
     results: str | Path | None = None,
+    to_disk: bool = False,
     progress: bool = True,
 ) -> Benchmark:
     """Attack a model by several suites, and judge every answer again.
@@ -98,17 +99,23 @@ def benchmark(
         n_examples: the first so many test images; all if not given.
         suites: as `bench run --suite` takes them.
         gates: as `bench run --gates` takes them.
-        x, y: images (n, C, H, W) of your own, floats in [0, 1], and their classes (n,), instead of the data set's.
+        x: images (n, C, H, W) of your own instead of the data set's, numbers in [0, 1] of any kind that float32 holds.
+        y: their classes (n,), whole numbers.
         settings: parameters of the suites, as `--set` takes them.
         model_name: what a module is called in the results; its class if not given.
+        batch_size: images of an attack block, on which verdicts depend.
+        seed: of the attacks.
+        device: auto, cpu, cuda or cuda:0 …
+        data_root: the folder of the data sets.
         model_dir: the folder of trained models.
         results: a folder in which runs are kept, and found again; without it nothing is kept.
+        to_disk: keep runs in `results`, or in the folder `results` where none is named, as `bench run` does.
         progress: whether bars and lines are shown, on standard error.
 
     Raises:
         UnusableInput: a ValueError whose message names what cannot be used, and the next step.
 
-    Example:
+    Examples:
         >>> from bench import benchmark, load_model
         >>> model = load_model("moe-at", dataset="digits")
         >>> scored = benchmark(model, "digits", n_examples=50, suites=["clean", "pgd"], progress=False)
@@ -141,6 +148,8 @@ def benchmark(
     )
     where = torch_device(device)
     with ExitStack() as stack:
+        if to_disk and results is None:
+            results = "results"
         folder = Path(results or stack.enter_context(TemporaryDirectory(prefix="bench-")))
         ensure_writable(folder)
         stack.enter_context(console.hushed(not progress))
@@ -198,11 +207,15 @@ def _own(x: Any, y: Any, model: str | nn.Module) -> Dataset:
     from bench.spec import ThreatModel
 
     given, labels = torch.as_tensor(x).detach().cpu(), torch.as_tensor(y).detach().cpu()
+    if given.is_complex():
+        raise UnusableInput(f"x is {given.dtype}: pixels are real numbers in [0, 1]")
     pixels = given.float()
     if given.ndim != 4 or not len(given):
         raise UnusableInput(f"x has shape {tuple(given.shape)}: images are (n, channels, height, width)")
-    if not given.is_floating_point() or not bool((pixels.to(given.dtype) == given).all()):
-        raise UnusableInput(f"x is {given.dtype}: give floats in [0, 1] that float32 holds, such as x.float() / 255")
+    if not bool((pixels.to(given.dtype) == given).all()):
+        raise UnusableInput(f"x is {given.dtype}, and float32 does not hold its numbers: give x.float()")
+    if not given.is_floating_point() and bool((pixels > 1).any()):
+        raise UnusableInput(f"x is {given.dtype} and reaches to {pixels.max():g}: pixels lie in [0, 1]; give x / 255")
     if not bool(((pixels >= 0) & (pixels <= 1)).all()):
         raise UnusableInput(f"x reaches from {pixels.min():g} to {pixels.max():g}: pixels lie in [0, 1]")
     if labels.shape != (len(given),) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -248,6 +261,13 @@ def load_results(folder: str | Path = "results") -> Results:
 
     Raises:
         UnusableInput: there is no such folder or no finished run in it, or files that do not fit together.
+
+    Examples:
+        >>> from bench import benchmark, load_results
+        >>> _ = benchmark("moe-at", "digits", n_examples=20, suites=["clean"], to_disk=True, progress=False)
+        >>> runs, verdicts = load_results("results")
+        >>> runs["model"].tolist(), len(verdicts)
+        (['moe-at'], 20)
     """
     runs = read_runs(Path(folder))
     if not runs:

@@ -225,6 +225,14 @@ def load_model(
 
     Raises:
         UnusableInput: there is no such checkpoint, or it is damaged.
+
+    Examples:
+        >>> import torch
+        >>> from bench import load_model
+        >>> model = load_model("moe-rt_er", dataset="digits")
+        >>> logits, routing = model.trace(torch.rand(2, 1, 8, 8))
+        >>> logits.shape, routing.selected_experts.shape
+        (torch.Size([2, 10]), torch.Size([2, 1]))
     """
     folders = [USER_CHECKPOINTS, ZOO] if model_dir is None else [Path(model_dir)]
     return load_checkpoint(find_checkpoint(name, dataset_name(dataset), threat_model, folders))[0]

@@ -4,6 +4,7 @@ import doctest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -83,8 +84,9 @@ def test_images_of_ones_own_by_hand(dtype: torch.dtype):
 @pytest.mark.parametrize(
     ("x", "y", "said"),
     [
-        ((255 * X).to(torch.uint8), Y, "x is torch.uint8: give floats in"),
-        (X.double() + 1e-12, Y, "x is torch.float64: give floats in"),
+        ((255 * X).to(torch.uint8), Y, "x is torch.uint8 and reaches to 178: pixels lie in .*; give x / 255"),
+        (X.double() + 1e-12, Y, "x is torch.float64, and float32 does not hold its numbers: give x.float"),
+        (X.to(torch.complex64), Y, "x is torch.complex64: pixels are real numbers"),
         (X * 2, Y, "x reaches from 0.6 to 1.4: pixels lie in"),
         (X[0], Y, r"x has shape \(1, 2, 2\): images are"),
         (X, Y.float(), "y is torch.float32 of shape"),
@@ -98,13 +100,23 @@ def test_images_that_cannot_be_used_are_refused(x: Any, y: Any, said: str):
         benchmark(Half(), x=x, y=y, suites=["clean"], progress=False)
 
 
-def test_the_example_in_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("given", [np.float16, np.float64, np.uint8, bool, list])
+def test_images_of_any_kind_of_number_that_is_a_pixel(given: Any):
+    x = np.array([0, 0, 1, 1], dtype=np.float32).reshape(4, 1, 1, 1)
+    images = x.tolist() if given is list else x.astype(given)
+    found = benchmark(Half(), x=images, y=[0, 0, 1, 0], eps=0.1, suites=["pgd"], progress=False)
+    assert (found.clean_accuracy.value, found.robust_accuracy.value) == (0.75, 0.75)
+
+
+@pytest.mark.parametrize("documented", [api.benchmark, api.load_results, load_model])
+def test_the_examples_in_docstrings_run(documented: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner()
-    (found,) = [test for test in doctest.DocTestFinder().find(api.benchmark, "benchmark", globs={}) if test.examples]
+    (found,) = [test for test in doctest.DocTestFinder().find(documented, globs={}) if test.examples]
     runner.run(found)
     assert (runner.tries > 2, runner.failures) == (True, 0)
-    assert list(tmp_path.iterdir()) == []
+    kept = ["results"] if documented is api.load_results else []  # nothing is written that was not asked for
+    assert [path.name for path in tmp_path.iterdir()] == kept
 
 
 def test_what_the_package_offers_is_there_and_typed():
