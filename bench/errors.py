@@ -7,8 +7,12 @@ from difflib import get_close_matches
 class UnusableInput(ValueError):
     """What the user gave cannot be used; the message is one line that names the value and the next step.
 
-    The command line prints it and exits with status 2, without a traceback.
+    The command line prints it and exits with status 2, without a traceback. What a file or a library brings along may
+    have several lines: they are joined.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 class TrainingFailed(RuntimeError):

@@ -62,7 +62,7 @@ def dataset_name(word: str) -> str:
     path, size = folder_and_size(rest)
     try:
         return f"{kind}:{Path(path).expanduser().resolve()}" + (f":size={size}" if size else "")
-    except (OSError, RuntimeError) as error:  # a home folder of nobody's, a link to itself
+    except (OSError, RuntimeError, ValueError) as error:  # a home folder of nobody's, a link to itself, no text
         raise UnusableInput(f"data set '{word}': {error}") from None
 
 

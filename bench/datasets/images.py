@@ -4,7 +4,9 @@ Axes: C = channels, 3 (RGB) or 1 (grey), H, W = height and width.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import zip_longest
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +23,7 @@ from bench.errors import UnusableInput
 def image_size(path: Path) -> tuple[int, int]:
     """(H, W) of an image file, from its header; UnusableInput, naming the file, if it is no image."""
     try:
-        with Image.open(path) as image:
+        with _hushed(), Image.open(path) as image:
             return image.height, image.width
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         _unreadable(path, error)
@@ -39,7 +41,7 @@ def decode(path: Path, shape: tuple[int, int, int], resize: bool = False) -> NDA
     """
     channels, *size = shape
     try:
-        with Image.open(path) as image:
+        with _hushed(), Image.open(path) as image:
             # before decoding: a header that claims a huge image costs nothing
             if [image.height, image.width] != size and not resize:
                 raise UnusableInput(
@@ -62,6 +64,11 @@ def decode(path: Path, shape: tuple[int, int, int], resize: bool = False) -> NDA
     if channels == 1 and (pixels != pixels[:1]).any():
         raise UnusableInput(f"{path} has colours: read the folder as imagefolder:PATH, or make its images grey")
     return pixels[:channels]
+
+
+def _hushed() -> AbstractContextManager[object]:
+    """Without Pillow's warning of an image of very many pixels: none of another size than the data set's is decoded."""
+    return warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
 
 
 def _is_deep(image: ImageFile.ImageFile) -> bool:

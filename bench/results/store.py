@@ -66,9 +66,9 @@ def _from_parquet(path: Path, check: "RowCheck") -> tuple[pd.DataFrame, dict[str
     try:
         table = pq.read_table(pa.BufferReader(path.read_bytes()))  # given a path, pyarrow expands `~` and wants UTF-8
         side = json.loads((table.schema.metadata or {}).get(_SIDE, b"{}"))
-    except pa.ArrowException as error:
-        raise ValueError(f"not a whole file of rows ({str(error).splitlines()[0]})") from None
-    rows = table.to_pandas()
+        rows = table.to_pandas()
+    except (pa.ArrowException, LookupError, TypeError, AttributeError) as error:  # damage in pandas' own notes, too
+        raise ValueError(f"not a whole file of rows ({error})") from None
     check(rows)
     return rows, side
 
