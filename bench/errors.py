@@ -1,6 +1,7 @@
 """Errors that a user can mend, and hints for their messages. Imports nothing of the project."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -17,6 +18,22 @@ class UnusableInput(ValueError):
 
 class TrainingFailed(RuntimeError):
     """The loss, its gradient or the router's scores are no longer finite; the message names the step."""
+
+
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """A user's code runs inside, which may fail in any way: that is the user's to mend.
+
+    Raises:
+        UnusableInput: `what`, and what was raised, in one line.
+    """
+    try:
+        yield
+    except UnusableInput:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnusableInput(f"{what}: {reason}") from None
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:

@@ -117,6 +117,10 @@ def build(kind: type[S], what: str, values: Mapping[str, Any]) -> S:
         raise UnusableInput(f"{what}: {message.removeprefix('Value error, ')}{got}") from None
 
 
+#: Half of the distance between 1 and the next smaller float32.
+SMALLEST = 2.0**-25
+
+
 class ThreatModel(Spec):
     """An Lp ball of radius `eps`, in pixel units of [0, 1], cut with the box [0, 1]."""
 
@@ -128,7 +132,8 @@ class ThreatModel(Spec):
         """From a command line's words.
 
         Raises:
-            UnusableInput: an unknown norm; an ε that is not a number above 0; an L∞ ball that holds every image.
+            UnusableInput: an unknown norm; an ε that is not a number above 0, or too small to change a pixel; an L∞
+                ball that holds every image.
         """
         by_lower = {known.lower(): known for known in NORMS}
         if norm.lower() not in by_lower:
@@ -136,6 +141,10 @@ class ThreatModel(Spec):
         value = parse_number(eps, "ε") if isinstance(eps, str) else eps
         if not 0 < value < float("inf"):
             raise UnusableInput(f"ε '{eps}' must be above 0 and finite: write it as 8/255 or 0.03, in pixels of [0, 1]")
+        if value < SMALLEST:
+            raise UnusableInput(
+                f"ε '{eps}' changes no pixel, which is a float32 in [0, 1]: it must be above {SMALLEST:g}"
+            )
         if norm.lower() == "linf" and value >= 1:
             raise UnusableInput(
                 f"ε '{eps}' holds every image, since pixels lie in [0, 1]: {value:g} of 255 steps is {value:g}/255"

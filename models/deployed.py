@@ -107,6 +107,8 @@ def validate_outputs(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -
         raise UnusableInput(
             f"'{name}' gives {got} for {len(x)} images, where logits of {num_classes} classes are needed"
         )
+    if logits.is_complex():
+        raise UnusableInput(f"'{name}' gives complex numbers, where logits are needed")
 
 
 #: Batch sizes in which `dependence` asks for the same images.

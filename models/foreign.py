@@ -33,24 +33,46 @@ def _put_cudnn(values: tuple[bool, ...]) -> None:
         setattr(torch.backends.cudnn, name, value)
 
 
+def _read_device() -> Any:
+    return getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+
+
+def _put_device(context: Any) -> None:
+    torch.set_default_device(None if context is None else context.device)
+
+
+def _put_variables(values: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(values)
+
+
 #: Global settings of torch and of the process that a forward pass may change, each as it is read and as it is set.
 _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "default device": (_read_device, _put_device),
+    "anomaly mode": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     "number of threads": (torch.get_num_threads, torch.set_num_threads),
     "matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
     "cuDNN's settings": (_read_cudnn, _put_cudnn),
+    "NumPy's treatment of errors": (np.geterr, lambda found: np.seterr(**found)),
     "working folder": (os.getcwd, os.chdir),
+    "environment variables": (os.environ.copy, _put_variables),
 }
 
 
 @contextmanager
 def settings_kept(changed: Callable[[str], object] = lambda _: None) -> Iterator[None]:
-    """Torch's and the process's settings are as before afterwards; `changed` gets the name of each that differed."""
+    """Torch's and the process's settings are as before afterwards; `changed` gets the name of each that differed.
+
+    An exit, which would end the whole command with a status of the model's own, becomes a RuntimeError.
+    """
     before = {name: read() for name, (read, _) in _SETTINGS.items()}
     try:
         yield
+    except SystemExit as error:
+        raise RuntimeError(f"it exits with {error.code}") from None
     finally:
         for name, (read, put) in _SETTINGS.items():
             if read() != before[name]:
@@ -187,7 +209,7 @@ class Guarded(nn.Module):
 
     def _cast(self, logits: Any, x: Tensor) -> Any:
         """Logits in float32, with a gradient, though it be zero; anything but a tensor of numbers is given as it is."""
-        if not isinstance(logits, Tensor) or not (logits.is_floating_point() or logits.dtype == torch.int64):
+        if not isinstance(logits, Tensor) or logits.is_complex():
             return logits
         if logits.dtype != torch.float32:
             self.dtype = logits.dtype

@@ -90,6 +90,12 @@ def test_an_unknown_norm_is_refused_with_the_nearest():
         ThreatModel.parse("max", "0.1")
 
 
+def test_a_ball_in_which_no_pixel_changes_is_refused():
+    assert ThreatModel.parse("Linf", "1e-7").eps == 1e-7
+    with pytest.raises(UnusableInput, match=r"^ε '1e-9' changes no pixel"):
+        ThreatModel.parse("Linf", "1e-9")
+
+
 @pytest.mark.parametrize("eps", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_threat_cannot_be_made_with_such_an_eps_either(eps: float):
     with pytest.raises(ValidationError):

@@ -5,6 +5,7 @@ Axes: B = examples of a block.
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from bench.certify.base import Certifier, Examples
 from bench.certify.report import curve, table
 from bench.datasets.base import input_hash
 from bench.environment import World, environment, git_hash
-from bench.errors import UnusableInput
+from bench.errors import UnusableInput, users_code
 from bench.files import write_atomically, write_if_changed
 from bench.job import IDENTITY_FILE, Job
 from bench.models.deployed import eval_frozen, full_float32, predict, validate_outputs
@@ -65,7 +66,8 @@ def certify(
         if number not in done:
             started, chosen = time.perf_counter(), slice(start, start + spec.batch_size)
             x, y = data.x[chosen].to(device), data.y[chosen]
-            with settings_kept(), eval_frozen(model), full_float32(), torch.no_grad():
+            asked = users_code(f"'{spec.model}' fails in block {number}") if subject.foreign else nullcontext()
+            with asked, settings_kept(), eval_frozen(model), full_float32(), torch.no_grad():
                 if number == 0:
                     validate_outputs(model, x.clone(), num_classes, subject.info)
                 clean = predict(model, x.clone(), False)

@@ -174,7 +174,10 @@ class Examiner:
         """The record of a block that is not attacked yet: its clean rows."""
         try:
             clean = predict(self.model, x, self.info.routing_visible)
-        except Exception:  # a user's model may fail on a block of another size: its rows are errors
+        except Exception as error:  # a user's model may fail on a block of another size: its rows are errors
+            if number == 0:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise UnusableInput(f"'{self.info.name}' fails on the first {len(x)} images: {reason}") from None
             nowhere = torch.full((len(x),), -1)
             clean = Prediction(nowhere, torch.zeros(len(x), dtype=torch.bool), nowhere)
         failed = int((~clean.finite).sum())

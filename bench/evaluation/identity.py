@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from bench.datasets.base import EvalSet, input_hash
+from bench.errors import users_code
 from bench.job import IDENTITY_FILE, Subject
 from bench.models.deployed import eval_frozen, full_float32, validate_outputs
 from bench.models.foreign import Guarded
@@ -138,10 +139,11 @@ def identified(subject: Subject, data: EvalSet, num_classes: int, files: Iterabl
     """
     if not subject.foreign:
         return subject
-    guard = Guarded(subject.model)
-    with eval_frozen(guard), full_float32():
-        validate_outputs(guard, data.x[:PROBED], num_classes, subject.info)
-    own = identify(subject.model, data)
+    with users_code(f"'{subject.info.name}' cannot be asked who it is"):
+        guard = Guarded(subject.model)
+        with eval_frozen(guard), full_float32():
+            validate_outputs(guard, data.x[:PROBED], num_classes, subject.info)
+        own = identify(subject.model, data)
     found = next((known for known in _read(files) if known.same(own)), own)
     info = subject.info.model_copy(update={"checkpoint_sha256": found.sha256})
     return replace(subject, info=info, identity=found.to_bytes())

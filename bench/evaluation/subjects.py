@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bench.datasets.base import Dataset
-from bench.errors import UnusableInput
+from bench.errors import UnusableInput, users_code
 from bench.job import Subject
 from bench.models.checkpoints import available, checkpoint_path, find_checkpoint, load_checkpoint
 from bench.models.foreign import settings_kept, switch_mode
@@ -69,7 +69,8 @@ def load_subject(word: str, dataset: Dataset, threat_model: ThreatModel, folders
             " loads them, and pass --model package.module:function (docs/your-own-model.md has one)"
         )
     if ":" in word:
-        return foreign_subject(_call_factory(word, dataset), word)
+        with users_code(f"--model '{word}' cannot be made"):
+            return foreign_subject(_call_factory(word, dataset), word)
     places = [(norm, folder) for norm in _norms(dataset, threat_model) for folder in folders]
     there = [norm for norm, folder in places if checkpoint_path(folder, dataset.name, norm, word).is_file()]
     if not there:
@@ -126,9 +127,6 @@ def _call_factory(word: str, dataset: Dataset) -> nn.Module:
         with seeded(0), settings_kept():
             module = importlib.import_module(module_name)
             model = getattr(module, attribute)()
-    except (Exception, SystemExit) as error:  # a user's own code may fail in any way, and that is the user's to mend
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UnusableInput(f"--model '{word}' cannot be made: {reason}") from None
     finally:
         sys.path.pop(0)
     if not isinstance(model, nn.Module):

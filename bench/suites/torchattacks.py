@@ -26,7 +26,8 @@ EFFORT = (
     "max_iterations", "binary_search_steps", "popsize", "pixels", "noise_batch_size", "N", "m",
 )  # fmt: skip
 
-NAMES = sorted(set(torchattacks.__all__) - set(torchattacks.__wrapper__))
+#: Without VANILA, which gives the images back.
+NAMES = sorted(set(torchattacks.__all__) - set(torchattacks.__wrapper__) - {"VANILA"})
 
 
 def about(name: str) -> tuple[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor, nn
 
 from bench.certify.base import CERTIFIERS, Certifier
 from bench.certify.run import certify
@@ -47,7 +48,8 @@ def made(tmp_path: Path, planted: Any, linear_moe: Any) -> Callable[..., tuple[C
             model="m", dataset="planted", threat_model=ThreatModel(norm=norm, eps=0.01), suite=f"certify-{method}",
             suite_version=certifier.version, n_examples=len(data), **fields,
         )  # fmt: skip
-        subject = Subject(model, ModelInfo(name="m", architecture="planted", checkpoint_sha256="c" * 64))
+        info = ModelInfo(name="m", architecture="planted", checkpoint_sha256="c" * 64)
+        subject = Subject(model, info, foreign=type(model) is not type(moe))
         subject = dataclasses.replace(subject, identity=identity)
         result = certify(Job(spec, subject, certifier, data, 3), results, on_block=on_block)
         return result, CertificateFolder(run_folder(results, spec, result.run)).rows(result)
@@ -223,3 +225,18 @@ def test_most_of_a_shipped_model_is_certified_and_no_stored_attack_says_otherwis
 def test_a_model_that_cannot_take_the_images_is_unusable(made: Any, linear_net: Any):
     with pytest.raises(UnusableInput, match="cannot take 3×8×8 images"):
         made("bounds", linear_net([[1.0, 2.0]]))
+
+
+def test_a_users_model_that_fails_later_is_one_line(made: Any, planted: Any):
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.seen = planted.robust(3), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if bool((x[0] == planted.data(12, 3).x[10]).all()):
+                raise KeyError("no")
+            return self.net(x)
+
+    with pytest.raises(UnusableInput, match=r"^'m' fails in block 2: KeyError: 'no'$"):
+        made("bounds", Fails(), batch_size=5)

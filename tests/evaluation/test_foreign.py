@@ -242,6 +242,8 @@ def user_models(tmp_path: Path) -> Iterator[str]:
     name = "planted_unusual"
     (tmp_path / f"{name}.py").write_text(
         dedent("""
+            import sys
+
             import torch
             from torch import nn
 
@@ -279,6 +281,32 @@ def user_models(tmp_path: Path) -> Iterator[str]:
 
             def small():
                 return nn.Sequential(nn.Flatten(), nn.Linear(60, 10))
+
+            class Property(Extra):
+                @property
+                def router(self):
+                    raise KeyError("no router")
+
+            class Unmade(nn.Module):
+                def __init__(self):
+                    pass
+
+            class Exits(Extra):
+                def forward(self, x):
+                    sys.exit(0)
+
+            class ExitsLater(Extra):
+                calls = [0]
+
+                def forward(self, x):
+                    self.calls[0] += 1
+                    if self.calls[0] > 12:
+                        sys.exit(0)
+                    return super().forward(x)
+
+            class Complex(Extra):
+                def forward(self, x):
+                    return super().forward(x).to(torch.complex64)
         """)
     )
     importlib.invalidate_caches()
@@ -314,6 +342,21 @@ def test_one_unusable_model_is_told_and_the_queue_goes_on(bench: Any, user_model
     assert len(errors) == 2
     assert [line.split()[0] for line in out.splitlines()[2:4]] == [names[0], names[3]]
     assert len(read_runs(tmp_path / "results")) == 2
+
+
+def test_code_of_a_user_that_fails_in_any_way_is_one_line(bench: Any, user_models: str):
+    names = [f"{user_models}:{name}" for name in ("Property", "Unmade", "Exits", "Complex", "ExitsLater", "net")]
+    status, out, err = bench("run", "--suite", "clean", "--n-examples", "8", "--model", ",".join(names))
+    assert status == 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        f"error: --model '{names[0]}' cannot be made: KeyError: 'no router'",
+        f"error: --model '{names[1]}' cannot be made: AttributeError: 'Unmade' object has no attribute '_modules'",
+        f"error: '{names[2]}' cannot take 1×8×8 images: RuntimeError: it exits with 0",
+        f"error: '{names[3]}' gives complex numbers, where logits are needed",
+        f"error: '{names[4]}' fails on the first 8 images: RuntimeError: it exits with 0",
+    ]
+    assert names[5] in out
 
 
 def test_a_model_is_forgotten_before_the_next_is_loaded(

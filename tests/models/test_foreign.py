@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,10 @@ def test_the_models_own_draws_go_on_from_call_to_call_and_begin_where_they_are_t
         (lambda x: torch.use_deterministic_algorithms(True), "deterministic algorithms"),
         (lambda x: setattr(torch.backends.cudnn, "benchmark", True), "cuDNN's settings"),
         (lambda x: os.chdir("/"), "working folder"),
+        (lambda x: torch.set_default_device("meta"), "default device"),
+        (lambda x: torch.autograd.set_detect_anomaly(True), "anomaly mode"),
+        (lambda x: np.seterr(all="raise"), "NumPy's treatment of errors"),
+        (lambda x: os.environ.update(WORLD_SIZE="7"), "environment variables"),
     ],
 )
 def test_settings_are_as_before_and_what_was_changed_is_told(does: Any, name: str, tmp_path: Path, monkeypatch: Any):
@@ -99,14 +104,15 @@ def test_settings_are_as_before_and_what_was_changed_is_told(does: Any, name: st
         cudnn = torch.backends.cudnn
         return (
             torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), Path.cwd(), cudnn.benchmark,
-            torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), dict(os.environ),
+            torch.get_default_device(), torch.is_anomaly_enabled(), np.geterr(),
         )  # fmt: skip
 
     monkeypatch.chdir(tmp_path)
     before, guard = settings(), Guarded(Does(does))
     guard(X)
     assert settings() == before
-    assert guard.seen == {f"the forward pass changes {name}"}
+    assert f"the forward pass changes {name}" in guard.seen  # deterministic algorithms set a variable as well
 
 
 def test_a_model_that_raises_leaves_all_as_it_was():
@@ -120,6 +126,22 @@ def test_a_model_that_raises_leaves_all_as_it_was():
         Guarded(Does(does))(X)
     assert torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_exits_has_failed():
+    with pytest.raises(RuntimeError, match="it exits with 3"):
+        Guarded(Does(lambda x: sys.exit(3)))(X)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_logits_of_whole_numbers_are_cast_too(dtype: torch.dtype):
+    class Cast(Does):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).to(dtype)
+
+    logits = Guarded(Cast())(X.clone().requires_grad_())
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, Does()(X).to(dtype).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

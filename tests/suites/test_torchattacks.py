@@ -11,7 +11,7 @@ from bench.suites.base import open_suites
 from bench.suites.torchattacks import NAMES, TorchAttacks
 
 #: Attacks that take no radius.
-UNBOUNDED = ["CW", "DeepFool", "EADEN", "EADL1", "GN", "JSMA", "OnePixel", "Pixle", "SparseFool", "VANILA"]
+UNBOUNDED = ["CW", "DeepFool", "EADEN", "EADL1", "GN", "JSMA", "OnePixel", "Pixle", "SparseFool"]
 ONLY_L2 = ["PGDL2", "PGDRSL2"]
 LINF_AND_L2 = ["APGD", "APGDT", "AutoAttack", "FAB", "Square"]
 
