@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def find_gates(model: nn.Module, words: Sequence[str], x: Tensor) -> Gates:
             guard(x)
         sites = [look.site(model, len(x)) for look in looked.values()]
         _of_images(guard, sites, x)
-        sites = [_selects(guard, site, x, looked[site.name]) for site in sites]
+        sites = [_selects(guard, site, sites, x, looked[site.name]) for site in sites]
     order = [name for name in modules if name in found]
     sites.sort(key=lambda site: order.index(site.name))
     return Gates(tuple(found[name].word(name) for name in order), tuple(sites))
@@ -239,12 +240,18 @@ class _Look:
             return axis, scores.shape[axis], self.named.e or scores.shape[axis], True
         tensor, axis = self.chosen
         size = tensor.shape[axis]
-        if scores.dim() == 4 and scores.shape[1] == size != last:
+        if scores.dim() == 4 and scores.shape[1] == size and _same_order(scores.movedim(1, -1), tensor, axis):
             return 1, size, size, True  # (m, E, H, W)
         along_last = axis == tensor.dim() - 1 and tensor.shape[: scores.dim() - 1] == scores.shape[:-1]
         if along_last and last % size == 0:
             return -1, last, size, True  # where less than the width, for several layers
         return -1, last, last, axis == tensor.dim() - 1 and size == last and tensor.numel() == scores.numel()
+
+
+def _same_order(scores: Tensor, tensor: Tensor, axis: int) -> bool:
+    """Whether the best along the last axis is that of another tensor, which has gone through monotone functions."""
+    best, other = scores.argmax(-1).flatten(), tensor.argmax(axis).flatten()
+    return best.shape == other.shape and bool((best == other).all())
 
 
 class _Follow(TorchFunctionMode):
@@ -368,8 +375,12 @@ def _of_images(guard: Guarded, sites: list[Site], x: Tensor) -> None:
                 )
 
 
-def _selects(guard: Guarded, site: Site, x: Tensor, look: _Look) -> Site:
-    """The site with its K: the user's, or the last rank at which the model's answer jumps."""
+def _selects(guard: Guarded, site: Site, sites: list[Site], x: Tensor, look: _Look) -> Site:
+    """The site with its K: the user's, or the last rank at which the model's answer jumps.
+
+    Where the answer does not depend on this gate's scores, the other gates' are drawn at random: one may have to be
+    open for it.
+    """
     if (k := look.named.k) is not None:
         if k > site.num_experts:
             raise UnusableInput(f"--gates {site.name}:k={k}: it has {site.num_experts} experts")
@@ -377,14 +388,15 @@ def _selects(guard: Guarded, site: Site, x: Tensor, look: _Look) -> Site:
     if site.experts_choose:
         return site
     count, orders = site.num_experts, list[Tensor]()
+    others: list[Site] = []
+    scales = [0.0]
 
     def ranked(rank: int, apart: float, exchanged: bool) -> Callable[[Tensor], Tensor]:
         """Scores in a random order of the experts at each token; those of `rank` and the next differ by `apart`."""
 
         def change(scores: Tensor) -> Tensor:
             if not orders:
-                draw = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
-                orders.append(draw.argsort(-1).to(scores.device))
+                orders.append(_drawn(scores, 0).argsort(-1))
             values = torch.linspace(1, 0.2, count)
             middle = (values[rank - 1] + values[rank]) / 2
             values[rank - 1], values[rank] = middle + apart / 2, middle - apart / 2
@@ -397,13 +409,17 @@ def _selects(guard: Guarded, site: Site, x: Tensor, look: _Look) -> Site:
         return change
 
     def changed(rank: int, apart: float) -> float:
-        first, second = (_answer(guard, site, x, ranked(rank, apart, way)) for way in (False, True))
-        largest = max(float(first.abs().max()), 1e-12)
-        return float((first - second).abs().max()) / largest
+        drawn = [(other, partial(_drawn, seed=1 + number)) for number, other in enumerate(others)]
+        first, second = (_answer(guard, x, [(site, ranked(rank, apart, way)), *drawn]) for way in (False, True))
+        scales.append(float(first.abs().max()))
+        return float((first - second).abs().max()) / max(*scales, 1e-12)
 
     far = 0.8 / (count - 1)
     near = max(1e-3 * far, 2 * torch.finfo(look.scores.dtype).eps) if look.scores is not None else 1e-3 * far
     effects = {rank: changed(rank, far) for rank in range(1, count)}
+    if max(effects.values()) <= _ROUNDING:
+        others += [other for other in sites if other is not site]
+        effects = {rank: changed(rank, far) for rank in effects}
     if max(effects.values()) <= _ROUNDING:
         raise look.refuse("the model answers alike whatever the order of its scores")
     jumps = [rank for rank, effect in effects.items() if effect > _ROUNDING and changed(rank, near) > effect / 2]
@@ -421,7 +437,14 @@ def _probabilities(scores: Tensor) -> bool:
     return bool((scores >= 0).all()) and bool(((scores.sum(-1) - 1).abs() < 1e-3).all())
 
 
-def _answer(guard: Guarded, site: Site, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+def _drawn(scores: Tensor, seed: int) -> Tensor:
+    """Random scores in their place."""
+    return torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)).to(scores)
+
+
+def _answer(guard: Guarded, x: Tensor, changes: list[tuple[Site, Callable[[Tensor], Tensor]]]) -> Tensor:
     guard.reseed(0)  # a gate may draw
-    with intercepted(site, change):
+    with ExitStack() as stack:
+        for site, change in changes:
+            stack.enter_context(intercepted(site, change))
         return guard(x).nan_to_num(0.0)

@@ -233,12 +233,7 @@ def forced(scores: Tensor, chosen: Tensor) -> Tensor:
 
     Rows whose choice is -1 are left as they are. The shift has no gradient, so that of the scores stays.
     """
-    mine = wanted(chosen, scores.shape[-1])[:, None]
-    values = scores.detach()
-    best_other = values.masked_fill(mine, -torch.inf).amax(-1, keepdim=True)
-    slack = 1e-4 * values.abs().amax(-1, keepdim=True) + 1e-6
-    lift = (best_other + slack - values).clamp_min(0)
-    return scores + torch.where(mine, lift, torch.zeros_like(lift))
+    return lifted(scores, wanted(chosen, scores.shape[-1])[:, None], 1)
 
 
 def gap(scores: Tensor, chosen: Tensor) -> Tensor:
@@ -246,9 +241,33 @@ def gap(scores: Tensor, chosen: Tensor) -> Tensor:
 
     +∞ where the choice is -1.
     """
-    mine = wanted(chosen, scores.shape[-1])[:, None].expand_as(scores)
-    lead = scores.masked_fill(~mine, torch.inf).amin(-1) - scores.masked_fill(mine, -torch.inf).amax(-1)
-    return torch.where(chosen[:, :1] < 0, torch.inf, lead).amin(1)
+    return ahead(scores, wanted(chosen, scores.shape[-1])[:, None].expand_as(scores), 1)
+
+
+def _best_others(values: Tensor, mine: Tensor, k: int) -> Tensor:
+    """The score (m, T, 1) that experts `mine` (m, T, E) have to exceed in order to be among the K selected ones."""
+    others = values.masked_fill(mine, -torch.inf).topk(k, dim=-1).values
+    return others.gather(-1, (k - mine.sum(-1, keepdim=True)).clamp(0, k - 1).expand(*others.shape[:-1], 1))
+
+
+def lifted(scores: Tensor, mine: Tensor, k: int) -> Tensor:
+    """The scores (m, T, E) with the least shift that puts the experts `mine` (m or 1, T or 1, E) among the K selected.
+
+    With k = 1 they all come first, however many they are. The shift has no gradient, so that of the scores stays.
+    """
+    values = scores.detach()
+    slack = 1e-4 * values.abs().amax(-1, keepdim=True) + 1e-6
+    lift = (_best_others(values, mine, k) + slack - values).clamp_min(0)
+    return scores + torch.where(mine, lift, torch.zeros_like(lift))
+
+
+def ahead(scores: Tensor, mine: Tensor, k: int) -> Tensor:
+    """By how much the weakest of the experts `mine` (m, T, E) is ahead of what it has to exceed for that, (m,).
+
+    At the worst of the tokens that any are asked for at; +∞ where there is none.
+    """
+    lead = scores.masked_fill(~mine, torch.inf).amin(-1) - _best_others(scores, mine, k)[..., 0]
+    return torch.where(mine.any(-1), lead, torch.inf).amin(1)
 
 
 def read(

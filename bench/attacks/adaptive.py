@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bench.attacks.block import Block, PassCounter
 from bench.attacks.deployed import averaged, deployed, nearest, reweighed, targeted
+from bench.attacks.gates import blurred, left_routes, softened
 from bench.attacks.paths import Paths
 from bench.attacks.restarts import forced_paths, square_attack, square_on_paths
 from bench.attacks.search import Search
@@ -90,6 +91,11 @@ def attacks(search: Search, budget: BudgetName) -> Iterator[tuple[str, Attack]]:
     if paths.sites:
         yield "paths", partial(forced_paths, paths, much.path_restarts, much.path_steps)
     yield "deployed", partial(deployed, search, much.restarts, much.steps)
+    if any(not site.whole for site in paths.sites):
+        yield "left-routes", partial(left_routes, paths, much.restarts, much.steps)
+        yield "blurred", partial(blurred, paths, much.neighbours, much.steps)
+    if soft := [site for site in sites(model) if site.soft]:
+        yield "softened", partial(softened, search, soft, much.steps)
     if is_dual(model):
         for weight in much.weights:
             yield f"reweighed-{weight:g}", partial(reweighed, search, weight, much.steps)

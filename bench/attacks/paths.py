@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.attacks.affine import affine_map, reachable_pairs
+from bench.attacks.deviations import Deviations, combined
 from bench.attacks.gradients import StraightThrough, logarithms, slopes
 from bench.attacks.search import Search, margin, standardised
 from bench.models import sites as routing
@@ -47,7 +48,8 @@ class Paths:
     """The paths of a block's model.
 
     limit: how many are attacked at most. possible: how many there are. choices (P, N, K): the experts of each path at
-    each site, -1 where it is free. notes: in words, what attacks on these paths leave out.
+    each site, -1 where it is free. deviations: what a choice then means, where the sites are gates inside a network of
+    more paths than can be forced. notes: in words, what attacks on these paths leave out.
     """
 
     search: Search
@@ -56,6 +58,7 @@ class Paths:
     choices: Tensor = field(init=False)
     possible: int = field(init=False)
     notes: list[str] = field(init=False, default_factory=list)
+    deviations: Deviations | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         block, known = self.search.block, routing.sites(self.search.block.model)
@@ -97,10 +100,16 @@ class Paths:
         self._maps = {site.name: self._affine(site) for site in self.sites}
         self._scales = {site.name: self._scale(site) for site in self.sites}
         self._slopes: dict[tuple[str, float], Tensor] = {}
+        tokens = max((len(one[0]) for one in self._scores.values()), default=1)
+        many = prod(comb(site.num_experts, site.k) for site in self.sites) > self.limit
+        if self.sites and not any(site.whole for site in self.sites) and (many or tokens > 1):
+            clean = [self._scores[site.name] for site in self.sites]
+            self.deviations = Deviations(self.sites, clean, self._matter())
         self.choices = self._enumerated().to(block.x.device)
         self.possible = self._count()
         if len(self.choices) < self.possible:
-            self.notes.append(f"{len(self.choices):,} of {self.possible:,} paths attacked")
+            possible = f"{self.possible:,}" if self.possible < 10**9 else f"{float(self.possible):.0e}"
+            self.notes.append(f"{len(self.choices):,} of {possible} paths attacked")
 
     def _affine(self, site: Site) -> tuple[Tensor, Tensor] | None:
         return affine_map(site.gate, self.search.block.x) if site.name in self._direct else None
@@ -150,6 +159,9 @@ class Paths:
         ]
         if not options:
             return torch.zeros(0, 0, width, dtype=torch.long)
+        if self.deviations is not None:
+            singles = [self.deviations.singles(number) for number in range(len(self.sites))]
+            return torch.tensor(combined(singles, self.limit, self._weakness_of, [-1] * width))
         free = (-1,) * width
         every = [[free, *sets] if number in self._inside else sets for number, sets in enumerate(options)]
         whole = list(islice((path for path in product(*every) if self._fits(path)), self.limit + 1))
@@ -160,6 +172,38 @@ class Paths:
         fitting = (path for path in forced if all(path[n][0] < 0 or i in path[o] for n, (o, i) in self._inside.items()))
         return torch.tensor(list(islice(fitting, self.limit)))
 
+    def clean(self, site: Site) -> Tensor:
+        """The site's scores on the clean images of the block, (B, T, E)."""
+        return self._scores[site.name]
+
+    def gap_of(self, site: Site) -> Tensor:
+        """The median gap of the site's natural route on the clean images."""
+        return self._scales[site.name]
+
+    def _matter(self) -> list[Tensor]:
+        """How much each token matters at each site, (B, T): the margin's gradient by its scores."""
+        block, seen = self.search.block, dict[str, Tensor]()
+
+        def keep(name: str, scores: Tensor) -> Tensor:
+            seen[name] = scores if scores.requires_grad else scores.requires_grad_()
+            return seen[name]
+
+        with torch.enable_grad(), ExitStack() as stack:
+            for site in self.sites:
+                stack.enter_context(routing.intercepted(site, partial(keep, site.name)))
+            value = margin(self._pass(block.x.detach().requires_grad_()), block.y).sum()
+            known = [seen[site.name] for site in self.sites]
+            found = torch.autograd.grad(value, known, allow_unused=True) if value.requires_grad else [None] * len(known)
+        pairs = zip(found, known, strict=True)
+        return [(torch.zeros_like(s) if g is None else g).detach().nan_to_num(0.0).abs().sum(-1) for g, s in pairs]
+
+    @torch.no_grad()
+    def _weakness_of(self, path: list[list[int]]) -> float:
+        """The mean margin of the model on a path on the clean images."""
+        block, rows = self.search.block, self.search.rows
+        logits, _ = self.on_path(block.x[rows], torch.tensor(path).to(rows).expand(len(rows), -1, -1), rows=rows)
+        return float(margin(standardised(logits), block.y[rows]).nan_to_num(-1e9).mean())
+
     def _fits(self, path: Sequence[tuple[int, ...]]) -> bool:
         """Whether sites inside experts are forced where their expert is chosen, and only there."""
         return all((path[n][0] >= 0) == (i in path[o]) for n, (o, i) in self._inside.items())
@@ -168,7 +212,9 @@ class Paths:
         """How many paths there are."""
         if not self.sites:
             return 0
-        counts = [comb(site.num_experts, site.k) for site in self.sites]
+        counts = [comb(site.num_experts, site.k) ** self._scores[site.name].shape[1] for site in self.sites]
+        if any(site.whole for site in self.sites):
+            counts = [comb(site.num_experts, site.k) for site in self.sites]
         for number, (outer, _) in sorted(self._inside.items(), reverse=True):  # inner sites come after their hosts
             site = self.sites[outer]
             with_it = comb(site.num_experts - 1, site.k - 1)
@@ -184,7 +230,7 @@ class Paths:
             if (found := self._maps[site.name]) is not None:
                 ahead = reachable_pairs(*found, block.x, block.threat_model)
                 for path, chosen in enumerate(self.choices[:, number]):
-                    if chosen[0] >= 0:
+                    if chosen[0] >= 0 and self.deviations is None:
                         mine = routing.wanted(chosen[None], site.num_experts)[0]
                         can[:, path] &= ahead[:, mine][:, :, ~mine].flatten(1).all(1)
         return can
@@ -223,30 +269,38 @@ class Paths:
 
     # --- the model on a path ------------------------------------------------------------------------------------------
 
-    def on_path(self, z: Tensor, chosen: Tensor, gradient: Gradient = "own", turn: int = 0) -> tuple[Tensor, Tensor]:
+    def on_path(
+        self, z: Tensor, chosen: Tensor, gradient: Gradient = "own", turn: int = 0, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The logits (m, C) for z (m, …) on the paths chosen (m, N, K), and by how much each path leads there (m,).
+
+        `rows` (m,): where z are in the block, which deviations depend on.
 
         A path's lead is the least over its sites, each in median gaps of the site's natural route; above 0 the model
         takes the path by itself, and the logits are its own.
         """
         if not self._inside:
-            return self._along(z, chosen, gradient, turn)
+            return self._along(z, chosen, gradient, turn, rows)
         # an expert is not asked about all rows, so that its own site can be forced on rows of one path alone
         different, which = torch.unique(chosen.flatten(1), dim=0, return_inverse=True)
         groups = [(which == number).nonzero()[:, 0] for number in range(len(different))]
-        found = [self._along(z[rows], chosen[rows], gradient, turn) for rows in groups]
+        found = [self._along(z[group], chosen[group], gradient, turn) for group in groups]
         back = torch.cat(groups).argsort()
         return torch.cat([logits for logits, _ in found])[back], torch.cat([lead for _, lead in found])[back]
 
-    def _along(self, z: Tensor, chosen: Tensor, gradient: Gradient, turn: int) -> tuple[Tensor, Tensor]:
+    def _along(
+        self, z: Tensor, chosen: Tensor, gradient: Gradient, turn: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`on_path`, where every site is asked about all rows, or all rows are on one path."""
-        found = [self._one_pass(z, chosen, gradient, turn) for _ in range(self._passes)]
+        found = [self._one_pass(z, chosen, gradient, turn, rows) for _ in range(self._passes)]
         if len(found) == 1:
             return found[0]
         logits, lead = (torch.stack(several) for several in zip(*found, strict=True))
         return logits.mean(0), lead.mean(0)
 
-    def _one_pass(self, z: Tensor, chosen: Tensor, gradient: Gradient, turn: int) -> tuple[Tensor, Tensor]:
+    def _one_pass(
+        self, z: Tensor, chosen: Tensor, gradient: Gradient, turn: int, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         leads: list[Tensor] = [torch.full((len(z),), torch.inf, device=z.device)]
         by_slopes = [site for site in self.sites if gradient == "slopes" and site.name in self._direct]
         lines = {site.name: (z.flatten(1) @ self._slopes_of(site, turn).to(z).T)[:, None] for site in by_slopes}
@@ -258,6 +312,11 @@ class Paths:
             known = logarithms(scores)
             if (line := lines.get(site.name)) is not None:
                 known = line + (known - line).detach()
+            if self.deviations is not None:
+                assert rows is not None
+                mine = self.deviations.forced(number, chosen[:, number], rows)
+                leads.append(routing.ahead(known, mine, site.k) / self._scales[site.name])
+                return routing.lifted(scores, mine, site.k)
             leads.append(routing.gap(known, chosen[:, number]) / self._scales[site.name])
             return routing.forced(scores, chosen[:, number])
 
@@ -294,10 +353,10 @@ class Paths:
         return logarithms(found)[:, 0]
 
     def takers(self, chosen: Tensor) -> Tensor:
-        """Which clean images of the block (B, B) take each of the paths chosen (B, N, K)."""
+        """Which clean images of the block (B, B) take each of the paths chosen (B, N, K); of deviations none."""
         count = len(self.search.block.x)
-        takes = torch.ones(count, count, dtype=torch.bool, device=chosen.device)
-        for number, site in enumerate(self.sites):
+        takes = torch.full((count, count), self.deviations is None, device=chosen.device)
+        for number, site in enumerate(self.sites if self.deviations is None else ()):
             scores = self._scores[site.name]
             lead = [routing.gap(scores, one.expand(len(scores), -1)) for one in chosen[:, number]]
             takes &= torch.stack(lead) > 0

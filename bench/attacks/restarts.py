@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from bench.attacks.block import Block
+from bench.attacks.deviations import SCOPE
 from bench.attacks.paths import Gradient, Paths
 from bench.attacks.search import Objective, losses, margin, standardised
 from bench.pgd import ascend_once, project
@@ -61,7 +62,9 @@ def kinds(paths: Paths) -> list[tuple[Gradient, bool]]:
     is zero or leads astray.
     """
     turns: list[tuple[Gradient, bool]] = [("own", False)]
-    if not paths.affine:
+    if paths.deviations is not None:
+        turns += [("gates", False), ("own", True)]
+    elif not paths.affine:
         turns += [("gates", False), ("slopes", False), ("local", False), ("own", True)]
     if paths.blind:
         turns += [("through", False), ("neighbours", False)]
@@ -90,7 +93,8 @@ class Ranking:
         for path in range(len(paths.choices)):
             mine = rows[can[rows, path]]
             if len(mine):
-                logits, _ = paths.on_path(block.x[mine], paths.choices[path].expand(len(mine), -1, -1))
+                chosen = paths.choices[path].expand(len(mine), -1, -1)
+                logits, _ = paths.on_path(block.x[mine], chosen, rows=mine)
                 weakness[mine, path] = margin(standardised(logits), block.y[mine]).nan_to_num(-1e9).clamp_min(-1e9)
                 own = one_hot(block.y[mine], logits.shape[1]).bool()
                 others = logits.nan_to_num(-torch.inf).masked_fill(own, -torch.inf)
@@ -136,7 +140,7 @@ class Restart:
 
     def on_path(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """`Paths.on_path` for rows (m,), by this restart's gradient."""
-        logits, lead = self.paths.on_path(z, self.chosen[rows], self.kind, self.turn)
+        logits, lead = self.paths.on_path(z, self.chosen[rows], self.kind, self.turn, rows)
         if self.local is not None:
             line = (z.flatten(1) * self.local[rows]).sum(1)
             lead = line + (lead - line).detach()
@@ -245,12 +249,12 @@ def square_on_paths(paths: Paths, queries: int) -> None:
         queries = max(1, int(SOME_QUERIES * queries / max(1, int(can[search.rows].sum(1).max()))))
     for number, path in enumerate(paths.choices):
         rows = search.rows[can[search.rows, number]]
-        if not len(rows):
+        if not len(rows) or bool((path >= SCOPE).any()):  # Square does not say which images it asks about
             continue
         attack = square_attack(block, queries, 104729 * (number + 1))
 
         def asked(x: Tensor, y: Tensor, path: Tensor = path) -> tuple[Tensor, Tensor]:
-            logits, lead = paths.on_path(x, path.expand(len(x), -1, -1))
+            logits, lead = paths.on_path(x, path.expand(len(x), -1, -1), rows=torch.zeros_like(y))
             value = -torch.minimum(margin(standardised(logits), y), lead)
             return value, value
 

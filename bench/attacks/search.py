@@ -121,6 +121,8 @@ class Search:
         and at every LOOK-th iterate: at the last one that the objective believes to be wrong, else at the newest.
         """
         rows = rows[self.unbroken[rows]]
+        if not len(rows):
+            return
         z = start[rows].clamp(0, 1)
         right = self.test(z, rows)
         rows, z = rows[right], z[right]
