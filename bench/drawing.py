@@ -7,7 +7,7 @@ hatch of its own, so that a print without colours is read as well. Texts are nev
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ VARIABLES = {
     BLUE: "blue", ORANGE: "orange", GREEN: "green", RED: "red", PURPLE: "purple", SKY: "sky",
 }  # fmt: skip
 
-_LONGEST = 44  # characters of a name in a figure
+_LONGEST = 28  # characters of a name in a figure
 _NAMESPACE = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 _DEFAULTS = ("font-family", "stroke-linejoin:miter", "stroke-linecap:square", "stroke-linecap:butt")
@@ -74,12 +74,15 @@ def style() -> Iterator[None]:
 
 
 def name(text: str) -> str:
-    """A user's word as a figure shows it: one line, without characters that XML forbids, cut in the middle if long."""
-    line = " ".join(re.sub(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text).split())
-    if len(line) <= _LONGEST:
-        return line
+    """A user's word as a figure shows it: one line, cut in the middle if it is long."""
+    line = _legal(text)
     half = (_LONGEST - 1) // 2
-    return f"{line[:half]}…{line[-half:]}"
+    return line if len(line) <= _LONGEST else f"{line[:half]}…{line[-half:]}"
+
+
+def _legal(text: str) -> str:
+    """One line, without the characters that XML forbids."""
+    return " ".join(re.sub(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text).split())
 
 
 def svg(figure: "Figure", background: str = "white") -> str:
@@ -110,7 +113,7 @@ def inline(drawing: Drawing, key: str) -> str:
     words = {"title": drawing.title, "desc": drawing.description}
     for at, (tag, text) in enumerate(words.items()):
         element = ElementTree.Element(tag, {"id": f"{key}-{tag}"})
-        element.text = text
+        element.text = _legal(text)
         root.insert(at, element)
     root.attrib = {
         "role": "img", "viewBox": f"0 0 {width:g} {height:g}", "aria-labelledby": f"{key}-title {key}-desc",
@@ -122,7 +125,7 @@ def inline(drawing: Drawing, key: str) -> str:
 def _slim(parent: ElementTree.Element, used: set[str], key: str) -> None:
     """Drops what a page does not need: whitespace, metadata, groups without an effect, ids that nobody names."""
     parent.tag, parent.tail = parent.tag.removeprefix(_NAMESPACE), None
-    if parent.tag != "text":
+    if parent.tag not in ("text", "tspan"):
         parent.text = None
     attributes = {}
     for attribute, value in parent.attrib.items():
@@ -206,10 +209,3 @@ def sentence(shares: Mapping[str, float], most: int = 30) -> str:
     """`dense-at 62.0 %, moe-at 41.6 %`: what a figure shows, for who does not see it."""
     said = [f"{label} {100 * share:.1f} %" for label, share in list(shares.items())[:most]]
     return ", ".join(said) + (" …" if len(shares) > most else "")
-
-
-def legend(axes: "Axes", columns: int = 1, handles: Sequence[object] | None = None) -> None:
-    """Above the axes, where it hides nothing."""
-    own = axes.get_legend_handles_labels()[0] if handles is None else list(handles)
-    if own:
-        axes.legend(handles=own, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2)

@@ -30,7 +30,7 @@ def terminal(board: Board, keys: Sequence[str] = (), width: int | None = None) -
     shown = chosen(columns(board.rows), keys or MAIN)
     lines = [board.title]
     for table in board.tables:
-        constant, varying = _constant(table, shown)
+        constant, varying = constants(table, shown)
         lines += ["", heading(table) + "".join(f", {column.title} {value}" for column, value in constant)]
         body = [[_plain(column, row) for column in varying] for row in table]
         titles = [column.title for column in varying]
@@ -86,7 +86,7 @@ def markdown(board: Board, keys: Sequence[str] = ()) -> str:
     rest = [column for column in every if column not in shown or column.key == "model"]
     parts = [f"# {board.title}", _legend(shown)]
     for table in board.tables:
-        constant, varying = _constant(table, shown)
+        constant, varying = constants(table, shown)
         parts.append(f"## {heading(table)}")
         if constant:
             parts.append(f"In all rows: {', '.join(f'{column.title} {value}' for column, value in constant)}.")
@@ -117,7 +117,7 @@ def latex(board: Board, keys: Sequence[str] = ()) -> str:
     shown = chosen(columns(board.rows), keys or MAIN)
     parts = [f"% {board.title}; needs \\usepackage{{booktabs}}"]
     for table in board.tables:
-        constant, varying = _constant(table, shown)
+        constant, varying = constants(table, shown)
         said = "".join(f", {column.title} {value}" for column, value in constant)
         body = [cells(table, varying, row, _latex_cell) for row in table]
         align = "".join("l" if column.key in ("model", "flags") else "r" for column in varying)
@@ -145,7 +145,7 @@ def html(board: Board, keys: Sequence[str] = ()) -> str:
     shown = chosen(columns(board.rows), keys or MAIN)
     parts = []
     for table in board.tables:
-        constant, varying = _constant(table, shown)
+        constant, varying = constants(table, shown)
         said = "".join(f", {column.title} {value}" for column, value in constant)
         meanings = [(escaping.escape(column.meaning), escaping.escape(column.title)) for column in varying]
         heads = "".join(f'<th title="{meaning}">{title}</th>' for meaning, title in meanings)
@@ -199,7 +199,7 @@ def heading(table: Sequence[Row]) -> str:
     return f"n = {n}: the first {n} examples of the archive (fingerprint {fingerprint[:12]})"
 
 
-def _constant(table: Sequence[Row], shown: Sequence[Column]) -> tuple[list[tuple[Column, str]], list[Column]]:
+def constants(table: Sequence[Row], shown: Sequence[Column]) -> tuple[list[tuple[Column, str]], list[Column]]:
     """The columns that have one and the same value in all of several rows, said once, and the others.
 
     How many examples there are, the heading says.

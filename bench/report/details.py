@@ -202,15 +202,19 @@ def chain(row: Row) -> dict[str, float]:
     return {label: share for label, share in known.items() if share is not None}
 
 
+def by_label(chains: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, list[tuple[float, float]]]:
+    """For each label of the chains, which lie at these values of something, its points."""
+    labels = dict.fromkeys(label for _, known in chains for label in known)
+    return {label: [(x, known[label]) for x, known in chains if label in known] for label in labels}
+
+
 def by_eps(model: Model) -> dict[str, list[tuple[float, float]]]:
     """The chain at each ε where the model was run; nothing where there is one ε alone."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for row in model.in_balls if len(model.in_balls) > 1 else ():
-        for label, share in chain(row).items():
-            if label != "SA":
-                start = [(0.0, row.scores.clean.value)]  # in a ball of radius 0 all are the clean accuracy
-                found.setdefault(label, start).append((row.spec.threat_model.eps, share))
-    return found
+    if len({row.spec.threat_model.eps for row in model.in_balls}) < 2:
+        return {}
+    lines = by_label([(row.spec.threat_model.eps, chain(row)) for row in model.in_balls])
+    # in a ball of radius 0 all are the clean accuracy
+    return {label: [(0.0, model.row.scores.clean.value), *line] for label, line in lines.items() if label != "SA"}
 
 
 def sweeps(table: Sequence[Row]) -> dict[str, list[Row]]:

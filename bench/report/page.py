@@ -4,7 +4,7 @@ The same results give the same bytes. What a user named is escaped by jinja2, an
 """
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from bench.boards.columns import MAIN, Column, chosen, columns, percent
 from bench.boards.rows import Board, Row
-from bench.boards.views import cells, heading, lacking, left_out
+from bench.boards.views import cells, constants, heading, lacking, left_out
 from bench.drawing import Drawing, inline
 from bench.report.details import Model, chain, read
 from bench.report.figures import KINDS, bounds
@@ -23,14 +23,15 @@ from bench.report.gallery import CleanImages, Gallery, gallery
 from bench.results.certificates import Certification
 from bench.results.schema import Result, suite_label
 
-#: Beside the numbers of a model, what each of them is.
+#: What is written below the numbers of a model.
 _CHAIN = {
-    "certified": "proven",
-    "RA-worst": "every attack",
+    "certified": "certified",
+    "RA-worst": "RA-worst: all attacks",
     "AutoAttack": "AutoAttack alone",
     "PGD": "PGD alone",
-    "SA": "no attack",
+    "SA": "SA: no attack",
 }
+_WIDE = 24  # characters of a cell; longer ones are wrapped
 _NEAR = 0.0005  # shares that two decimals of a percent hardly tell apart
 
 
@@ -62,9 +63,10 @@ def page(results: Path, histories: Mapping[str, pd.DataFrame], clean_images: Cle
         loader=PackageLoader("bench.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    number = count()
+    drawn = _Drawn()
     found = read(results, histories)
-    boards = [_board(board, models, clean_images, number) for board, models in found]
+    found.sort(key=lambda pair: not any(row.ranked for row in pair[0].rows))
+    boards = [_board(board, models, clean_images, drawn) for board, models in found]
     finished = sorted(
         source.result.finished[:10] for board in boards for m in board["models"] for source in m["sources"]
     )
@@ -78,7 +80,7 @@ def page(results: Path, histories: Mapping[str, pd.DataFrame], clean_images: Cle
     )
 
 
-def _board(board: Board, models: Sequence[Model], clean_images: CleanImages, number: Iterator[int]) -> dict[str, Any]:
+def _board(board: Board, models: Sequence[Model], clean_images: CleanImages, drawn: "_Drawn") -> dict[str, Any]:
     shown = columns(board.rows)
     tables = []
     for table in board.tables:
@@ -86,12 +88,13 @@ def _board(board: Board, models: Sequence[Model], clean_images: CleanImages, num
         tables.append({
             "heading": heading(table),
             "columns": shown,
-            "main": {column.key for column in chosen(shown, MAIN)},
+            "wide": {column.key for column in shown if any(len(column.text(row)) > _WIDE for row in table)},
+            "main": {column.key for column in constants(table, chosen(shown, MAIN))[1]},
             "rows": [
                 {"id": _id(board, model, models), "model": model, "cells": _cells(table, shown, model.row)}
                 for model in own
             ],
-            "figures": _figures("board", own, number),
+            "figures": drawn.figures(own, "board"),
             "lacking": lacking(table, board.results),
         })  # fmt: skip
     return {
@@ -100,12 +103,12 @@ def _board(board: Board, models: Sequence[Model], clean_images: CleanImages, num
         "headline": headline(board),
         "tables": tables,
         "left_out": [left_out(run) for run in board.left_out],
-        "models": [_model(board, model, models, clean_images, number) for model in models],
+        "models": [_model(board, model, models, clean_images, drawn) for model in models],
     }
 
 
 def _model(
-    board: Board, model: Model, models: Sequence[Model], clean_images: CleanImages, number: Iterator[int]
+    board: Board, model: Model, models: Sequence[Model], clean_images: CleanImages, drawn: "_Drawn"
 ) -> dict[str, Any]:
     row = model.row
     bar = bounds([row], names=False)
@@ -118,11 +121,11 @@ def _model(
         "n": row.n,
         "verdict": verdict(row),
         "chain": [(label, percent(share), _CHAIN[label]) for label, share in chain(row).items()],
-        "bar": bar and _picture(bar, number),
+        "bar": bar and drawn.picture(bar),
         "flags": row.flags,
         "info": row.info,
         "row": row,
-        "figures": _figures("model", [model], number),
+        "figures": drawn.figures([model], "model", "balls"),
         "gallery": shown,
         "replays": [
             shlex.join(["bench", "replay", path])
@@ -132,17 +135,27 @@ def _model(
     }
 
 
-def _figures(of: str, models: Sequence[Model], number: Iterator[int]) -> list[tuple[str, str, Markup]]:
-    """Of each kind that applies its name, title and picture."""
-    drawn = []
-    for word, kind in KINDS.items():
-        if kind.of == of and (drawing := kind.draw(models)) is not None:
-            drawn.append((word, drawing.title, _picture(drawing, number)))
-    return drawn
+class _Drawn:
+    """Draws what a page needs: each picture has ids of its own, and what is of a model in all its balls comes once."""
 
+    def __init__(self) -> None:
+        self._number = count()
+        self._known: set[tuple[str, str]] = set()
 
-def _picture(drawing: Drawing, number: Iterator[int]) -> Markup:
-    return Markup(inline(drawing, f"f{next(number)}"))  # written by an XML library, which escapes all texts
+    def figures(self, models: Sequence[Model], *of: str) -> list[tuple[str, str, Markup]]:
+        """Of each kind that applies its name, title and picture."""
+        found = []
+        for word, kind in KINDS.items():
+            key = (word, str(models[0].in_balls[0].runs[0].path))
+            if kind.of in of and not (kind.of == "balls" and key in self._known):
+                self._known.add(key)
+                if (drawing := kind.draw(models)) is not None:
+                    found.append((word, drawing.title, self.picture(drawing)))
+        return found
+
+    def picture(self, drawing: Drawing) -> Markup:
+        """The drawing as a part of the page; an XML library wrote it, which escapes all texts."""
+        return Markup(inline(drawing, f"f{next(self._number)}"))
 
 
 def _id(board: Board, model: Model, models: Sequence[Model]) -> str:

@@ -67,7 +67,7 @@ def _candidates(
     for made, models in own:
         for one in models:
             if model is None or model in _names(one):
-                chosen.setdefault((made.stem, one.row.name), [one])
+                chosen.setdefault(("" if of == "balls" else made.stem, one.row.name), [one])
     return chosen
 
 

@@ -4,6 +4,7 @@ Verdict rows are those of `bench.results.store.VERDICT_COLUMNS`; accuracies are 
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 
+@cache
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """The 95 % Wilson score interval (low, high) of `successes` out of `n`, as fractions (Wilson, JASA 1927)."""
     from scipy.stats import binomtest  # here, because scipy takes longer to import than a board takes to make
