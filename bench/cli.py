@@ -331,6 +331,9 @@ def run(
         bool,
         typer.Option("--warm-start", help="try the adversarial examples of earlier runs of the same subject first"),
     ] = False,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="ray[=ADDRESS]", help="attack the blocks on a Ray cluster")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -367,7 +370,15 @@ def run(
                 progress.finish(result, reused)
             return result
 
-        queue = _work_off(plan(request, data_root, [checkpoints, ZOO], results), score, "not yet broken")
+        asked = plan(request, data_root, [checkpoints, ZOO], results)
+        if on is not None:
+            from bench.cluster import attack_on_ray
+
+            engine, _, address = on.partition("=")
+            if engine != "ray":
+                raise UnusableInput(f"--on {on}: there is one engine, ray: write --on ray or --on ray=ADDRESS")
+            attack_on_ray(asked, results, device, address or None, note)
+        queue = _work_off(asked, score, "not yet broken")
     if World.here().rank > 0:
         raise typer.Exit(queue.status)
     _print(queue.done, _table, as_json)

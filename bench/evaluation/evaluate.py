@@ -58,12 +58,14 @@ def evaluate(
     on_block: OnBlock = lambda *_: None,
     known: Witnesses | None = None,
     on_attack: OnAttack = lambda *_: None,
+    only: int | None = None,
 ) -> Result | None:
     """Score the job's subject by its suite and store the verdicts; a run that is already finished is only read.
 
     `known` are adversarial examples of this subject from earlier runs: they are tried before the suite attacks.
     Of several processes that torchrun has started, each attacks its share of the blocks, and goes on; the first waits
-    for the others' and gives the result, which is None for them.
+    for the others' and gives the result, which is None for them. `only`: the number of one block, which is attacked and
+    written, and nothing else is done; the result is then None.
 
     Raises:
         UnusableInput: the model cannot take the data's images, gives another number of classes, or logits that are not
@@ -88,7 +90,8 @@ def evaluate(
     world = World.here()
     first = int(folder.path.name, 16)  # not always the same process has the run with a block more
     for number in range(blocks.count):
-        if (number + first) % world.processes != world.rank or number in blocks.unbroken:
+        mine = (number + first) % world.processes == world.rank if only is None else number == only
+        if not mine or number in blocks.unbroken:
             continue
         chosen = slice(number * spec.batch_size, (number + 1) * spec.batch_size)
         x, y = data.x[chosen].to(device), data.y[chosen].to(device)
@@ -96,6 +99,8 @@ def evaluate(
             examined = examiner.run(number, x, y, data.idx[chosen])
         folder.write_block(number, examined.rows, examined.report.model_dump(), examined.witnesses)
         blocks.look()
+    if only is not None:
+        return None
     if world.rank > 0:
         if spec.warm_start:  # the next run starts from this one
             blocks.wait(lambda: False)
