@@ -615,12 +615,12 @@ def report(
     Clean images are shown where they lie at DATA_ROOT, training curves of the models in CHECKPOINTS. Exit status 1, and
     no page, where a certificate and an adversarial example contradict each other.
     """
+    from bench.files import write_if_changed
+    from bench.report.beside import clean_images, histories
+    from bench.report.page import page
+
     _refuse_conflicts(results)
     with redirect_stdout(sys.stderr):
-        from bench.files import write_if_changed
-        from bench.report.beside import clean_images, histories
-        from bench.report.page import page
-
         write_if_changed(out, page(results, histories([checkpoints]), clean_images(data_root)).encode())
     print(out)
 
