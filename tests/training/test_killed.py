@@ -18,7 +18,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  #
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = Path(__file__).parent / "programs" / "killed.py"
+PROGRAM = ROOT / "tests" / "killed.py"
 
 Bench = Callable[..., tuple[int, str]]
 

@@ -1,8 +1,8 @@
 """Runs commands of bench in children that kill themselves at a given point.
 
-A line of standard input is JSON: [the point (a key of KILLS), a file for the child's output, the command's words]; the
-answer is a line with the child's exit status. The parent has imported what the commands need, which takes longer than
-the trainings do: three epochs of two steps each.
+A line of standard input is JSON: [the point (a key of KILLS, or a number of seconds), a file for the child's output,
+the command's words]; the answer is a line with the child's exit status. The parent has imported what the commands need,
+which takes longer than the trainings do: three epochs of two steps each.
 """
 
 import json
@@ -74,7 +74,11 @@ def main() -> None:
             file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, 1)
             os.dup2(file, 2)
-            KILLS[kill]()
+            if isinstance(kill, float):
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as sudden as SIGKILL, and the child sends it itself
+                signal.setitimer(signal.ITIMER_REAL, kill)
+            else:
+                KILLS[kill]()
             cli.main(words)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 

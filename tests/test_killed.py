@@ -1,0 +1,108 @@
+"""Commands that are killed at random moments, again and again, and then left alone: nothing is lost or half-written.
+
+BENCH_KILLS sets how often each is killed.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parents[1]
+KILLS = int(os.environ.get("BENCH_KILLS", "3"))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[int, str]]]:
+    """bench("run", …, kill=0.3): a command's exit status (−14: killed after so many seconds) and what it printed."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "killed.py"], cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
+
+        def call(*words: str, kill: float | None = None) -> tuple[int, str]:
+            assert server.stdin
+            assert server.stdout
+            server.stdin.write(json.dumps([kill, str(log), words]) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline()), log.read_text()
+
+        call("--version")  # so that no later call waits for what the server imports
+        yield call
+
+
+def settled(folder: Path) -> dict[str, Any]:
+    """What a folder holds, without what is of the moment: times, and files that were never finished."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or path.name.startswith("."):
+            continue
+        if path.suffix == ".parquet":
+            found[name] = pd.read_parquet(path).to_csv()
+        elif path.suffix == ".safetensors":
+            found[name] = {key: value.tobytes() for key, value in load_file(path).items()}
+        elif path.suffix == ".json":
+            result = json.loads(path.read_text())
+            of_the_moment = ("seconds", "finished", "git_hash", "environment")
+            found[name] = {key: value for key, value in result.items() if key not in of_the_moment}
+        elif path.suffix == ".csv" and "checkpoints" in name:
+            found[name] = pd.read_csv(path).drop(columns=["seconds", "data_seconds", "images_per_second"]).to_csv()
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+SUBJECT = ["--dataset", "digits", "--model", "moe-standard", "--device", "cpu"]
+TINY = ["n_train=200", "n_val=50", "epochs=4", "width=4", "val_steps=1", "inner_steps=1"]
+WORDS = {
+    "train": ["train", "moe-rt_er", "--device", "cpu", *(word for pair in TINY for word in ("--set", pair))],
+    "run": ["run", "--suite", "pgd,adaptive", "--set", "budget=small", "--n-examples", "40", "--batch-size", "8"],
+    "certify": ["certify", "--method", "routes", "--n-examples", "60", "--batch-size", "10"],
+    "leaderboard": ["leaderboard"],
+}
+
+
+def command(name: str, folder: Path, results: Path) -> list[str]:
+    """The command's words for files below `folder`; a training that left a state is resumed."""
+    if name == "train":
+        resume = ["--resume"] if list(folder.rglob("*.state*")) else []
+        return [*WORDS[name], "--checkpoints", str(folder / "checkpoints"), *resume]
+    if name == "leaderboard":
+        return [*WORDS[name], "--results", str(results), "--out", str(folder)]
+    return [*WORDS[name], *SUBJECT, "--results", str(folder)]
+
+
+@pytest.mark.parametrize("name", list(WORDS))
+def test_what_was_killed_ends_as_the_undisturbed(name: str, bench: Callable[..., Any], tmp_path: Path):
+    results = tmp_path / "results"
+    if name == "leaderboard":
+        assert bench(*command("run", results, results))[0] == 0
+        assert bench(*command("certify", results, results))[0] == 0
+    started = time.perf_counter()
+    status, said = bench(*command(name, tmp_path / "whole", results))
+    assert status == 0, said
+    seconds = time.perf_counter() - started
+    killed = 0
+    for number in range(KILLS):
+        after = random.Random(f"{name}-{number}").uniform(0.02, seconds)
+        status, said = bench(*command(name, tmp_path / "killed", results), kill=after)
+        assert status in (0, -14), said
+        killed += status == -14
+    assert killed
+    status, said = bench(*command(name, tmp_path / "killed", results))
+    assert status == 0, said
+    assert settled(tmp_path / "killed") == settled(tmp_path / "whole")
