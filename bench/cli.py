@@ -702,6 +702,7 @@ def replay(
 @app.command()
 def doctor(
     model: ModelOption = None,
+    gates: GatesOption = None,
     dataset: DatasetOption = "digits",
     device: DeviceOption = "auto",
     data_root: DataRootOption = Path("data"),
@@ -721,7 +722,7 @@ def doctor(
         problems = 0
         for word in split(model):
             with redirect_stdout(sys.stderr):
-                diagnosis, images = examine_model(word, dataset, data_root, folders, where)
+                diagnosis, images = examine_model(word, dataset, data_root, folders, where, split(gates))
             print(described(diagnosis, images, _width()))
             problems += len(diagnosis.problems)
         if problems:

@@ -54,7 +54,12 @@ def examine(data_root: Path, checkpoints: Sequence[Path]) -> Iterator[tuple[str,
 
 
 def examine_model(
-    model: str, dataset: str, data_root: Path, checkpoints: Sequence[Path], device: str = "cpu"
+    model: str,
+    dataset: str,
+    data_root: Path,
+    checkpoints: Sequence[Path],
+    device: str = "cpu",
+    gates: tuple[str, ...] = (),
 ) -> tuple[Diagnosis, int]:
     """What the model that `model` names shows on the data set, and how many test images there are.
 
@@ -64,7 +69,7 @@ def examine_model(
     data = open_dataset(dataset)
     images = data.read("test", data_root, LOOKED_AT)
     suites = tuple(name for name, suite in open_suites(SUITES, {}).items() if _fits(name, suite, data))
-    request = RunRequest(suites=suites, dataset=dataset, models=(model,), n_examples=len(images.y))
+    request = RunRequest(suites=suites, dataset=dataset, models=(model,), gates=gates, n_examples=len(images.y))
     return diagnose(plan(request, data_root, checkpoints), model, device), images.available
 
 

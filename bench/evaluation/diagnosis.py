@@ -21,6 +21,7 @@ from bench.evaluation.probes import probe
 from bench.job import Job
 from bench.models.deployed import eval_frozen, full_float32
 from bench.models.foreign import Guarded
+from bench.models.gates import NONE
 from bench.models.parts import is_dual, parts
 from bench.models.sites import Site, sites
 from bench.randomness import seeded
@@ -96,7 +97,7 @@ def diagnose(plan: Plan[Suite], model: str, device: str) -> Diagnosis:
             *_outputs(network, logits, job),
             *_accuracy(network, x, y, logits, plan),
             *_depends(examiner.found),
-            _routes(network, gates, paths, hidden, unforced),
+            _routes(network, gates, paths, hidden, unforced, declared_none=job.spec.gates == (NONE,)),
             *_gradients(network, x, y, job),
         ]
         forward, both = _timed(network, x, y)
@@ -214,7 +215,13 @@ def _gates(block: Block) -> tuple[list[Site], int, list[str]]:
 
 
 def _routes(
-    network: nn.Module, gates: Sequence[Site], paths: int, hidden: Sequence[str], unforced: Sequence[str]
+    network: nn.Module,
+    gates: Sequence[Site],
+    paths: int,
+    hidden: Sequence[str],
+    unforced: Sequence[str],
+    *,
+    declared_none: bool,
 ) -> Finding:
     if hidden:
         what = hidden[0].removeprefix(HIDDEN_ROUTES)
@@ -223,10 +230,12 @@ def _routes(
     if unforced:
         return Finding("routes", "; ".join(unforced), "let the model call its gate once for each batch, as a module")
     if gates:
-        words = [f"{gate.name} ({gate.k} of {gate.num_experts})" for gate in gates[:3]]
+        words = [gate.words for gate in gates[:3]]
         more = f" and {len(gates) - 3} more gates" if len(gates) > 3 else ""
         kind = "a dual; " if is_dual(network) else ""
         return Finding("routes", f"{kind}{', '.join(words)}{more}: {paths:,} paths")
+    if declared_none:
+        return Finding("routes", "none, as --gates none declares")
     if parts(network):
         return Finding("routes", f"none, but {len(parts(network))} parts that are attacked one by one")
     return Finding("routes", "none: nothing that it computes chooses by the image")

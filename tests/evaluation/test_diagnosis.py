@@ -64,6 +64,14 @@ MODELS = """
             logits = self.net(x)
             return torch.where(x.mean((1, 2, 3))[:, None] > 0.3, logits, 2 * logits)
 
+    class Inside(Own):
+        def __init__(self):
+            super().__init__()
+            self.choose = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+
+        def forward(self, x):
+            return self.net(x) * (1 + self.choose(x).argmax(1)[:, None])
+
     class Routed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -77,19 +85,19 @@ MODELS = """
 
 
 @pytest.fixture
-def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Diagnosis]]:
-    """seen("Own"): what is found of that model."""
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Diagnosis]]:
+    """seen("Own"): what is found of that model; its gates may be named."""
     name = "planted_doctor_models"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bench.doctor.LOOKED_AT", 64)
     monkeypatch.setattr("bench.evaluation.diagnosis._TIMED", 0.0)
     (tmp_path / f"{name}.py").write_text(dedent(MODELS))
     importlib.invalidate_caches()
-    yield lambda kind: examine_model(f"{name}:{kind}", "digits", tmp_path, [ZOO])[0]
+    yield lambda kind, *gates: examine_model(f"{name}:{kind}", "digits", tmp_path, [ZOO], gates=gates)[0]
     sys.modules.pop(name, None)
 
 
-def test_a_sound_model_has_no_problem_and_earns_its_rank_by_autoattack(seen: Callable[[str], Diagnosis]):
+def test_a_sound_model_has_no_problem_and_earns_its_rank_by_autoattack(seen: Callable[..., Diagnosis]):
     found = seen("Own")
     assert found.problems == []
     by_name = {finding.what: finding.seen for finding in found.findings}
@@ -117,7 +125,7 @@ def test_a_sound_model_has_no_problem_and_earns_its_rank_by_autoattack(seen: Cal
     ],
 )
 def test_each_planted_fault_is_told_with_its_remedy(
-    kind: str, what: str, words: str, remedy: str, seen: Callable[[str], Diagnosis]
+    kind: str, what: str, words: str, remedy: str, seen: Callable[..., Diagnosis]
 ):
     found = seen(kind)
     (problem,) = [problem for problem in found.problems if problem.what == what]
@@ -127,16 +135,26 @@ def test_each_planted_fault_is_told_with_its_remedy(
     assert rank.seen.startswith("none") == (what in ("chance", "batch", "state", "routes"))
 
 
-def test_routes_that_are_shown_are_counted_and_attacked(seen: Callable[[str], Diagnosis]):
+def test_routes_that_are_shown_are_counted_and_attacked(seen: Callable[..., Diagnosis]):
     found = seen("Routed")
     assert found.problems == []
     by_name = {finding.what: finding.seen for finding in found.findings}
-    assert by_name["routes"] == "router (1 of 3): 3 paths"
+    assert by_name["routes"] == "router (top-1 of 3): 3 paths"
     assert by_name["rank"] == "after suites autoattack and adaptive with their default settings"
     assert {each.suite for each in found.suites if each.seconds} == {*SUITES} - {"robustbench", "torchattacks"}
 
 
-def test_no_line_is_longer_than_the_terminal(seen: Callable[[str], Diagnosis]):
+def test_gates_that_are_named_or_declared_away_count(seen: Callable[..., Diagnosis]):
+    named = {finding.what: finding.seen for finding in seen("Inside", "choose").findings}
+    assert named["routes"] == "choose (top-1 of 2): 2 paths"
+    assert named["rank"] == "after suites autoattack and adaptive with their default settings"
+    assert [problem.what for problem in seen("Inside").problems] == ["routes", "rank"]
+    declared = seen("Inside", "none")
+    assert declared.problems == []
+    assert "none, as --gates none declares" in [finding.seen for finding in declared.findings]
+
+
+def test_no_line_is_longer_than_the_terminal(seen: Callable[..., Diagnosis]):
     text = described(seen("Hidden"), 500, 80)
     assert max(map(len, text.splitlines())) <= 80
     assert "→ " in text
