@@ -41,7 +41,7 @@ DatasetOption = Annotated[
     str, typer.Option("--dataset", help="digits, cifar10, tinyimagenet, imagefolder:PATH or imagefolder-grey:PATH")
 ]
 SettingsOption = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="a parameter; may be repeated")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1)]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="of all random numbers")]
 ModelOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -471,11 +471,11 @@ def _table(results: "Sequence[Result]") -> str:
             "n": spec.n_examples,
             "SA %": f"{result.clean_accuracy.value:.2%}".rstrip("%"),
             "RA % [95 %]": accuracy if result.attacked else "–",
-            "flags": "; ".join(result.flags),
         })  # fmt: skip
     tables = [tabulate(rows, headers="keys", disable_numparse=True)]
-    of_models = dict.fromkeys(f"{r.spec.model}: {flag}" for r in results for flag in r.model_flags)
-    tables += ["\n".join(of_models)] * bool(of_models)
+    flags = dict.fromkeys(f"{r.spec.model}: {flag}" for r in results for flag in r.model_flags)
+    flags |= dict.fromkeys(f"{r.spec.suite} on {r.spec.model}: {flag}" for r in results for flag in r.flags)
+    tables += ["\n".join(flags)] * bool(flags)
     for result in results:
         if result.components:
             lines = [
@@ -737,6 +737,10 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
+for _command in app.registered_commands:  # whole in the list of commands, where a longer text would be cut
+    _command.short_help = " ".join((_command.callback.__doc__ or "").split("\n\n")[0].split())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 a regression or a failure, 2 unusable input, told in one line."""
     from typer.exceptions import TyperException
@@ -765,7 +769,7 @@ def _parser_message(error: Any) -> str:
 
 def _dispatch(application: typer.Typer, arguments: Sequence[str] | None, parser_error: type[Exception]) -> Any:
     try:
-        status = application(arguments, standalone_mode=False) or DONE
+        status = application(arguments, prog_name="bench", standalone_mode=False) or DONE
         if status == INTERRUPTED:
             say(f"stopped; this goes on: {_again(sys.argv[1:] if arguments is None else arguments)}")
         return status

@@ -83,6 +83,12 @@ class TrainingProgress(_Bar):
         console.note(f"{line} {epoch.images_per_second:.0f} images/s")
 
 
+def _clock(seconds: float) -> str:
+    """Such as 0:42 or 1:02:03."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
 class RunProgress(_Bar):
     """A bar over the blocks of each run with the attack that is under way, and a line a finished run.
 
@@ -115,7 +121,7 @@ class RunProgress(_Bar):
 
     def on_block(self, done: int, blocks: int, count: int) -> None:
         self._attack = ""
-        self._found = f"{count} {self._counted} after {done} of {blocks} blocks" if done else ""
+        self._found = f"{count} {self._counted}" if done else ""
         now = self._progress.get_time()
         before, began = self._first = self._first or (done, now)
         if done > before:
@@ -138,13 +144,13 @@ class RunProgress(_Bar):
 
     def _times(self, task: Task) -> str:
         elapsed = task.elapsed or 0.0
-        words = [f"{console.duration(elapsed)} so far"]
+        words = [_clock(elapsed)]
         if self._ends is not None:
             left = max(0.0, self._ends - self._progress.get_time())
             others = self._runs - self._number
             mean = (sum(self._taken) + elapsed + left) / (len(self._taken) + 1)
-            words.append(f"about {console.duration(left)} left")
-            words += [f"{console.duration(left + others * mean)} for all {self._runs} runs"] * (others > 0)
+            words.append(f"{_clock(left)} left")
+            words += [f"{_clock(left + others * mean)} left of all runs"] * (others > 0)
         return ", ".join(words)
 
     def finish(self, result: Result, reused: bool = False) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from bench.attacks.block import Attempt, Block
-from bench.cli import main, split
+from bench.cli import app, main, split
 from bench.datasets.base import DATASETS
 from bench.errors import UnusableInput
 from bench.models.variants import VARIANTS
@@ -276,6 +277,28 @@ def test_quiet_leaves_results_and_errors(bench: Bench, user_model: str):
     assert err.startswith("error: --model 'nowhere:net' cannot be made")
     assert f"{user_model}:Linear" in out
     assert "already finished" in bench(*words)[2]  # quiet was that command's alone
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_help_text_is_cut_at_any_width(width: int, bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    whole = " ".join(bench("--help")[1].split())
+    for name, command in group.commands.items():
+        assert " ".join((command.help or "").split("\n\n")[0].split()) in whole, name
+        told = "".join(bench(name, "--help")[1].split())  # a word that is wider than the terminal is broken
+        for parameter in command.params:
+            assert "".join((getattr(parameter, "help", None) or "").split()) in told, (name, parameter.name)
+
+
+def test_a_shell_completes_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    for name, value in {"_BENCH_COMPLETE": "complete_bash", "COMP_WORDS": "bench re", "COMP_CWORD": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().out.split() == ["report", "replay"]
 
 
 def test_minus_h_is_help(bench: Bench):

@@ -49,7 +49,7 @@ def test_a_run_leaves_one_line_where_nobody_watches(capsys: pytest.CaptureFixtur
         progress.on_block(1, 3, 7)
         (task,) = progress._progress.tasks
         assert (task.completed, task.total, task.fields["blocks"]) == (1, 3, "block 2 of 3")
-        assert progress._below().startswith("  7 not yet broken after 1 of 3 blocks; ")
+        assert progress._below().startswith("  7 not yet broken; ")
         progress.finish(RESULT)
         progress.start(SPEC.model_copy(update={"alpha": None}))
         (task,) = progress._progress.tasks
@@ -74,7 +74,7 @@ def test_the_time_that_is_left_is_known_where_a_block_takes_minutes():
             progress.on_block(done, 10, 5)
             clock += 100
         clock -= 100
-        assert progress._below().endswith("5 min so far, about 12 min left")  # 700 s
+        assert progress._below().endswith("5:00, 11:40 left")
 
 
 def test_the_attack_under_way_and_the_time_for_all_runs_are_told():
@@ -86,20 +86,20 @@ def test_the_attack_under_way_and_the_time_for_all_runs_are_told():
         progress.on_block(0, 4, 0)
         progress.on_attack("paths", 60, 60)
         clock += 50
-        assert progress._below() == "  paths: 60 examples; 50 s so far"
+        assert progress._below() == "  paths: 60 examples; 0:50"
         progress.on_attack("paths", 60, 41)
-        assert progress._below() == "  paths: 60 examples, 41 not yet broken; 50 s so far"
+        assert progress._below() == "  paths: 60 examples, 41 not yet broken; 0:50"
         clock += 50
         progress.on_block(1, 4, 33)
-        times = "100 s so far, about 5 min left, 18 min for all 3 runs".replace("100 s", "1.7 min")
-        assert progress._below() == f"  33 not yet broken after 1 of 4 blocks; {times}"  # 300 s, and twice 400 s
+        # 300 s, and twice 400 s
+        assert progress._below() == "  33 not yet broken; 1:40, 5:00 left, 18:20 left of all runs"
         progress.finish(RESULT.model_copy(update={"seconds": 800.0}))
         progress.start(SPEC)
         progress.on_block(0, 4, 0)
-        assert "for all" not in progress._below()  # this run's own pace is not known
+        assert "left" not in progress._below()  # this run's own pace is not known
         clock += 50
         progress.on_block(1, 4, 0)
-        assert "about 2.5 min left, 11 min for all 3 runs" in progress._below()  # 150 s, and (800 + 200) / 2 s
+        assert "0:50, 2:30 left, 10:50 left of all runs" in progress._below()  # 150 s, and (800 + 200) / 2 s
 
 
 @pytest.mark.parametrize(("rank", "seen"), [("0", True), ("1", False)])

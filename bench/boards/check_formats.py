@@ -5,23 +5,35 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
-from tabulate import tabulate
+from tabulate import MIN_PADDING, tabulate
 
 from bench.boards.check import Comparison, Report, Unmeasured
 
 _VERDICTS = {"ok": "ok", "regression": "REGRESSION", "drop": "drop?", "gain": "GAIN"}
 _HEADS = {"regression": "regression", "drop": "not significant", "gain": "gain"}
 _MEASURES = {"robust": "RA", "clean_correct": "SA"}
-#: Of the table's columns, those whose text is broken into lines: so no line is longer than 100 characters.
-_WIDEST = {"model": 16, "suite": 14}
+#: No line of the table is longer; the texts of these columns are broken into lines where they have to be.
+_WIDTH, _BROKEN = 99, ("model", "suite")
 
 
 def text(report: Report) -> str:
     """A table in percent, under 100 columns wide, and a line for whatever in it is not simply ok."""
     table = _table(report)
-    widths = [_WIDEST.get(key) for key in table[0]] if table else None
+    widths = _widths(table) if table else None
     shown = tabulate(table, headers="keys", tablefmt="simple", disable_numparse=True, maxcolwidths=widths)
     return "\n".join([shown, *(f"{head}: {line}" for head, line, _ in _lines(report))]) + "\n"
+
+
+def _widths(table: list[dict[str, str]]) -> list[int | None]:
+    """Of each column the most characters of a line; None: as many as it needs."""
+    needs = {key: max(len(key) + MIN_PADDING, *(len(row[key]) for row in table)) for key in table[0]}
+    room = _WIDTH - sum(need for key, need in needs.items() if key not in _BROKEN) - 2 * (len(needs) - 1)
+    first, second = (needs[key] for key in _BROKEN)
+    if first + second > room:
+        first = min(first, max(room - second, room - 12, room // 2))
+        second = min(second, room - first)
+    widths = dict(zip(_BROKEN, (first, second), strict=True))
+    return [widths.get(key) for key in table[0]]
 
 
 def markdown(report: Report) -> str:

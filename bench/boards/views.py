@@ -12,6 +12,7 @@ from tabulate import MIN_PADDING, tabulate
 from bench.boards.columns import MAIN, ROUTED, Column, chosen, columns, record, span
 from bench.boards.rows import Board, Row, grouped
 from bench.results.store import Run
+from bench.spec import RunSpec
 
 T = TypeVar("T")
 
@@ -31,7 +32,8 @@ def terminal(board: Board, keys: Sequence[str] = (), width: int | None = None) -
     lines = [board.title]
     for table in board.tables:
         constant, varying = constants(table, shown)
-        lines += ["", heading(table) + "".join(f", {column.title} {value}" for column, value in constant)]
+        said = "".join(f", {column.title} {value}" for column, value in constant)
+        lines += ["", *_wrapped(heading(table) + said, width)]
         body = [[_plain(column, row) for column in varying] for row in table]
         titles = [column.title for column in varying]
         names = [column.key for column in varying].index("model") if "model" in keys or not keys else None
@@ -45,8 +47,9 @@ def terminal(board: Board, keys: Sequence[str] = (), width: int | None = None) -
         lines += [""] * any(row.flags or row.lacks for row in table)
         for row in table:
             lines += _wrapped(f"{row.name}: {'; '.join(row.flags)}", width) if row.flags else []
-        for name, why, command in lacking(table, board.results):
-            lines += [*_wrapped(f"{name} has no rank: {why}", width), *([f"  {command}"] if command else [])]
+        for models, why, command in lacking(table, board.results, together=True):
+            have = "have" if ", " in models else "has"
+            lines += [*_wrapped(f"{models} {have} no rank: {why}", width), *([f"  {command}"] if command else [])]
     lines += [left_out(run) for run in board.left_out]
     return "\n".join(lines) + "\n"
 
@@ -214,18 +217,25 @@ def constants(table: Sequence[Row], shown: Sequence[Column]) -> tuple[list[tuple
     return [(column, value) for column, value in constant if column.key != "n"], varying
 
 
-def lacking(table: Sequence[Row], results: Path | None = None) -> list[tuple[str, str, str]]:
+def lacking(table: Sequence[Row], results: Path | None = None, together: bool = False) -> list[tuple[str, str, str]]:
     """Of each row without a rank its model, what it lacks in words, and the command that supplies that, if one does.
 
-    The command names the folder `results`, but not in files, which are the same wherever the results lie.
+    `together`: rows that one command supplies share a note. The command names the folder `results`, but not in files,
+    which are the same wherever the results lie.
     """
-    notes = []
-    for row in table:
+
+    def missing(row: Row) -> tuple[str, RunSpec | None]:
         suites = ",".join(lack.suite for lack in row.lacks if lack.suite)
-        update = {"suite": suites, "suite_params": {}, "warm_start": False, "seed": 0}
-        command = row.spec.model_copy(update=update).command(results, row.info.word) if suites else ""
-        if row.lacks:
-            notes.append((row.name, "; ".join(lack.why for lack in row.lacks), command))
+        update = {"suite": suites, "suite_params": {}, "warm_start": False, "seed": 0, "model": ""}
+        return "; ".join(lack.why for lack in row.lacks), row.spec.model_copy(update=update) if suites else None
+
+    unranked = [row for row in table if row.lacks]
+    alike = list(grouped(unranked, missing).values()) if together else [[row] for row in unranked]
+    notes = []
+    for rows in alike:
+        why, spec = missing(rows[0])
+        words = ",".join(row.info.word or row.spec.model for row in rows)
+        notes.append((", ".join(row.name for row in rows), why, spec.command(results, words) if spec else ""))
     return notes
 
 

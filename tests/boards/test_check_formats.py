@@ -2,11 +2,14 @@
 
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 
 from bench.boards.check import Comparison, Report, Unmeasured
 from bench.boards.check_formats import FORMATS
+
+LONG = "a.package.of.mine:a_model_with_a_name α 0.7"
 
 
 def row(verdict: str, model: str = "moe-at", measure: str = "robust") -> Comparison:
@@ -49,6 +52,16 @@ def test_the_table_is_under_a_hundred_columns_wide():
     assert "cccccccc" in text
     assert "1.50 percentage points" in text
     assert "not significant with n = 200: at least 334 examples are needed" in text
+
+
+def test_a_name_has_the_room_that_the_others_leave():
+    short = replace(row("ok", "dual-jtdmoe-argmax α 0.7"), suite="autoattack")
+    text = FORMATS["text"](Report([short], [], [], 0.05, 0.01, False))
+    assert text.splitlines()[2].split()[:5] == ["dual-jtdmoe-argmax", "α", "0.7", "cccccccc", "autoattack"]
+    rows = [row(verdict, LONG, measure) for verdict in ("ok", "regression") for measure in ("robust", "route-stable")]
+    rows = [replace(one, n=10_000, p_adjusted=1.2e-10, baseline=1.0, now=1.0) for one in rows]
+    text = FORMATS["text"](Report(rows, [], [], 0.05, 0.01, False)).partition("\nregression: ")[0]
+    assert max(map(len, text.splitlines())) < 100
 
 
 @pytest.mark.parametrize("strict", [False, True])

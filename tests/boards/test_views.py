@@ -72,6 +72,7 @@ def test_a_terminal_has_one_line_a_model_and_none_longer_than_it_is_wide(board: 
     assert shown[2].split()[1:] == ["dense-at", "50.00", "50.00", "±28.48"]
     if width:
         assert max(map(len, shown)) <= width
+        assert max(len(line) for line in lines if not line.startswith("  bench ")) <= width  # a command is copied whole
     whole = LONG in shown[6]
     assert whole == (width != 80)
     if width == 80:
@@ -106,6 +107,17 @@ def test_a_row_without_a_rank_says_what_it_lacks_and_the_command_for_it(board: B
     said = views.terminal(board)
     assert f"  {command} --results {board.results}\n" in said
     assert "--suite autoattack --dataset digits --model weak " in said
+
+
+def test_rows_that_one_command_supplies_share_it(tmp_path: Path):
+    for model in ("a", "b"):
+        save(tmp_path, "pgd", "11110000", model)
+    save(tmp_path, "pgd", "11110000", "c", info=MOE)
+    text = views.terminal(boards(tmp_path)[0], width=80)
+    assert "\na, b have no rank: no autoattack with its default parameters\n  bench run --suite autoattack " in text
+    assert " --model a,b --n-examples 8 " in text
+    assert "\nc has no rank: no autoattack with its default parameters; no adaptive" in text
+    assert text.count("bench run") == 2
 
 
 @pytest.mark.parametrize("flag", ["outputs depend on chance", "outputs depend on the batch"])
