@@ -98,13 +98,13 @@ def _annotation(line: str) -> str:
 
 def _table(report: Report) -> list[dict[str, str]]:
     return [
-        {
+        {  # short titles, since each is padded: names shall have the room
             "model": row.model,
-            "checkpoint": row.checkpoint,
+            "weights": row.checkpoint,
             "suite": row.suite,
             "of": _MEASURES.get(row.measure, row.measure),
             "n": str(row.n),
-            "before → now": f"{100 * row.baseline:.2f} → {100 * row.now:.2f}",
+            "was → now": f"{100 * row.baseline:.2f} → {100 * row.now:.2f}",
             "drop": f"{100 * row.drop:.2f}",
             "p": f"{row.p_adjusted:.2g}",
             "verdict": _VERDICTS[row.verdict],
