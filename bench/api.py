@@ -203,6 +203,7 @@ def _own(x: Any, y: Any, model: str | nn.Module) -> Dataset:
     import torch
 
     from bench.datasets.base import Dataset, EvalSet, fingerprint
+    from bench.models.choices import plain
     from bench.models.foreign import Guarded
     from bench.spec import ThreatModel
 
@@ -224,7 +225,7 @@ def _own(x: Any, y: Any, model: str | nn.Module) -> Dataset:
         raise UnusableInput(f"x and y are for a model of your own, and '{model}' is a word: give the module")
     with torch.no_grad(), _borrowed(model):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        logits = Guarded(model)(pixels[:2].to(device))
+        logits = Guarded(plain(model))(pixels[:2].to(device))
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         raise UnusableInput("the model gives no logits (n, classes) for these images")
     if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):

@@ -32,7 +32,8 @@ def eval_frozen(model: nn.Module) -> Iterator[None]:
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         switch_mode(model, training=False)
-        model.requires_grad_(False)
+        for parameter, _ in flags:  # a scripted module has no `requires_grad_` of its own
+            parameter.requires_grad_(False)
         yield
     finally:
         for module, training in modes:

@@ -6,7 +6,7 @@ Axes: B = images of a batch, C = classes, D = draws.
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import ismethod
@@ -208,7 +208,16 @@ class Guarded(nn.Module):
         return answer
 
     def _cast(self, logits: Any, x: Tensor) -> Any:
-        """Logits in float32, with a gradient, though it be zero; anything but a tensor of numbers is given as it is."""
+        """Logits in float32, with a gradient, though it be zero; anything but a tensor of numbers is given as it is.
+
+        Of a dict they are its `logits`, of a tuple its first entry.
+        """
+        if isinstance(logits, Mapping) and isinstance(logits.get("logits"), Tensor):
+            self.seen.add("outputs are a dict, whose `logits` are scored")
+            logits = logits["logits"]
+        elif isinstance(logits, tuple | list) and logits and isinstance(logits[0], Tensor):
+            self.seen.add("outputs are a tuple, whose first entry is scored")
+            logits = logits[0]
         if not isinstance(logits, Tensor) or logits.is_complex():
             return logits
         if logits.dtype != torch.float32:

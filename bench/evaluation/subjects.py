@@ -17,6 +17,7 @@ from bench.datasets.base import Dataset
 from bench.errors import UnusableInput, users_code
 from bench.job import Subject
 from bench.models.checkpoints import available, checkpoint_path, find_checkpoint, load_checkpoint
+from bench.models.choices import plain
 from bench.models.foreign import settings_kept, switch_mode
 from bench.models.gates import Gates, declared, find_gates
 from bench.models.parts import is_dual, is_moe, is_traced
@@ -99,8 +100,14 @@ def _from_checkpoint(path: Path, dataset: Dataset, threat_model: ThreatModel) ->
 
 
 def foreign_subject(model: nn.Module, name: str) -> Subject:
-    """A model of the user's own as it is called on the boards; its identity is still open (`identified`)."""
-    flags = () if routing_visible(model) else (HIDDEN,)
+    """A model of the user's own as it is called on the boards; its identity is still open (`identified`).
+
+    A compiled one is scored uncompiled: hooks inside see nothing of what a compiler has fused.
+    """
+    inner = plain(model)
+    compiled, model = inner is not model and not isinstance(model, nn.DataParallel), inner
+    flags: tuple[str, ...] = () if routing_visible(model) else (HIDDEN,)
+    flags += ("compiled, scored uncompiled",) * compiled
     return Subject(model, _foreign_info(name, model, None), flags, foreign=True)
 
 
