@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bench.boards.columns import columns
+from bench.report.beside import clean_images
 from bench.report.details import read
 from bench.report.page import headline, page, verdict
 
@@ -119,7 +120,7 @@ def test_the_command_that_judges_the_pictures_again_is_shown(results: Path, text
 def test_all_columns_of_the_board_are_there_and_the_main_ones_shown(results: Path, text: str):
     (board,) = (board for board, _ in read(results) if board.stem == "digits_Linf-0.2")
     table = text[text.index('<table class="board" id="digits_Linf-0.2') :]
-    heads = re.findall(r'<th class="([^"]*)" data-column="([^"]*)"', table[: table.index("</thead>")])
+    heads = re.findall(r'<th scope="col" class="([^"]*)" data-column="([^"]*)"', table[: table.index("</thead>")])
     assert [key for _, key in heads] == [column.key for column in columns(board.rows)]
     visible = [key for classes, key in heads if "off" not in classes]
     assert visible == ["rank", "model", "ra", "ra_worst", "certified_accuracy", "flags"]  # n and SA are all the same
@@ -162,6 +163,20 @@ def test_a_users_words_are_escaped_everywhere(save_run: Any, certify_run: Any, t
     assert html.escape("<script>alert") in drawn
     (command,) = {line for line in re.findall(r"<code>(bench replay .*?)</code>", text) if "pgd" in line}
     assert html.unescape(command).startswith("bench replay '")
+
+
+@pytest.mark.slow  # 200 figures
+def test_the_report_on_the_shipped_results_is_small_and_whole(tmp_path: Path):
+    shipped = Path(__file__).parents[2] / "results"
+    text = page(shipped, {}, clean_images(tmp_path))
+    assert len(text.encode()) < 3_000_000
+    elements = Elements(text)
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    models = [attributes for tag, attributes in elements.found if attributes.get("class") == "model"]
+    assert elements.said.count("Where the numbers come from") == len(models) > 20
+    assert "Adversarial examples" in elements.said
+    assert "The clean images are not shown" not in elements.said  # digits need no folder
 
 
 def test_verdicts_in_one_sentence(results: Path, save_run: Any, tmp_path: Path):
