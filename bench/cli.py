@@ -304,7 +304,7 @@ def tune(
 
 
 #: Why a suite had nothing to attack on a model that gets images right, and what to do.
-_IDLE = "it shows no router with experts (docs/your-own-model.md); show them, or run autoattack"
+_IDLE = "it shows no router with experts, and no gates are named (docs/your-own-model.md); show them, or run autoattack"
 
 
 @app.command()

@@ -129,7 +129,8 @@ def _names(
         own = [*vars(module), *_keys(module.named_parameters), *_keys(module.named_buffers)]
         own = [attribute for attribute in own if not attribute.startswith("_") and _ROUTES.search(attribute)]
         found += [f"{name}.{attribute}".lstrip(".") for attribute in own]
-        if not own and _ROUTES.search(type(module).__name__):
+        holds = any(_within(outer, name) for outer in known)  # the class is named for what is known
+        if not own and not holds and _ROUTES.search(type(module).__name__):
             found.append(name)
     return iter(dict.fromkeys(_glob(name) or type(model).__name__ for name in found))
 

@@ -279,3 +279,25 @@ def _of_timm(name: str) -> Choices:
         return find_choices(model.eval(), torch.rand(2, 3, 64, 64))
     except (AssertionError, RuntimeError):
         return find_choices(model.eval(), torch.rand(2, *model.default_cfg["input_size"]))
+
+
+def test_the_class_of_a_model_is_no_sign_where_what_it_is_named_for_is_known():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.one_hot(self.gate(x).argmax(1), 3) * x[:, :3]
+
+    class VMoE(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x.flatten(1))
+
+    x = torch.rand(4, 3, 2, 2)
+    assert find_choices(VMoE(), x).names
+    assert find_choices(VMoE(), x, gates=["block.gate"]) == NOTHING == find_choices(VMoE(), x, known=["block"])

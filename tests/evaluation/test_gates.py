@@ -1,0 +1,87 @@
+"""Named gates from the command line to a ranked row."""
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.attacks.adaptive import BUDGETS, Budget
+from bench.results.store import read_runs
+
+DOCS = Path(__file__).parents[2] / "docs" / "your-own-model.md"
+TINY = Budget(4, 2, 3, 1, 3, (), 1, 2, 1, 10)
+
+
+@pytest.fixture
+def vmoe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The documents' own V-MoE as a module in the current folder, with a second factory that names its gates itself."""
+    for name in BUDGETS:
+        monkeypatch.setitem(BUDGETS, name, TINY)
+    code = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[0]
+    assert "class VMoE" in code
+    named = "\n\ndef named():\n    model = build()\n    model.gates = ['blocks.*.gate']\n    return model\n"
+    (tmp_path / "documented_vmoe.py").write_text(code + named)
+    importlib.invalidate_caches()
+    yield "documented_vmoe"
+    sys.modules.pop("documented_vmoe", None)
+
+
+@pytest.mark.slow
+def test_a_users_own_vmoe_comes_from_nothing_to_a_ranked_row(
+    bench: Any, vmoe: str, cut_autoattack: Any, unprobed: None
+):
+    cut_autoattack(2, 2, 10)
+    words = ["run", "--model", f"{vmoe}:build", "--gates", "blocks.*.gate", "--suite", "autoattack,adaptive"]
+    status, out, err = bench(*words, "--n-examples", "30")
+    assert status == 0, err
+    assert "routes inside: blocks.0.gate (top-2 of 4), blocks.1.gate (top-2 of 4)" in out
+    for run in read_runs(Path("results")):
+        assert run.result.spec.gates == ("blocks.0.gate", "blocks.1.gate")
+        assert "--gates blocks.0.gate --gates blocks.1.gate" in run.result.spec.command()
+    status, out, err = bench("leaderboard")
+    assert status == 0, err
+    row = next(line for line in out.splitlines() if "documented_vmoe" in line)
+    assert row.split()[0] == "1", out
+
+
+def test_gates_named_by_glob_and_by_the_model_give_the_same_rows(bench: Any, vmoe: str, unprobed: None):
+    words = ["--suite", "adaptive", "--n-examples", "30", "--json"]
+    status, out, err = bench("run", "--model", f"{vmoe}:build", "--gates", "blocks.*.gate", *words)
+    assert status == 0, err
+    status, other, err = bench("run", "--model", f"{vmoe}:named", *words)
+    assert status == 0, err
+    (one,), (same,) = json.loads(out), json.loads(other)
+    assert one["spec"]["gates"] == same["spec"]["gates"] == ["blocks.0.gate", "blocks.1.gate"]
+    rows = {run.result.spec.model[-5:]: run.verdicts() for run in read_runs(Path("results"))}
+    assert rows["build"].equals(rows["named"])
+    assert one["passes"] == same["passes"]
+
+
+def test_a_model_that_is_declared_to_have_no_routes_says_so(bench: Any, vmoe: str, unprobed: None):
+    words = ["--suite", "clean", "--n-examples", "8"]
+    status, out, err = bench("run", "--model", f"{vmoe}:named", "--gates", "none", *words)
+    assert status == 0, err
+    assert "declared by the user to have no routes" in out
+    assert "routes not named" not in out
+    _, out, _ = bench("run", "--model", f"{vmoe}:build", *words)
+    assert "routes not named" in out
+
+
+@pytest.mark.parametrize(
+    ("model", "gate", "why"),
+    [
+        ("build", "blocks.*.gat", "did you mean 'blocks.1.gate'?"),
+        ("build", "embed", "name a module whose output is the scores"),
+        ("moe-at", "router", "--gates names gates of a model of your own, and moe-at is none"),
+    ],
+)
+def test_gates_that_cannot_be_used_are_one_line(model: str, gate: str, why: str, bench: Any, vmoe: str, unprobed: None):
+    word = model if "-" in model else f"{vmoe}:{model}"
+    status, out, err = bench("run", "--model", word, "--gates", gate, "--suite", "clean", "--n-examples", "8")
+    assert (status, out) == (2, "")
+    assert why in err.splitlines()[-1]
