@@ -10,7 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs" / "example-plugin"
-TINY = ["epochs=3", "n_train=200", "n_val=50", "batch_size=50", "expert=linear", "router=pooled", "num_experts=2"]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +17,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for sys.path that holds the installed plugin."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for path in EXAMPLE.rglob("*"):
-        if path.suffix in (".py", ".toml"):
+        if path.suffix in (".py", ".toml", ".yaml"):
             (source / path.relative_to(EXAMPLE)).parent.mkdir(exist_ok=True)
             (source / path.relative_to(EXAMPLE)).write_bytes(path.read_bytes())
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
@@ -41,6 +40,7 @@ def test_what_an_installed_plugin_adds_is_there_by_name(plugin: Path, tmp_path: 
         ("suites", "noise"),
         ("datasets", "corners"),
         ("objectives", "smooth"),
+        ("recipes", "corners"),
     ]:
         assert name in call("list", what, cwd=tmp_path, paths=[plugin]).stdout.splitlines()
         assert name not in call("list", what, cwd=tmp_path, paths=[]).stdout.splitlines()
@@ -48,8 +48,7 @@ def test_what_an_installed_plugin_adds_is_there_by_name(plugin: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_a_plugins_variant_is_trained_attacked_and_named_with_its_origin(plugin: Path, tmp_path: Path):
-    settings = [word for setting in (*TINY, "smoothing=0.2") for word in ("--set", setting)]
-    call("train", "moe-smooth", "--dataset", "corners", *settings, cwd=tmp_path, paths=[plugin])
+    call("train", "moe-smooth", "--dataset", "corners", cwd=tmp_path, paths=[plugin])
     options = ("--dataset", "corners", "--suite", "clean,noise", "--set", "draws=3", "--json")
     clean, noise = json.loads(call("run", *options, cwd=tmp_path, paths=[plugin]).stdout)
     assert clean["clean_accuracy"]["value"] > 0.5

@@ -12,20 +12,23 @@ from bench.errors import UnusableInput, did_you_mean
 from bench.models.architecture import Dense, Dual, Inside, Network, Routed
 from bench.models.layers import parameters_of
 from bench.models.variants import Variant, get_variant
-from bench.registry import named_plugins
+from bench.registry import Registry, named_plugins
 from bench.settings import parse_value
 from bench.spec import Recipe, ThreatModel, TrainSpec, build
 from bench.training.objectives.base import OBJECTIVES, Objective
 
-FOLDER = Path(__file__).parent
+#: YAML files by recipe: those in this folder, and those of plugins.
+RECIPES: Registry[Path] = Registry("recipe", group="bench.recipes")
+for _path in Path(__file__).parent.glob("*.yaml"):
+    RECIPES.register(_path.stem)(_path)
 #: The recipe's fields that are parameters of MoE blocks inside a network, and of networks, where they have them.
 _INSIDE = ("route_by", "balance_loss")
 _SIZES = ("width", "image_size", "patch_size", "norm", *_INSIDE)
 
 
 def recipes() -> list[str]:
-    """Names of the presets in this folder."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """Names of all presets."""
+    return list(RECIPES)
 
 
 #: How long one variant takes by the recipes that are made for two CPU cores.
@@ -51,9 +54,7 @@ def first_training(dataset: Dataset, data_root: Path, checkpoints: Path) -> str:
 
 def read_recipe(name: str) -> Recipe:
     """The preset called `name`; UnusableInput with the nearest name where there is none."""
-    if name not in recipes():
-        raise UnusableInput(f"unknown recipe '{name}': {did_you_mean(name, recipes())}")
-    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    text = RECIPES[name].read_text(encoding="utf-8")
     return build(Recipe, f"recipe '{name}'", _numbers(yaml.safe_load(text)))
 
 

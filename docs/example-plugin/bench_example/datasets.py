@@ -18,7 +18,7 @@ class Corners(Dataset):
     mean = (0.3,)
     std = (0.2,)
     threat_model = ThreatModel(norm="Linf", eps=0.1)
-    recipe = "digits"
+    recipe = "corners"
 
     def read(self, split: Split, root: Path, limit: int | None = None) -> Images:
         count, seed = (400, 0) if split == "train" else (100, 1)
