@@ -1,6 +1,7 @@
 """The commands: parse into specs, call, print. What is heavy is imported inside the command that needs it."""
 
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -482,6 +483,10 @@ def _table(results: "Sequence[Result]") -> str:
                 [name, f"{100 * rate.value:.2f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"]
                 for name, rate in result.components.items()
             ]
+            for name, use in result.gates.items():
+                load = "/".join(f"{100 * share:.0f}" for share in use.load)
+                lines.append([f"{name} load", f"{load} (entropy {use.entropy:.2f} of {math.log(len(use.load)):.2f})"])
+                lines.append([f"{name} route-flip rate", f"{100 * use.flipped:.2f}"])
             headers = [f"{result.spec.model}: {result.spec.suite}", "% [95 %]"]
             tables.append(tabulate(lines, headers=headers, disable_numparse=True))
     return "\n\n".join(tables)

@@ -157,6 +157,33 @@ class _AtCall(TorchFunctionMode):
         return output
 
 
+def selected(scores: Tensor, k: int) -> Tensor:
+    """Which experts (m, T, E) have the k largest scores."""
+    best = scores.topk(k, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+
+
+class SinglePath(nn.Module):
+    """A model in which one expert of a site is among the selected ones at every token."""
+
+    def __init__(self, model: nn.Module, site: Site, expert: int) -> None:
+        super().__init__()
+        self.model, self.site, self.expert = model, site, expert
+
+    def forward(self, x: Tensor) -> Tensor:
+        def change(scores: Tensor) -> Tensor:
+            mine = torch.arange(self.site.num_experts, device=scores.device) == self.expert
+            return lifted(scores, mine.expand(*scores.shape[:2], -1), self.site.k)
+
+        with intercepted(self.site, change):
+            return self.model(x)
+
+
+def single_paths(model: nn.Module, site: Site) -> dict[str, nn.Module]:
+    """The model with each expert of a site forced, by name: `blocks.1.gate=2`."""
+    return {f"{site.name}={expert}": SinglePath(model, site, expert) for expert in range(site.num_experts)}
+
+
 @contextmanager
 def intercepted(
     site: Site, change: Change, around: Callable[[], AbstractContextManager[object]] = nullcontext

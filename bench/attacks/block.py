@@ -115,6 +115,7 @@ class Block:
     seed: int
     passes: PassCounter
     flags: list[str] = field(default_factory=list)
+    gates: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # of gates inside, what suites have counted
     attacks: list[str] = field(
         default_factory=list
     )  # in the order they run, also those that had no example left to attack

@@ -25,7 +25,7 @@ from bench.models.deployed import eval_frozen, full_float32
 from bench.models.parts import set_alpha
 from bench.randomness import block_seed, seeded
 from bench.results.metrics import robust_by_example
-from bench.results.schema import Result
+from bench.results.schema import GateUse, Result
 from bench.results.store import RunFolder, read_runs, run_folder
 from bench.results.witnesses import FILE, Witnesses
 from bench.spec import RunSpec
@@ -225,6 +225,7 @@ def _finish(folder: RunFolder, job: Job[Suite], device: str) -> Result:
         model_flags=tuple(dict.fromkeys([*subject.flags, *report.model_flags, *notes])),
         data_note=data.note,
         passes=report.passes,
+        gates={name: GateUse.of(counts, len(data)) for name, counts in report.gates.items()},
         environment=environment(device, max(report.thread_counts, default=torch.get_num_threads())),
         git_hash=git_hash(),
         seconds=round(report.seconds, 3),

@@ -26,7 +26,7 @@ from bench.models.deployed import Prediction, dependence, predict, validate_outp
 from bench.models.foreign import DRAWS, Guarded, settings_kept
 from bench.models.gates import NONE
 from bench.models.parts import is_moe, parts
-from bench.models.sites import is_block, sites
+from bench.models.sites import is_block, single_paths, sites
 from bench.randomness import block_seed, seeded
 from bench.results.flags import BY_CHANCE, DECLARED, HIDDEN_ROUTES, ROUTES_INSIDE, WEAKER
 from bench.results.schema import VERDICT_COLUMNS
@@ -163,6 +163,7 @@ class Examiner:
         report = record.report
         if weaker := self.suite.weaker_than_default(self.spec.threat_model):
             block.flags.append(f"{WEAKER}{weaker}")
+        report.gates = block.gates
         report.flags, report.attacks = sorted({*report.flags, *block.flags}), block.attacks
         report.seconds, report.thread_counts = time.perf_counter() - started, [torch.get_num_threads()]
         if isinstance(self.model, Guarded):
@@ -234,7 +235,7 @@ class Examiner:
     def _take(self, attempt: Attempt, block: Block, record: _Record) -> None:
         """Judge an attempt, and take its rows, its cost and what it broke into the record."""
         whole = attempt.target == "F"
-        target = self.model if whole else parts(self.model)[attempt.target]
+        target = self.model if whole else self._part(attempt.target)
         x, y = record.x[attempt.rows], record.y[attempt.rows]
         self.model.eval()  # the attack may have left it in another mode
         visible = self.info.routing_visible
@@ -255,6 +256,13 @@ class Examiner:
         record.report.add(attempt, judged)
         if whole:
             self.on_attack(attempt.attack, len(rows), int(record.unbroken[rows].sum()))
+
+    def _part(self, name: str) -> nn.Module:
+        """A part of the model, or the model with one expert of a gate forced."""
+        known: dict[str, nn.Module] = dict(parts(self.model))
+        for site in sites(self.model) if name not in known else ():
+            known |= single_paths(self.model, site)
+        return known[name]
 
     def _fail(self, error: Exception, record: _Record) -> None:
         """The rows of a suite that raised: errors for what it was to attack and has not broken."""

@@ -15,7 +15,8 @@ class BlockReport(BaseModel):
 
     attacks: those on F in the order they ran, also those that had no example left. passes: attack → forwards and
     backwards, in examples. unconfirmed: attack → successes that the re-check does not confirm. seconds: of the block.
-    thread_counts: the numbers of threads that blocks ran with.
+    thread_counts: the numbers of threads that blocks ran with. gates: of each gate inside a network how often it
+    selected each expert (`load`), and in how many images an attack on it changed a route (`flipped`).
     """
 
     flags: list[str] = Field(default_factory=list)
@@ -26,6 +27,7 @@ class BlockReport(BaseModel):
     unconfirmed: dict[str, int] = Field(default_factory=dict)
     seconds: float = 0.0
     thread_counts: list[int] = Field(default_factory=list)
+    gates: dict[str, dict[str, list[int]]] = Field(default_factory=dict)
 
     def add(self, attempt: Attempt, judged: Judgement) -> None:
         """Take up an attempt and what the re-check makes of it."""
@@ -43,6 +45,11 @@ class BlockReport(BaseModel):
                 own.extend(value for value in dict.fromkeys(more) if value not in own)
             for attack, counts in report.passes.items():
                 whole._count(attack, counts["forwards"], counts["backwards"], report.unconfirmed.get(attack, 0))
+            for gate, counted in report.gates.items():
+                before = whole.gates.get(gate, {})
+                zero = {name: [0] * len(values) for name, values in counted.items()}
+                sums = {name: zip(before.get(name, zero[name]), counted[name], strict=True) for name in counted}
+                whole.gates[gate] = {name: [a + b for a, b in pairs] for name, pairs in sums.items()}
             whole.seconds += report.seconds
         return whole
 

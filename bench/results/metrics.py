@@ -157,8 +157,8 @@ def accuracy_after(verdicts: pd.DataFrame, attacks: Iterable[str] | None = None)
 def component_rates(verdicts: pd.DataFrame) -> dict[str, "pd.Series[bool]"]:
     """What the rows of suite `components` tell, each as one truth value per example, indexed by idx.
 
-    RA-E-fixed, RA-E-any, RA-R and `route-flip rate` (whether the route was changed), then `<part> SA` and `<part> RA`
-    of each part. What the rows have no attack for is not there.
+    RA-E-fixed, RA-E-any, RA-R and `route-flip rate` (whether the route was changed), `RA-R <gate>` of each gate inside
+    a network, then `<part> SA` and `<part> RA` of each part. What the rows have no attack for is not there.
     """
     found: dict[str, pd.Series[bool]] = {}
     whole = verdicts[verdicts["target"] == "F"]
@@ -170,6 +170,8 @@ def component_rates(verdicts: pd.DataFrame) -> dict[str, "pd.Series[bool]"]:
     route = whole[whole["attack"] == "route"].set_index("idx")
     if (route["clean_expert"] >= 0).any():  # -1: the model does not show its routes
         found["route-flip rate"] = (route["clean_expert"] != route["adv_expert"]) & (route["status"] == "ok")
+    for gate, rows in whole[whole["attack"].str.startswith("route:")].groupby("attack", sort=False):
+        found[f"RA-R {str(gate).removeprefix('route:')}"] = rows.groupby("idx")["robust"].all()
     for part, rows in verdicts[verdicts["target"] != "F"].groupby("target", sort=False):
         found[f"{part} SA"] = rows.groupby("idx")["clean_correct"].all()
         found[f"{part} RA"] = rows.groupby("idx")["robust"].all()

@@ -1,5 +1,6 @@
 """What a finished run is: the columns of its verdict rows, its result, and which rows and results can be. No torch."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
@@ -45,6 +46,25 @@ class Accuracy(Spec):
         return cls(value=successes / n, low=low, high=high, n=n)
 
 
+class GateUse(Spec):
+    """How a gate inside a network routes the clean images, and under an attack on it.
+
+    load: the share of its selections that each expert gets. entropy: of the load, in nats. flipped: the fraction of
+    images in which the attack changed what it selects at any token.
+    """
+
+    load: tuple[float, ...]
+    entropy: float
+    flipped: float
+
+    @classmethod
+    def of(cls, counts: dict[str, list[int]], images: int) -> Self:
+        """From how often each expert was selected (`load`), and in how many of the images a route was changed."""
+        load = tuple(count / max(1, sum(counts["load"])) for count in counts["load"])
+        entropy = -sum(share * math.log(share) for share in load if share)
+        return cls(load=load, entropy=entropy, flipped=counts["flipped"][0] / images)
+
+
 class Result(Spec):
     """A finished run. Accuracies are fractions in [0, 1]."""
 
@@ -61,6 +81,7 @@ class Result(Spec):
     components: dict[str, Accuracy] = Field(
         default_factory=dict, description="RA-E-fixed, RA-E-any, RA-R, route-flip rate, and each part's own SA and RA"
     )
+    gates: dict[str, GateUse] = Field(default_factory=dict, description="of gates inside a network, by `components`")
     errors: int = Field(description="rows with status error")
     error_messages: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()

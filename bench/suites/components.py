@@ -7,6 +7,10 @@ The paper reports RA-E and RA-R without a definition that could be repeated; the
 - RA-R: on the router, for a change of route, scored on F; the share of routes that it changes stands beside it;
 - each expert's and branch's own accuracy, clean and under PGD on that part alone.
 
+Of a gate inside a network, RA-R is of PGD that leaves its clean experts at all tokens, and a part is the whole model
+with one expert forced at every token (Pavlitska et al. 2025 saw single paths that are more robust than the whole). Its
+load, entropy and share of changed routes are in the result's `gates`.
+
 Of a dual, i* and the route are those of its robust branch R, and the experts those of both branches.
 """
 
@@ -19,10 +23,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.attacks.block import Attempt, Block
-from bench.attacks.gradients import differentiable
+from bench.attacks.gradients import differentiable, logarithms
+from bench.errors import UnusableInput
 from bench.models.parts import is_dual, parts, routed_branch
+from bench.models.sites import Site, intercepted, selected, single_paths, sites
 from bench.pgd import pgd, random_start
-from bench.spec import Norm
+from bench.spec import NOT_FORCED, Norm
 from bench.suites.base import SUITES, Cost, Suite
 
 
@@ -42,11 +48,18 @@ class Components(Suite):
     step_size: float | None = Field(default=None, gt=0, description="in pixels of [0, 1]; None: ε/4")
 
     def cost(self, num_classes: int, model: nn.Module | None = None) -> Cost | None:
-        attacked = 4 if model is None else len(parts(model))
+        attacked = 4 if model is None else len(parts(model)) + sum(s.num_experts for s in sites(model) if not s.whole)
         passes = self.steps * (attacked + 1)  # the route as well
         return Cost(passes, passes) if attacked else None
 
     def attack(self, block: Block) -> Iterator[Attempt]:
+        yield from self._whole(block)
+        for site in sites(block.model):
+            if not (site.whole or site.soft or site.experts_choose):
+                yield from self._gate(block, site)
+
+    def _whole(self, block: Block) -> Iterator[Attempt]:
+        """The experts and branches that are whole networks, and the router."""
         model, every = block.model, torch.arange(len(block.y), device=block.y.device)
         classifiers = parts(model)
         if not classifiers:
@@ -63,20 +76,60 @@ class Components(Suite):
         if moe is None:
             return
         with torch.no_grad():
-            chosen = moe.router(block.x).argmax(1)
+            scores = moe.router(block.x)
+        if not isinstance(scores, Tensor) or scores.shape != (len(every), len(moe.experts)):
+            raise UnusableInput("components needs a router that gives scores (images, experts): this one gives others")
+        chosen = scores.argmax(1)
         prefix = "R." if is_dual(model) else ""
         experts = torch.stack([found[f"{prefix}expert:{i}"] for i in range(len(moe.experts))])
         yield block.attempt("expert-fixed", every, experts[chosen, every])
-        scores = differentiable(moe.router, block.x, block.threat_model.eps)
+        ascended = differentiable(moe.router, block.x, block.threat_model.eps)
         with block.passes.also(*([moe.router] if isinstance(moe.router, nn.Module) else [])):
-            x_route = self._pgd(block, _flip(scores, chosen))
+            x_route = self._pgd(block, _flip(ascended, chosen))
         yield block.attempt("route", every, x_route)
+
+    def _gate(self, block: Block, site: Site) -> Iterator[Attempt]:
+        """A gate inside the network: its route, and each of its experts forced at every token."""
+        model, every = block.model, torch.arange(len(block.y), device=block.y.device)
+        if (clean := _read(model, site, block.x)) is None or len(clean) != len(every):
+            block.flags.append(f"components: {site.name}: {NOT_FORCED}")
+            return
+        own = selected(clean, site.k)
+
+        def leaves(x: Tensor) -> Tensor:
+            scores = _read(model, site, x)
+            assert scores is not None
+            weakest = scores.masked_fill(~own, torch.inf).amin(-1)
+            return (scores.masked_fill(own, -torch.inf).amax(-1) - weakest).clamp_max(0).mean(1)
+
+        x_route = self._pgd(block, leaves)
+        after = _read(model, site, x_route)
+        assert after is not None
+        flipped = (selected(after, site.k) != own).flatten(1).any(1)
+        block.gates[site.name] = {"load": own.sum((0, 1)).tolist(), "flipped": [int(flipped.sum())]}
+        yield block.attempt(f"route:{site.name}", every, x_route)
+        for name, part in single_paths(model, site).items():
+            block.on_attack(f"pgd on {name}", len(every), len(every))
+            yield block.attempt("pgd", every, self._pgd(block, _cross_entropy(part, block.y)), target=name)
 
     def _pgd(self, block: Block, loss: Callable[[Tensor], Tensor]) -> Tensor:
         threat = block.threat_model
         noise = 2 * torch.rand(block.x.shape).to(block.x.device) - 1
         start = random_start(block.x, threat, noise)
         return pgd(loss, block.x, threat, self.steps, self.step_size or threat.eps / 4, start)
+
+
+def _read(model: nn.Module, site: Site, x: Tensor) -> Tensor | None:
+    """A gate's scores for images x, (m, T, E), with their gradient; None where they cannot be seen."""
+    seen: list[Tensor] = []
+
+    def note(scores: Tensor) -> Tensor:
+        seen.append(scores)
+        return scores
+
+    with intercepted(site, note), torch.set_grad_enabled(x.requires_grad):
+        model(x)
+    return logarithms(seen[0]) if len(seen) == 1 else None
 
 
 def _cross_entropy(part: nn.Module, y: Tensor) -> Callable[[Tensor], Tensor]:

@@ -5,10 +5,13 @@ from math import log
 from typing import Any
 
 import pandas as pd
+import planted_gates
+import planted_routes
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bench import benchmark
 from bench.datasets.base import EvalSet, fingerprint
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
@@ -178,3 +181,29 @@ def test_a_softmax_gates_experts_are_attacked_without_its_weight(linear_moe: Cal
     moe = linear_moe([[[log(3), 0, 0], [0, 0, 0]], FIRST], [[0, 0, 0], [0, 0, 0]], 1, "softmax")
     result, _ = components(moe, data((0.3, 0), y=[0]))
     assert (rates(result)["expert:0 SA"], rates(result)["RA-E-fixed"]) == (1, 1)
+
+
+def gates_of(kind: str, gates: str) -> Any:
+    x, y = planted_routes.images(10)
+    model, options = planted_gates.build(kind), {"suites": ["components"], "gates": [gates], "settings": {"steps": 10}}
+    (result,) = benchmark(model, x=x, y=y, eps=planted_routes.EPS, progress=False, **options).results.values()
+    assert result.errors == 0, result.error_messages
+    return result
+
+
+def test_a_gate_inside_a_network_by_hand():
+    # a pattern that the ball holds turns every image around; the first expert is right in the whole ball
+    result = gates_of("a linear gate", "score")
+    assert rates(result) == {
+        "RA-R": 0.0, "RA-R score": 0.0,
+        "score=0 SA": 1.0, "score=0 RA": 1.0, "score=1 SA": 0.0, "score=1 RA": 0.0,
+    }  # fmt: skip
+    (use,) = result.gates.values()
+    assert (use.load, use.entropy, use.flipped) == ((1.0, 0.0), 0.0, 1.0)
+
+
+def test_every_gate_of_a_network_has_its_own_rates():
+    result = gates_of("two gates at once", "blocks.*.score")
+    assert {name: use.flipped for name, use in result.gates.items()} == {"blocks.0.score": 1.0, "blocks.1.score": 1.0}
+    assert rates(result)["RA-R"] == 1.0  # one gate alone changes no class
+    assert [rates(result)[f"blocks.1.score={expert} SA"] for expert in range(2)] == [1.0, 1.0]
