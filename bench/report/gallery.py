@@ -26,6 +26,7 @@ Image = NDArray[np.float32]
 CleanImages = Callable[[Run], Mapping[int, Image]]
 
 SHOWN = 6  # pictures of a model
+LARGEST = 128  # pixels of a side
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Picture:
     adv_pred: int
     clean_expert: int  # -1: not visible
     adv_expert: int
-    distance: float  # in the run's norm where it is stored (Linf, L2), else in Linf
+    distance: float  # of the two images, in this norm: the run's where verdicts have it
+    norm: str
     clean: str | None  # data URIs; None where the clean images are not at hand
     attacked: str
     difference: str | None
@@ -113,11 +115,12 @@ def _picture(kept: _Kept, clean: Image | None) -> Picture:
     if clean is not None:
         change = kept.x_adv - clean
         difference = png(0.5 + 0.5 * change / (float(np.abs(change).max()) or 1.0))
-    norm = kept.run.result.spec.threat_model.norm
+    norm = "L2" if kept.run.result.spec.threat_model.norm == "L2" else "Linf"
     return Picture(
         run=kept.run,
         **{column: kept.row[column] for column in columns},
-        distance=kept.row["l2" if norm == "L2" else "linf"],
+        distance=kept.row[norm.lower()],
+        norm=norm,
         clean=None if clean is None else png(clean),
         attacked=png(kept.x_adv),
         difference=difference,
@@ -125,11 +128,12 @@ def _picture(kept: _Kept, clean: Image | None) -> Picture:
 
 
 def png(image: Image) -> str:
-    """A data URI of a (C, H, W) image; one channel is grey, of other numbers than three the first is shown."""
+    """A data URI of a (C, H, W) image, large ones shrunk; unless it has three channels, the first in grey."""
     from PIL import Image as Pillow
 
     pixels = np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
     array = pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels[0]
-    buffer = io.BytesIO()
-    Pillow.fromarray(array).save(buffer, format="PNG", optimize=True)
+    picture, buffer = Pillow.fromarray(array), io.BytesIO()
+    picture.thumbnail((LARGEST, LARGEST), Pillow.Resampling.BOX)
+    picture.save(buffer, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -67,14 +67,14 @@ def page(results: Path, histories: Mapping[str, pd.DataFrame], clean_images: Cle
     found = read(results, histories)
     found.sort(key=lambda pair: not any(row.ranked for row in pair[0].rows))
     boards = [_board(board, models, clean_images, drawn) for board, models in found]
-    finished = sorted(
-        source.result.finished[:10] for board in boards for m in board["models"] for source in m["sources"]
-    )
+    runs = {run.path: run.result for board, _ in found for run in board.left_out}
+    runs |= {run.path: run.result for _, models in found for model in models for run in model.row.runs}
+    finished = sorted(result.finished[:10] for result in runs.values())
     return environment.get_template("page.html").render(
         boards=boards,
         results=str(results),
         models=len({model.row.info.checkpoint_sha256 + model.row.name for _, models in found for model in models}),
-        runs=len({run.path for _, models in found for model in models for run in model.row.runs}),
+        runs=len(runs),
         since=finished[0],
         until=finished[-1],
     )

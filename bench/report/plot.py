@@ -25,27 +25,30 @@ def plot(
     board: str | None = None,
     model: str | None = None,
     histories: Mapping[str, pd.DataFrame] | None = None,
-) -> Drawing:
-    """Draws the figure called `word` of what lies below `results` and writes it to `out`.
+) -> None:
+    """Writes the figure called `word` of what lies below `results`; UnusableInput as for boards and `drawn`."""
+    if out.suffix.lower() not in WRITERS:
+        raise UnusableInput(f"--out {out}: a figure is written as {' or '.join(WRITERS)}, by the ending of its name")
+    drawing = drawn(word, [] if word not in KINDS else read(results, histories), board, model)
+    write_atomically(out, WRITERS[out.suffix.lower()](drawing))
 
-    `board` is a board's file name without its ending, `model` a row's. UnusableInput for unknown ones, where none of
-    those that are meant has such a figure, and where several have and none is named.
+
+def drawn(word: str, found: Sequence[tuple[Board, list[Model]]], board: str | None, model: str | None) -> Drawing:
+    """The figure called `word`. `board` is a board's file name without its ending, `model` a row's name.
+
+    UnusableInput for unknown ones, where none of those that are meant has such a figure, and where several have.
     """
     if word not in KINDS:
         raise UnusableInput(f"unknown figure '{word}': {did_you_mean(word, KINDS)}")
-    if out.suffix.lower() not in WRITERS:
-        raise UnusableInput(f"--out {out}: a figure is written as {' or '.join(WRITERS)}, by the ending of its name")
-    candidates = _candidates(KINDS[word].of, read(results, histories), board, model)
-    drawn = {name: drawing for name, models in candidates.items() if (drawing := KINDS[word].draw(models)) is not None}
-    if not drawn:
-        raise UnusableInput(f"nothing below '{results}' has a figure '{word}': {KINDS[word].shows}")
-    if len(drawn) > 1:
-        boards = list(dict.fromkeys(stem for stem, _ in drawn))
-        option, names = ("--board", boards) if len(boards) > 1 else ("--model", [name for _, name in drawn])
+    candidates = _candidates(KINDS[word].of, found, board, model)
+    made = {name: drawing for name, models in candidates.items() if (drawing := KINDS[word].draw(models)) is not None}
+    if not made:
+        raise UnusableInput(f"no figure '{word}' ({KINDS[word].shows}) can be drawn of these results")
+    if len(made) > 1:
+        boards = list(dict.fromkeys(stem for stem, _ in made))
+        option, names = ("--board", boards) if len(boards) > 1 else ("--model", [name for _, name in made])
         raise UnusableInput(f"several have a figure '{word}': name one by {option}: {', '.join(names)}")
-    (drawing,) = drawn.values()
-    write_atomically(out, WRITERS[out.suffix.lower()](drawing))
-    return drawing
+    return next(iter(made.values()))
 
 
 def _candidates(

@@ -42,7 +42,8 @@ def save_run() -> Callable[..., Path]:
     """save_run(results, "moe", "adaptive", {"paths": {0: 1, 1: 1}}, …): a run of eight examples, and its folder.
 
     Example i has the label i % 4 and goes to expert i % 2 of an MoE; the last one is wrong without an attack. An attack
-    meets the examples that none before it in the suite has broken. `witnesses`: whether the images are kept.
+    meets the examples that none before it in the suite has broken. `witnesses`: whether the images are kept; `failed`:
+    whether an example that is not robust is so by an error.
     """
 
     def save(
@@ -53,6 +54,7 @@ def save_run() -> Callable[..., Path]:
         info: Mapping[str, Any] = MOE,
         flags: tuple[str, ...] = (),
         witnesses: bool = False,
+        failed: bool = False,
         **fields: Any,
     ) -> Path:
         routed = "num_experts" in info
@@ -71,6 +73,7 @@ def save_run() -> Callable[..., Path]:
                 ))  # fmt: skip
                 kept += [(i, attack)] if hit and attack != "clean" else []
             standing -= own.keys()
+        rows = [(*row[:-1], "error") if failed and row[3] != "clean" and not row[8] else row for row in rows]
         frame = pd.DataFrame(rows, columns=list(VERDICT_COLUMNS)).astype(VERDICT_COLUMNS)
         spec = spec_of(model, suite, **fields)
         result = Result.from_rows(

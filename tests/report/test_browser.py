@@ -18,8 +18,8 @@ HOSTILE = "<script>document.title = 'broken'</script>_with_a_name_that_is_too_lo
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     driver = shutil.which("chromedriver")
-    if driver is None:
-        pytest.skip("no chromedriver here: install Debian's chromium-driver")
+    if driver is None or not any(map(shutil.which, ("chromium", "google-chrome", "chrome"))):
+        pytest.skip("no Chromium with its chromedriver here: install Debian's chromium and chromium-driver")
     with chromium(driver) as started:
         yield started
 

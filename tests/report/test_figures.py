@@ -142,8 +142,13 @@ def test_a_figure_is_a_whole_file_and_the_same_bytes_each_time(
     if kind.of != "board":  # the order of a board's rows is the reader's
         assert svg(again.figure) == svg(drawn[word].figure)
     ElementTree.fromstring(svg(drawn[word].figure))
-    assert pdf(drawn[word].figure).startswith(b"%PDF")
-    assert pdf(again.figure) == pdf(again.figure)
+
+
+def test_a_pdf_is_a_whole_file_and_the_same_bytes_each_time(drawn: dict[str, Drawing]):
+    one = pdf(drawn["attacks"].figure)
+    assert one.startswith(b"%PDF")
+    assert one.endswith(b"%%EOF\n")
+    assert pdf(drawn["attacks"].figure) == one
 
 
 @pytest.mark.parametrize("word", [word for word in KINDS if word != "alpha"])

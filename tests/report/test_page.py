@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bench.boards.columns import columns
+from bench.errors import UnusableInput
 from bench.report.beside import clean_images
 from bench.report.details import read
 from bench.report.page import headline, page, verdict
@@ -136,13 +137,21 @@ def test_what_does_not_apply_is_left_out(save_run: Any, tmp_path: Path):
         assert title not in said
 
 
-def test_images_that_are_not_there_are_said(results: Path):
-    from bench.errors import UnusableInput
+def test_runs_with_errors_are_named_and_count_nowhere(save_run: Any, tmp_path: Path):
+    save_run(tmp_path, "m", "pgd", {"pgd": {0: 1}}, failed=True)
+    said = Elements(page_of(tmp_path)).said
+    assert "0 models, 1 run in" in said
+    assert "Left out, for its 1 rows with status `error`: pgd on m" in said
+    assert "Model by model" not in said
+
+
+def test_images_that_are_not_there_are_said(save_run: Any, tmp_path: Path):
+    save_run(tmp_path, "m", "pgd", {"pgd": {0: 1}}, witnesses=True)
 
     def nowhere(run: Any) -> Any:
         raise UnusableInput("no <images> here")
 
-    said = Elements(page(results, {}, nowhere)).said
+    said = Elements(page(tmp_path, {}, nowhere)).said
     assert "The clean images are not shown: no <images> here." in said
 
 

@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 
+from bench.errors import UnusableInput
+from bench.report.details import read
 from bench.report.figures import KINDS
+from bench.report.plot import drawn
 
 
 def test_the_report_is_one_file_and_the_command_prints_where_it_lies(results: Path, bench: Any, tmp_path: Path):
@@ -48,26 +51,39 @@ def test_a_figure_is_written_as_its_name_ends(ending: str, start: bytes, results
     assert (tmp_path / f"figure.{ending}").read_bytes().startswith(start)
 
 
-def test_what_is_meant_is_asked_for(results: Path, bench: Any, tmp_path: Path):
-    def refused(*words: str) -> str:
+def test_a_figure_is_not_written_where_it_cannot_be_drawn(results: Path, bench: Any, tmp_path: Path):
+    for words, said in (
+        (("flwo",), "error: unknown figure 'flwo': did you mean 'flow'?\n"),
+        (
+            ("flow", "--out", "a.png"),
+            "error: --out a.png: a figure is written as .svg or .pdf, by the ending of its name\n",
+        ),
+    ):
         status, _, err = bench("plot", *words, "--results", str(results))
-        assert status == 2
-        assert err.count("\n") == 1
-        assert not list(tmp_path.glob("*.svg"))
-        return str(err)
-
-    assert "unknown figure 'flwo': did you mean 'flow'?" in refused("flwo")
-    assert "--out a.png: a figure is written as .svg or .pdf" in refused("flow", "--out", "a.png")
-    assert "by --board: digits_Linf-0.1, digits_Linf-0.2" in refused("bounds")
-    assert "by --model: dense, moe" in refused("attacks", "--board", "digits_Linf-0.2")
-    assert "--board digits_0.1: did you mean 'digits_Linf-0.1'?" in refused("bounds", "--board", "digits_0.1")
-    assert "--model mo: did you mean 'moe'?" in refused("flow", "--model", "mo")
-    assert "nothing below" in refused("alpha")
-    assert "shows all models of a board" in refused("bounds", "--model", "moe")
+        assert (status, err) == (2, said)
+        assert list(tmp_path.iterdir()) == []
 
 
-def test_of_one_candidate_none_has_to_be_named(results: Path, bench: Any, tmp_path: Path):
-    for word in ("flow", "eps", "smoothed"):  # of the only model that has it, in whatever ball
-        words = () if word != "flow" else ("--board", "digits_Linf-0.2")
-        assert bench("plot", word, "--results", str(results), *words)[0] == 0
-        assert (tmp_path / f"{word}.svg").exists()
+@pytest.fixture(scope="module")
+def found(results: Path) -> Any:
+    return read(results)
+
+
+def test_what_is_meant_is_asked_for(found: Any):
+    def refused(word: str, board: str | None = None, model: str | None = None) -> str:
+        with pytest.raises(UnusableInput) as error:
+            drawn(word, found, board, model)
+        return str(error.value)
+
+    assert refused("bounds").endswith("name one by --board: digits_Linf-0.1, digits_Linf-0.2")
+    assert refused("attacks", "digits_Linf-0.2").endswith("name one by --model: dense, moe")
+    assert refused("bounds", "digits_0.1") == "--board digits_0.1: did you mean 'digits_Linf-0.1'?"
+    assert refused("flow", None, "mo") == "--model mo: did you mean 'moe'?"
+    assert refused("alpha") == "no figure 'alpha' (the same shares of duals against α) can be drawn of these results"
+    assert "shows all models of a board" in refused("bounds", None, "moe")
+
+
+def test_of_one_candidate_none_has_to_be_named(found: Any):
+    for word in ("eps", "smoothed"):  # of the only model that has it, which is the same in all balls
+        assert drawn(word, found, None, None).title
+    assert drawn("flow", found, "digits_Linf-0.2", None).title
