@@ -39,7 +39,11 @@ app = typer.Typer(
 )
 
 DatasetOption = Annotated[
-    str, typer.Option("--dataset", help="digits, cifar10, tinyimagenet, imagefolder:PATH or imagefolder-grey:PATH")
+    str,
+    typer.Option(
+        "--dataset",
+        help="digits, cifar10, tinyimagenet, imagefolder:PATH or imagefolder-grey:PATH; behind it :size=N resizes",
+    ),
 ]
 SettingsOption = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="a parameter; may be repeated")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="of all random numbers")]

@@ -53,7 +53,8 @@ def commands(text: str) -> Iterator[list[str]]:
     for line in lines:
         if found := re.search(r"(?:^|[\s;&|]|-m )bench (.*)", line):
             words = shlex.split(re.split(r" (?:>|>>|\|\||&&|→) ", found[1])[0], comments=True)
-            yield ["1" if word == "N" else word for word in words if word not in ("…", "--help")]
+            left_out = ("…", "--help", "--install-completion")  # these print or install, and are not tried here
+            yield ["1" if word == "N" else word for word in words if word not in left_out]
 
 
 def _lines(block: str) -> list[str]:
@@ -184,10 +185,27 @@ def test_the_citation_is_of_this_version_and_of_the_paper():
     assert paper["url"] in README
 
 
+def test_the_example_of_ones_own_model_is_seen_and_can_be_ranked(bench: Any, tmp_path: Path):
+    (example, *_) = blocks((ROOT / "docs" / "your-own-model.md").read_text(), "python")
+    (tmp_path / "mine.py").write_text(example)
+    out = bench("doctor", "--model", "mine:build", "--gates", "blocks.*.gate")[1]
+    sys.modules.pop("mine")
+    assert re.search(r"^routes +blocks.0.gate \(top-2 of 4\), blocks.1.gate \(top-2 of 4\): ", out, re.MULTILINE)
+    assert re.search(r"^rank +after suites autoattack and adaptive", out, re.MULTILINE)
+
+
 def test_every_suite_and_data_set_is_in_the_readme():
     told = {name.partition(":")[0] for name in re.findall(r"`([a-z0-9]+(?::[A-Z]+)?)`", README)}
     assert {name.partition(":")[0] for name in names("suites")} <= told
     assert {name for name in DATASETS if name != "imagefolder-grey"} <= told
+
+
+def test_every_page_is_in_the_site():
+    nav = re.findall(r": ([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    boards = {f"leaderboards/{path.name}" for path in (ROOT / "leaderboards").glob("*.md")}
+    assert len(nav) == len(set(nav))
+    assert set(nav) == pages | boards | {"index.md", "contributing.md", "costs.md", "changes.md"}
 
 
 @pytest.mark.slow

@@ -233,7 +233,8 @@ def _routes(
         words = [gate.words for gate in gates[:3]]
         more = f" and {len(gates) - 3} more gates" if len(gates) > 3 else ""
         kind = "a dual; " if is_dual(network) else ""
-        return Finding("routes", f"{kind}{', '.join(words)}{more}: {paths:,} paths")
+        count = f"{paths:,} paths" if paths < 10**6 else "over a million paths, of which some are attacked"
+        return Finding("routes", f"{kind}{', '.join(words)}{more}: {count}")
     if declared_none:
         return Finding("routes", "none, as --gates none declares")
     if parts(network):
