@@ -91,7 +91,7 @@ def find_choices(model: nn.Module, x: Tensor, known: Iterable[str] = (), gates: 
         for operation, where in watch.found
         if not any(_within(where, outer) for outer in known)
     )
-    beside = [gate.rpartition(".")[0] for gate in gates]
+    beside = [outer for gate in gates for outer in _holders(gate)]
     return Choices(tuple(_names(model, watch.shapes, known, beside)), tuple(operations))
 
 
@@ -104,6 +104,15 @@ def plain(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _holders(gate: str) -> Iterator[str]:
+    """The module that a gate lies in; where that is named for a route as well, the one that it lies in, and so on."""
+    outer = gate.rpartition(".")[0]
+    yield outer
+    while outer and (_GATE.search(_last(outer)) or _ROUTES.search(_last(outer))):
+        outer = outer.rpartition(".")[0]
+        yield outer
 
 
 def _names(
