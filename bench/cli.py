@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from bench.evaluation.plan import Plan
     from bench.job import Job
     from bench.progress import RunProgress
-    from bench.results.certificates import Certification
+    from bench.results.certificates import Certificates, Certification
     from bench.results.schema import Result
+    from bench.results.store import Run
     from bench.suites.base import Suite
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
@@ -577,20 +578,20 @@ def leaderboard(
 
     Exit status 1, and no board, where a certificate and an adversarial example contradict each other.
     """
-    from bench.boards.leaderboard import FILES, boards, write_boards
+    from bench.boards.leaderboard import FILES, boards_of, write_boards
     from bench.boards.views import terminal
 
-    _refuse_conflicts(results)
+    runs, certificates = _without_conflicts(results)
     if board_format is BoardFormat.robustbench:
         from bench.boards.robustbench import write_model_info
 
-        written = write_model_info(results, out)
+        written = write_model_info(runs, out)
         for path in written.paths:
             say(f"{path}")
         if written.left_out:
             say(f"left out: {'; '.join(written.left_out)}")
         return
-    made, shown = boards(results), split(columns)
+    made, shown = boards_of(runs, certificates, results), split(columns)
     ending = {"latex": "tex"}.get(board_format, board_format.value)
     kinds = list(dict.fromkeys(("csv", "md", *([ending] if ending in FILES else []))))
     for path in write_boards(made, out, shown, kinds):
@@ -599,17 +600,19 @@ def leaderboard(
         print(FILES[ending](board, shown) if ending in FILES else terminal(board, shown, _width()))
 
 
-def _refuse_conflicts(results: Path) -> None:
-    """Prints where a certificate and a prediction contradict each other, and exits with status 1."""
+def _without_conflicts(results: Path) -> "tuple[list[Run], list[Certificates]]":
+    """All runs and certificates; prints where two of them contradict each other, and exits with status 1."""
     from bench.boards.rows import finished_runs
     from bench.results.certificates import conflicts, read_certificates
 
-    if found := conflicts(finished_runs(results), read_certificates(results)):
+    runs, certificates = finished_runs(results), read_certificates(results)
+    if found := conflicts(runs, certificates):
         print("\n\n".join(map(str, found)))
         say(
             f"error: {len(found)} predictions are not what is certified for their images: one of each two rows is wrong"
         )
         raise typer.Exit(FAILED)
+    return runs, certificates
 
 
 @app.command()
@@ -628,7 +631,7 @@ def report(
     from bench.report.beside import clean_images, histories
     from bench.report.page import page
 
-    _refuse_conflicts(results)
+    _without_conflicts(results)
     with redirect_stdout(sys.stderr):
         write_if_changed(out, page(results, histories([checkpoints]), clean_images(data_root)).encode())
     print(out)

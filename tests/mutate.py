@@ -181,8 +181,8 @@ MUTATIONS = [
     ),
     Mutation(
         "bench/results/certificates.py",
-        'legal & (pairs[norm] <= pairs["radius"].where(route, reach))',
-        'legal & (pairs[norm] < 0 * pairs["radius"].where(route, reach))',
+        'legal & (far <= pairs["within"])',
+        'legal & (far < 0 * pairs["within"])',
         "tests/results/test_certificates.py",
     ),
     Mutation("bench/files.py", "beside.replace(path)", "path.write_bytes(content)", "tests/test_files.py"),

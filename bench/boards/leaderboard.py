@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.boards import views
 from bench.boards.rows import Board, board_rows, finished_runs, grouped, tables
 from bench.files import write_if_changed
-from bench.results.certificates import read_certificates
+from bench.results.certificates import Certificates, read_certificates
 from bench.results.store import Run, ensure_writable
 from bench.spec import dataset_folder
 
@@ -24,9 +24,13 @@ FILES: Mapping[str, Callable[[Board, Sequence[str]], str]] = {
 
 def boards(results_root: Path) -> list[Board]:
     """The boards of all finished runs below `results_root`; UnusableInput if there is none or one cannot be used."""
-    certificates = read_certificates(results_root)
+    return boards_of(finished_runs(results_root), read_certificates(results_root), results_root)
+
+
+def boards_of(finished: Sequence[Run], certificates: Sequence[Certificates], results_root: Path) -> list[Board]:
+    """The boards of these runs and certificates, which lie below `results_root`."""
     found = []
-    for stem, runs in sorted(grouped(finished_runs(results_root), _stem).items()):
+    for stem, runs in sorted(grouped(finished, _stem).items()):
         titles = sorted({f"{run.result.spec.dataset}, {run.result.spec.threat_model}" for run in runs})
         failed = tuple(run for run in runs if run.result.errors)
         made = tuple(map(tuple, tables(board_rows(runs), certificates)))

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.boards.columns import percent
-from bench.boards.rows import Row, board_rows, finished_runs
+from bench.boards.rows import Row, board_rows
 from bench.files import write_if_changed
-from bench.results.store import ensure_writable
+from bench.results.store import Run, ensure_writable
 from bench.spec import ROBUSTBENCH_DATASETS, ROBUSTBENCH_NORMS, digest, path_safe
 
 #: Flags that let AutoAttack's own number seem too high: its warnings, successes that were none, and what the model
@@ -33,14 +33,13 @@ class Written:
     left_out: list[str]
 
 
-def write_model_info(results_root: Path, out_dir: Path) -> Written:
+def write_model_info(runs: Sequence[Run], out_dir: Path) -> Written:
     """Writes `<dataset>/<norm>/<model>.json` for every row that has the default `autoattack`.
 
     Those of other data sets and norms than RobustBench's are left out. Rows of one model have what tells them apart
-    behind its name. A file that would not change is left untouched. UnusableInput as `leaderboard.boards`, and for
-    a folder that cannot be written.
+    behind its name. A file that would not change is left untouched. UnusableInput for a folder that
+    cannot be written.
     """
-    runs = finished_runs(results_root)
     ensure_writable(out_dir)
     fit: list[Row] = []
     left_out: defaultdict[str, list[str]] = defaultdict(list)

@@ -246,12 +246,14 @@ def conflicts(runs: Iterable[Run], certificates: Iterable[Certificates]) -> list
     has its L∞ and L2 distance; its L1 distance is at most the ε of an L1 run. Its answer has to be known to lie in
     [0, 1], but for `routes-ball`, which needs no box.
     """
-    by_model: dict[str, list[Certificates]] = {}
+    of_model: dict[str, list[pd.DataFrame]] = {}
     for one in certificates:
-        by_model.setdefault(one.result.model_key, []).append(one)
+        of_model.setdefault(one.result.model_key, []).append(_firm(one))
+    by_model = {model: pd.concat(firm, ignore_index=True) for model, firm in of_model.items()}
     found = []
     for run in runs:
-        if mine := by_model.get(model_key(run.result.spec, run.result.model_info)):
+        firm = by_model.get(model_key(run.result.spec, run.result.model_info))
+        if firm is not None and len(firm):
             verdicts = run.verdicts()
             seen = verdicts[(verdicts["target"] == "F") & (verdicts["status"] == "ok")]
             threat = run.result.spec.threat_model
@@ -259,34 +261,39 @@ def conflicts(runs: Iterable[Run], certificates: Iterable[Certificates]) -> list
             broken = seen["clean_correct"] & ~seen["robust"]
             boxed = (seen["linf"] == 0) | broken | (not run.result.spec.suite.startswith("torchattacks"))
             seen = seen.assign(l1=threat.eps if threat.norm == "L1" else np.nan, boxed=boxed)
-            for one in mine:
-                found += _contradicted(run, seen, one)
+            found += _contradicted(run, seen, firm)
     return found
 
 
-def _contradicted(run: Run, seen: pd.DataFrame, one: Certificates) -> list[Conflict]:
+def _firm(one: Certificates) -> pd.DataFrame:
+    """What is certified for sure, of each image and method at the largest ε.
+
+    Further columns: within, how far a prediction may be for the certificate to hold of it; distance, in which of a
+    verdict's columns; where the certificate lies.
+    """
+    norm = one.result.spec.threat_model.norm
     firm = one.rows[(one.rows["status"] == "certified") & one.rows["method"].isin((*ROUTES, *DETERMINISTIC))]
     firm = firm.sort_values("eps").drop_duplicates(["idx", "method"], keep="last")
-    pairs = (
-        firm.reset_index(drop=True)
-        .reset_index(names="row")
-        .merge(
-            seen.reset_index(drop=True).reset_index(names="verdict")[
-                ["verdict", "idx", "input_hash", "adv_pred", "adv_expert", "linf", "l2", "l1", "boxed"]
-            ],
-            on=["idx", "input_hash"],
-        )
-    )
-    norm = one.result.spec.threat_model.norm.lower()
+    # a class is certified up to the tolerance of the ball; a route's radius is the exact one
+    reach = firm["eps"].map({eps: ThreatModel(norm=norm, eps=eps).reach for eps in firm["eps"].unique()})
+    within = firm["radius"].where(firm["method"].isin(ROUTES), reach)
+    return firm.assign(within=within, distance=norm.lower(), path=str(one.path))
+
+
+def _contradicted(run: Run, seen: pd.DataFrame, firm: pd.DataFrame) -> list[Conflict]:
+    answers = seen[["idx", "input_hash", "adv_pred", "adv_expert", "linf", "l2", "l1", "boxed"]]
+    numbered = answers.reset_index(drop=True).reset_index(names="verdict")
+    pairs = firm.reset_index(drop=True).merge(numbered, on=["idx", "input_hash"])
     route = pairs["method"].isin(ROUTES)
     answer = pairs["adv_pred"].where(~route, pairs["adv_expert"])
-    # a class is certified up to the tolerance of the ball; a route's radius is the exact one
-    reach = [ThreatModel(norm=one.result.spec.threat_model.norm, eps=eps).reach for eps in pairs["eps"]]
+    pairs = pairs[(answer != pairs["predicted"]) & (~route | (answer >= 0))]
     legal = pairs["boxed"] | (pairs["method"] == "routes-ball")
-    inside = legal & (pairs[norm] <= pairs["radius"].where(route, reach))
-    wrong = pairs[inside & (answer != pairs["predicted"]) & (~route | (answer >= 0))]
+    far = pd.Series(np.nan, index=pairs.index)
+    for column in ("linf", "l2", "l1"):
+        far = far.where(pairs["distance"] != column, pairs[column])
+    wrong = pairs[legal & (far <= pairs["within"])]
     stored, columns = seen.drop(columns=["l1", "boxed"]), list(CERTIFICATE_COLUMNS)
     return [
-        Conflict(row[columns].to_dict(), stored.iloc[int(row["verdict"])].to_dict(), str(one.path), str(run.path))
+        Conflict(row[columns].to_dict(), stored.iloc[int(row["verdict"])].to_dict(), row["path"], str(run.path))
         for _, row in wrong.iterrows()
     ]

@@ -11,6 +11,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 from uuid import uuid4
@@ -121,7 +122,7 @@ class Folder(ABC, Generic[R]):
         return self.read() if (self.path / "result.json").exists() else None
 
     def rows(self, result: R) -> pd.DataFrame:
-        """The rows, read anew at each call; UnusableInput if they are not those that the result was made from."""
+        """The rows, as the file has them now; UnusableInput if they are not those that the result was made from."""
         path = self.path / self.file
         try:
             rows, _ = _from_parquet(path, self.check)
@@ -192,7 +193,11 @@ class Run:
     path: Path
 
     def verdicts(self) -> pd.DataFrame:
-        """The rows, read anew at each call; UnusableInput if they are not those that the result was made from."""
+        """The rows, read and checked once; UnusableInput if they are not those that the result was made from."""
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> pd.DataFrame:
         return RunFolder(self.path).rows(self.result)
 
     def __str__(self) -> str:

@@ -75,7 +75,7 @@ STATUS = {"e": "error"}
 
 def written(root: Path) -> tuple[dict[str, Any], list[str]]:
     """The files' contents by their paths below the folder, and what is said of the rest."""
-    done = write_model_info(root / "results", root / "out")
+    done = write_model_info(finished_runs(root / "results"), root / "out")
     return {str(path.relative_to(root / "out")): json.loads(path.read_text()) for path in done.paths}, done.left_out
 
 
@@ -226,11 +226,11 @@ def test_same_runs_same_bytes_and_what_is_not_ours_is_named(tmp_path: Path):
 
 def test_nothing_to_show(tmp_path: Path):
     with pytest.raises(UnusableInput, match="no results folder"):
-        write_model_info(tmp_path / "nowhere", tmp_path)
+        write_model_info(finished_runs(tmp_path / "nowhere"), tmp_path)
     save(tmp_path / "results", "autoattack", "11000")
     (tmp_path / "file").touch()
     with pytest.raises(UnusableInput, match="cannot be written"):
-        write_model_info(tmp_path / "results", tmp_path / "file")
+        write_model_info(finished_runs(tmp_path / "results"), tmp_path / "file")
 
 
 def test_robustbench_renders_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
