@@ -390,7 +390,7 @@ class TrainSpec(Spec):
 class ModelInfo(Spec):
     """What is known of a model, beside its weights: RobustBench's JSON fields and what a routed model adds.
 
-    A field that nobody stated is None, never a guess; `trained` says in words on what and for how long.
+    A field that is not known is None, never a guess; `trained`: in words, on what and for how long.
     """
 
     name: str

@@ -59,7 +59,7 @@ def routed_branches(model: object) -> dict[str, RoutedModel]:
 
 
 def routed_branch(model: object) -> RoutedModel | None:
-    """The MoE whose routes a model's own are said to be: itself, a dual's R; None where there is none to be seen."""
+    """The MoE whose routes count as the model's own: itself, a dual's R; None where there is none to be seen."""
     return routed_branches(model).get("R" if is_dual(model) else "")
 
 

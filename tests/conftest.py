@@ -297,7 +297,7 @@ def bench(
 
 @pytest.fixture
 def block_of(planted: Any) -> Callable[..., Any]:
-    """block_of(model, data): the whole of `data` as one attack block; everything that is classified right stands."""
+    """block_of(model, data): the whole of `data` as one attack block; all that is classified right is attacked."""
 
     from bench.attacks.block import Block, PassCounter
     from bench.spec import ThreatModel

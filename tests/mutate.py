@@ -209,19 +209,19 @@ MUTATIONS = [
         "bench/boards/rows.py",
         "-1 if self.worst is None else -self.worst.value",
         "-1 if self.worst is None else self.worst.value",
-        "tests/boards/test_leaderboard.py",
+        "tests/boards/test_rows.py",
     ),
     Mutation(
         "bench/boards/rows.py",
         "sound = [run for run in runs if not run.result.errors]",
         "sound = list(runs)",
-        "tests/boards/test_leaderboard.py",
+        "tests/boards/test_rows.py",
     ),
     Mutation(
         "bench/boards/rows.py",
         'merge(examples, on=["idx", "input_hash"])',
         'merge(examples, on=["idx"])',
-        "tests/boards/test_leaderboard.py",
+        "tests/boards/test_rows.py",
     ),
     # training
     Mutation(

@@ -82,7 +82,7 @@ def test_images_of_ones_own_by_hand(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "said"),
+    ("x", "y", "expected"),
     [
         ((255 * X).to(torch.uint8), Y, "x is torch.uint8 and reaches to 178: pixels lie in .*; give x / 255"),
         (X.double() + 1e-12, Y, "x is torch.float64, and float32 does not hold its numbers: give x.float"),
@@ -95,8 +95,8 @@ def test_images_of_ones_own_by_hand(dtype: torch.dtype):
         (X, None, "x and y are given together"),
     ],
 )
-def test_images_that_cannot_be_used_are_refused(x: Any, y: Any, said: str):
-    with pytest.raises(UnusableInput, match=said):
+def test_images_that_cannot_be_used_are_refused(x: Any, y: Any, expected: str):
+    with pytest.raises(UnusableInput, match=expected):
         benchmark(Half(), x=x, y=y, suites=["clean"], progress=False)
 
 

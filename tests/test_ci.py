@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.boards.check import check as compare
 from bench.models.checkpoints import ZOO, load_checkpoint, save_checkpoint
+from bench.results.schema import Result
+from bench.results.store import RunFolder, read_runs, run_folder
 
 ROOT = Path(__file__).parents[1]
 Bench = Callable[..., tuple[int, str, str]]
@@ -51,3 +54,25 @@ def test_a_copy_that_was_made_weaker_fails(name: str, commands: list[list[str]],
     status, out, _ = bench(*check)
     assert status == 1, out
     assert any("REGRESSION" in line and name in line for line in out.splitlines()), out
+
+
+@pytest.mark.slow
+def test_twenty_reruns_with_other_attack_seeds_never_fail(bench: Bench, tmp_path: Path):
+    """Each is held up to the run of seed 0 as if it had that seed, since the check compares equal seeds alone."""
+
+    def run(seed: int) -> Path:
+        found = tmp_path / f"found-{seed}"
+        words = ("--suite", "pgd", "--model", "moe-rt_er", "--n-examples", "100", "--batch-size", "100")
+        assert bench("run", *words, "--seed", str(seed), "--device", "cpu", "--results", str(found))[0] == 0
+        (one,) = read_runs(found)
+        spec, known = one.result.spec.model_copy(update={"seed": 0}), one.result
+        provenance = {"environment": {}, "git_hash": None, "seconds": 1.0, "finished": "2030-01-01"}
+        result = Result.from_rows(spec, known.model_info, known.fingerprint, one.verdicts(), **provenance)
+        root = tmp_path / f"seed-{seed}"
+        RunFolder(run_folder(root, spec, result.run)).finish(result, one.verdicts())
+        return root
+
+    baseline = run(0)
+    reports = [compare(baseline, run(seed)) for seed in range(1, 21)]
+    assert not any(report.failed for report in reports)
+    assert any(row.lost + row.gained for report in reports for row in report.rows)  # they are other attacks

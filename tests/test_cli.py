@@ -1,6 +1,7 @@
 """The commands: a whole little job, and one line for whatever cannot be used."""
 
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -32,7 +33,7 @@ Bench = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def refused(bench: Bench) -> Callable[..., str]:
-    """refused("run", …): the one line that is said of unusable input, without its `error: `."""
+    """refused("run", …): the one line on standard error for unusable input, without its `error: `."""
 
     def call(*words: str) -> str:
         status, out, err = bench(*words)
@@ -255,19 +256,17 @@ def test_python_m_and_the_console_script_work(tmp_path: Path):
         assert wrong.stderr == "error: No such command 'rum'. Did you mean 'run'? See `bench --help`.\n"
 
 
-@pytest.mark.slow
-def test_what_a_terminal_cannot_show_is_replaced(shelve: Any, tmp_path: Path):
+def test_what_a_terminal_cannot_show_is_replaced(bench: Bench, shelve: Any, tmp_path: Path, monkeypatch: Any):
     shelve(tmp_path / "checkpoints", "dual-jtdmoe")
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONUTF8": "0"}
-    words = ["run", "--model", "dual-jtdmoe", "--suite", "clean", "--n-examples", "5", "--device", "cpu"]
-    for more in ([], ["--json"]):
-        command = [sys.executable, "-m", "bench", *words, *more]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr
-    done = subprocess.run([sys.executable, "-m", "bench", "run", "--eps", "8"], env=environment, capture_output=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith(b"error: ? '8' holds every image")
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="cp1252") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    words = ("run", "--model", "dual-jtdmoe", "--suite", "clean", "--n-examples", "5", "--device", "cpu")
+    assert bench(*words)[0] == 0
+    assert bench("run", "--eps", "8")[0] == 2
+    out, err = (stream.buffer.getvalue() for stream in streams.values())
+    assert b"?" in out.splitlines()[0]  # the column of α
+    assert b"error: ? '8' holds every image" in err
 
 
 def test_quiet_leaves_results_and_errors(bench: Bench, user_model: str):
@@ -423,13 +422,13 @@ BAD: list[tuple[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("command", "said"), BAD, ids=lambda value: value[:40])
-def test_bad_input_gets_one_line(command: str, said: str, refused: Any):
-    assert said in refused(*command.split())
+@pytest.mark.parametrize(("command", "expected"), BAD, ids=lambda value: value[:40])
+def test_bad_input_gets_one_line(command: str, expected: str, refused: Any):
+    assert expected in refused(*command.split())
 
 
 @pytest.mark.parametrize(
-    ("factory", "said"),
+    ("factory", "expected"),
     [
         ("Nan", "gives logits that are not finite for 4 of the first 4 clean images: train it again"),
         ("Three", "gives shape (4, 3) for 4 images, where logits of 10 classes are needed"),
@@ -437,10 +436,10 @@ def test_bad_input_gets_one_line(command: str, said: str, refused: Any):
         ("absent", "has no attribute 'absent'"),
     ],
 )
-def test_users_model_that_cannot_be_scored_is_refused(factory: str, said: str, refused: Any, user_model: str):
+def test_users_model_that_cannot_be_scored_is_refused(factory: str, expected: str, refused: Any, user_model: str):
     line = refused("run", "--model", f"{user_model}:{factory}", "--n-examples", "4", "--suite", "clean")
     assert f"'{user_model}:{factory}'" in line
-    assert said in line
+    assert expected in line
 
 
 def test_alpha_without_a_dual_is_refused(refused: Any, user_model: str):

@@ -47,17 +47,17 @@ def test_the_costliest_block_comes_first_by_passes_then_by_seconds():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "wanted"),
     [
         (("--on", "slurm"), "--on slurm: there is one engine, ray: write --on ray or --on ray=ADDRESS"),
         (("--on", "ray", "--warm-start"), "--warm-start starts a run from those before it: run it without --on ray"),
     ],
 )
-def test_what_cannot_be_done_is_refused(words: tuple[str, ...], said: str, bench: Callable[..., Any], shelve: Any):
+def test_what_cannot_be_done_is_refused(words: tuple[str, ...], wanted: str, bench: Callable[..., Any], shelve: Any):
     pytest.importorskip("ray")
     shelve(Path("checkpoints"), "moe-at")
     status, _, err = bench("run", "--suite", "pgd", "--n-examples", "4", "--model", "moe-at", *words)
-    assert (status, err.splitlines()[-1]) == (2, f"error: {said}")
+    assert (status, err.splitlines()[-1]) == (2, f"error: {wanted}")
 
 
 @pytest.mark.slow

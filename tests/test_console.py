@@ -1,4 +1,4 @@
-"""One channel for what a person is told: standard error, in order, above a bar, and less of it with --quiet."""
+"""One channel for messages to a person: standard error, in order, above a bar, and less of it with --quiet."""
 
 import io
 import logging
@@ -29,8 +29,8 @@ def test_quiet_drops_notes_and_no_errors(capsys: pytest.CaptureFixture[str]):
     logging.getLogger("bench.training").warning("%d images", 3)
     assert console.is_quiet()
     assert capsys.readouterr().err == "kept\n3 images\n"
-    console.set_up()  # for each command anew
-    console.note("said")
+    console.set_up()  # for each command
+    console.note("expected")
     assert capsys.readouterr().err == "said\n"
 
 
@@ -50,7 +50,7 @@ def test_inside_hushed_notes_are_dropped_and_afterwards_not(capsys: pytest.Captu
     with console.hushed():
         console.note("dropped")
         with console.hushed(quiet=False):
-            console.note("said")
+            console.note("expected")
     console.note("after")
     assert capsys.readouterr().err == "said\nafter\n"
 

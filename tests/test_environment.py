@@ -85,7 +85,7 @@ def test_which_of_several_processes_this_is(values: dict[str, str], world: tuple
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "expected"),
     [
         (
             {"WORLD_SIZE": "2"},
@@ -98,11 +98,11 @@ def test_which_of_several_processes_this_is(values: dict[str, str], world: tuple
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE 'x' is no whole number"),
     ],
 )
-def test_variables_that_cannot_be_are_named(values: dict[str, str], said: str, variables: Any):
+def test_variables_that_cannot_be_are_named(values: dict[str, str], expected: str, variables: Any):
     variables(**values)
     with pytest.raises(UnusableInput) as refused:
         World.here()
-    assert str(refused.value).startswith(said)
+    assert str(refused.value).startswith(expected)
 
 
 def test_one_training_process_is_one_in_an_interactive_slurm_shell(variables: Any):

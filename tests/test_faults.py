@@ -93,9 +93,9 @@ def test_a_dead_expert_is_told_how_to_wake_where_the_router_trains_and_not_where
         with torch.no_grad():
             run.model.router.linear.bias[0] = -1e4
         run.train()
-    said = [message for message in caplog.messages if "expert 0" in message]
+    messages = [message for message in caplog.messages if "expert 0" in message]
     line = "epoch 1: expert 0 has 0.0% of the load"
-    assert said == [f"{line}; a larger balance or a smaller router_lr spreads the load", line]
+    assert messages == [f"{line}; a larger balance or a smaller router_lr spreads the load", line]
 
 
 # --- 2. after the first attack of an epoch, training runs in eval mode ------------------------------------------------

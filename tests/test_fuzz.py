@@ -142,13 +142,13 @@ def odd_json(data: bytes, draw: Draw) -> bytes:
 
 def refused_or_fine(act: Callable[[], object]) -> None:
     """UnusableInput in one line, or no error at all."""
-    said = "nothing"
+    expected = "nothing"
     try:
         act()
     except UnusableInput as error:
-        said = str(error)
-    assert said.strip()
-    assert len(said.splitlines()) == 1, said
+        expected = str(error)
+    assert expected.strip()
+    assert len(expected.splitlines()) == 1, expected
 
 
 def over(path: Path, kind: Callable[[bytes, Draw], bytes], act: Callable[[], object], seed: str) -> None:

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # which is built once
+
 WEIGHTS = sorted(path.relative_to(ROOT) for path in (ROOT / "models" / "zoo").rglob("*.safetensors"))
 CODE = sorted(path.relative_to(ROOT) for path in [*(ROOT / "models").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
 #: A user's network; its package or module is called `models`, as ours is in the repository.
@@ -77,7 +80,6 @@ def installed(path: Path) -> str:
     return str(Path("bench") / path if path.parts[0] == "models" else path)
 
 
-@pytest.mark.slow
 def test_the_wheel_has_code_and_weights_in_a_bare_environment(bare: Path, tmp_path: Path):
     assert WEIGHTS
     for path in CODE + WEIGHTS:
@@ -95,7 +97,6 @@ def test_the_wheel_has_code_and_weights_in_a_bare_environment(bare: Path, tmp_pa
     assert (site_packages(bare) / f"bench-{version}.dist-info").is_dir()
 
 
-@pytest.mark.slow
 def test_the_sdist_holds_what_the_wheel_does(wheel: Path):
     (sdist,) = wheel.parent.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -125,15 +126,11 @@ def write_own(folder: Path, kind: str) -> str:
     return "models:build"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "spoken"), [("package", "python -m bench"), ("module", "bench")])
 def test_beside_a_users_own_models(
     kind: str, spoken: str, command: dict[str, tuple[str, ...]], bare: Path, tmp_path: Path
 ):
     word, path = write_own(tmp_path, kind), str(site_packages(bare))
-    for words in command.values():
-        variants = run(*words, "list", "variants", cwd=tmp_path, PYTHONPATH=path).stdout
-        assert "moe-rt_er" in variants.splitlines()
     options = ("--suite", "clean", "--n-examples", "20", "--model", f"{word},dense-at", "--json")
     own, ours = json.loads(run(*command[spoken], "run", *options, cwd=tmp_path, PYTHONPATH=path).stdout)
     assert (own["model_info"]["name"], own["model_info"]["architecture"]) == (word, "MyNet")
@@ -150,7 +147,6 @@ print(bench.__file__, models.__file__)
     assert Path(own_file).is_relative_to(tmp_path)
 
 
-@pytest.mark.slow
 def test_a_models_file_that_fails_is_not_imported(command: dict[str, tuple[str, ...]], bare: Path, tmp_path: Path):
     (tmp_path / "models.py").write_text("raise RuntimeError('imported')\n")
     path = str(site_packages(bare))

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("plugin")]  # which is installed once
+
 EXAMPLE = ROOT / "docs" / "example-plugin"
 
 
@@ -26,27 +29,26 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*words: str, cwd: Path, paths: list[Path], code: int = 0) -> subprocess.CompletedProcess[str]:
+    return python("-m", "bench", *words, cwd=cwd, paths=paths, code=code)
+
+
+def python(*words: str, cwd: Path, paths: list[Path], code: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*paths, ROOT])), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bench", *words]
+    command = [sys.executable, *words]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     return done
 
 
-@pytest.mark.slow
 def test_what_an_installed_plugin_adds_is_there_by_name(plugin: Path, tmp_path: Path):
-    for what, name in [
-        ("variants", "moe-smooth"),
-        ("suites", "noise"),
-        ("datasets", "corners"),
-        ("objectives", "smooth"),
-        ("recipes", "corners"),
-    ]:
-        assert name in call("list", what, cwd=tmp_path, paths=[plugin]).stdout.splitlines()
-        assert name not in call("list", what, cwd=tmp_path, paths=[]).stdout.splitlines()
+    added = {"suites": "noise", "datasets": "corners", "objectives": "smooth", "recipes": "corners"}
+    added["variants"] = "moe-smooth"
+    assert added["variants"] in call("list", "variants", cwd=tmp_path, paths=[plugin]).stdout.splitlines()
+    code = f"from bench.catalogue import names; print([name in names(what) for what, name in {added}.items()])"
+    for paths, there in (([plugin], True), ([], False)):
+        assert python("-c", code, cwd=tmp_path, paths=paths).stdout == f"{[there] * 5}\n"
 
 
-@pytest.mark.slow
 def test_a_plugins_variant_is_trained_attacked_and_named_with_its_origin(plugin: Path, tmp_path: Path):
     call("train", "moe-smooth", "--dataset", "corners", cwd=tmp_path, paths=[plugin])
     options = ("--dataset", "corners", "--suite", "clean,noise", "--set", "draws=3", "--json")
@@ -59,10 +61,8 @@ def test_a_plugins_variant_is_trained_attacked_and_named_with_its_origin(plugin:
     assert info["trained"].endswith(", a variant of bench-example")
 
 
-@pytest.mark.slow
 def test_a_module_is_loaded_by_name_without_being_installed(tmp_path: Path):
     words = ("--plugin", "bench_example.suites", "--plugin", "bench_example.variants")
-    assert "noise" in call(*words, "list", "suites", cwd=EXAMPLE, paths=[]).stdout.splitlines()
     assert "moe-smooth" in call(*words, "list", "variants", cwd=EXAMPLE, paths=[]).stdout.splitlines()
     refused = call("--plugin", "bench_example.gone", "list", "suites", cwd=EXAMPLE, paths=[], code=2)
     assert refused.stderr.startswith(

@@ -306,7 +306,7 @@ def test_a_spec_is_frozen_and_knows_its_fields():
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "wanted"),
     [
         ({"epoch": 3}, "x has no parameter 'epoch': did you mean 'epochs'?"),
         ({"epochs": "many"}, "x: epochs: Input should be a valid integer"),
@@ -319,10 +319,10 @@ def test_a_spec_is_frozen_and_knows_its_fields():
         ({"num_experts": 3, "num_selected_experts": 4}, "x: num_selected_experts 4 is more than num_experts 3"),
     ],
 )
-def test_what_cannot_be_built_is_one_line(values: dict[str, Any], said: str):
+def test_what_cannot_be_built_is_one_line(values: dict[str, Any], wanted: str):
     with pytest.raises(UnusableInput) as refused:
         build(Recipe, "x", values)
-    assert str(refused.value).startswith(said)
+    assert str(refused.value).startswith(wanted)
     assert "\n" not in str(refused.value)
 
 
@@ -350,7 +350,7 @@ def test_no_two_data_sets_share_a_folder_and_none_has_two(tmp_path: Path, monkey
 
 
 def test_where_images_lie_is_no_part_of_a_run():
-    """The fingerprint says which images they are: a baseline made on another machine is of the same work."""
+    """The fingerprint identifies the images: a baseline made on another machine is of the same work."""
     here, there = (RunSpec(**RUN | {"dataset": f"imagefolder:/{home}/flowers"}) for home in ("one", "two"))
     for key in ("work_key", "run_key", "subject_key"):
         arguments = ["f"] if key == "work_key" else ["c", "f"]

@@ -21,8 +21,8 @@ OnAttack = Callable[[str, int, int], None]
 class Attempt:
     """One attack's answer: x_adv (m, C, H, W) for the block's examples `rows` (m,).
 
-    bounded: the attack was told ε and must keep to it. claimed (m,): where it says itself that it succeeded (None: it
-    does not say). target: whose prediction is judged, `F` or the name of a part (`bench.models.parts`); only F, the
+    bounded: the attack knows ε and must keep to it. claimed (m,): where it claims that it succeeded (None: it makes
+    no claim). target: whose prediction is judged, `F` or the name of a part (`bench.models.parts`); only F, the
     whole model, counts in robust accuracy. forwards, backwards: examples sent through the model or the part under
     attack, and gradients taken, since the block's previous attempt. stated: the block's clean and robust accuracy after
     this attempt where the suite has its own opinion of them, fractions, to be held against the re-check's.

@@ -45,7 +45,7 @@ _CERTIFIED: dict[Measure, tuple[str, ...]] = {
     "route-stable": ROUTES[:1],
     "smoothed": SMOOTHED,
 }
-_MOST = 10**7  # examples; beyond it nobody is told how many a significant drop would need
+_MOST = 10**7  # examples; beyond it no number is given that a significant drop would need
 
 
 @dataclass(frozen=True)

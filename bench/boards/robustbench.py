@@ -88,7 +88,7 @@ def model_info(row: Row) -> dict[str, Any]:
 
 
 def _footnote(row: Row) -> str:
-    """What RobustBench's board has no column for, and what would flatter if it were not said."""
+    """What RobustBench's board has no column for, and what would flatter if it were left out."""
     notes = [
         f"{row.spec.threat_model}, the first {row.n} test images",
         f"best known is the worst case, example by example, of {', '.join(row.suites)}",

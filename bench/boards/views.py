@@ -9,13 +9,14 @@ from typing import TypeVar
 import pandas as pd
 from tabulate import MIN_PADDING, tabulate
 
-from bench.boards.columns import MAIN, ROUTED, Column, chosen, columns, record, span
+from bench.boards.columns import MAIN, ROUTED, Column, chosen, columns, percent, record, span
 from bench.boards.rows import Board, Row, grouped
 from bench.results.store import Run
 from bench.spec import RunSpec
 
 T = TypeVar("T")
 
+NEAR = 0.0005  # shares that two decimals of a percent hardly tell apart
 _NARROWEST = 8  # characters that a terminal leaves of a model's name
 
 
@@ -51,7 +52,27 @@ def terminal(board: Board, keys: Sequence[str] = (), width: int | None = None) -
             have = "have" if ", " in models else "has"
             lines += [*_wrapped(f"{models} {have} no rank: {why}", width), *([f"  {command}"] if command else [])]
     lines += [left_out(run) for run in board.left_out]
+    lines += ["", *_wrapped(headline(board), width)]
     return "\n".join(lines) + "\n"
+
+
+def headline(board: Board) -> str:
+    """What a board says, in at most two sentences."""
+    ranked = [row for row in board.rows if row.rank is not None and row.worst is not None]
+    if not ranked:
+        return "No model has a rank yet: what is shown are upper bounds of the robust accuracy."
+    first = ranked[0]
+    assert first.worst is not None
+    share = percent(first.worst.value)
+    text = f"Most robust is {first.name}: {share} % of {first.n} images withstand every attack that ran."
+    gaps = [(row.scores.ra.value - row.worst.value, row) for row in ranked if row.scores.ra and row.worst]
+    gap, worst = max(gaps, key=lambda pair: pair[0], default=(0.0, first))
+    if gap > NEAR and worst.scores.ra and worst.worst:
+        text += (
+            f" AutoAttack alone overstates {worst.name} most: it leaves {percent(worst.scores.ra.value)} %, all attacks"
+            f" together {percent(worst.worst.value)} %."
+        )
+    return text
 
 
 def _wrapped(text: str, width: int | None) -> list[str]:

@@ -98,7 +98,7 @@ class Certifier(Method):
 
     # a radius is a multiple of parameters: not of inf
     model_config = ConfigDict(allow_inf_nan=False)
-    #: What a row is called of a model that nothing can be said about.
+    #: The method's name in a row of a model that it cannot be applied to.
     first: ClassVar[str]
 
     @property

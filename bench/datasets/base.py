@@ -44,7 +44,7 @@ class EvalSet:
     """What a model is scored on: x (N, C, H, W) float32 in [0, 1], y (N,), idx (N,) positions in the archive's order.
 
     `fingerprint` is a SHA-256 over shape, pixels and labels: two sets with one fingerprint are the same images.
-    `note` says in words what is unusual about the set (a partial copy), or is empty.
+    `note`: in words, what is unusual about the set (a partial copy), or empty.
     """
 
     x: Tensor
@@ -74,7 +74,7 @@ class Dataset(ABC):
     """A data set: its constants, and how its images are read. Subclasses register with `DATASETS`.
 
     mean, std: per channel, in pixels of [0, 1], for the normalisation inside the models. `threat_model` is what it is
-    attacked with, and `recipe` what it is trained by, unless the user says otherwise. `argument` names
+    attacked with, and `recipe` what it is trained by, by default. `argument` names
     what follows the name and a colon and is given to the constructor; most take none.
     """
 

@@ -42,7 +42,7 @@ class RunRequest(Spec):
 
 
 def threat_model(dataset: Dataset, norm: str | None, eps: str | None) -> ThreatModel:
-    """The data set's own threat model where nothing else is said; another norm needs an ε of its own."""
+    """The data set's own threat model by default; another norm needs an ε of its own."""
     own = dataset.threat_model
     chosen = ThreatModel.parse(norm or own.norm, own.eps if eps is None else eps)
     if eps is None and chosen.norm != own.norm:

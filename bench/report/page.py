@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from bench.boards.columns import MAIN, Column, chosen, columns, percent
 from bench.boards.rows import Board, Row
-from bench.boards.views import cells, constants, heading, lacking, left_out
+from bench.boards.views import NEAR, cells, constants, heading, headline, lacking, left_out
 from bench.drawing import Drawing, inline
 from bench.report.details import Model, chain, read
 from bench.report.figures import KINDS, bounds
@@ -32,7 +32,6 @@ _CHAIN = {
     "SA": "SA: no attack",
 }
 _WIDE = 24  # characters of a cell; longer ones are wrapped
-_NEAR = 0.0005  # shares that two decimals of a percent hardly tell apart
 
 
 @dataclass(frozen=True)
@@ -172,25 +171,6 @@ def _cells(table: Sequence[Row], shown: Sequence[Column], row: Row) -> list[Cell
     ]
 
 
-def headline(board: Board) -> str:
-    """What a board says, in at most two sentences."""
-    ranked = [row for row in board.rows if row.rank is not None and row.worst is not None]
-    if not ranked:
-        return "No model has a rank yet: what is shown are upper bounds of the robust accuracy."
-    first = ranked[0]
-    assert first.worst is not None
-    share = percent(first.worst.value)
-    text = f"Most robust is {first.name}: {share} % of {first.n} images withstand every attack that ran."
-    gaps = [(row.scores.ra.value - row.worst.value, row) for row in ranked if row.scores.ra and row.worst]
-    gap, worst = max(gaps, key=lambda pair: pair[0], default=(0.0, first))
-    if gap > _NEAR and worst.scores.ra and worst.worst:
-        text += (
-            f" AutoAttack alone overstates {worst.name} most: it leaves {percent(worst.scores.ra.value)} %, all attacks"
-            f" together {percent(worst.worst.value)} %."
-        )
-    return text
-
-
 def verdict(row: Row) -> str:
     """What is known of a model's robustness, in one sentence."""
     if row.worst is None:
@@ -202,7 +182,7 @@ def verdict(row: Row) -> str:
     if row.scores.ra is not None:
         gap = row.scores.ra.value - row.worst.value
         text += (
-            f", {percent(row.scores.ra.value)} % AutoAttack alone" if gap > _NEAR else ", as many as AutoAttack alone"
+            f", {percent(row.scores.ra.value)} % AutoAttack alone" if gap > NEAR else ", as many as AutoAttack alone"
         )
         if row.worst.value and row.scores.ra.value >= 2 * row.worst.value:
             text += f" ({row.scores.ra.value / row.worst.value:.1f} times as many)"

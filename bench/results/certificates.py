@@ -206,7 +206,7 @@ def certified_shares(
     ):
         own = here[here["method"].isin(methods)]
         firm = (own["radius"] >= reach) & (own["correct"] | own["method"].isin(ROUTES))
-        # a radius that was asked for at a smaller ε alone says nothing of this one, unless it is larger
+        # a radius that was asked for at a smaller ε alone does not hold for this one, unless it is larger
         if len(own) and (name == "route_stable" or (own["eps"] >= threat.eps).any()):
             shares[name] = float(firm.groupby(own["idx"]).any().mean())
     smoothed = tuple(

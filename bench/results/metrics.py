@@ -95,7 +95,7 @@ def clean_by_example(verdicts: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def robust_by_example(verdicts: pd.DataFrame) -> "pd.Series[bool]":
-    """Whether an example stands against every attack on F in the rows, indexed by idx.
+    """Whether an example is robust against every attack on F in the rows, indexed by idx.
 
     The clean row is one of them, so what is misclassified without an attack is not robust. The rows may come from
     several runs: the mean is then RA-worst, which is at most the smallest of the runs' averages.
@@ -142,16 +142,16 @@ def broken(verdicts: pd.DataFrame) -> pd.DataFrame:
 
 
 def accuracy_after(verdicts: pd.DataFrame, attacks: Iterable[str] | None = None) -> dict[str, float]:
-    """The fraction that stands after each attack on F and all before it, `clean` first.
+    """The fraction that is robust after each attack on F and all before it, `clean` first.
 
     `attacks` is the order they ran in; without it, the order of their first rows. An example without a row for an
-    attack keeps its state, so an attack that found nobody left standing changes nothing.
+    attack keeps its state, so an attack that found all examples broken changes nothing.
     """
     rows = verdicts[verdicts["target"] == "F"]
     names = list(dict.fromkeys(["clean", *(rows["attack"].unique() if attacks is None else attacks)]))
     table = rows.groupby(["idx", "attack"])["robust"].all().unstack(fill_value=True)
-    standing = np.logical_and.accumulate(table.reindex(columns=names, fill_value=True).to_numpy(dtype=bool), axis=1)
-    return dict(zip(names, standing.mean(axis=0).tolist(), strict=True))
+    robust = np.logical_and.accumulate(table.reindex(columns=names, fill_value=True).to_numpy(dtype=bool), axis=1)
+    return dict(zip(names, robust.mean(axis=0).tolist(), strict=True))
 
 
 def component_rates(verdicts: pd.DataFrame) -> dict[str, "pd.Series[bool]"]:

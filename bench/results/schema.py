@@ -107,7 +107,7 @@ class Result(Spec):
     ) -> Self:
         """The result that the rows amount to; `provenance` is the fields that no row knows, from `flags` on.
 
-        `attacks` are the attacks on F in the order they ran, also those that found nobody left standing.
+        `attacks` are the attacks on F in the order they ran, also those that found all examples broken.
         ValueError for rows of another number of examples than the spec's.
         """
         known = {"spec": spec, "model_info": model_info, "fingerprint": fingerprint}

@@ -4,7 +4,7 @@ The paper reports RA-E and RA-R without a definition that could be repeated; the
 
 - RA-E-fixed: on the expert f_i* that the clean image is routed to, scored on F;
 - RA-E-any: on every expert, worst case, scored on F;
-- RA-R: on the router, for a change of route, scored on F; the share of routes that it changes stands beside it;
+- RA-R: on the router, for a change of route, scored on F; the share of routes that it changes is reported with it;
 - each expert's and branch's own accuracy, clean and under PGD on that part alone.
 
 Of a gate inside a network, RA-R is of PGD that leaves its clean experts at all tokens, and a part is the whole model

@@ -1,4 +1,4 @@
-"""A prepared model says what the original says, and where that cannot be, there is none."""
+"""A prepared model answers as the original does, and where that cannot be, there is none."""
 
 from typing import Any
 

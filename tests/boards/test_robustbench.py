@@ -74,7 +74,7 @@ STATUS = {"e": "error"}
 
 
 def written(root: Path) -> tuple[dict[str, Any], list[str]]:
-    """The files' contents by their paths below the folder, and what is said of the rest."""
+    """The files' contents by their paths below the folder, and the lines about the rest."""
     done = write_model_info(finished_runs(root / "results"), root / "out")
     return {str(path.relative_to(root / "out")): json.loads(path.read_text()) for path in done.paths}, done.left_out
 

@@ -104,9 +104,9 @@ def test_a_row_without_a_rank_says_what_it_lacks_and_the_command_for_it(board: B
     ranked, unranked = text.split("### Without a rank")
     assert LONG not in ranked
     assert LONG in unranked
-    said = views.terminal(board)
-    assert f"  {command} --results {board.results}\n" in said
-    assert "--suite autoattack --dataset digits --model weak " in said
+    text_of_terminal = views.terminal(board)
+    assert f"  {command} --results {board.results}\n" in text_of_terminal
+    assert "--suite autoattack --dataset digits --model weak " in text_of_terminal
 
 
 def test_rows_that_one_command_supplies_share_it(tmp_path: Path):
@@ -221,3 +221,14 @@ def test_routed_models_have_a_second_table_of_their_own_figures(tmp_path: Path):
         r"\| moe +\| 0.00 \[0.00, 32.44\] +\| 100.00 \[67.56, 100.00\] +\| 100.00 \[67.56, 100.00\] +\|", second
     )
     assert "dense-at" not in second
+
+
+def test_the_last_sentence_of_a_terminal_names_the_first_and_what_autoattack_overstates_most(tmp_path: Path):
+    save(tmp_path, "autoattack", "11111100")
+    save(tmp_path, "autoattack", "11110000", "moe-at", info=MOE)
+    save(tmp_path, "adaptive", "11000000", "moe-at", info=MOE)
+    (made,) = boards(tmp_path)
+    assert views.terminal(made).splitlines()[-1] == (
+        "Most robust is dense-at: 75.00 % of 8 images withstand every attack that ran. AutoAttack alone overstates"
+        " moe-at most: it leaves 50.00 %, all attacks together 25.00 %."
+    )

@@ -56,7 +56,7 @@ def test_a_linear_classifier_is_certified_up_to_its_boundary(linear_net: Any):
 
 def test_every_reachable_expert_has_to_agree_and_no_other(linear_moe: Any):
     # routed to expert 0 while a > b; at (0.6, 0.4) the boundary is 0.1 away. Expert 0 and 1 both say class 0 while
-    # a + b > 0, always; expert 2 says class 1, and is 1 behind in scores.
+    # a + b > 0, always; expert 2 answers class 1, and is 1 behind in scores.
     agree, differ = [[1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]
     moe = linear_moe([agree, agree, differ], [[1, 0], [0, 1], [-1, -1]], 1, "softmax")
     x = pixels(0.6, 0.4)
@@ -118,7 +118,7 @@ def test_what_cancels_within_a_network_is_not_certified_beyond_its_rounding(line
 
 
 def dual(linear_moe: Any, alpha: float, gate: str = "argmax") -> DualModel:
-    """R: one expert wherever one looks, z = (4a, 0); S says the opposite, as loudly as it can."""
+    """R: one expert wherever one looks, z = (4a, 0); S answers the opposite with the largest logits."""
     robust = linear_moe([[[4.0, 0.0], [0.0, 0.0]]] * 2, [[1, 0], [0, 1]], 1, gate)
     standard = linear_moe([[[-99.0, 0.0], [0.0, 0.0]]] * 2, [[1, 0], [0, 1]], 1, "argmax")
     return DualModel(standard, robust, alpha)

@@ -108,7 +108,7 @@ def odd_weight() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("part", "said"),
+    ("part", "wanted"),
     [
         (nn.GELU(), "GELU"),
         (nn.GroupNorm(1, 2), "GroupNorm"),
@@ -133,8 +133,8 @@ def odd_weight() -> nn.Module:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_not_known_by_its_exact_class_is_named(part: nn.Module, said: str):
-    with pytest.raises(NotSupported, match=f"^{said}$"):
+def test_what_is_not_known_by_its_exact_class_is_named(part: nn.Module, wanted: str):
+    with pytest.raises(NotSupported, match=f"^{wanted}$"):
         layers(nn.Sequential(Normalize(*COLOURS), part), torch.Size(SHAPE))
 
 

@@ -187,7 +187,7 @@ def test_the_deployed_router_keeps_the_route_up_to_the_radius_and_leaves_it_beyo
     for size, kept in (
         (radius * (1 - 1e-6), True),
         (radius * 1.01 + 3e-3, False),
-    ):  # the reserve for rounding is in between
+    ):  # the rounding margin is in between
         low, high = torch.zeros(50, dtype=torch.double), torch.full((50,), 1e3, dtype=torch.double)
         for _ in range(100):  # the step of this norm towards the rival that the box allows, found by halving
             t = ((low + high) / 2)[:, None]

@@ -174,7 +174,7 @@ def test_the_command_scores_every_kind_of_model(method: str, bench: Bench, shelv
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "wanted"),
     [
         (("--method", "bonds"), "bonds"),
         (("--method", "routes", "--set", "exakt=1"), "did you mean 'exact'?"),
@@ -185,11 +185,11 @@ def test_the_command_scores_every_kind_of_model(method: str, bench: Bench, shelv
         (("--method", "routes", "--model", "moe-att"), "did you mean"),
     ],
 )
-def test_unusable_input_is_one_line(words: tuple[str, ...], said: str, bench: Bench):
+def test_unusable_input_is_one_line(words: tuple[str, ...], wanted: str, bench: Bench):
     status, out, err = bench("certify", *words)
     assert (status, out) == (2, "")
     assert len(err.strip().splitlines()) == 1
-    assert said in err
+    assert wanted in err
 
 
 def test_several_processes_are_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch):

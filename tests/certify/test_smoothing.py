@@ -125,7 +125,7 @@ def test_the_tight_form_is_never_below_the_other_and_alone_a_dual_is_its_robust_
 
 @pytest.mark.parametrize("alpha", [0.6, 0.7, 0.9])
 def test_the_dual_forms_hold_on_a_line_against_the_worst_s(alpha: float):
-    # R is linear: at distance d from its boundary its vote is Φ(d/σ) for class 0. The worst S says the other class with
+    # R is linear: at distance d from its boundary its vote is Φ(d/σ) for class 0. The worst S answers otherwise with
     # certainty, so the mixture changes where α (2Φ(d/σ) − 1) = 1 − α, at d = σ Φ⁻¹(1/(2α)).
     sigma, change = 0.25, 0.25 * norm.ppf(0.5 / alpha)
     for distance in (0.2, 0.4, 0.7):

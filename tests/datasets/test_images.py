@@ -41,7 +41,7 @@ def tiff(path: Path) -> None:
 
 
 def deep(path: Path) -> None:
-    """A file of over 8 bits a channel, of the kind that its name says."""
+    """A file of over 8 bits a channel, of the kind in its name."""
     kind = path.stem
     if kind in ("RGB", "RGBA", "LA", "L"):
         png(path, *{"L": (0, 1), "RGB": (2, 3), "LA": (4, 2), "RGBA": (6, 4)}[kind])

@@ -22,7 +22,7 @@ def pixels(seed: int, size: int = 64) -> NDArray[np.uint8]:
 
 
 def write(path: Path, image: NDArray[np.uint8]) -> None:
-    """Losslessly, whatever the suffix says: the reader goes by content, and the pixels can be compared exactly."""
+    """Losslessly, whatever the suffix: the reader goes by content, and the pixels can be compared exactly."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, "PNG")
 

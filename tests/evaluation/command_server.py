@@ -1,7 +1,7 @@
 """Runs commands in children of a process that has imported what they need; a program of test_processes.py.
 
 Reads one JSON line for each call, [log, kills, words]: the command `words` is run in as many children at a time as
-there are kills, each told which of them it is as torchrun tells it. Child i writes to the file `log`.i; where kills[i]
+there are kills, each with the environment variables of torchrun. Child i writes to the file `log`.i; where kills[i]
 is (n, how), it is killed by SIGKILL before, in the middle of or after the n-th file that it writes. The others are
 terminated once they wait for it, as torchrun does it. Answers with the children's exit codes, a JSON line.
 """
@@ -49,7 +49,7 @@ def kill_at(number: int, how: str) -> None:
 
 
 def tell_blocks() -> None:
-    """Each block that is attacked is told on standard error."""
+    """Prints each block that is attacked on standard error."""
     attack = examine.Examiner.run
 
     def told(self: Any, number: int, *rest: Any) -> Any:

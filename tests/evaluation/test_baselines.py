@@ -1,4 +1,4 @@
-"""What stands beside a routed model: its best expert, its experts without a router, its robust branch."""
+"""What a routed model is compared with: its best expert, its experts without a router, its robust branch."""
 
 from collections.abc import Callable
 from math import log
@@ -92,7 +92,7 @@ def test_the_robust_branch_is_a_routed_model_of_its_own(moe: MoE, linear_net: An
 
 
 @pytest.mark.parametrize(
-    ("info", "name", "said"),
+    ("info", "name", "expected"),
     [
         ({}, "ensemble", "'m' has no experts of its own: @ensemble is for an MoE, @robust for a dual"),
         ({"num_experts": 3, "alpha": 0.7}, "best-expert", "'m' has no experts of its own: @best-expert is for an MoE"),
@@ -100,8 +100,8 @@ def test_the_robust_branch_is_a_routed_model_of_its_own(moe: MoE, linear_net: An
         ({"num_experts": 3}, "ensembel", r"'m@ensembel': no such baseline: did you mean 'ensemble'\?"),
     ],
 )
-def test_what_a_model_has_not_is_refused(moe: MoE, info: dict[str, Any], name: str, said: str):
-    with pytest.raises(UnusableInput, match=f"^{said}"):
+def test_what_a_model_has_not_is_refused(moe: MoE, info: dict[str, Any], name: str, expected: str):
+    with pytest.raises(UnusableInput, match=f"^{expected}"):
         baseline(subject(moe, **info), name)
 
 

@@ -1,4 +1,4 @@
-"""Who a model is: equal weights are not enough, the last bit is too much, and source text says nothing."""
+"""Who a model is: equal weights are not enough, the last bit is too much, and source text is not compared."""
 
 import importlib
 import sys

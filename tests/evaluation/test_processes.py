@@ -18,7 +18,7 @@ from bench.results.store import Run, read_runs
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # rows depend on the number of threads
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]  # one server for all
 
 SERVER = Path(__file__).with_name("command_server.py")
 
@@ -52,9 +52,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
             server.stdin.write(json.dumps([str(log), kills, list(map(str, words))]) + "\n")
             server.stdin.flush()
             statuses = json.loads(server.stdout.readline())
-            said = [Path(f"{log}.{rank}").read_text() for rank in range(len(kills))]
-            assert not any("Traceback" in text for text in said), said
-            return statuses, [[int(number) for number in re.findall("attacked ([0-9]+)", text)] for text in said]
+            logs = [Path(f"{log}.{rank}").read_text() for rank in range(len(kills))]
+            assert not any("Traceback" in text for text in logs), logs
+            return statuses, [[int(number) for number in re.findall("attacked ([0-9]+)", text)] for text in logs]
 
         yield call
 
@@ -80,7 +80,7 @@ def same(folder: Path, undisturbed: Run) -> None:
 
 @pytest.mark.parametrize(
     ("file", "how"),
-    [(1, "before"), *((n, "in") for n in range(1, FILES + 1)), (1, "after"), (6, "after"), (9, "after")],
+    [(1, "before"), *((n, "in") for n in (1, 2, 5, 7, 8, 9)), (1, "after"), (6, "after"), (9, "after")],
 )
 def test_a_run_that_was_killed_is_finished_by_the_same_command(
     file: int, how: str, bench: Bench, undisturbed: Run, tmp_path: Path
@@ -114,10 +114,7 @@ def test_neighbouring_blocks_go_to_different_processes(bench: Bench, tmp_path: P
     assert all(later - earlier == 3 for own in attacked for earlier, later in pairwise(own))
 
 
-@pytest.mark.parametrize("next_time", [1, 3])
-def test_a_process_that_dies_takes_only_its_own_block_along(
-    next_time: int, bench: Bench, undisturbed: Run, tmp_path: Path
-):
+def test_a_process_that_dies_takes_only_its_own_block_along(bench: Bench, undisturbed: Run, tmp_path: Path):
     _, dealt = bench(*WORDS, tmp_path / "whole", kills=(None, None))
     rank = max(range(2), key=lambda rank: len(dealt[rank]))  # it has two blocks, and dies in the second
     folder = tmp_path / "killed"
@@ -126,8 +123,8 @@ def test_a_process_that_dies_takes_only_its_own_block_along(
     assert first == dealt
     lost = first[rank][1]
 
-    statuses, second = bench(*WORDS, folder, kills=(None,) * next_time)
-    assert statuses == [0] * next_time
+    statuses, second = bench(*WORDS, folder, kills=(None,) * 3)
+    assert statuses == [0] * 3
     assert [block for own in second for block in own] == [lost]
     same(folder, undisturbed)
 

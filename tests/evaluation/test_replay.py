@@ -127,7 +127,7 @@ def test_a_duals_alpha_is_that_of_the_run(bench: Any, made: Any, user_dual: str)
 
 @pytest.fixture
 def user_dual(tmp_path: Path) -> Iterator[str]:
-    """A dual whose branch S says 0 where the mean pixel is below 0.4, and whose R always does; its own α is 1."""
+    """A dual whose branch S answers 0 where the mean pixel is below 0.4, and whose R always does; its own α is 1."""
     name = "planted_replay_models"
     (tmp_path / f"{name}.py").write_text(
         dedent("""
@@ -222,8 +222,8 @@ def test_other_images_are_refused(bench: Any, made: Any, monkeypatch: pytest.Mon
 
 def test_a_run_that_attacked_nothing_says_so(bench: Any, made: Any):
     folder = made("--suite", "clean")
-    said = f"error: {read_run(folder)} broke no example: there is nothing to replay\n"
-    assert bench("replay", str(folder)) == (2, "", said)
+    expected = f"error: {read_run(folder)} broke no example: there is nothing to replay\n"
+    assert bench("replay", str(folder)) == (2, "", expected)
 
 
 def test_a_run_of_errors_alone_broke_nothing(bench: Any, made: Any, monkeypatch: pytest.MonkeyPatch):
@@ -239,7 +239,7 @@ def test_a_run_of_errors_alone_broke_nothing(bench: Any, made: Any, monkeypatch:
 
 COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "as it is": ([], []),
-    "everything said": (
+    "all options": (
         [
             *["--alpha", "0.3333333333", "--norm", "L2", "--eps", "411/255", "--seed", "7"],
             *["--suite", "pgd", "--set", "steps=3", "--set", "step_size=3e-1"],
@@ -252,8 +252,13 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"torn")], ids=["missing", "damaged"])
-@pytest.mark.parametrize(("words", "where"), COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize(
+    ("words", "where", "spoil"),
+    [
+        *(pytest.param(*case, Path.unlink, id=f"{name}-missing") for name, case in COMMANDS.items()),
+        pytest.param([], [], lambda path: path.write_bytes(b"torn"), id="as it is-damaged"),
+    ],
+)
 def test_the_command_that_is_named_makes_the_witnesses_again(
     words: list[str], where: list[str], spoil: Callable[[Path], object], bench: Any, made: Any
 ):

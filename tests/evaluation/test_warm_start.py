@@ -48,7 +48,7 @@ def images(first: list[float] = FIRST, labels: list[int] | None = None) -> EvalS
 
 @pytest.fixture
 def run(score: Any, linear_net: Any) -> Callable[..., Any]:
-    """run(suite): Result and rows in an L∞ ball of 0.2, of the model that says 1 where x₀ > x₁."""
+    """run(suite): Result and rows in an L∞ ball of 0.2, of the model that answers 1 where x₀ > x₁."""
 
     def of(suite: Suite, data: EvalSet | None = None, model: Any = None, **options: Any) -> Any:
         options = {"eps": 0.2, "num_classes": 2, **options}

@@ -108,14 +108,14 @@ def test_a_vit_resizes_native_pixels_bilinearly_inside():
 
 
 @pytest.mark.parametrize(
-    ("params", "said"),
+    ("params", "expected"),
     [
         ({"image_size": 64, "patch_size": 7}, "image_size 64 must be a multiple of patch_size 7"),
         ({"width": 100}, "width 100 must be a multiple of 3, the ViT's number of heads"),
     ],
 )
-def test_a_vit_that_does_not_divide_is_refused(params: dict[str, int], said: str):
-    with pytest.raises(UnusableInput, match=f"^{said}$"):
+def test_a_vit_that_does_not_divide_is_refused(params: dict[str, int], expected: str):
+    with pytest.raises(UnusableInput, match=f"^{expected}$"):
         build_expert("vit_mini", (3, 64, 64), 10, params)
 
 

@@ -227,7 +227,7 @@ class Mixture(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("does", "said"),
+    ("does", "expected"),
     [
         (lambda x: x.sub_(0.3), "the forward pass writes into its input"),
         (lambda x: torch.manual_seed(0), "the forward pass seeds torch's random numbers"),
@@ -236,7 +236,7 @@ class Mixture(nn.Module):
     ],
 )
 @pytest.mark.parametrize("part", ["router", "experts", "S", "R", "S.expert:1", "a gate inside"])
-def test_a_part_that_is_called_by_itself_is_guarded_too(part: str, does: Callable[[Tensor], Any], said: str):
+def test_a_part_that_is_called_by_itself_is_guarded_too(part: str, does: Callable[[Tensor], Any], expected: str):
     dual = DualModel(Mixture(does), Mixture(does), 0.7)
     guard = Guarded(dual if part.startswith(("S", "R")) else dual.standard)
     called = {
@@ -250,7 +250,7 @@ def test_a_part_that_is_called_by_itself_is_guarded_too(part: str, does: Callabl
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() == torch.float32
-    assert guard.seen == {said}
+    assert guard.seen == {expected}
 
 
 class Chance(Does):

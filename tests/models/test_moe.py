@@ -161,13 +161,13 @@ def test_a_row_does_not_depend_on_the_others_in_eval_mode(expert: str, gate: Gat
 # --- words, and parts that work in place ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "said"), [
+@pytest.mark.parametrize(("given", "wanted"), [
     ({"gate": "Softmax"}, "unknown gate 'Softmax': did you mean 'softmax'?"),
     ({"gate": "noisy_topk"}, "unknown gate 'noisy_topk': there are: softmax, argmax"),
     ({"combine": "probabilities"}, "unknown combine 'probabilities': did you mean 'probs'?"),
 ])  # fmt: skip
-def test_an_unknown_word_is_refused_when_the_model_is_made(linear_moe: Build, given: dict[str, str], said: str):
-    with pytest.raises(UnusableInput, match=f"^{re.escape(said)}$"):
+def test_an_unknown_word_is_refused_when_the_model_is_made(linear_moe: Build, given: dict[str, str], wanted: str):
+    with pytest.raises(UnusableInput, match=f"^{re.escape(wanted)}$"):
         linear_moe(EXPERTS_OF_TWO, ROUTER_OF_TWO, 2, **given)
 
 

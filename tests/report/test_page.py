@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from bench.boards.columns import columns
+from bench.boards.views import headline
 from bench.errors import UnusableInput
 from bench.report.beside import clean_images
 from bench.report.details import read
-from bench.report.page import headline, page, verdict
+from bench.report.page import page, verdict
 
 CLEAN = {idx: np.full((1, 2, 2), 0.1 * idx + 0.05, dtype=np.float32) for idx in range(8)}
 HOSTILE = "<script>alert('x')</script>\"&{{ 7 * 7 }}"

@@ -40,7 +40,7 @@ def spec(suite: str, n: int, **fields: Any) -> RunSpec:
 
 
 def frame(norm: str = "Linf", **columns: Any) -> pd.DataFrame:
-    """Rows of `methods`, {(method, ε): one letter an example}; class 0 is right, `wrong` says where it is not."""
+    """Rows of `methods`, {(method, ε): one letter an example}; class 0 is right, `wrong` has where it is not."""
     methods, wrong = columns.pop("methods"), columns.pop("wrong", ())
     rows = []
     for (method, eps), marks in methods.items():
@@ -103,7 +103,7 @@ def test_a_certification_is_what_its_rows_amount_to_and_lies_among_the_runs(tmp_
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"status": "sure"}, "status is none of"),
         ({"method": "hope"}, "method is none of"),
@@ -116,10 +116,10 @@ def test_a_certification_is_what_its_rows_amount_to_and_lies_among_the_runs(tmp_
         ({"eps": 1}, "columns or their types"),
     ],
 )
-def test_rows_that_no_certification_can_have_are_refused(change: dict[str, Any], said: str):
+def test_rows_that_no_certification_can_have_are_refused(change: dict[str, Any], expected: str):
     rows = frame(methods={("union", 0.2): "11"})
     check_certificates(rows)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=expected):
         check_certificates(rows.assign(**change))
 
 
@@ -147,7 +147,7 @@ def test_the_boards_columns_by_hand(tmp_path: Path):
     attack(tmp_path, [], n=4)
     given = {"methods": {("union", 0.2): "1100", ("soft", 0.2): "1010"}, "wrong": (0,)}
     save(tmp_path, frame(**given))
-    # at 0.1 all are certified, which says nothing of 0.2; at 0.3 image 3 is, which does
+    # at 0.1 all are certified, which does not hold at 0.2; at 0.3 image 3 is, which does
     save(tmp_path, frame(methods={("union", 0.1): "1111"}), threat_model=ThreatModel(norm="Linf", eps=0.1))
     save(tmp_path, frame(methods={("union", 0.3): "0001"}), threat_model=ThreatModel(norm="Linf", eps=0.3))
     save(tmp_path, frame("L2", methods={("union", 0.5): "1111"}), threat_model=ThreatModel(norm="L2", eps=0.5))
@@ -223,7 +223,7 @@ def test_what_does_not_contradict_is_none(name: str, fields: dict[str, Any], row
 
 def test_a_clean_prediction_contradicts_too_and_so_does_a_route(tmp_path: Path):
     attack(tmp_path, [(0, "route", 0, True, 0.1, 0.4, 2), (1, "route", 0, True, 0.3, 0.9, 2)])
-    save(tmp_path, frame(methods={("union", 0.2): "001"}, wrong=(2,)))  # certified for class 1, and F says class 0
+    save(tmp_path, frame(methods={("union", 0.2): "001"}, wrong=(2,)))  # certified for class 1, and F answers class 0
     save(tmp_path, frame(methods={("routes", 0.05): "111", ("routes", 0.2): "111"}, predicted=0), "certify-routes")
     found = conflicts(read_runs(tmp_path), read_certificates(tmp_path))
     # the clean row and its attack rows; the route of image 0 changed inside, that of image 1 outside

@@ -150,7 +150,7 @@ def test_accuracy_after_by_hand():
     )
     after = accuracy_after(frame)
     assert list(after.items()) == [("clean", 0.75), ("b", 0.5), ("a", 0.25)]
-    # the order changes what stands in between: example 0 has no row for `a` and keeps its state
+    # the order changes what is left in between: example 0 has no row for `a` and keeps its state
     assert list(accuracy_after(frame, ["a", "b"]).items()) == [("clean", 0.75), ("a", 0.5), ("b", 0.25)]
     # `c` found nobody to attack, so it has no row at all
     assert accuracy_after(frame, ["b", "a", "c"])["c"] == 0.25

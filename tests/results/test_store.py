@@ -13,41 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from verdict_rows import INFO, PROVENANCE, ROWS, frame, result, spec
 
 from bench.errors import UnusableInput
-from bench.results.schema import VERDICT_COLUMNS, Result, check_verdicts, suite_label
-from bench.results.store import Run, RunFolder, ensure_writable, read_runs, run_folder
+from bench.results.schema import Result
+from bench.results.store import RunFolder, ensure_writable, read_runs, run_folder
 from bench.results.witnesses import FILE, Witnesses
-from bench.spec import ModelInfo, RunSpec, ThreatModel, dataset_folder
-
-INFO = ModelInfo(name="m", architecture="tiny", checkpoint_sha256="c" * 64)
-PROVENANCE: dict[str, Any] = {"environment": {"torch": "2"}, "git_hash": None, "seconds": 1.5, "finished": "2030-01-01"}
-
-STATUS = {"1": "ok", "0": "ok", "e": "error"}
-
-
-def frame(first: int = 0, **attacks: str) -> pd.DataFrame:
-    """Rows from one letter an example: 1 robust, 0 broken, e error, `.` no row."""
-    clean = attacks["clean"]
-    rows = [
-        (i, f"{i:016x}", 0, attack, "F", 0, 0, clean[i - first] == "1", mark == "1", 0.0, 0.0, -1, -1, STATUS[mark])
-        for attack, marks in attacks.items()
-        for i, mark in enumerate(marks, start=first)
-        if mark != "."
-    ]
-    return pd.DataFrame(rows, columns=list(VERDICT_COLUMNS)).astype(VERDICT_COLUMNS)
-
-
-def spec(**fields: Any) -> RunSpec:
-    given = {"model": "m", "dataset": "digits", "threat_model": ThreatModel(norm="Linf", eps=8 / 255), "suite": "pgd"}
-    return RunSpec(**{**given, "suite_version": 1, "n_examples": 4, **fields})
-
-
-def result(rows: pd.DataFrame, **fields: Any) -> Result:
-    return Result.from_rows(spec(**fields), INFO, "f" * 16, rows, **PROVENANCE)
-
-
-ROWS = frame(clean="1110", pgd="100.")
+from bench.spec import dataset_folder
 
 
 @pytest.fixture
@@ -57,18 +29,6 @@ def folder(tmp_path: Path) -> RunFolder:
     folder = RunFolder(run_folder(tmp_path, made.spec, made.run))
     folder.finish(made, ROWS)
     return folder
-
-
-def test_result_is_what_the_rows_amount_to():
-    made = result(frame(clean="1110", pgd="1e0."), seed=3)
-    assert (made.clean_accuracy.value, made.robust_accuracy.value, made.errors) == (0.75, 0.25, 1)
-    # Wilson, k = 1, n = 4: centre (0.25 + 0.480182) / 1.960365 = 0.372472, half width 0.326884
-    assert (made.robust_accuracy.low, made.robust_accuracy.high) == pytest.approx((0.045587, 0.699358), abs=1e-5)
-    assert made.accuracy_after == {"clean": 0.75, "pgd": 0.25}
-    assert made.run == made.spec.run_key("c" * 64, "f" * 16)
-    assert (made.work, made.subject) == (result(ROWS).work, result(ROWS).subject)  # neither knows the seed
-    with pytest.raises(ValueError, match="rows of 4 examples, not of 5"):
-        result(ROWS, n_examples=5)
 
 
 def test_layout_and_round_trip(tmp_path: Path, folder: RunFolder):
@@ -165,55 +125,6 @@ def test_killed_in_the_middle_of_writing(tmp_path: Path, call: str, replaced: in
     assert [run.result for run in read_runs(tmp_path)] == [result(ROWS)]
 
 
-def broken_rows(name: str) -> pd.DataFrame:
-    match name:
-        case "type":
-            return ROWS.astype({"label": "int32"})
-        case "extra":
-            return ROWS.assign(more=1)
-        case "order":
-            return ROWS[ROWS.columns[::-1]]
-        case "empty":
-            return ROWS.iloc[:0]
-        case "missing":
-            return ROWS.assign(attack=ROWS["attack"].where(ROWS.index != 2))
-        case "status":
-            return ROWS.assign(status="crash").astype(VERDICT_COLUMNS)
-        case "error is robust":
-            return ROWS.assign(status="error").astype(VERDICT_COLUMNS)
-        case "wrong is robust":
-            return ROWS.assign(clean_correct=False)
-        case "clean twice":
-            return pd.concat([ROWS, ROWS.iloc[:1]])
-        case "no clean":
-            return ROWS.iloc[1:]
-        case _:
-            return ROWS.assign(input_hash=ROWS["input_hash"].where(ROWS["attack"] == "clean", "other"))
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("type", "'label', 'int32'"),
-        ("extra", "'more'"),
-        ("order", "another order"),
-        ("empty", "exactly one clean row"),
-        ("missing", "is missing in a row"),
-        ("status", "status is neither"),
-        ("error is robust", "its attack failed"),
-        ("wrong is robust", "misclassified"),
-        ("clean twice", "exactly one clean row"),
-        ("no clean", "exactly one clean row"),
-        ("two hashes", "one input hash"),
-    ],
-)
-def test_rows_that_no_run_can_have(tmp_path: Path, name: str, said: str):
-    check_verdicts(ROWS)
-    with pytest.raises(ValueError, match=said):
-        RunFolder(tmp_path).write_block(0, broken_rows(name), {})
-    assert not (tmp_path / "blocks").exists()
-
-
 def edited(**changes: Any) -> Callable[[Path], None]:
     """Changes values of result.json, by their dotted path."""
 
@@ -240,7 +151,7 @@ def rewritten(rows: pd.DataFrame) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "expected"),
     [
         (half, "result.json cannot be used (Invalid JSON"),
         (
@@ -269,13 +180,13 @@ def rewritten(rows: pd.DataFrame) -> Callable[[Path], None]:
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(
-    tmp_path: Path, folder: RunFolder, spoil: Callable[[Path], None], said: str
+    tmp_path: Path, folder: RunFolder, spoil: Callable[[Path], None], expected: str
 ):
     spoil(folder.path)
     for read in (lambda: read_runs(tmp_path), folder.finished):
         with pytest.raises(UnusableInput) as refused:
             read()
-        assert said in str(refused.value)
+        assert expected in str(refused.value)
         assert str(folder.path) in str(refused.value)
         assert "run again" in str(refused.value)
         assert "\n" not in str(refused.value)
@@ -331,8 +242,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path):
             ensure_writable(root)
 
 
-def test_names_say_what_is_not_default(tmp_path: Path):
-    assert suite_label(spec()) == "pgd"
-    assert suite_label(spec(suite_params={"steps": 10, "step_size": 0.1})) == "pgd[step_size=0.1, steps=10]"
-    made = result(ROWS, alpha=0.7)
-    assert str(Run(made, tmp_path)) == f"pgd on m (α 0.7), digits Linf 8/255 (run {made.run})"
+def test_rows_that_no_run_can_have_are_not_written(tmp_path: Path):
+    with pytest.raises(ValueError, match="exactly one clean row"):
+        RunFolder(tmp_path).write_block(0, ROWS.iloc[1:], {})
+    assert not (tmp_path / "blocks").exists()

@@ -1,4 +1,4 @@
-"""AutoAttack: what we store is what pyautoattack says, and what it leaves behind is cleared away."""
+"""AutoAttack: what we store is what pyautoattack finds, and what it leaves behind is cleared away."""
 
 import logging
 import sys
@@ -93,14 +93,14 @@ def assert_parity(
     `predictions`: also which class is seen instead; over several steps it is another, where a row leaves at the first.
     """
     clean = rows[rows["attack"] == "clean"]
-    standing = clean["robust"].tolist()
+    unbroken = clean["robust"].tolist()
     for name, (robust, predicted) in zip(NAMES, reference, strict=True):
         mine = rows[rows["attack"] == name].set_index("idx")
-        assert sorted(mine.index) == [i for i, stands in enumerate(standing) if stands], name
+        assert sorted(mine.index) == [i for i, yes in enumerate(unbroken) if yes], name
         assert mine["robust"].to_dict() == {i: robust[i] for i in mine.index}, name
         broken = mine[~mine["robust"] & predictions]
         assert broken["adv_pred"].to_dict() == {i: predicted[i] for i in broken.index}, name
-        standing = robust
+        unbroken = robust
     final = rows.groupby("idx")["robust"].all()
     assert final.tolist() == reference[-1][0]
 
@@ -116,9 +116,9 @@ EPS: dict[Norm, float] = {"Linf": 0.02, "L2": 0.1, "L1": 0.5}
         ("Linf", "softmax", nn.Sequential),
         ("Linf", "argmax", InDouble),
         ("L2", "argmax", nn.Sequential),
-        ("L2", "softmax", InDouble),
+        pytest.param("L2", "softmax", InDouble, marks=pytest.mark.slow),
         ("L1", "softmax", nn.Sequential),
-        ("L1", "argmax", InDouble),
+        pytest.param("L1", "argmax", InDouble, marks=pytest.mark.slow),
     ],
 )
 def test_rows_are_what_pyautoattack_says_of_the_block(
@@ -143,7 +143,7 @@ class DoubleInside(InDouble):
         self.inside = model
 
 
-ZOO = ["dense-at", "moe-rt_er", "moe-rt_er-argmax", "dual", "dual-jtdmoe"]
+ZOO = ["moe-rt_er-argmax", "dual", "dual-jtdmoe"]
 
 
 @pytest.mark.slow
@@ -256,7 +256,7 @@ def test_few_examples_are_judged_as_pyautoattack_does(case: str, score: Any, cut
         assert_parity(mine, part, directly(model, part, "Linf", 0.01, block_seed(0, start // size)))
 
 
-def test_no_example_stands_and_nothing_is_attacked(planted: Any, score: Any):
+def test_all_examples_are_misclassified_and_nothing_is_attacked(planted: Any, score: Any):
     data = planted.data()
     wrong = EvalSet(data.x, (data.y + 5) % 10, data.idx, "wrong", "")
     result, rows = score(planted.robust(), "autoattack", wrong)
@@ -432,8 +432,8 @@ def test_what_was_found_before_a_failure_counts(score: Any, cut_autoattack: Any,
         expected.drop(columns=["clean_expert", "adv_expert"])
     )
     failed = rows[rows["status"] == "error"]
-    standing = [i for i, stands in enumerate(reference[len(done) - 1][0]) if stands]
-    assert (failed["idx"].tolist(), set(failed["attack"])) == (standing, {"autoattack"})
-    assert result.errors == len(standing)
+    unbroken = [i for i, yes in enumerate(reference[len(done) - 1][0]) if yes]
+    assert (failed["idx"].tolist(), set(failed["attack"])) == (unbroken, {"autoattack"})
+    assert result.errors == len(unbroken)
     assert result.error_messages == ("autoattack: RuntimeError: out of memory",)
     assert result.robust_accuracy.value == 0

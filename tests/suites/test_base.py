@@ -20,11 +20,11 @@ ATTACKS: list[tuple[str, Norm]] = [
 ]
 ATTACKS += [("torchattacks:FGSM", "Linf"), ("torchattacks:VMIFGSM", "Linf"), ("torchattacks:APGDT", "Linf")]
 ATTACKS += [("torchattacks:Square", "L2"), ("torchattacks:CW", "L2"), ("torchattacks:EADL1", "L1")]
-#: What a suite that is not for any data set is told to be on.
+#: The data set that a suite for any is run on.
 DATASET = {name: (SUITES[name].datasets or ("planted",))[0] for name in SUITES}
 SLOW = [("autoattack", "Linf")]  # with its whole budget
 #: Fewer queries than by default, which would take seconds and prove no more.
-SETTINGS: dict[str, dict[str, Any]] = {"torchattacks:Square": {"n_queries": 500}}
+SETTINGS: dict[str, dict[str, Any]] = {"torchattacks:Square": {"n_queries": 500}, "adaptive": {"budget": "small"}}
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,8 @@ def test_suite_tells_the_broken_from_the_robust_model(
 
 @pytest.mark.parametrize("suite", ["pgd", "autoattack", "torchattacks:APGD", "torchattacks:Square"])
 def test_suite_tells_a_dual_by_its_alpha(suite: str, planted: Any, score: Any, cut_autoattack: Any):
-    # R keeps a margin of 26 · ½ · ⅓ at the least, so p_R(y) > 0.9 and α p_R(y) > ½ at α = 0.7, whatever S says. At
-    # α = 0.3 the branch that an attack owns has 0.7 of the say.
+    # R keeps a margin of 26 · ½ · ⅓ at the least, so p_R(y) > 0.9 and α p_R(y) > ½ at α = 0.7, whatever S answers. At
+    # α = 0.3 the branch that an attack owns has 0.7 of the weight.
     cut_autoattack(10, 4, 200)
     robust, _ = score(planted.dual(0.7), suite, alpha=0.7, settings=SETTINGS.get(suite))
     broken, _ = score(planted.dual(0.3), suite, alpha=0.3, settings=SETTINGS.get(suite))

@@ -152,7 +152,7 @@ def test_an_attack_that_fails_leaves_nothing_known_of_its_block(
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("bench.suites.components.pgd", fail)
-    result, _ = components(moe, data((-0.3, 0)))  # nobody stands, and yet it has no RA-R
+    result, _ = components(moe, data((-0.3, 0)))  # all are misclassified, and yet it has no RA-R
     assert (result.errors, result.error_messages) == (1, ("components: RuntimeError: out of memory",))
 
 

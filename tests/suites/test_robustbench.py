@@ -1,4 +1,4 @@
-"""robustbench: RobustBench's own benchmark, on our images and with our seed, says what `autoattack` says."""
+"""robustbench: RobustBench's own benchmark, on our images and with our seed, finds what `autoattack` finds."""
 
 import sys
 from pathlib import Path
@@ -189,4 +189,4 @@ def test_what_a_warm_start_broke_is_no_disagreement(planted: Any, score: Any, mo
     warm, rows = score(model, "robustbench", data, dataset="cifar10", known=known, seed=1)
     assert (cold.robust_accuracy.value, warm.robust_accuracy.value) == (23 / 24, 21 / 24)
     assert cold.flags == warm.flags == ()
-    assert rows.groupby("idx")["clean_correct"].nunique().max() == 1  # what stands no more was right all the same
+    assert rows.groupby("idx")["clean_correct"].nunique().max() == 1  # what was broken was right all the same

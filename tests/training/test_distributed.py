@@ -43,7 +43,7 @@ def drive(tmp_path: Path, torchrun: Torchrun) -> Callable[..., list[dict[str, li
         jobs = {name: spec.model_dump(mode="json") for name, spec in specs.items()}
         (tmp_path / "jobs.json").write_text(json.dumps(jobs))
         torchrun(processes, PROGRAM, tmp_path, scenario)
-        return [json.loads((tmp_path / f"said.{rank}.json").read_text()) for rank in range(processes)]
+        return [json.loads((tmp_path / f"errors.{rank}.json").read_text()) for rank in range(processes)]
 
     return call
 
@@ -142,8 +142,8 @@ def test_three_processes_agree_and_stop_together(drive: Callable[..., Any], tiny
     for part in ("moe-standard", "moe-rt_er"):
         train(tiny_spec(part, epochs=1), NONE, tmp_path / "parts", "cpu")
 
-    said = drive(3, specs, "trouble")
-    assert said[0] == said[1] == said[2]
+    errors = drive(3, specs, "trouble")
+    assert errors[0] == errors[1] == errors[2]
     last = {name: [load_file(tmp_path / f"{name}.{r}.last") for r in range(3)] for name in ("remainder", "batch-norm")}
     one = tmp_path / "one.safetensors"
     near(last["remainder"][0], alone(specs["remainder"], one, 3))
@@ -159,13 +159,13 @@ def test_three_processes_agree_and_stop_together(drive: Callable[..., Any], tiny
     # what one process raises stops all of them, in the step where it is, and the best epoch so far is kept
     stopped = paths["failing"].with_suffix(".stopped.safetensors")
     kept = f"the best epoch so far is kept at '{stopped}'"
-    assert said[0]["failing"] == ["TrainingFailed", f"planted at epoch 2, step 2: lower lr; {kept}"]
+    assert errors[0]["failing"] == ["TrainingFailed", f"planted at epoch 2, step 2: lower lr; {kept}"]
     assert read_header(stopped).epochs == 1
     assert read_header(stopped).processes == 3
     assert not paths["failing"].exists()
 
     # nor does one process go on with what three have begun, or three with one's
-    kind, message = said[0]["resumed"]
+    kind, message = errors[0]["resumed"]
     assert kind == "UnusableInput"
     other = "belongs to another spec, other data or another number of processes: "
     assert message.startswith(f"'{paths['resumed'].with_suffix('.state.pt')}' {other}")
@@ -174,7 +174,7 @@ def test_three_processes_agree_and_stop_together(drive: Callable[..., Any], tiny
     with pytest.raises(UnusableInput, match=other):
         Trainer(spec, DIGITS, read_training_data(spec, DIGITS, NONE), paths["failing"], "cpu").train(resume=True)
 
-    assert said[0]["dual"] == 0
+    assert errors[0]["dual"] == 0
 
 
 def test_two_machines_of_the_command_train_as_one_process_with_twice_the_batch(tmp_path: Path):
@@ -199,15 +199,15 @@ def test_two_machines_of_the_command_train_as_one_process_with_twice_the_batch(t
         for rank in range(2)
     ]
     try:
-        said = [machine.communicate(timeout=600) for machine in machines]
+        errors = [machine.communicate(timeout=600) for machine in machines]
     finally:
         for machine in machines:
             machine.kill()
-    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert [machine.returncode for machine in machines] == [0, 0], errors
     two = checkpoint_path(tmp_path / "two", "digits", "Linf", "moe-rt_er")
-    assert said[1][0] == ""  # the first process alone reports
-    assert said[0][0].startswith(f"{two}: SA ")
-    assert said[0][0].count("\n") == 1
+    assert errors[1][0] == ""  # the first process alone reports
+    assert errors[0][0].startswith(f"{two}: SA ")
+    assert errors[0][0].count("\n") == 1
 
     spec = TrainSpec.model_validate(read_header(two).training)
     wide = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"batch_size": 120})})

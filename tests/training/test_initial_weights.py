@@ -113,7 +113,7 @@ def test_the_same_path_with_other_weights_is_another_training(dense: dict[str, P
 def test_what_cannot_be_started_from_is_refused(dense: dict[str, Path], tiny_spec: Specs, tmp_path: Path):
     path = str(dense["dense-at"])
     routed = str(train(tiny_spec("moe-standard"), NONE, tmp_path, "cpu"))
-    for settings, said in (
+    for settings, expected in (
         ({"init": str(tmp_path / "none.safetensors")}, r"^no checkpoint at '.*none.safetensors'"),
         ({"init": routed}, rf"^--set init={routed}: 'moe-standard' is not a dense model trained by `bench train`"),
         (
@@ -124,7 +124,7 @@ def test_what_cannot_be_started_from_is_refused(dense: dict[str, Path], tiny_spe
         ({"init": path, "n_train": 230}, r" was trained on \d+ of the images that are held out here: train both with "),
         ({"init": path, "pretrained": True}, r"^--set init=… and --set pretrained=… both say where the weights start"),
     ):
-        with pytest.raises(UnusableInput, match=said):
+        with pytest.raises(UnusableInput, match=expected):
             train(tiny_spec("moe-at", **settings), NONE, tmp_path, "cpu")
     for variant in ("moe-at", "dense-at"):
         with pytest.raises(UnusableInput, match=f"^--set init_standard: nothing of '{variant}' depends on it"):

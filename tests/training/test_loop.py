@@ -544,8 +544,8 @@ def test_a_collapse_of_robust_accuracy_is_warned_of_and_the_best_epoch_kept(
     measured = iter([(0.5, 0.3, {}), (0.6, 0.35, {}), (0.7, 0.02, {}), (0.8, 0.01, {})])
     run.validate = lambda: next(measured)
     header = read_header(run.train())
-    said = [message for message in caplog.messages if "overfitting" in message]
-    assert [message.partition(",")[0] for message in said] == ["epoch 3: RA fell from 35.0 % to 2.0 %"] * warned
+    messages = [message for message in caplog.messages if "overfitting" in message]
+    assert [message.partition(",")[0] for message in messages] == ["epoch 3: RA fell from 35.0 % to 2.0 %"] * warned
     assert header.validation["epoch"] == (2 if warned else 4)
 
 

@@ -117,7 +117,7 @@ def test_fractions_in_a_preset_are_numbers():
 
 
 @pytest.mark.parametrize(
-    ("variant", "key", "said"),
+    ("variant", "key", "wanted"),
     [
         ("moe-at", "beta", r"--set beta: 'moe-at' has no such parameter: "),  # RT-ER has it
         ("moe-standard", "inner_steps", r"--set inner_steps: 'moe-standard' has no such parameter: "),
@@ -127,8 +127,8 @@ def test_fractions_in_a_preset_are_numbers():
         ("dual", "inner_steps", r"--set inner_steps: 'dual' has no such parameter: "),
     ],
 )
-def test_a_parameter_that_is_not_there_is_refused_with_the_nearest(variant: str, key: str, said: str):
-    with pytest.raises(UnusableInput, match=f"^{said}"):
+def test_a_parameter_that_is_not_there_is_refused_with_the_nearest(variant: str, key: str, wanted: str):
+    with pytest.raises(UnusableInput, match=f"^{wanted}"):
         spec(variant, **{key: 3})
 
 
@@ -147,7 +147,7 @@ def test_a_setting_that_changes_nothing_of_the_variant_is_refused(variant: str, 
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "wanted"),
     [
         ({"lr": "fast"}, "recipe 'digits': lr: Input should be a valid number"),
         ({"epochs": 0}, "recipe 'digits': epochs: Input should be greater than 0"),
@@ -156,8 +156,8 @@ def test_a_setting_that_changes_nothing_of_the_variant_is_refused(variant: str, 
         ({"num_selected_experts": 5}, "recipe 'digits': num_selected_experts 5 is more than num_experts 4"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused(settings: dict[str, Any], said: str):
-    with pytest.raises(UnusableInput, match=f"^{said}"):
+def test_a_value_that_cannot_be_is_refused(settings: dict[str, Any], wanted: str):
+    with pytest.raises(UnusableInput, match=f"^{wanted}"):
         spec(**settings)
 
 

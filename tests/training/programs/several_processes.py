@@ -1,7 +1,7 @@
 """What each of several processes runs, started by torchrun: several_processes.py FOLDER SCENARIO.
 
 FOLDER/jobs.json holds the specs by name. Each process leaves the last weights of each training in
-FOLDER/<name>.<rank>.last, and the errors by name in FOLDER/said.<rank>.json.
+FOLDER/<name>.<rank>.last, and the errors by name in FOLDER/errors.<rank>.json.
 """
 
 import json
@@ -33,7 +33,7 @@ class Trainings:
         self.folder = folder
         jobs = json.loads((folder / "jobs.json").read_text())
         self.specs = {name: TrainSpec.model_validate(job) for name, job in jobs.items()}
-        self.said: dict[str, Any] = {}
+        self.errors: dict[str, Any] = {}
 
     def run(self, name: str, prepare: Callable[[Trainer], None] = lambda _: None, resume: bool = False) -> None:
         spec = self.specs[name]
@@ -50,7 +50,7 @@ class Trainings:
         try:
             trainer.train(resume)
         except (TrainingFailed, UnusableInput) as error:
-            self.said[name] = [type(error).__name__, str(error)]
+            self.errors[name] = [type(error).__name__, str(error)]
 
 
 def every_kind(trainings: Trainings) -> None:
@@ -89,13 +89,13 @@ def trouble(trainings: Trainings) -> None:
     try:
         cli.main(["train", "dual", "--checkpoints", f"{trainings.folder}/parts", "--device", "cpu"])
     except SystemExit as stopped:
-        trainings.said["dual"] = stopped.code
+        trainings.errors["dual"] = stopped.code
 
 
 def main() -> None:
     trainings = Trainings(Path(sys.argv[1]))
     {"every_kind": every_kind, "trouble": trouble}[sys.argv[2]](trainings)
-    (trainings.folder / f"said.{RANK}.json").write_text(json.dumps(trainings.said))
+    (trainings.folder / f"errors.{RANK}.json").write_text(json.dumps(trainings.errors))
 
 
 if __name__ == "__main__":

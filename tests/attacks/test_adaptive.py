@@ -1,0 +1,56 @@
+"""The adaptive attacks as they are called without a suite, and their budgets."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from bench.attacks.adaptive import BUDGETS, AdaptiveAttack
+from bench.errors import UnusableInput
+from bench.suites.base import open_suites
+
+
+def test_budgets_grow():
+    small, standard, large = (BUDGETS[name] for name in ("small", "standard", "large"))
+    for less, more in ((small, standard), (standard, large)):
+        assert less.path_restarts * less.path_steps < more.path_restarts * more.path_steps
+        assert (less.paths, less.restarts, less.steps, less.queries, less.targets) < (
+            more.paths, more.restarts, more.steps, more.queries, more.targets
+        )  # fmt: skip
+        assert set(less.weights) <= set(more.weights)
+    assert open_suites(["adaptive"], {})["adaptive"].params == {}
+
+
+def test_it_gives_the_same_for_a_seed(planted: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(BUDGETS, "small", replace(BUDGETS["small"], path_restarts=2, path_steps=10))
+    data = planted.data()
+    attack = AdaptiveAttack(planted.robust(), "Linf", planted.balls["Linf"], "small", 3, ["paths"])
+    first = attack(data.x, data.y)  # nothing is broken: the last try of each image
+    torch.rand(1)
+    assert torch.equal(attack(data.x, data.y), first)
+    attack.seed = 4
+    assert not torch.equal(attack(data.x, data.y), first)
+
+
+def test_it_refuses_an_attack_that_it_does_not_have(planted: Any):
+    data, attack = planted.data(), AdaptiveAttack(planted.robust(), attacks_to_run=["path"])
+    with pytest.raises(UnusableInput, match=r"^no adaptive attack 'path' for this model: did you mean 'paths'"):
+        attack(data.x, data.y)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"budget": "standart"}, r"^no budget 'standart': did you mean 'standard'\?$"),
+        ({"norm": "L1"}, r"^no adaptive attack in an L1 ball"),
+    ],
+)
+def test_it_refuses_what_it_does_not_know(wrong: dict[str, Any], expected: str, planted: Any):
+    with pytest.raises(UnusableInput, match=expected):
+        AdaptiveAttack(planted.robust(), **wrong)
+
+
+def test_it_refuses_a_model_without_parts(linear_net: Any):
+    with pytest.raises(UnusableInput, match=r"^Sequential shows no routing: an MoE has `router` and `experts`"):
+        AdaptiveAttack(linear_net([[1.0], [0.0]]))
