@@ -329,6 +329,22 @@ ALL = {
 }
 
 
+#: How the gates of each are named; the others have none: a threshold decides.
+GATES = {
+    "router gives the index alone": "router",
+    "the released dual's names": "?moe.router",
+    "soft mixture of nine": "gate",
+    "masks of channels by one router": "fc",
+    "gate gives (scores, routing)": "layers.*.gate",
+    "gate gives (dispatch, combine, loss), experts stacked": "layers.*.gate",
+    "tokens dropped by capacity": "layers.*.gate",
+    "second expert drawn, gate gives a 4-tuple": "layers.*.gate",
+    "expert choice": "*.choose",
+    "bias for the selection alone": "layers.1",
+    "router outside torch": "fc",
+}
+
+
 def build(name: str) -> nn.Module:
     """The model called `name`, with the same weights each time."""
     with torch.random.fork_rng(devices=[]):

@@ -57,6 +57,10 @@ HARD = {
 }  # fmt: skip
 
 
+#: What leaves torch, which a tensor that has a gradient cannot; it has one where a `detach` before it was kept from it.
+LEAVES = {Tensor.numpy, Tensor.__array__}
+
+
 class StraightThrough(TorchFunctionMode):
     """Within, functions without a usable gradient keep their values and take the gradient of a smooth one (`SMOOTH`).
 
@@ -75,6 +79,8 @@ class StraightThrough(TorchFunctionMode):
         with torch.enable_grad():
             first = args[0] if args else None
             smooth = SMOOTH.get(func)
+            if func in LEAVES and isinstance(first, Tensor):
+                return func(first.detach(), *args[1:], **kwargs)
             if smooth is None or not (isinstance(first, Tensor) and first.requires_grad):
                 return func(*args, **kwargs)
             self.hard += func in HARD

@@ -4,11 +4,17 @@ from typing import Any
 
 import planted_gates
 import pytest
+import third_party
 import torch
 from planted_routes import EPS, images
 
-from bench.attacks.adaptive import AdaptiveAttack
+from bench.attacks.adaptive import BUDGETS, AdaptiveAttack, Budget, run
+from bench.attacks.block import Block, PassCounter
+from bench.attacks.search import Search
 from bench.datasets.base import EvalSet, fingerprint
+from bench.models.foreign import Guarded
+from bench.models.gates import find_gates
+from bench.spec import NOT_FORCED, ThreatModel
 
 X, Y = images()
 KINDS = list(planted_gates.KINDS)
@@ -41,3 +47,28 @@ def test_standard_attacks_leave_it(kind: str, suite: str, score: Any, cut_autoat
     result, _ = score(planted_gates.build(kind), suite, data, eps=EPS, num_classes=5)
     assert result.errors == 0, result.error_messages
     assert result.robust_accuracy.value >= 0.9
+
+
+@pytest.mark.parametrize("name", list(third_party.ALL))
+def test_every_shape_of_public_code_is_attacked_once_its_gates_are_named(name: str, monkeypatch: pytest.MonkeyPatch):
+    word = third_party.GATES.get(name)
+    if word is None:
+        pytest.skip("it has no gate: a threshold decides")
+    monkeypatch.setitem(BUDGETS, "small", Budget(6, 2, 3, 1, 3, (), 1, 2, 1, 5))
+    model = third_party.build(name)
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    guard = Guarded(model)
+    guard.gates = find_gates(model, [word], x).sites
+    with torch.no_grad():
+        y = guard(x).argmax(1)
+    everywhere, threat = torch.ones(4, dtype=torch.bool), ThreatModel(norm="Linf", eps=0.1)
+    block = Block(guard, x, y, everywhere, 10, "planted", threat, 0, PassCounter(guard))
+    names = [attack for attack, _ in run(Search(block), "small")]
+    unforced = [flag for flag in block.flags if NOT_FORCED in flag]
+    if name == "expert choice":
+        assert unforced == [f"adaptive: layers.1.choose: {NOT_FORCED}"]
+    elif name == "soft mixture of nine":
+        assert "softened" in names
+    else:
+        assert {"paths", "left-routes", "blurred"} <= set(names)
+        assert not unforced

@@ -33,37 +33,36 @@ def guarded(model: nn.Module, found: tuple[Site, ...]) -> Guarded:
     return guard
 
 
-#: By name in `third_party.ALL`: what to type, and what is found.
+#: By name in `third_party.GATES`: what is found.
 FOUND = {
-    "gate gives (scores, routing)": ("layers.*.gate", "layers.1.gate (top-1 of 4)"),
-    "gate gives (dispatch, combine, loss), experts stacked": ("layers.*.gate", "layers.1.gate (top-1 of 4)"),
-    "tokens dropped by capacity": ("layers.*.gate", "layers.1.gate (top-1 of 4)"),
-    "second expert drawn, gate gives a 4-tuple": ("layers.*.gate", "layers.1.gate (top-2 of 4)"),
-    "bias for the selection alone": ("layers.1", "layers.1 (top-2 of 4)"),
-    "masks of channels by one router": ("fc", "fc (top-1 of 4)"),
-    "router gives the index alone": ("router", "router (top-1 of 4)"),
-    "the released dual's names": ("?moe.router", "Smoe.router (top-1 of 4), Rmoe.router (top-1 of 4)"),
-    "router outside torch": ("fc", "fc (top-1 of 2)"),
-    "soft mixture of nine": ("gate", "gate (soft, of 9)"),
-    "expert choice": ("*.choose", "layers.1.choose (experts choose tokens)"),
+    "gate gives (scores, routing)": "layers.1.gate (top-1 of 4)",
+    "gate gives (dispatch, combine, loss), experts stacked": "layers.1.gate (top-1 of 4)",
+    "tokens dropped by capacity": "layers.1.gate (top-1 of 4)",
+    "second expert drawn, gate gives a 4-tuple": "layers.1.gate (top-2 of 4)",
+    "bias for the selection alone": "layers.1 (top-2 of 4)",
+    "masks of channels by one router": "fc (top-1 of 4)",
+    "router gives the index alone": "router (top-1 of 4)",
+    "the released dual's names": "Smoe.router (top-1 of 4), Rmoe.router (top-1 of 4)",
+    "router outside torch": "fc (top-1 of 2)",
+    "soft mixture of nine": "gate (soft, of 9)",
+    "expert choice": "layers.1.choose (experts choose tokens)",
 }
 
 
 @pytest.mark.parametrize("name", list(FOUND))
 def test_what_a_gate_selects_is_found_out(name: str):
-    word, words = FOUND[name]
-    found = named(third_party.build(name), word)
-    assert ", ".join(site.words for site in found.sites) == words
+    found = named(third_party.build(name), third_party.GATES[name])
+    assert ", ".join(site.words for site in found.sites) == FOUND[name]
     assert found.words == tuple(site.name for site in found.sites)
 
 
 #: How many tokens an image has there: 4 patches; AdvMoE's router scores two layers.
-TOKENS = {name: 4 if "layers" in word else 2 if "masks" in name else 1 for name, (word, _) in FOUND.items()}
+TOKENS = {name: 4 if "layers" in words else 2 if "masks" in name else 1 for name, words in FOUND.items()}
 
 
-@pytest.mark.parametrize("name", [name for name, (_, words) in FOUND.items() if "top" in words])
+@pytest.mark.parametrize("name", [name for name, words in FOUND.items() if "top" in words])
 def test_its_scores_are_read_and_forced(name: str):
-    found = named(model := third_party.build(name), FOUND[name][0]).sites
+    found = named(model := third_party.build(name), third_party.GATES[name]).sites
     guard = guarded(model, found)
     with torch.no_grad():
         logits, scores, _ = read(guard, found, X)
@@ -82,7 +81,7 @@ def test_its_scores_are_read_and_forced(name: str):
 
 @pytest.mark.parametrize("name", list(FOUND))
 def test_what_follows_from_named_gates_alone_is_no_sign_of_hidden_routes(name: str):
-    found = named(model := third_party.build(name), FOUND[name][0]).sites
+    found = named(model := third_party.build(name), third_party.GATES[name]).sites
     hard = [site.name for site in found if not site.soft]
     torch.manual_seed(0)
     seen = find_choices(model, X, known=[site.name for site in found if site.soft], gates=hard)
