@@ -20,7 +20,7 @@ from bench.drawing import Drawing, inline
 from bench.report.details import Model, chain, read
 from bench.report.figures import KINDS, bounds
 from bench.report.gallery import CleanImages, Gallery, gallery
-from bench.results.certificates import Certification
+from bench.results.certificates import OTHERS, Certification
 from bench.results.schema import Result, suite_label
 
 #: What is written below the numbers of a model.
@@ -204,7 +204,8 @@ def _sources(board: Board, model: Model) -> list[Source]:
             robust += f", RA {percent(result.robust_accuracy.value)}"
         found.append(Source(_what(result), robust, result, result.spec.command(board.results, word)))
     for one in model.certificates:
-        shares = ", ".join(f"{method} {percent(share.value)}" for method, share in one.result.certified.items())
+        known = {method: share for method, share in one.result.certified.items() if method not in OTHERS}
+        shares = ", ".join(f"{method} {percent(share.value)}" for method, share in known.items())
         what = f"{_what(one.result)}, {one.result.spec.threat_model}"
         found.append(Source(what, shares or "not applicable", one.result, one.result.spec.command(board.results, word)))
     return found

@@ -138,6 +138,14 @@ def test_what_does_not_apply_is_left_out(save_run: Any, tmp_path: Path):
         assert title not in said
 
 
+def test_what_is_no_certificate_is_no_source_of_a_share(save_run: Any, certify_run: Any, tmp_path: Path):
+    save_run(tmp_path, "m", "pgd", {"pgd": {0: 1}})
+    certify_run(tmp_path, "m", "certify-bounds", "paper-formula", [0.1] * 8)
+    said = Elements(page_of(tmp_path)).said
+    assert "certify-bounds v3, Linf 0.2 not applicable" in said
+    assert "paper-formula" not in said
+
+
 def test_runs_with_errors_are_named_and_count_nowhere(save_run: Any, tmp_path: Path):
     save_run(tmp_path, "m", "pgd", {"pgd": {0: 1}}, failed=True)
     said = Elements(page_of(tmp_path)).said
