@@ -58,7 +58,7 @@ HARD = {
 
 
 #: What leaves torch, which a tensor that has a gradient cannot; it has one where a `detach` before it was kept from it.
-LEAVES = {Tensor.numpy, Tensor.__array__}
+LEAVES: set[Any] = {Tensor.numpy, Tensor.__array__}
 
 
 class StraightThrough(TorchFunctionMode):
