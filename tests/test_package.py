@@ -89,6 +89,8 @@ def test_the_wheel_has_code_and_weights_in_a_bare_environment(bare: Path, tmp_pa
         assert sha256(there.read_bytes()) == sha256((ROOT / path).read_bytes())
     recipes = {path.name for path in (ROOT / "bench/training/recipes").glob("*.yaml")}
     assert recipes == {path.name for path in (site_packages(bare) / "bench/training/recipes").glob("*.yaml")}
+    for name in ("page.html", "parts.html", "page.css", "page.js"):
+        assert (site_packages(bare) / "bench/report" / name).is_file()
     assert {path.name for path in site_packages(bare).iterdir()} & {"models", "tests", "benchmarks"} == set()
     code = "import bench, sys; print(bench.__version__, 'torch' in sys.modules, bench.__file__)"
     version, torch, file = run(bare / "bin/python", "-c", code, cwd=tmp_path).stdout.split()

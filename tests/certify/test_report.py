@@ -9,7 +9,6 @@ import pytest
 
 from bench.certify.report import curve, figure, table
 from bench.results.certificates import CERTIFICATE_COLUMNS, Certification
-from bench.results.curves import shares
 from bench.results.schema import Accuracy
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 
@@ -45,20 +44,6 @@ def certification(frame: pd.DataFrame) -> Certification:
 
 
 RADII, RIGHT = [0.1, 0.3, 0.3, 0.0, np.inf], [True, True, False, True, True]
-
-
-def test_the_share_at_each_radius_by_hand():
-    found = shares(
-        pd.concat([rows("smoothing", RADII, RIGHT), rows("routes", RADII, RIGHT), rows("union", RADII, RIGHT)])
-    )
-    assert set(found) == {"smoothing", "routes"}  # of bounds there is one radius
-    # a wrong class never counts, an example without a radius does not even at 0
-    x, y = found["smoothing"]
-    assert x.tolist() == [0, 0.1, 0.3]
-    assert y.tolist() == pytest.approx([3 / 5, 2 / 5, 1 / 5])
-    x, y = found["routes"]
-    assert x.tolist() == [0, 0.1, 0.3, 0.3]
-    assert y.tolist() == pytest.approx([4 / 5, 3 / 5, 2 / 5, 1 / 5])
 
 
 def test_the_table_by_hand():
