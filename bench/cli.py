@@ -48,10 +48,24 @@ DatasetOption = Annotated[
 ]
 SettingsOption = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="a parameter; may be repeated")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="of all random numbers")]
+
+
+def _variants(incomplete: str) -> list[str]:
+    """For the shell: the variants whose names begin so."""
+    from bench.models.variants import VARIANTS
+
+    return [name for name in VARIANTS if name.startswith(incomplete)]
+
+
+VariantArgument = Annotated[
+    str, typer.Argument(autocompletion=_variants, help="such as moe-rt_er; `bench list variants` shows all")
+]
 ModelOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--model", help="a variant, a .safetensors file, robustbench:NAME, package.module:callable, or MODEL@baseline"
+        "--model",
+        autocompletion=_variants,
+        help="a variant, a .safetensors file, robustbench:NAME, package.module:callable, or MODEL@baseline",
     ),
 ]
 GatesOption = Annotated[
@@ -210,7 +224,7 @@ def show(
 
 @app.command()
 def train(
-    variant: Annotated[str, typer.Argument(help="such as moe-rt_er; `bench list variants` shows all")],
+    variant: VariantArgument,
     dataset: DatasetOption = "digits",
     recipe: Annotated[str | None, typer.Option("--recipe", help="a preset; the data set's own if not given")] = None,
     settings: SettingsOption = None,
@@ -257,7 +271,7 @@ def train(
 
 @app.command()
 def tune(
-    variant: Annotated[str, typer.Argument(help="such as moe-rt_er; `bench list variants` shows all")],
+    variant: VariantArgument,
     trials: Annotated[int, typer.Option("--trials", min=1, help="how many settings are tried")],
     grid: Annotated[
         list[str] | None,

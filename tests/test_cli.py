@@ -293,11 +293,18 @@ def test_no_help_text_is_cut_at_any_width(width: int, bench: Bench, monkeypatch:
 
 def test_a_shell_completes_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(sys, "argv", ["bench"])
-    for name, value in {"_BENCH_COMPLETE": "complete_bash", "COMP_WORDS": "bench re", "COMP_CWORD": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit):
-        main([])
-    assert capsys.readouterr().out.split() == ["report", "replay"]
+    monkeypatch.setenv("_BENCH_COMPLETE", "complete_bash")
+    for words, found in {
+        "bench re": ["report", "replay"],
+        "bench run --see": ["--seed"],
+        "bench train dual-": [name for name in VARIANTS if name.startswith("dual-")],
+        "bench run --model dense-": ["dense-standard", "dense-at"],
+    }.items():
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        with pytest.raises(SystemExit):
+            main([])
+        assert capsys.readouterr().out.split() == found
 
 
 def test_minus_h_is_help(bench: Bench):

@@ -115,8 +115,9 @@ def test_the_readmes_figure_is_what_bench_plot_draws(bench: Any, tmp_path: Path)
     words = ["plot", "bounds", "--results", str(ROOT / "results"), "--board", "digits_Linf-0.2", "--out", str(out)]
     assert bench(*words)[0] == 0
 
-    def drawn(path: Path) -> list[str | None]:
-        return [element.text for element in ElementTree.parse(path).iter() if element.tag.endswith("text")]
+    def drawn(path: Path) -> set[str]:
+        words = {element.text or "" for element in ElementTree.parse(path).iter() if element.tag.endswith("text")}
+        return {word for word in words if not word.endswith("%")}  # where the axis has its ticks is matplotlib's
 
     assert drawn(ROOT / "docs" / "figures" / "bounds.svg") == drawn(out)
 

@@ -131,6 +131,16 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path, digits: Dataset):
         assert f"'{path}'" in refused(str(path), digits)
 
 
+def test_where_nothing_was_trained_the_command_has_the_users_folders_and_its_time(tmp_path: Path):
+    data = open_dataset("tinyimagenet")
+    with pytest.raises(UnusableInput) as refused:
+        find_models(data, data.threat_model, [tmp_path / "mine"], tmp_path / "my data")
+    command = (
+        f"bench train moe-at --dataset tinyimagenet --data-root '{tmp_path}/my data' --checkpoints {tmp_path}/mine"
+    )
+    assert f"train one with `{command}` (under an hour on two cores)" in str(refused.value)
+
+
 def test_without_a_name_every_variant_with_a_checkpoint_is_meant(tmp_path: Path, digits: Dataset):
     with pytest.raises(
         UnusableInput, match=r"no Linf checkpoint for digits in .*: name a model .* or train one with `bench train"
