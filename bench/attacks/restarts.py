@@ -4,7 +4,9 @@ Restarts of Auto-PGD on the paths of a block in turn, and Square on each. Axes a
 of the block, m = rows that are attacked, P = paths, N = sites, K = selected experts, C = classes, D = pixels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from pyautoattack.square import SquareAttack
@@ -29,7 +31,11 @@ COARSE, FINE = 2.0, (1 / 4, 1 / 32)
 #: How many Gaussian neighbours are averaged, and how far they lie, in ε.
 NEIGHBOURS, SPREAD = 4, 0.125
 #: Pairs of corners of the ball that an image's own slopes are taken from, where the gates can be asked alone, and else.
-CORNERS, FEW_CORNERS = 256, 16
+CORNERS, FEW_CORNERS = 512, 16
+#: The share of the pixels in which every second of the many corners leans to where the path has been found to lie.
+LEANING = 0.5
+#: How far away, in ε, the likeliest class must be to count as a decoy, where another is within ε; restarts past it.
+DECOY, PAST = 10.0, 3
 #: A path's other classes that a restart may aim at, the likeliest first.
 TARGETS = 5
 #: The share of Square's queries that paths get where gradients can be believed.
@@ -39,7 +45,8 @@ SOME_QUERIES = 1 / 4
 def forced_paths(paths: Paths, restarts: int, steps: int) -> None:
     """Auto-PGD on the paths that each image can be led to, in turn, the weakest first.
 
-    Every reachable path is met by every kind of restart at least once, however few the restarts.
+    Every reachable path is met by every kind of restart at least once, however few the restarts. At the end, what a
+    decoy may have kept from all of them.
     """
     search, ranking = paths.search, Ranking.of(paths)
     turns = kinds(paths)
@@ -52,6 +59,9 @@ def forced_paths(paths: Paths, restarts: int, steps: int) -> None:
         kind, elsewhere = turns[number % len(turns)]
         restart = Restart.drawn(paths, ranking, kind, number // len(turns), route_first=number % EVERY == EVERY - 1)
         start, first = restart.start(elsewhere)
+        search.climb(restart.objective(), start, steps, rows, first)
+    for rows, restart in past_decoys(paths, ranking, turns):
+        start, first = restart.start(elsewhere=False)
         search.climb(restart.objective(), start, steps, rows, first)
 
 
@@ -211,6 +221,57 @@ def other_images(paths: Paths, chosen: Tensor) -> Tensor:
     return project(block.x[draw.argmax(1)], block.x, block.threat_model)
 
 
+def past_decoys(
+    paths: Paths, ranking: Ranking, turns: Sequence[tuple[Gradient, bool]]
+) -> Iterator[tuple[Tensor, Restart]]:
+    """Restarts, each with its rows (m,), on paths whose likeliest other class is a decoy, towards the nearest class.
+
+    A decoy stays just behind the true class and leads nowhere: the margin, DLR and cross-entropy see nothing else. By
+    the distance to the linearised boundary (Melamed et al. 2024) it is far away, and another class is not.
+    """
+    search, block = paths.search, paths.search.block
+    for path, choice in enumerate(paths.choices if ranking.targets.shape[2] > 1 else ()):
+        rows = search.rows[paths.reachable[search.rows, path]]
+        if not len(rows):
+            continue
+        decoyed, nearest = torch.zeros_like(rows, dtype=torch.bool), torch.zeros_like(rows)
+        for distances in _distances(paths, rows, choice, ranking.targets[rows, path]):
+            near = (distances[:, 1:] > 0).all(1) & (distances[:, 1:].amin(1) < block.threat_model.eps)
+            here = near & (distances[:, 0] > DECOY * block.threat_model.eps)
+            decoyed, nearest = decoyed | here, torch.where(here, distances.argmin(1), nearest)
+        target = torch.zeros_like(block.y)
+        target[rows] = ranking.targets[rows, path].gather(1, nearest[:, None])[:, 0]
+        for kind, turn in product((kind for kind, _ in turns), range(PAST)):
+            if not len(unbroken := rows[decoyed & search.unbroken[rows]]):
+                break
+            drawn = Restart.drawn(paths, ranking, "own", turn, route_first=turn == PAST - 1)
+            chosen, which = choice.expand_as(drawn.chosen), torch.full_like(drawn.which, 3)
+            local = local_slopes(paths, chosen) if kind == "local" else None
+            yield unbroken, replace(drawn, kind=kind, chosen=chosen, which=which, target=target, local=local)
+
+
+def _distances(paths: Paths, rows: Tensor, choice: Tensor, targets: Tensor) -> list[Tensor]:
+    """How far rows (m,) on a path are from each of the targets (m, T), where that is linearised: (m, T), in two ways.
+
+    Gaps are relative to the true logit's lead on the least and on the middle one: a gate's weight scales all logits,
+    and brings no class nearer. Nothing where the logits have no gradient.
+    """
+    block = paths.search.block
+    z, order = block.x[rows].detach().requires_grad_(), 1 if block.threat_model.norm == "Linf" else 2
+    with torch.enable_grad():
+        logits, _ = paths.on_path(z, choice.expand(len(rows), -1, -1))
+        own = logits.gather(1, block.y[rows, None])
+        if not logits.requires_grad:
+            return []
+        found = []
+        for other in (logits.amin(1, keepdim=True), logits.median(1, keepdim=True).values):
+            gaps = (own - logits.gather(1, targets)) / (own - other).clamp_min(1e-12)
+            slopes = [torch.autograd.grad(gap.sum(), z, retain_graph=True)[0] for gap in gaps.T]
+            sizes = torch.stack([slope.flatten(1).norm(p=order, dim=1) for slope in slopes], 1)
+            found.append((gaps.detach() / sizes.clamp_min(1e-12)).nan_to_num(torch.inf))
+    return found
+
+
 @torch.no_grad()
 def local_slopes(paths: Paths, chosen: Tensor) -> Tensor:
     """Of each image's lead on its path of those chosen (B, N, K) the slopes (B, D), from corners of its ball.
@@ -220,11 +281,15 @@ def local_slopes(paths: Paths, chosen: Tensor) -> Tensor:
     block, rows = paths.search.block, paths.search.rows
     x, threat, generator = block.x[rows], block.threat_model, torch.Generator().manual_seed(block.seed)
     total = torch.zeros_like(x)
-    for _ in range(CORNERS if paths.direct else FEW_CORNERS):
+    for number in range(CORNERS if paths.direct else FEW_CORNERS):
         signs = (torch.randint(0, 2, block.x.shape, generator=generator) * 2 - 1).to(block.x)[rows]
+        mean = torch.zeros_like(signs)
+        if paths.direct and number % 2:  # a route that few corners open is open for more of these
+            leans = (torch.rand(block.x.shape, generator=generator) < LEANING).to(signs.device)[rows]
+            signs, mean = torch.where(leans & (total != 0), total.sign(), signs), LEANING * total.sign()
         ends = [ascend_once(x, side * signs, x, threat, threat.eps) for side in (1, -1)]
         high, low = (paths.lead(end, chosen[rows]) for end in ends)
-        total += (high - low).nan_to_num(0.0, 0.0, 0.0).view(-1, 1, 1, 1) * signs
+        total += (high - low).nan_to_num(0.0, 0.0, 0.0).view(-1, 1, 1, 1) * (signs - mean)
     slopes = torch.zeros(len(block.x), x[0].numel(), device=x.device)
     slopes[rows] = total.flatten(1)
     return slopes
