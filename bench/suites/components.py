@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bench.attacks.block import Attempt, Block
 from bench.attacks.gradients import differentiable, logarithms
 from bench.errors import UnusableInput
+from bench.models.foreign import bare
 from bench.models.parts import is_dual, parts, routed_branch
 from bench.models.sites import Site, intercepted, selected, single_paths, sites
 from bench.pgd import pgd, random_start
@@ -78,7 +79,12 @@ class Components(Suite):
         with torch.no_grad():
             scores = moe.router(block.x)
         if not isinstance(scores, Tensor) or scores.shape != (len(every), len(moe.experts)):
-            raise UnusableInput("components needs a router that gives scores (images, experts): this one gives others")
+            if any(site.gate is bare(moe.router) for site in sites(model) if not site.whole):
+                return  # named by the user: its scores are read inside
+            raise UnusableInput(
+                "components needs a router that gives scores (images, experts), and this one gives none: name it, such"
+                " as --gates router, so that the scores inside it are read"
+            )
         chosen = scores.argmax(1)
         prefix = "R." if is_dual(model) else ""
         experts = torch.stack([found[f"{prefix}expert:{i}"] for i in range(len(moe.experts))])
