@@ -534,8 +534,9 @@ def certify(
     with redirect_stdout(sys.stderr):
         from bench.certify.base import CERTIFIERS
         from bench.certify.run import certify as run_certifier
+        from bench.datasets.base import open_dataset
         from bench.environment import torch_device
-        from bench.evaluation.plan import RunRequest, plan_methods
+        from bench.evaluation.plan import RunRequest, plan_on
         from bench.models.checkpoints import ZOO
         from bench.results.store import ensure_writable, run_folder
         from bench.spec import build
@@ -562,7 +563,8 @@ def certify(
             return result
 
         methods = {f"certify-{method}": certifier}
-        queue = _work_off(plan_methods(methods, request, data_root, [checkpoints, ZOO], results), score, "certified")
+        asked = plan_on(open_dataset(dataset), methods, request, data_root, [checkpoints, ZOO], results)
+        queue = _work_off(asked, score, "certified")
 
     def tables(certified: "Sequence[Certification]") -> str:
         folders = [run_folder(results, result.spec, result.run) for result in certified]

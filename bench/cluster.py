@@ -119,13 +119,11 @@ def missing_blocks(plan: Plan[Suite], results: Path) -> list[Task]:
             if folder.finished() is not None:
                 continue
             cost = job.method.cost(job.num_classes, job.subject.model)
-            size, spec = job.spec.batch_size, job.spec
             done = {block.index for block in folder.read_blocks()}
-            for block in range(len(range(0, len(job.data), size))):
+            for block, chosen in enumerate(job.blocks):
                 if block not in done:
-                    examples = min(size, len(job.data) - block * size)
-                    forwards = examples * (cost.forwards if cost else 1.0)
-                    tasks.append(Task(model, number, block, f"{spec.suite} on {spec.model}", forwards))
+                    forwards = (chosen.stop - chosen.start) * (cost.forwards if cost else 1.0)
+                    tasks.append(Task(model, number, block, f"{job.spec.suite} on {job.spec.model}", forwards))
     return tasks
 
 

@@ -43,3 +43,9 @@ class Job(Generic[M]):
     method: M
     data: EvalSet
     num_classes: int
+
+    @property
+    def blocks(self) -> list[slice]:
+        """The examples of each block: `batch_size` consecutive ones, the last block with what is left."""
+        size = self.spec.batch_size
+        return [slice(start, min(start + size, len(self.data))) for start in range(0, len(self.data), size)]

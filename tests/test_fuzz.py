@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint, and in `results` a run of it that broke images, and a certificate."""
     from bench.certify.run import certify
     from bench.datasets.base import open_dataset
-    from bench.evaluation.plan import plan_methods
+    from bench.evaluation.plan import plan_on
     from bench.models.architecture import Routed
     from bench.models.checkpoints import Header, checkpoint_path, save_checkpoint
 
@@ -64,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert result.robust_accuracy.value < result.clean_accuracy.value
     methods = {"certify-routes": CERTIFIERS["routes"]()}
     request = RunRequest(suites=(), **fields)
-    for job in plan_methods(methods, request, folder, [folder], folder / "results").jobs("moe-at"):
+    for job in plan_on(digits, methods, request, folder, [folder], folder / "results").jobs("moe-at"):
         certify(job, folder / "results")
     return folder
 

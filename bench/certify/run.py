@@ -59,12 +59,11 @@ def certify(
     model = subject.model.to(device)
     if spec.alpha is not None:
         set_alpha(model, spec.alpha)
-    starts = range(0, len(data), spec.batch_size)
     done = {block.index: block for block in folder.read_blocks()}
     certified = {number: _certified(block.rows) for number, block in done.items()}
-    for number, start in enumerate(starts):
+    for number, chosen in enumerate(job.blocks):
         if number not in done:
-            started, chosen = time.perf_counter(), slice(start, start + spec.batch_size)
+            started = time.perf_counter()
             x, y = data.x[chosen].to(device), data.y[chosen]
             asked = users_code(f"'{spec.model}' fails in block {number}") if subject.foreign else nullcontext()
             with asked, settings_kept(), eval_frozen(model), full_float32(), torch.no_grad():
@@ -77,7 +76,7 @@ def certify(
             side = {"seconds": time.perf_counter() - started, "right": int((predicted == y).sum())}
             folder.write_block(number, rows, side)
             certified[number] = _certified(rows)
-        on_block(len(certified), len(starts), sum(certified.values()))
+        on_block(len(certified), len(job.blocks), sum(certified.values()))
     # somebody else may have been faster in the same folder, and have removed the blocks
     return folder.finished() or _finish(folder, job, device)
 

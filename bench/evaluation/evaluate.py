@@ -81,19 +81,18 @@ def evaluate(
     if spec.alpha is not None:
         set_alpha(job.subject.model, spec.alpha)
     model = guarded(job.subject).to(device)
-    blocks = _Blocks(folder, len(range(0, len(data), spec.batch_size)), on_block)
+    blocks = _Blocks(folder, len(job.blocks), on_block)
     with eval_frozen(model), full_float32(), seeded(0):
-        examiner = Examiner(job, model, known, data.x[: spec.batch_size].to(device), on_attack)
+        examiner = Examiner(job, model, known, data.x[job.blocks[0]].to(device), on_attack)
     if job.subject.identity:
         write_if_changed(folder.path / identity.FILE, job.subject.identity)
     blocks.look()
     world = World.here()
     first = int(folder.path.name, 16)  # not always the same process has the run with a block more
-    for number in range(blocks.count):
+    for number, chosen in enumerate(job.blocks):
         mine = (number + first) % world.processes == world.rank if only is None else number == only
         if not mine or number in blocks.unbroken:
             continue
-        chosen = slice(number * spec.batch_size, (number + 1) * spec.batch_size)
         x, y = data.x[chosen].to(device), data.y[chosen].to(device)
         with eval_frozen(model), full_float32(), seeded(block_seed(spec.seed, number)):
             examined = examiner.run(number, x, y, data.idx[chosen])

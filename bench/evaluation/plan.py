@@ -141,21 +141,8 @@ class Plan(Generic[M]):
 
 def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path], results: Path | None = None) -> Plan[Suite]:
     """The runs that the request asks for; UnusableInput for the first thing in it, but for models, that is unusable."""
-    return plan_methods(open_suites(request.suites, request.settings), request, data_root, checkpoints, results)
-
-
-def plan_methods(
-    methods: Mapping[str, M],
-    request: RunRequest,
-    data_root: Path,
-    checkpoints: Sequence[Path],
-    results: Path | None = None,
-) -> Plan[M]:
-    """The runs of these methods, whatever suites the request names; raises as `plan` does.
-
-    `results`: the folder of earlier runs, by which a model without a checkpoint of ours is recognised.
-    """
-    return plan_on(open_dataset(request.dataset), methods, request, data_root, checkpoints, results)
+    suites = open_suites(request.suites, request.settings)
+    return plan_on(open_dataset(request.dataset), suites, request, data_root, checkpoints, results)
 
 
 def plan_on(
@@ -166,7 +153,10 @@ def plan_on(
     checkpoints: Sequence[Path],
     results: Path | None = None,
 ) -> Plan[M]:
-    """The runs on a data set that is opened already, whatever the request calls it; raises as `plan` does."""
+    """The runs of these methods on this data set, whatever suites and data the request names; raises as `plan` does.
+
+    `results`: the folder of earlier runs, by which a model without a checkpoint of ours is recognised.
+    """
     threat = threat_model(dataset, request.norm, request.eps)
     if not request.named:
         methods = {name: method for name, method in methods.items() if threat.norm in method.norms}
