@@ -259,7 +259,7 @@ def _distances(paths: Paths, rows: Tensor, choice: Tensor, targets: Tensor) -> l
     block = paths.search.block
     z, order = block.x[rows].detach().requires_grad_(), 1 if block.threat_model.norm == "Linf" else 2
     with torch.enable_grad():
-        logits, _ = paths.on_path(z, choice.expand(len(rows), -1, -1))
+        logits, _ = paths.on_path(z, choice.expand(len(rows), -1, -1), rows=rows)
         own = logits.gather(1, block.y[rows, None])
         if not logits.requires_grad:
             return []
