@@ -42,11 +42,16 @@ MUTATIONS = [
     Mutation(
         "bench/attacks/prepared.py", "len(source.users) > 1", "len(source.users) > 2", "tests/attacks/test_prepared.py"
     ),
-    Mutation("bench/attacks/search.py", "wrong = found > 0", "wrong = found > -0.1", "tests/attacks/test_search.py"),
     Mutation(
         "bench/attacks/search.py",
-        "return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]",
-        "return logits.amax(1) - logits[own]",
+        "self.unbroken[rows] &= ~wrong",
+        "self.unbroken[rows] &= found < -0.1",
+        "tests/attacks/test_search.py",
+    ),
+    Mutation(
+        "bench/attacks/search.py",
+        "return logits.masked_fill(own, -torch.inf).amax(1) -",
+        "return logits.amax(1) -",
         "tests/attacks/test_search.py",
     ),
     Mutation(
