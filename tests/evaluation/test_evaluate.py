@@ -375,7 +375,7 @@ def test_process_and_model_are_left_as_they_were(failure: type[BaseException] | 
         block.model.train()
         block.model.requires_grad_(True)
         if failure is not None:
-            raise failure
+            raise failure("planted")
         yield block.attempt("planted", block.rows, block.x[block.rows])
 
     torch.set_float32_matmul_precision("high")
