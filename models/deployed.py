@@ -19,6 +19,7 @@ from torch.nn.functional import one_hot
 from bench.errors import UnusableInput
 from bench.models.foreign import Guarded, switch_mode
 from bench.models.parts import is_dual, is_moe, is_traced
+from bench.models.state import numbers, sizes
 from bench.spec import ModelInfo
 
 
@@ -126,13 +127,15 @@ class Dependence:
 
     chance: the same batch is answered differently, or the forward pass draws or seeds random numbers. batch: an image's
     logits depend on the size of its batch or on its neighbours. state: a forward pass in eval mode changes parameters,
-    buffers or numbers that the model keeps. in_place: it writes into its input.
+    buffers or numbers that the model keeps, wherever it does, or adds to what it keeps. in_place: it writes into its
+    input. gradients: it answers otherwise where gradients are taken, so that what is attacked is not what is deployed.
     """
 
     chance: bool
     batch: bool
     state: bool
     in_place: bool
+    gradients: bool = False
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -141,6 +144,7 @@ class Dependence:
             "outputs depend on chance": self.chance,
             "outputs depend on the batch": self.batch,
             "forward passes change the model's state": self.state,
+            "outputs depend on whether gradients are taken": self.gradients,
         }
         return tuple(reason for reason, seen in found.items() if seen)
 
@@ -169,11 +173,14 @@ def dependence(model: nn.Module, x: Tensor) -> Dependence:
     with torch.random.fork_rng(devices=devices):
         before, drawn = _tensors(model), _random_state(devices)
         whole = ask(images)
-        numbers = _numbers(model)
+        kept_before, held = numbers(model), sizes(model)
         same = all(_equal(ask(images), whole) for _ in range(_ASKED - 1))
-        state = not _same(before, _tensors(model)) or not _same(numbers, _numbers(model))
+        state = not _same(before, _tensors(model)) or not _same(kept_before, numbers(model))
+        ask(1 - images)  # others of the same shape: the last answer may be kept, but not each image
+        state |= any(size > held.get(name, 0) for name, size in sizes(model).items() if name in held)
         chance = not same or _random_state(devices) != drawn
         batch = False
+        gradients = same and not _equal_with_gradients(model, images, whole)
         # half of them x's own, half the probe's, spread over the batch
         rows = torch.linspace(0, len(images) - 1, BATCH_SIZES[-1], device=x.device).round().long()
         orders = [rows, rows.flip(0), rows[torch.arange(len(rows)).view(2, -1).T.flatten()]]
@@ -184,7 +191,17 @@ def dependence(model: nn.Module, x: Tensor) -> Dependence:
     random.setstate(kept[0])
     np.random.set_state(kept[1])
     # a model that answers by chance differs from batch to batch as well
-    return Dependence(chance, batch and not chance, state, in_place)
+    return Dependence(chance, batch and not chance, state, in_place, gradients)
+
+
+def _equal_with_gradients(model: nn.Module, images: Tensor, logits: Tensor) -> bool:
+    """Whether a model answers the same where gradients are taken, as attacks ask it; one that then fails is none."""
+    with torch.enable_grad():
+        try:
+            found = model(images.clone().requires_grad_().clone()).detach().double()
+        except Exception:  # of a user's own model: its attacks will fail, and say so
+            return True
+    return _equal(found, logits)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -199,18 +216,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _tensors(model: nn.Module) -> dict[str, Any]:
     """Copies of all parameters and buffers, by name."""
     return {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-
-
-def _numbers(model: nn.Module) -> dict[str, Any]:
-    """The numbers and copies of the tensors that modules keep as plain attributes."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if isinstance(value, int | float):
-                found[f"{name}.{key}"] = value
-            elif isinstance(value, Tensor):
-                found[f"{name}.{key}"] = value.detach().clone()
-    return found
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -280,7 +280,7 @@ def test_chance_is_seen_and_judged_by_the_majority_and_attacked_by_a_mean_that_s
 
 
 def test_every_reason_that_a_model_is_no_function_of_the_image_keeps_it_from_a_rank():
-    assert Dependence(chance=True, batch=True, state=True, in_place=True).reasons == UNRANKED
+    assert Dependence(chance=True, batch=True, state=True, in_place=True, gradients=True).reasons == UNRANKED
 
 
 def test_a_module_that_knows_no_modes_can_be_frozen():

@@ -5,6 +5,6 @@ from bench.results.flags import BY_CHANCE, UNRANKED
 
 
 def test_a_model_keeps_no_rank_for_each_thing_that_its_logits_may_depend_on():
-    assert tuple(Dependence(True, True, True, False).reasons) == UNRANKED
+    assert tuple(Dependence(True, True, True, False, True).reasons) == UNRANKED
     assert tuple(Dependence(True, False, False, False).reasons) == (BY_CHANCE,)
     assert tuple(Dependence(False, False, False, False).reasons) == ()

@@ -1,0 +1,86 @@
+"""What a model keeps between its forward passes is seen, wherever it keeps it; what is harmless is not."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.models.deployed import dependence
+from bench.models.foreign import Guarded
+
+X = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+CALLS = {"number": 0}
+
+
+class Net(nn.Module):
+    """Sums of an image's halves; before each answer it does something that changes none."""
+
+    shared: list[int] = []  # noqa: RUF012
+
+    def __init__(self, does: Callable[["Net", Tensor], Any]) -> None:
+        super().__init__()
+        self.does = does
+        self.memory: list[Tensor] = []
+        self.table: dict[Any, Any] = {}
+        self.number = itertools.count()
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.does(self, x)
+        return x.flatten(1).view(len(x), 2, -1).sum(2)
+
+
+def closure() -> Callable[[Net, Tensor], Any]:
+    calls = [0]
+
+    def does(net: Net, x: Tensor) -> None:
+        calls[0] += 1
+
+    return does
+
+
+def once(net: Net, x: Tensor) -> None:
+    """Remembers each image that it has not met."""
+    for image in x:
+        if not any(torch.equal(image, known) for known in net.memory):
+            net.memory.append(image.detach().clone())
+
+
+def by_shape(net: Net, x: Tensor) -> None:
+    net.table.setdefault(tuple(x.shape), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("does", "state"),
+    [
+        (lambda net, x: None, False),
+        (lambda net, x: net.memory.append(x), True),
+        (once, True),
+        (lambda net, x: net.table.__setitem__(float(x.sum()), 1), True),
+        (lambda net, x: next(net.number), True),
+        (lambda net, x: Net.shared.append(1), True),
+        (lambda net, x: CALLS.__setitem__("number", CALLS["number"] + 1), True),
+        (closure(), True),
+        (lambda net, x: setattr(net, "last", x.detach().clone()), False),
+        (by_shape, False),
+    ],
+)
+def test_what_is_kept_between_passes_is_state_but_for_the_last_answer_and_what_a_shape_needs(does: Any, state: bool):
+    for model in (Net(does).eval(), Guarded(Net(does)).eval()):
+        found = dependence(model, X)
+        assert (found.state, found.chance, found.batch, found.gradients) == (state, False, False, False)
+
+
+@pytest.mark.parametrize("asks", [lambda x: torch.is_grad_enabled(), lambda x: x.requires_grad])
+def test_a_model_that_answers_otherwise_where_gradients_are_taken_is_seen(asks: Callable[[Tensor], bool]):
+    class Masked(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            return 0 * logits if asks(x) else logits
+
+    found = dependence(Guarded(Masked(lambda net, x: None)).eval(), X)
+    assert found.gradients
+    assert found.reasons == ("outputs depend on whether gradients are taken",)
