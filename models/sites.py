@@ -273,6 +273,8 @@ def gap(scores: Tensor, chosen: Tensor) -> Tensor:
 
 def _best_others(values: Tensor, mine: Tensor, k: int) -> Tensor:
     """The score (m, T, 1) that experts `mine` (m, T, E) have to exceed in order to be among the K selected ones."""
+    if k == 1:  # of equal scores each has its share of the gradient: saturated ones are all equal
+        return values.masked_fill(mine, -torch.inf).amax(-1, keepdim=True)
     others = values.masked_fill(mine, -torch.inf).topk(k, dim=-1).values
     return others.gather(-1, (k - mine.sum(-1, keepdim=True)).clamp(0, k - 1).expand(*others.shape[:-1], 1))
 
