@@ -31,7 +31,7 @@ def test_quiet_drops_notes_and_no_errors(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == "kept\n3 images\n"
     console.set_up()  # for each command
     console.note("expected")
-    assert capsys.readouterr().err == "said\n"
+    assert capsys.readouterr().err == "expected\n"
 
 
 def test_setting_up_twice_says_nothing_twice(capsys: pytest.CaptureFixture[str]):
@@ -52,7 +52,7 @@ def test_inside_hushed_notes_are_dropped_and_afterwards_not(capsys: pytest.Captu
         with console.hushed(quiet=False):
             console.note("expected")
     console.note("after")
-    assert capsys.readouterr().err == "said\nafter\n"
+    assert capsys.readouterr().err == "expected\nafter\n"
 
 
 def test_lines_go_above_a_bar_while_there_is_one(capsys: pytest.CaptureFixture[str]):

@@ -188,6 +188,7 @@ _DEPENDENCE = dict(
             ("chance", "let eval mode draw nothing (dropout, noise), or read its rows without a rank"),
             ("batch", "let eval mode use running statistics, and no shuffling or capacity over the batch"),
             ("state", "let forward passes in eval mode change no buffer or attribute"),
+            ("under no_grad", "let forward passes not ask whether gradients are taken"),
         ),
         strict=True,
     )
@@ -196,7 +197,12 @@ _DEPENDENCE = dict(
 
 def _depends(found: Sequence[str]) -> Iterator[Finding]:
     """What the answers depend on beside the image, of what the examiner has found."""
-    fine = {"chance": "the same answer each time", "batch": "each image is answered alone", "state": "kept"}
+    fine = {
+        "chance": "the same answer each time",
+        "batch": "each image is answered alone",
+        "state": "kept",
+        "under no_grad": "the same answer",
+    }
     for flag, (what, remedy) in _DEPENDENCE.items():
         seen = flag in found
         yield Finding(what, flag if seen else fine[what], remedy if seen else "")
