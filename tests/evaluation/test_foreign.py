@@ -62,7 +62,7 @@ def test_what_a_forward_pass_does_changes_no_verdict_and_is_a_flag(
 
 
 @pytest.mark.parametrize("kind", ["moe", "dual"])
-@pytest.mark.parametrize("suite", ["adaptive", "components"])
+@pytest.mark.parametrize("suite", [pytest.param("adaptive", marks=pytest.mark.slow), "components"])
 def test_attacks_on_routes_see_through_the_guard(kind: str, suite: str, planted: Any, score: Any, tmp_path: Path):
     settings = {"budget": "small"} if suite == "adaptive" else {"steps": 3}
     made = {"moe": planted.broken, "dual": lambda: planted.dual(0.5)}[kind]
@@ -86,7 +86,7 @@ class Doing(nn.Module):
         return self.part(kept)
 
 
-@pytest.mark.parametrize("suite", ["adaptive", "components"])
+@pytest.mark.parametrize("suite", [pytest.param("adaptive", marks=pytest.mark.slow), "components"])
 @pytest.mark.parametrize("does", [lambda x: x.sub_(0.3), lambda x: torch.manual_seed(0)])
 def test_parts_that_reach_outside_change_no_attack_on_routes(
     does: Any, suite: str, planted: Any, score: Any, tmp_path: Path
@@ -145,7 +145,7 @@ class Noisy(Planted):
         return logits + 0.5 * logits.detach().std(1, keepdim=True) * torch.randn_like(logits)
 
 
-@pytest.mark.parametrize("suite", ["clean", "pgd", "autoattack"])
+@pytest.mark.parametrize("suite", ["clean", *(pytest.param(s, marks=pytest.mark.slow) for s in ("pgd", "autoattack"))])
 def test_a_model_that_answers_by_chance_is_attacked_in_the_mean_and_judged_by_its_majority(
     suite: str, planted: Any, score: Any, cut_autoattack: Any, tmp_path: Path
 ):
