@@ -2,20 +2,22 @@
 
 import socket
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.errors import UnusableInput
 
+_offline = False
 TIMEOUT_SECONDS = 30.0  # without one, a firewall that drops packets holds the command for minutes
 
 
 def archive_folder(root: Path, folder: str, url: str, md5: str) -> Path:
     """`root/folder`, downloaded from `url` first where the root exists and the folder does not.
 
-    UnusableInput if there is no root (nothing is downloaded then), or if the download fails.
+    UnusableInput if there is no root (nothing is downloaded then), `offline`, or if the download fails.
     """
     if not root.is_dir():
         raise UnusableInput(
@@ -23,8 +25,21 @@ def archive_folder(root: Path, folder: str, url: str, md5: str) -> Path:
         )
     path = root / folder
     if not path.exists():
+        if _offline:
+            raise UnusableInput(f"{path} is missing: pass --data-root DIR")
         _download(path, url, md5)
     return path
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Nothing is downloaded inside: what is missing is refused."""
+    global _offline
+    before, _offline = _offline, True
+    try:
+        yield
+    finally:
+        _offline = before
 
 
 def _download(path: Path, url: str, md5: str) -> None:

@@ -21,9 +21,11 @@ def clean_images(data_root: Path) -> CleanImages:
     @cache
     def read(dataset: str, n: int, fingerprint: str) -> Mapping[int, Image] | str:
         from bench.datasets.base import open_dataset  # loads torch, which only a report with pictures needs
+        from bench.datasets.download import offline
 
         try:
-            data = open_dataset(dataset).evaluation_set(data_root, n)
+            with offline():
+                data = open_dataset(dataset).evaluation_set(data_root, n)
         except UnusableInput as error:
             return str(error)
         if data.fingerprint != fingerprint:

@@ -12,7 +12,7 @@ from urllib.error import URLError
 
 import pytest
 
-from bench.datasets.download import TIMEOUT_SECONDS, archive_folder
+from bench.datasets.download import TIMEOUT_SECONDS, archive_folder, offline
 from bench.errors import UnusableInput
 
 URL = "https://example.invalid/set.tar.gz"
@@ -107,3 +107,9 @@ def test_an_archive_of_another_content_is_refused(tmp_path: Path) -> None:
         server.shutdown()
     assert (folder / "file.py").read_bytes() == Path(__file__).read_bytes()
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["set"]
+
+
+def test_offline_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DOWNLOAD, lambda *_, **__: pytest.fail("it was downloaded"))
+    with offline(), pytest.raises(UnusableInput, match=r"/set is missing: pass --data-root DIR$"):
+        asked(tmp_path)
