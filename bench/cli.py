@@ -46,6 +46,7 @@ DatasetOption = Annotated[
         help="digits, cifar10, tinyimagenet, imagefolder:PATH or imagefolder-grey:PATH; behind it :size=N resizes",
     ),
 ]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="a preset; the data set's own if not given")]
 SettingsOption = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="a parameter; may be repeated")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="of all random numbers")]
 
@@ -226,7 +227,7 @@ def show(
 def train(
     variant: VariantArgument,
     dataset: DatasetOption = "digits",
-    recipe: Annotated[str | None, typer.Option("--recipe", help="a preset; the data set's own if not given")] = None,
+    recipe: RecipeOption = None,
     settings: SettingsOption = None,
     seed: SeedOption = 0,
     norm: NormOption = None,
@@ -281,7 +282,7 @@ def tune(
         int, typer.Option("--n-examples", min=1, help="held-out training images that a trial is scored on")
     ] = 150,
     dataset: DatasetOption = "digits",
-    recipe: Annotated[str | None, typer.Option("--recipe", help="a preset; the data set's own if not given")] = None,
+    recipe: RecipeOption = None,
     settings: SettingsOption = None,
     seed: SeedOption = 0,
     norm: NormOption = None,
@@ -316,7 +317,7 @@ def tune(
 
         chosen = best(run_trials(search, trials, n_examples, data_root, checkpoints, device, tell))
     print(f"{table_path(checkpoints, search.spec)}: {trials} trials on {n_examples} held-out images")
-    command = ["bench", "train", variant, "--dataset", dataset, "--seed", str(seed)]
+    command = [*registry.command_words(), "train", variant, "--dataset", dataset, "--seed", str(seed)]
     chosen_by_user = {"--recipe": recipe, "--norm": norm, "--eps": eps, "--data-root": data_root}
     command += [word for name, value in chosen_by_user.items() if value for word in (name, str(value))]
     command += [word for item in {**fixed, **chosen.settings}.items() for word in ("--set", setting(*item))]

@@ -138,7 +138,6 @@ def attack_on_ray(
     """
     try:
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
     except ImportError:
         raise UnusableInput("--on ray needs Ray: pip install 'bench[ray]'") from None
     if plan.request.warm_start:
@@ -154,15 +153,18 @@ def attack_on_ray(
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UnusableInput(f"--on ray={address or ''}: no cluster could be reached: {error}") from None
     try:
-        _attack_all(ray, tasks, (plan, results.resolve(), device), say, RayActorError, RayTaskError)
+        _attack_all(tasks, plan, results.resolve(), device, say)
     finally:
         ray.shutdown()
 
 
-def _attack_all(ray: Any, tasks: list[Task], work: Any, say: Callable[[str], None], died: Any, failed: Any) -> None:
-    plan, results, device = work
+def _attack_all(tasks: list[Task], plan: Plan[Suite], results: Path, device: str, say: Callable[[str], None]) -> None:
+    """Attack the tasks on the cluster that this process has joined; raises as `attack_on_ray` does."""
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
     total, threads = len(tasks), torch.get_num_threads()
-    resources = ray.cluster_resources()
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     on_gpu = device.startswith("cuda") or (device == "auto" and resources.get("GPU", 0) >= 1)
     places = int(resources.get("GPU", 0)) if on_gpu else int(resources.get("CPU", 1) // threads)
     if not places:
@@ -187,13 +189,13 @@ def _attack_all(ray: Any, tasks: list[Task], work: Any, say: Callable[[str], Non
             queue.finished(task, ray.get(ready))
             done += 1
             say(f"{done} of {total} blocks: {task}")
-        except died:
+        except RayActorError:
             deaths[task] += 1
             if deaths[task] == DEATHS:
                 raise UnusableInput(f"{task}: its process died {DEATHS} times, perhaps for want of memory") from None
             say(f"{task}: its process died, another one attacks it")
             queue.tasks.append(task)
             worker = started()
-        except failed:  # the run that follows says why
+        except RayTaskError:  # the run that follows says why
             queue.drop(task.run)
         idle.append(worker)

@@ -102,3 +102,8 @@ def load_plugin(module: str, origin: str | None = None) -> None:
     finally:
         sys.path.pop(0)
         _origin = before
+
+
+def command_words() -> list[str]:
+    """How a command that is printed begins: `bench`, and the plugins that this one was given."""
+    return ["bench", *(word for module in named_plugins for word in ("--plugin", module))]

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bench.errors import UnusableInput, did_you_mean
-from bench.registry import named_plugins
+from bench.registry import command_words
 from bench.settings import parse_number, setting
 
 Norm = Literal["Linf", "L2", "L1"]
@@ -249,7 +249,7 @@ class RunSpec(Spec):
         are not given are left to the command's defaults.
         """
         kind, _, method = self.suite.partition("certify-")
-        words = ["bench", *(word for module in named_plugins for word in ("--plugin", module))]
+        words = command_words()
         words += ["run", "--suite", kind] if kind else ["certify", "--method", method]
         words += ["--dataset", self.dataset, "--model", model or self.model]
         words += [word for gate in self.gates for word in ("--gates", gate)]

@@ -124,3 +124,9 @@ def test_the_command_prints_the_training_of_the_best(tmp_path: Path, monkeypatch
         "best: SA 90.00% RA 50.00%: bench train dense-at --dataset digits --seed 0 --data-root data --set epochs=3"
         " --set lr=0.3"
     )
+
+
+def test_the_training_that_is_printed_has_the_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Any):
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: [Trial({"lr": 0.1}, 0.9, 0.2, 3.0)])
+    words = ("tune", "dense-at", "--trials", "1", "--checkpoints", str(tmp_path))
+    assert ": bench --plugin json train dense-at " in bench("--plugin", "json", *words)[1]

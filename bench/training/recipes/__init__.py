@@ -12,7 +12,7 @@ from bench.errors import UnusableInput, did_you_mean
 from bench.models.architecture import Dense, Dual, Inside, Network, Routed
 from bench.models.layers import parameters_of
 from bench.models.variants import Variant, get_variant
-from bench.registry import Registry, named_plugins
+from bench.registry import Registry, command_words
 from bench.settings import parse_value
 from bench.spec import Recipe, ThreatModel, TrainSpec, build
 from bench.training.objectives.base import OBJECTIVES, Objective
@@ -37,7 +37,7 @@ TAKES = {"digits": "under 90 seconds", "cpu-cifar10": "under an hour", "cpu-tiny
 
 def first_training(dataset: Dataset, data_root: Path, checkpoints: Path) -> str:
     """The command that trains a first model on a data set, with no more images than it has, and how long it takes."""
-    words = ["bench", *(word for module in named_plugins for word in ("--plugin", module))]
+    words = command_words()
     words += ["train", "moe-at", "--dataset", dataset.name, "--data-root", str(data_root)]
     words += ["--checkpoints", str(checkpoints)]
     recipe = read_recipe(dataset.recipe)
