@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
+import saved_runs
 
 import bench.compat  # noqa: F401  # makes robustbench importable
 from bench.boards.columns import percent
@@ -13,9 +13,8 @@ from bench.boards.robustbench import write_model_info
 from bench.boards.rows import board_rows, finished_runs
 from bench.cli import main
 from bench.errors import UnusableInput
-from bench.results.schema import VERDICT_COLUMNS, Result
-from bench.results.store import RunFolder, run_folder
-from bench.spec import ModelInfo, RunSpec, ThreatModel
+from bench.results.schema import Result
+from bench.spec import ThreatModel
 
 MOE = {"num_experts": 4, "num_selected_experts": 1, "additional_data": False}
 DUAL = {**MOE, "alpha": 0.7, "combine": "probs"}
@@ -43,34 +42,17 @@ def save(
     **fields: Any,
 ) -> Result:
     """A finished run on cifar10, one letter an example: 1 robust, 0 broken, e error."""
-    threat_model = ThreatModel(norm=threat[0], eps=threat[1])
-    given = {"model": "dense-at", "dataset": "cifar10", "suite": suite, "n_examples": len(clean)}
-    given["suite_version"] = 3 if suite == "adaptive" else 1  # the first that ranks
-    spec = RunSpec(**{**given, "threat_model": threat_model, **fields})
     attacks = {"clean": clean} if suite == "clean" else {"clean": clean, suite: marks}
-    rows = pd.DataFrame(
-        [
-            (i, f"{i:016x}", 0, name, "F", 0, 0, clean[i] == "1", mark == "1", 0.0, 0.0, -1, -1, STATUS.get(mark, "ok"))
-            for name, every in attacks.items()
-            for i, mark in enumerate(every)
-        ],
-        columns=list(VERDICT_COLUMNS),
-    ).astype(VERDICT_COLUMNS)
-    header = {"name": spec.model, "architecture": "resnet10", "checkpoint_sha256": checkpoint * 64, **(info or DENSE)}
-    provenance = {
-        "flags": flags,
-        "model_flags": model_flags,
-        "environment": {},
-        "git_hash": None,
-        "seconds": 1.0,
-        "finished": "2030-01-01",
-    }
-    result = Result.from_rows(spec, ModelInfo(**header), f"{len(clean)}" * 16, rows, None, **provenance)
-    RunFolder(run_folder(root, spec, result.run)).finish(result, rows)
-    return result
-
-
-STATUS = {"e": "error"}
+    return saved_runs.save(
+        root,
+        suite,
+        attacks,
+        info={"architecture": "resnet10", "checkpoint_sha256": checkpoint * 64, **(info or DENSE)},
+        fingerprint=f"{len(clean)}" * 16,
+        flags=flags,
+        model_flags=model_flags,
+        **{"dataset": "cifar10", "threat_model": ThreatModel(norm=threat[0], eps=threat[1]), **fields},
+    )
 
 
 def written(root: Path) -> tuple[dict[str, Any], list[str]]:
