@@ -61,6 +61,18 @@ MUTATIONS = [
         "tests/attacks/test_affine.py",
     ),
     Mutation(
+        "bench/attacks/deviations.py",
+        "masked_fill(scores >= best[..., -1:], torch.inf)",
+        "masked_fill(scores > best[..., -1:], torch.inf)",
+        "tests/attacks/test_deviations.py",
+    ),
+    Mutation(
+        "bench/attacks/deviations.py",
+        "best is None or best[0] <= value",
+        "best is None",
+        "tests/attacks/test_deviations.py",
+    ),
+    Mutation(
         "bench/attacks/gradients.py", "self.hard += func in HARD", "self.hard += 0", "tests/attacks/test_gradients.py"
     ),
     Mutation(
