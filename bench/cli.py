@@ -517,6 +517,7 @@ def certify(
     method: Annotated[CertifyMethod, typer.Option("--method", help="what to certify, and how")],
     dataset: DatasetOption = "digits",
     model: ModelOption = None,
+    gates: GatesOption = None,
     alpha: AlphaOption = None,
     n_examples: ExamplesOption = None,
     norm: NormOption = None,
@@ -554,6 +555,7 @@ def certify(
             n_examples=n_examples,
             seed=seed,
             batch_size=batch_size,
+            gates=split(gates),
         )
         where = torch_device(device)
         ensure_writable(results)

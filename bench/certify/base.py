@@ -23,7 +23,7 @@ class Examples:
     """The examples of one block, which are certified together.
 
     predicted (B,): F's class on the clean images, -1 where its logits are not finite. idx (B,): the examples' positions
-    in the data set, which random numbers are keyed by.
+    in the data set, which random numbers are keyed by. gates: those inside the network, such as `blocks.1.gate`.
     """
 
     model: Any
@@ -34,6 +34,7 @@ class Examples:
     num_classes: int
     threat_model: ThreatModel
     seed: int
+    gates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

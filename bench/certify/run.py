@@ -23,6 +23,7 @@ from bench.job import IDENTITY_FILE, Job
 from bench.models.deployed import eval_frozen, full_float32, predict, validate_outputs
 from bench.models.foreign import settings_kept
 from bench.models.parts import set_alpha
+from bench.models.sites import sites
 from bench.results.certificates import CERTIFICATE_COLUMNS, CertificateFolder, Certification
 from bench.results.schema import Accuracy
 from bench.results.store import run_folder
@@ -59,6 +60,7 @@ def certify(
     model = subject.model.to(device)
     if spec.alpha is not None:
         set_alpha(model, spec.alpha)
+    gates = tuple(site.name for site in (*sites(model), *subject.sites) if not site.whole)
     done = {block.index: block for block in folder.read_blocks()}
     certified = {number: _certified(block.rows) for number, block in done.items()}
     for number, chosen in enumerate(job.blocks):
@@ -71,7 +73,9 @@ def certify(
                     validate_outputs(model, x.clone(), num_classes, subject.info)
                 clean = predict(model, x.clone(), False)
                 predicted = torch.where(clean.finite, clean.classes, -1)
-                examples = Examples(model, x, y, data.idx[chosen], predicted, num_classes, spec.threat_model, spec.seed)
+                examples = Examples(
+                    model, x, y, data.idx[chosen], predicted, num_classes, spec.threat_model, spec.seed, gates
+                )
                 rows = _rows(job.method, examples)
             side = {"seconds": time.perf_counter() - started, "right": int((predicted == y).sum())}
             folder.write_block(number, rows, side)

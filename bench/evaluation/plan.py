@@ -93,8 +93,7 @@ class Plan(Generic[M]):
         """The runs of a model that is there already; raises as `jobs` does."""
         files = identity_files(self.results, self.dataset.name, subject.info.name) if self.results else ()
         subject = identified(subject, self.data, self.dataset.num_classes, files)
-        if self.request.suites:  # no certificate depends on them
-            subject = with_gates(subject, self.request.gates, self.data.x[:LOOKED_AT])
+        subject = with_gates(subject, self.request.gates, self.data.x[:LOOKED_AT])
         own, asked = subject.info.alpha, self.request.alphas
         alphas: Sequence[float | None] = asked if own is not None and asked else (own,)
         fitting = {name: method for name, method in self.methods.items() if self._fits(method, subject.model)}

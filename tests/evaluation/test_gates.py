@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.attacks.adaptive import BUDGETS, Budget
+from bench.results.certificates import read_certificates
 from bench.results.store import read_runs
 
 DOCS = Path(__file__).parents[2] / "docs" / "your-own-model.md"
@@ -85,3 +86,25 @@ def test_gates_that_cannot_be_used_are_one_line(model: str, gate: str, why: str,
     status, out, err = bench("run", "--model", word, "--gates", gate, "--suite", "clean", "--n-examples", "8")
     assert (status, out) == (2, "")
     assert why in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_gated_model_is_certified_and_replayed_as_it_was_attacked(bench: Any, vmoe: str, unprobed: None):
+    named = ["--model", f"{vmoe}:build", "--gates", "blocks.*.gate", "--n-examples", "12"]
+    status, _, err = bench("run", "--suite", "adaptive", *named, "--eps", "0.9")
+    assert status == 0, err
+    (run,) = read_runs(Path("results"))
+    status, _, err = bench("replay", str(run.path))
+    assert status == 0, err
+
+    status, _, err = bench("certify", "--method", "bounds", *named)
+    assert status == 0, err
+    smoothed = ["certify", "--method", "smoothing", *named, "--set", "n0=10", "--set", "n=100", "--norm", "L2"]
+    status, _, err = bench(*smoothed, "--eps", "0.01")
+    assert status == 0, err
+    found = {one.result.spec.suite: one for one in read_certificates(Path("results"))}
+    assert {one.result.spec.gates for one in found.values()} == {("blocks.0.gate", "blocks.1.gate")}
+    rows = found["certify-bounds"].rows
+    assert set(rows["status"]) == {"not_supported"}
+    assert set(rows["reason"]) == {"VMoE, which chooses by blocks.0.gate, blocks.1.gate"}
+    assert "certified" in set(found["certify-smoothing"].rows["status"])
