@@ -61,6 +61,10 @@ def _variants(incomplete: str) -> list[str]:
 VariantArgument = Annotated[
     str, typer.Argument(autocompletion=_variants, help="such as moe-rt_er; `bench list variants` shows all")
 ]
+VariantsArgument = Annotated[
+    list[str],
+    typer.Argument(autocompletion=_variants, help="such as moe-rt_er, or several; `bench list variants` shows all"),
+]
 ModelOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -86,6 +90,9 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or 
 DataRootOption = Annotated[Path, typer.Option("--data-root", envvar="BENCH_DATA_ROOT", help="folder of the data sets")]
 CheckpointsOption = Annotated[Path, typer.Option("--checkpoints", help="folder of trained models")]
 ResultsOption = Annotated[Path, typer.Option("--results", help="folder of results")]
+OnOption = Annotated[
+    str | None, typer.Option("--on", metavar="ray[=ADDRESS]", help="spread the work over a Ray cluster")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON list, and nothing else, on standard output")]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", callback=lambda quiet: console.set_up(quiet), help="no bar, no lines about progress")
@@ -225,11 +232,13 @@ def show(
 
 @app.command()
 def train(
-    variant: VariantArgument,
+    variant: VariantsArgument,
     dataset: DatasetOption = "digits",
     recipe: RecipeOption = None,
     settings: SettingsOption = None,
-    seed: SeedOption = 0,
+    seed: Annotated[
+        list[str] | None, typer.Option("--seed", help="of all random numbers; several train each variant with each")
+    ] = None,
     norm: NormOption = None,
     eps: EpsOption = None,
     data_root: DataRootOption = Path("data"),
@@ -239,35 +248,72 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="remove what a stopped training left, start again")
     ] = False,
+    on: OnOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a variant; its checkpoint goes to CHECKPOINTS/<dataset>/<norm>/."""
+    """Train variants; their checkpoints go to CHECKPOINTS/<dataset>/<norm>/, with -s<seed> behind a name if not 0.
+
+    A training that fails is told of, and the next one follows.
+    """
     with redirect_stdout(sys.stderr):
         from bench.datasets.base import open_dataset
         from bench.environment import World
         from bench.evaluation.plan import threat_model
-        from bench.models.checkpoints import read_header
+        from bench.models.checkpoints import checkpoint_path
         from bench.progress import TrainingProgress
         from bench.results.store import ensure_writable
         from bench.training.loop import train as run_training
-        from bench.training.recipes import train_spec
+        from bench.training.recipes import train_specs
 
         data = open_dataset(dataset)
-        spec = train_spec(variant, data, threat_model(data, norm, eps), recipe, _settings(settings), seed)
+        threat, seeds = threat_model(data, norm, eps), _seeds(seed)
+        specs = train_specs(split(variant), data, threat, recipe, _settings(settings), seeds)
         ensure_writable(checkpoints)
-        with TrainingProgress(spec) as progress:
-            path = run_training(
-                spec, data_root, checkpoints, device, resume, restart, progress.on_step, progress.on_epoch
-            )
-        header = read_header(path)
+        spread: dict[int, Exception | None] = {}
+        if on is not None:
+            from bench.cluster import Trainings, on_ray
+
+            spread = on_ray(on, Trainings(specs, data_root, checkpoints, resume, restart), device, note)
+    status = DONE
+    for number, spec in enumerate(specs):
+        try:
+            if (error := spread.get(number)) is not None:
+                raise error
+            if number in spread:
+                path = checkpoint_path(checkpoints, spec.dataset, spec.threat_model.norm, spec.checkpoint_name)
+            else:
+                with redirect_stdout(sys.stderr), TrainingProgress(spec) as progress:
+                    path = run_training(
+                        spec, data_root, checkpoints, device, resume, restart, progress.on_step, progress.on_epoch
+                    )
+            if World.here().rank == 0:
+                print(_trained(path))
+        except (UnusableInput, TrainingFailed) as reason:
+            say(f"error: {reason}")
+            status = UNUSABLE if isinstance(reason, UnusableInput) else max(status, FAILED)
+    if status:
+        raise typer.Exit(status)
+
+
+def _seeds(words: Sequence[str] | None) -> tuple[int, ...]:
+    """The values of `--seed` where it takes several; 0 if there is none."""
+    seeds = split(words) or ("0",)
+    for word in seeds:
+        if not (word.isascii() and word.isdigit() and int(word) < 2**32):
+            raise UnusableInput(f"--seed {word} must be a whole number from 0 to {2**32 - 1}")
+    return tuple(dict.fromkeys(map(int, seeds)))
+
+
+def _trained(path: Path) -> str:
+    """A line about a checkpoint that was just made."""
+    from bench.models.checkpoints import read_header
+
+    header = read_header(path)
     held_out = header.validation
-    if World.here().rank > 0:
-        return
-    if held_out:
-        scores = f"SA {held_out['sa']:.2%}, RA {held_out['ra']:.2%} on {held_out['images']:.0f} held-out images"
-        print(f"{path}: {scores} (epoch {held_out['epoch']:.0f} of {header.epochs})")
-    else:
-        print(f"{path}: put together from {' and '.join(part.file for part in header.parts.values())}")
+    if not held_out:
+        return f"{path}: put together from {' and '.join(part.file for part in header.parts.values())}"
+    scores = f"SA {held_out['sa']:.2%}, RA {held_out['ra']:.2%} on {held_out['images']:.0f} held-out images"
+    return f"{path}: {scores} (epoch {held_out['epoch']:.0f} of {header.epochs})"
 
 
 @app.command()
@@ -352,15 +398,14 @@ def run(
         bool,
         typer.Option("--warm-start", help="try the adversarial examples of earlier runs of the same subject first"),
     ] = False,
-    on: Annotated[
-        str | None, typer.Option("--on", metavar="ray[=ADDRESS]", help="attack the blocks on a Ray cluster")
-    ] = None,
+    on: OnOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Attack models and store the verdicts; a run that is already finished is reported, not repeated."""
     with redirect_stdout(sys.stderr):
         from bench.environment import World, torch_device
+        from bench.evaluation.evaluate import evaluate, run_of
         from bench.evaluation.evaluate import score as score_job
         from bench.evaluation.plan import RunRequest, plan
         from bench.models.checkpoints import ZOO
@@ -393,12 +438,11 @@ def run(
 
         asked = plan(request, data_root, [checkpoints, ZOO], results)
         if on is not None:
-            from bench.cluster import attack_on_ray
+            from bench.cluster import Blocks, on_ray
 
-            engine, _, address = on.partition("=")
-            if engine != "ray":
-                raise UnusableInput(f"--on {on}: there is one engine, ray: write --on ray or --on ray=ADDRESS")
-            attack_on_ray(asked, results, device, address or None, note)
+            if warm_start:
+                raise UnusableInput("--warm-start starts a run from those before it: run it without --on ray")
+            on_ray(on, Blocks(asked, results, run_of, evaluate), device, note)
         queue = _work_off(asked, score, "not yet broken")
     if World.here().rank > 0:
         raise typer.Exit(queue.status)
@@ -529,12 +573,14 @@ def certify(
     data_root: DataRootOption = Path("data"),
     checkpoints: CheckpointsOption = Path("checkpoints"),
     results: ResultsOption = Path("results"),
+    on: OnOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Certify routes, the class by sound bounds, or the smoothed model's class, and store the certificates."""
     with redirect_stdout(sys.stderr):
         from bench.certify.base import CERTIFIERS
+        from bench.certify.run import certification_of
         from bench.certify.run import certify as run_certifier
         from bench.datasets.base import open_dataset
         from bench.environment import torch_device
@@ -560,13 +606,18 @@ def certify(
         where = torch_device(device)
         ensure_writable(results)
 
-        def score(job: "Job[Certifier]", progress: "RunProgress") -> "Certification":
+        def score(job: "Job[Certifier]", progress: "RunProgress") -> "Certification | None":
             result = run_certifier(job, results, where, progress.on_block)
+            assert result is not None  # all blocks were asked for
             progress.say(f"{result.clean_accuracy.value:.2%} right, {result.seconds:.1f} s")
             return result
 
         methods = {f"certify-{method}": certifier}
         asked = plan_on(open_dataset(dataset), methods, request, data_root, [checkpoints, ZOO], results)
+        if on is not None:
+            from bench.cluster import Blocks, on_ray
+
+            on_ray(on, Blocks(asked, results, certification_of, run_certifier), device, note)
         queue = _work_off(asked, score, "certified")
 
     def tables(certified: "Sequence[Certification]") -> str:

@@ -367,7 +367,10 @@ BAD: list[tuple[str, str]] = [
     ("run --n-examples many", "(got 'many')."),
     ("run --batch-size 1.5", "(got '1.5')."),
     ("run --seed -1", "'--seed': Input should be greater than or equal to 0 (got '-1')."),
-    ("train moe-at --seed 4294967296", "'--seed': Input should be less than or equal to 4294967295"),
+    ("run --seed 4294967296", "'--seed': Input should be less than or equal to 4294967295"),
+    ("train moe-at --seed 0,4294967296", "--seed 4294967296 must be a whole number from 0 to 4294967295"),
+    ("train moe-at --seed -1", "--seed -1 must be a whole number from 0 to 4294967295"),
+    ("train moe-at,moe-sandard", "unknown variant 'moe-sandard': did you mean 'moe-standard'?"),
     ("check --baseline x --max-drop none", "(got 'none')."),
     # names
     ("train moe-sandard", "unknown variant 'moe-sandard': did you mean 'moe-standard'?"),

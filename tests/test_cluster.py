@@ -1,13 +1,21 @@
-"""A Ray cluster attacks the blocks: which comes first, and that the rows are those of one process, whoever dies."""
+"""Work on a Ray cluster: which task comes first, and that what is made is what one process makes, whoever dies."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.numpy import load_file
 
-from bench.cluster import Queue, Task
+from bench.certify.base import CERTIFIERS
+from bench.certify.run import certification_of, certify
+from bench.cluster import Blocks, Queue, Task, Worker
+from bench.datasets.base import open_dataset
+from bench.evaluation.plan import RunRequest, plan_on
+from bench.results.certificates import read_certificates
 from bench.results.store import read_runs
 
 #: A suite whose first process to attack block 1 is killed there.
@@ -28,9 +36,29 @@ class Mortal(Suite):
         yield block.attempt("noise", block.rows, x_adv[block.rows])
 """
 
+#: The first worker that has written the state of an epoch is killed.
+MORTAL_TRAINING = """
+import os, signal
+from pathlib import Path
+from bench.training.loop import Trainer
+
+save, marker = Trainer._save_state, Path(os.environ["MORTAL"])
+
+def save_and_die(trainer):
+    save(trainer)
+    if not marker.exists():
+        marker.write_text(str(trainer.path))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if os.getpid() != int(os.environ["DRIVER"]):
+    Trainer._save_state = save_and_die
+"""
+#: Of a training that takes a second.
+TINY = [word for key in ("n_train=200", "n_val=50", "epochs=2", "val_steps=1", "width=4") for word in ("--set", key)]
+
 
 def task(model: str, block: int, forwards: float) -> Task:
-    return Task(model, 0, block, f"pgd on {model}", forwards)
+    return Task((model, 0, block), (model, 0), f"block {block} of pgd on {model}", forwards)
 
 
 def test_the_costliest_block_comes_first_by_passes_then_by_seconds():
@@ -60,24 +88,77 @@ def test_what_cannot_be_done_is_refused(words: tuple[str, ...], wanted: str, ben
     assert (status, err.splitlines()[-1]) == (2, f"error: {wanted}")
 
 
-@pytest.mark.slow
-def test_rows_are_those_of_one_process_though_a_worker_is_killed(
-    tmp_path: Path, bench: Callable[..., Any], shelve: Any, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lets workers import what lies in the test's folder; the file by which one knows that another was killed."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'bench[ray]'")
-    shelve(tmp_path / "checkpoints", "moe-at", "dense-at")
-    (tmp_path / "mortal.py").write_text(MORTAL)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[1]}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    marker = tmp_path / "killed"
-    monkeypatch.setenv("MORTAL", str(marker))
+    monkeypatch.setenv("MORTAL", str(tmp_path / "killed"))
+    monkeypatch.setenv("DRIVER", str(os.getpid()))
+    return tmp_path / "killed"
+
+
+def test_a_worker_certifies_single_blocks(bench: Callable[..., Any], shelve: Any):
+    shelve(Path("checkpoints"), "moe-at", "moe-standard")
+    words = ("certify", "--method", "routes", "--n-examples", "10", "--batch-size", "4", "--model")
+    models = ("moe-at", "moe-standard", "missing.safetensors")
+    assert bench(*words, ",".join(models[:2]), "--results", "alone")[0] == 0
+    digits, certifier = open_dataset("digits"), {"certify-routes": CERTIFIERS["routes"]()}
+    request = RunRequest(suites=(), dataset="digits", models=models, n_examples=10, batch_size=4)
+    asked = plan_on(digits, certifier, request, Path("data"), [Path("checkpoints")], Path("spread"))
+    worker = Worker(Blocks(asked, Path("spread"), certification_of, certify), "cpu", (), torch.get_num_threads())
+    tasks = worker.work.tasks()
+    assert [(task.what, task.cost) for task in tasks] == [
+        ((model, 0, block), cost) for model in models[:2] for block, cost in enumerate([4, 4, 2])
+    ]
+    for task in tasks:
+        assert worker.do(task.what, again=False) > 0
+    assert worker.work.tasks() == []
+    assert not read_certificates(Path("spread"))  # the result is the command's to write
+    assert bench(*words, ",".join(models[:2]), "--results", "spread")[0] == 0
+    spread, alone = read_certificates(Path("spread")), read_certificates(Path("alone"))
+    for one, other in zip(spread, alone, strict=True):
+        pd.testing.assert_frame_equal(one.rows, other.rows)
+
+
+@pytest.mark.slow
+def test_weights_are_those_of_one_process_though_a_worker_is_killed(
+    tmp_path: Path, workers: Path, bench: Callable[..., Any], shelve: Any
+):
+    (tmp_path / "mortal_training.py").write_text(MORTAL_TRAINING)
+    shelve(tmp_path / "spread", "dense-at")  # by another spec, so that this training is refused
+    words = ("train", "dense-at,moe-standard", "--seed", "0,1", *TINY, "--device", "cpu")
+    words += ("--set", "inner_steps=1")
+    status, out, err = bench("--plugin", "mortal_training", *words, "--checkpoints", "spread", "--on", "ray")
+    assert (status, err.count("error: ")) == (2, 1), err
+    assert "dense-at.safetensors' was made by another spec and is not overwritten" in err
+    assert workers.read_text().startswith(str(tmp_path / "spread"))
+    assert err.count("its process died, another one does it") == 1
+    assert bench(*words, "--checkpoints", "alone")[0] == 0
+    names = {path.name for path in (tmp_path / "alone" / "digits" / "Linf").glob("*.safetensors")}
+    assert names == {f"{name}.safetensors" for name in ("dense-at", "dense-at-s1", "moe-standard", "moe-standard-s1")}
+    assert len(out.splitlines()) == len(names) - 1
+    for name in names - {"dense-at.safetensors"}:
+        one, other = (load_file(tmp_path / folder / "digits" / "Linf" / name) for folder in ("spread", "alone"))
+        assert {key: value.tobytes() for key, value in one.items()} == {
+            key: value.tobytes() for key, value in other.items()
+        }
+
+
+@pytest.mark.slow
+def test_rows_are_those_of_one_process_though_a_worker_is_killed(
+    tmp_path: Path, workers: Path, bench: Callable[..., Any], shelve: Any
+):
+    shelve(tmp_path / "checkpoints", "moe-at", "dense-at")
+    (tmp_path / "mortal.py").write_text(MORTAL)
     words = ("run", "--suite", "mortal,clean", "--n-examples", "12", "--batch-size", "4")
     words += ("--model", "moe-at,dense-at", "--device", "cpu")
     status, _, err = bench("--plugin", "mortal", *words, "--results", "spread", "--on", "ray")
     assert status == 0, err
-    assert marker.exists()
-    assert err.count("its process died, another one attacks it") == 1
-    assert err.count(" blocks: block ") == 12  # 2 models × 2 suites × 3 blocks, none twice
+    assert workers.exists()
+    assert err.count("its process died, another one does it") == 1
+    assert err.count(" done: block ") == 12  # 2 models × 2 suites × 3 blocks, none twice
     assert bench("--plugin", "mortal", *words, "--results", "alone")[0] == 0  # nobody is killed any more
     spread, alone = read_runs(tmp_path / "spread"), read_runs(tmp_path / "alone")
     assert [run.result.run for run in spread] == [run.result.run for run in alone]

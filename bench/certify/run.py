@@ -32,13 +32,22 @@ from bench.results.store import run_folder
 OnBlock = Callable[[int, int, int], None]
 
 
+def certification_of(results: Path, job: Job[Certifier]) -> CertificateFolder:
+    """The folder of the job's certificates below the results folder; `finished()` is the result, if there is one."""
+    key = job.spec.run_key(job.subject.info.checkpoint_sha256, job.data.fingerprint)
+    return CertificateFolder(run_folder(results, job.spec, key))
+
+
 def certify(
     job: Job[Certifier],
     results: Path,
     device: str = "cpu",
     on_block: OnBlock = lambda *_: None,
-) -> Certification:
+    only: int | None = None,
+) -> Certification | None:
     """Certify the job's subject by its method and store it; a certification that is finished is only read.
+
+    `only`: the number of one block, which is certified and written, and nothing else is done; the result is then None.
 
     Raises:
         UnusableInput: the model cannot take the data's images, or gives another number of classes; or this is one of
@@ -49,9 +58,7 @@ def certify(
             f"`bench certify` is one process's work, and there are {processes}: start it without torchrun"
         )
     spec, subject, data, num_classes = job.spec, job.subject, job.data, job.num_classes
-    folder = CertificateFolder(
-        run_folder(results, spec, spec.run_key(subject.info.checkpoint_sha256, data.fingerprint))
-    )
+    folder = certification_of(results, job)
     finished = folder.finished()
     if finished is not None:
         return finished
@@ -64,7 +71,7 @@ def certify(
     done = {block.index: block for block in folder.read_blocks()}
     certified = {number: _certified(block.rows) for number, block in done.items()}
     for number, chosen in enumerate(job.blocks):
-        if number not in done:
+        if number not in done and only in (None, number):
             started = time.perf_counter()
             x, y = data.x[chosen].to(device), data.y[chosen]
             asked = users_code(f"'{spec.model}' fails in block {number}") if subject.foreign else nullcontext()
@@ -81,6 +88,8 @@ def certify(
             folder.write_block(number, rows, side)
             certified[number] = _certified(rows)
         on_block(len(certified), len(job.blocks), sum(certified.values()))
+    if only is not None:
+        return None
     # somebody else may have been faster in the same folder, and have removed the blocks
     return folder.finished() or _finish(folder, job, device)
 

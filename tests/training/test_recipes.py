@@ -11,13 +11,25 @@ from bench.models.experts import EXPERTS
 from bench.models.variants import VARIANTS, get_variant
 from bench.spec import Recipe, ThreatModel, TrainSpec
 from bench.training.objectives.base import OBJECTIVES, Objective
-from bench.training.recipes import architecture, objective_class, read_recipe, recipes, train_spec
+from bench.training.recipes import architecture, objective_class, read_recipe, recipes, train_spec, train_specs
 
 DIGITS = open_dataset("digits")
 
 
 def spec(variant: str = "moe-at", recipe: str | None = None, seed: int = 0, **settings: Any) -> TrainSpec:
     return train_spec(variant, DIGITS, DIGITS.threat_model, recipe, settings, seed)
+
+
+def test_several_variants_have_those_of_the_settings_that_they_know():
+    settings = {"epochs": 3, "beta": 2.0}
+    found = train_specs(["dual", "moe-rt_er", "moe-standard"], DIGITS, DIGITS.threat_model, None, settings, [0, 7])
+    trained = [spec(variant, seed=seed, **own) for variant, own in [
+        ("moe-rt_er", settings), ("moe-standard", {"epochs": 3}), ("dual", {"epochs": 3})  # put together last
+    ] for seed in (0, 7)]  # fmt: skip
+    assert found == trained
+    assert found[1].checkpoint_name == "moe-rt_er-s7"
+    with pytest.raises(UnusableInput, match=r"^--set betta: 'moe-at' has no such parameter"):
+        train_specs(["moe-at", "moe-standard"], DIGITS, DIGITS.threat_model, None, {"betta": 1}, [0])
 
 
 # --- presets ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The presets of training, `*.yaml` in this folder, and how a recipe with settings becomes a TrainSpec."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,37 @@ def train_spec(
         objective_params=params.model_dump(mode="json"),
         seed=seed,
     )
+
+
+def train_specs(
+    variants: Sequence[str],
+    dataset: Dataset,
+    threat_model: ThreatModel,
+    recipe: str | None,
+    settings: Mapping[str, Any],
+    seeds: Sequence[int],
+) -> list[TrainSpec]:
+    """Each variant with each seed, and with those of the settings that it has.
+
+    Duals that are put together come last, since others may be their parts.
+
+    Raises:
+        UnusableInput: as `train_spec` does, for a setting where no variant has it.
+    """
+    variants = sorted(variants, key=lambda variant: get_variant(variant).parts is not None)
+    taken = {variant: {key for key in settings if _takes(get_variant(variant), key)} for variant in variants}
+    nobodys = set(settings).difference(*taken.values())
+    return [
+        train_spec(variant, dataset, threat_model, recipe, {key: settings[key] for key in settings if key in own}, seed)
+        for variant in variants
+        for own in [taken[variant] | nobodys]
+        for seed in seeds
+    ]
+
+
+def _takes(variant: Variant, key: str) -> bool:
+    """Whether something of a variant depends on a setting."""
+    return key in {*objective_class(variant).model_fields, *Recipe.model_fields} - _idle(variant)
 
 
 def _idle(variant: Variant) -> set[str]:
