@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bench.attacks.block import Attempt, Block
 from bench.attacks.leaving import leave_early
-from bench.attacks.prepared import prepare
+from bench.attacks.prepared import faithful, prepare
 from bench.suites.base import SUITES, CaughtWarnings, Cost, Suite
 
 Perturb = Callable[[Tensor, Tensor], Tensor]
@@ -71,15 +71,6 @@ def watched(block: Block) -> Iterator[None]:
                 block.flags.extend(known or [f"AutoAttack: {message}"])
 
 
-def _stop_early(attack: AutoAttack, block: Block) -> None:
-    """Run every part on a prepared copy of the model where there can be one, and let broken rows leave."""
-    if (ready := prepare(block.model, block.x)) is None:
-        block.flags.append("AutoAttack: engine=reference, since a prepared copy of the model gives other logits")
-        return
-    for attribute in ATTACKS:
-        leave_early(getattr(attack, attribute), ready)
-
-
 class _Recorder:
     """Keeps what an attack's `perturb` returns, with the rows of the block that it was run on.
 
@@ -109,6 +100,25 @@ class _Recorder:
         return recorded
 
 
+def _evaluate(block: Block, ready: nn.Module | None) -> tuple[list[Attempt], Exception | None]:
+    """pyautoattack's own evaluation, with every part run on the copy `ready`, if given, from which broken rows leave.
+
+    What was found before an error counts, and the error is returned: evaluation makes errors of the rest.
+    """
+    attack, recorder = standard(block), _Recorder(block)
+    block.attacks[:] = attack.attacks_to_run
+    if ready is not None:
+        for attribute in ATTACKS:
+            leave_early(getattr(attack, attribute), ready)
+    recorder.listen(attack)
+    try:
+        with watched(block):
+            attack.run_standard_evaluation(block.x, block.y, batch_size=len(block.x))
+    except Exception as error:
+        return recorder.attempts, error
+    return recorder.attempts, None
+
+
 @SUITES.register("autoattack")
 class AutoAttackSuite(Suite):
     """APGD-CE, APGD-T, FAB-T and Square, each on the examples that those before it have not broken.
@@ -129,17 +139,14 @@ class AutoAttackSuite(Suite):
         return standard_cost(num_classes)
 
     def attack(self, block: Block) -> Iterator[Attempt]:
-        attack, recorder = standard(block), _Recorder(block)
-        block.attacks.extend(attack.attacks_to_run)
-        if self.engine == "fast":
-            _stop_early(attack, block)
-        recorder.listen(attack)
-        failure = None
-        try:
-            with watched(block):
-                attack.run_standard_evaluation(block.x, block.y, batch_size=len(block.x))
-        except Exception as error:  # what was found before it counts; evaluation makes errors of the rest
-            failure = error
-        yield from recorder.attempts
+        fast = self.engine == "fast"
+        ready = prepare(block.model, block.x) if fast else None
+        found, failure = _evaluate(block, ready)
+        if ready is not None and not all(faithful(ready, block.model, attempt.x_adv) for attempt in found):
+            ready = None
+            found, failure = _evaluate(block, None)
+        if fast and ready is None:
+            block.flags.append("AutoAttack: engine=reference, since a prepared copy of the model answers otherwise")
+        yield from found
         if failure is not None:
             raise failure

@@ -112,6 +112,7 @@ class Foreign(nn.Module):
         super().__init__()
         self.inside, self.kind = trained("dense"), kind
         self.hidden = None if kind != "cannot be copied" else (i for i in range(3))
+        self.me = id(self)
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.inside(x)
@@ -123,11 +124,21 @@ class Foreign(nn.Module):
             logits = logits + 0 * x.view(-1)[0]
         if self.kind == "not finite":
             logits = logits * torch.nan
+        if self.kind == "a copy without gradients" and self.me != id(self):
+            logits = logits.detach() + 0 * x.sum()
         return logits
 
 
 @pytest.mark.parametrize(
-    "kind", ["cannot be copied", "looks at the batch", "random", "wants contiguous images", "not finite"]
+    "kind",
+    [
+        "cannot be copied",
+        "looks at the batch",
+        "random",
+        "wants contiguous images",
+        "not finite",
+        "a copy without gradients",
+    ],
 )
 def test_there_is_none_where_it_would_not_say_the_same(kind: str):
     assert prepare(Foreign("none").eval(), images()) is not None

@@ -215,7 +215,30 @@ def test_a_model_that_cannot_be_prepared_is_attacked_as_it_is(score: Any, cut_au
     result, rows = score(model, "autoattack", data, eps=0.02)
     assert_parity(rows, data, directly(model, data, "Linf", 0.02, 0))
     (flag,) = result.flags
-    assert flag == "AutoAttack: engine=reference, since a prepared copy of the model gives other logits"
+    assert flag == "AutoAttack: engine=reference, since a prepared copy of the model answers otherwise"
+
+
+def test_a_copy_that_hides_from_attacks_is_found_out(planted: Any, score: Any, cut_autoattack: Any):
+    class Hiding(nn.Module):
+        """Its copy answers as itself on the images as they are, and on others has no gradient."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.me = planted.broken(), id(self)
+            self.seen = planted.data().x
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.inside(x)
+            known = (x[:, None] == self.seen[None]).flatten(2).all(2).any(1)
+            if self.me != id(self):
+                logits = torch.where(known[:, None], logits, logits.detach())
+            return logits
+
+    cut_autoattack(*BUDGET["Linf"])
+    _, expected = score(Hiding(), "autoattack", settings={"engine": "reference"}, seed=5)
+    result, rows = score(Hiding(), "autoattack", seed=5)
+    assert rows["robust"].tolist() == expected["robust"].tolist()
+    assert any("answers otherwise" in flag for flag in result.flags)
 
 
 @pytest.mark.slow
