@@ -12,7 +12,7 @@ Axes: B = images, E = experts.
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from bench.models.sites import Site, intercepted
 
 #: What names a route wherever it stands; a `gate` may be a squeeze-and-excitation's sigmoid as well.
 _ROUTES = re.compile(
@@ -71,28 +73,31 @@ class Choices:
         return f"{' and '.join(seen)}: name its gates with --gates {example}, or declare --gates none"
 
 
-def find_choices(model: nn.Module, x: Tensor, known: Iterable[str] = (), gates: Iterable[str] = ()) -> Choices:
+def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Choices:
     """The signs of routes in a model in eval mode, from its code and from one forward pass on images x (B, c, H, W).
 
-    What lies in the modules called `known` (as in `plain(model).named_modules()`) is no sign: it is attacked. Nor is
-    what follows from the output of `gates` alone, or a name beside one of them. The model must be able to take x; what
-    it raises is raised. A compiled model is watched uncompiled. Draws random numbers where the model does.
+    What is chosen by the scores of the sites `known` alone is no sign, since those are attacked; nor is a name beside
+    one of their gates. A choice by anything else is one wherever it is made, inside an expert and inside a gate as
+    well. The model must be able to take x; what it raises is raised. A compiled model is watched uncompiled. Draws
+    random numbers where the model does.
     """
-    model, gates = plain(model), list(gates)
-    watch = _Watch(x, gates)
+    model, watch = plain(model), _Watch(x)
     named = {module: name for name, module in reversed(list(model.named_modules()))}
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _inside(named, watch), _Reads(watch), watch:
+    with ExitStack() as stack:
+        for site in known:
+            stack.enter_context(intercepted(site, watch.known))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_inside(named, watch))
+        stack.enter_context(_Reads(watch))
+        stack.enter_context(watch)
         output = model(x)
     if not any(watch.depends(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
         watch.report("a computation outside torch", "")
-    known = [*known, *gates]
     operations = dict.fromkeys(
-        f"{operation} in {_glob(where) or type(model).__name__}"
-        for operation, where in watch.found
-        if not any(_within(where, outer) for outer in known)
+        f"{operation} in {_glob(where) or type(model).__name__}" for operation, where in watch.found
     )
-    beside = [outer for gate in gates for outer in _holders(gate)]
-    return Choices(tuple(_names(model, watch.shapes, known, beside)), tuple(operations))
+    return Choices(tuple(_names(model, watch.shapes, [site.name for site in known])), tuple(operations))
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -115,16 +120,18 @@ def _holders(gate: str) -> Iterator[str]:
         yield outer
 
 
-def _names(
-    model: nn.Module, shapes: dict[str, list[tuple[int, ...]]], known: list[str], beside: list[str]
-) -> Iterator[str]:
+def _names(model: nn.Module, shapes: dict[str, list[tuple[int, ...]]], gates: list[str]) -> Iterator[str]:
     """Globs of what is named like a route: modules, else a module's attributes, else its class.
 
-    `beside`: modules that hold a named gate; all that lies in them is known, of the model what it holds itself.
+    What lies beside one of the gates is named for that; of what the model holds itself, all that is called experts or
+    the like.
     """
-    known = [*known, *filter(None, beside)]
+    holders = {outer for gate in gates for outer in _holders(gate)}
+    known = [*gates, *filter(None, holders)]
+    if "" in holders:
+        known += [name for name, _ in model.named_children() if _ROUTES.search(name) or _GATE.search(name)]
     modules = {name: m for name, m in model.named_modules() if not any(_within(name, outer) for outer in known)}
-    if "" in beside:
+    if "" in holders:
         modules = {name: m for name, m in modules.items() if "." in name}
     found: list[str] = []
     for name, module in modules.items():
@@ -193,8 +200,6 @@ def _inside(named: dict[nn.Module, str], watch: "_Watch") -> Iterator[None]:
         if _GATE.search(named[module]):
             tensors = [leaf for leaf in tree_leaves((inputs[:1], output)) if isinstance(leaf, Tensor)]
             watch.shapes[named[module]] = [tuple(tensor.shape) for tensor in tensors]
-        if named[module] in watch.gates:
-            watch.scores |= {_key(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)}
 
     for module in named:
         try:
@@ -216,10 +221,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     not tensors, so that views and what is written in place count too.
     """
 
-    def __init__(self, x: Tensor, gates: list[str]) -> None:
+    def __init__(self, x: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.gates = gates
-        self.scores: set[object] = set()  # what is computed from the gates' output alone
+        self.scores: set[object] = set()  # what is computed from the scores of known sites alone
         self.data = {_key(x)}
         self.decided: dict[object, tuple[str, str]] = {}  # storage → the operation and the module that chose
         self.found: dict[tuple[str, str], None] = {}
@@ -232,6 +236,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def report(self, operation: str, where: str | None = None) -> None:
         self.found[operation, self.where[-1] if where is None else where] = None
+
+    def known(self, scores: Tensor) -> Tensor:
+        """A copy of scores of a known site: what is chosen by it is no sign of other routes."""
+        scores = scores.clone()
+        self.scores.add(_key(scores))
+        return scores
 
     def read(self, tensor: Tensor) -> None:
         """Python has read values of the tensor."""

@@ -74,17 +74,21 @@ def sites(model: nn.Module) -> list[Site]:
     does not say. An MoE block inside a network is one with `gate` (a module), `experts` and `num_selected_experts`.
     """
     named: tuple[Site, ...] = model.gates if isinstance(model, Guarded) else ()
-    gates = [site.gate for site in named]
+    return [*(site for site in shown_sites(model) if site.k < site.num_experts), *named]
+
+
+def shown_sites(model: nn.Module) -> list[Site]:
+    """The sites that attributes show, but for those that the user named: those that choose, and soft mixtures."""
+    gates = [site.gate for site in model.gates] if isinstance(model, Guarded) else []
     found = []
     for name, module in bare(model).named_modules():
         attribute = "router" if is_moe(module) else "gate" if is_block(module) else None
         if attribute is not None and not any(getattr(module, attribute) is gate for gate in gates):
             owner: Any = module
             count, k = len(owner.experts), int(getattr(owner, "num_selected_experts", 1))
-            if k < count:
-                where = f"{name}.{attribute}".removeprefix(".")
-                found.append(Site(where, owner, attribute, count, k, whole=attribute == "router"))
-    return [*found, *named]
+            where = f"{name}.{attribute}".removeprefix(".")
+            found.append(Site(where, owner, attribute, count, min(k, count), whole=attribute == "router"))
+    return found
 
 
 def is_block(module: nn.Module) -> bool:

@@ -50,7 +50,7 @@ def test_a_gate_that_is_named_is_found_and_attacked(build: Any, gate: str, monke
     assert find_choices(model, X)
     (site,) = find_gates(model, [gate], X).sites
     assert (site.num_experts, site.k) == (4, 2)
-    assert not find_choices(model, X, gates=[site.name])
+    assert not find_choices(model, X, [site])
     monkeypatch.setitem(BUDGETS, "small", Budget(8, 2, 3, 1, 3, (), 1, 2, 1, 5))
     y = model(X).argmax(1)
     x_adv = AdaptiveAttack(model, "Linf", 0.3, "small", gates=[gate])(X, y)

@@ -21,12 +21,12 @@ from bench.evaluation.probes import PROBED, probe
 from bench.evaluation.report import BlockReport
 from bench.evaluation.verdicts import Judgement, judge, legal
 from bench.job import Job, Subject
-from bench.models.choices import find_choices, plain
+from bench.models.choices import find_choices
 from bench.models.deployed import Prediction, dependence, predict, validate_outputs
 from bench.models.foreign import DRAWS, Guarded, settings_kept
 from bench.models.gates import NONE
-from bench.models.parts import is_moe, parts
-from bench.models.sites import is_block, single_paths, sites
+from bench.models.parts import parts
+from bench.models.sites import shown_sites, single_paths, sites
 from bench.randomness import block_seed, seeded
 from bench.results.flags import BY_CHANCE, DECLARED, HIDDEN_ROUTES, ROUTES_INSIDE, WEAKER
 from bench.results.schema import VERDICT_COLUMNS
@@ -119,13 +119,10 @@ class Examiner:
             return []
         if self.spec.gates == (NONE,):
             return [DECLARED]
-        model = plain(self.model.model)
-        moes = [name for name, module in model.named_modules() if is_moe(module) or is_block(module)]
         try:
             with seeded(0), settings_kept():
-                hard = [site.name for site in self.model.gates if not site.soft]
-                soft = [site.name for site in self.model.gates if site.soft]
-                choices = find_choices(model, x.clone(), known=[*moes, *soft], gates=hard)
+                known = [*shown_sites(self.model), *self.model.gates]
+                choices = find_choices(self.model.model, x.clone(), known)
         except Exception as error:  # what cannot be watched may choose
             return [f"{HIDDEN_ROUTES}the forward pass cannot be watched ({type(error).__name__})"]
         if choices:

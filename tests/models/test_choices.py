@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from bench.models.checkpoints import ZOO, load_checkpoint
 from bench.models.choices import Choices, find_choices, plain
+from bench.models.gates import find_gates
+from bench.models.sites import Site, shown_sites
 
 NOTHING = Choices()
 
@@ -148,7 +150,7 @@ def test_our_own_dense_models_have_no_choices_and_a_wrapped_moe_has():
         model, header, _ = load_checkpoint(path)
         found = find_choices(Calls(model), x)
         assert bool(found) == (header.architecture.kind != "dense"), path.stem
-        assert find_choices(Calls(model), x, known=["inner"]) == NOTHING
+        assert find_choices(Calls(model), x, known=shown_sites(Calls(model))) == NOTHING
     moe = load_checkpoint(ZOO / "digits" / "Linf" / "moe-rt_er-argmax.safetensors")[0]
     assert find_choices(Calls(moe), x) == Choices(("inner.experts", "inner.router"), ("topk in inner",))
 
@@ -304,5 +306,104 @@ def test_the_class_of_a_model_is_no_sign_where_what_it_is_named_for_is_known():
             return self.block(x.flatten(1))
 
     x = torch.rand(4, 3, 2, 2)
-    assert find_choices(VMoE(), x).names
-    assert find_choices(VMoE(), x, gates=["block.gate"]) == NOTHING == find_choices(VMoE(), x, known=["block"])
+    model = VMoE()
+    assert find_choices(model, x).names
+    assert find_choices(model, x, [Site("block.gate", model.block, "gate", 3, 1, whole=False)]) == NOTHING
+
+
+# --- known sites, and others beside them ------------------------------------------------------------------------------
+
+
+class Either(nn.Module):
+    """The first or the second network, by the larger of two numbers, under names that say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(192, 2), third_party.network(), third_party.network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(x.flatten(1)).argmax(1) == 0
+        return torch.where(first[:, None], self.b(x), self.c(x))
+
+
+class Shown(nn.Module):
+    """An MoE of whole networks whose router and experts can be seen; one of them is given."""
+
+    def __init__(self, router: nn.Module, expert: nn.Module) -> None:
+        super().__init__()
+        self.router, self.experts = router, nn.ModuleList([third_party.network(), expert])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.router(x).softmax(1).max(1)
+        every = torch.stack([expert(x) for expert in self.experts], 1)
+        return weight[:, None] * every[torch.arange(len(x)), chosen]
+
+
+class Chained(nn.Module):
+    """What the named gate `a` scores goes through a second layer, whose argmax chooses as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(192, 3), nn.Linear(3, 2)
+        self.c = nn.ModuleList(third_party.network() for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.a(x.flatten(1))
+        y = torch.stack([network(x) for network in self.c], 1)
+        first, second = F.one_hot(s.argmax(1), 3), F.one_hot(self.b(s).argmax(1), 2)
+        return (torch.cat([first, second], 1)[..., None] * y).sum(1)
+
+
+class Sparse(nn.Module):
+    """One of three linear experts by gate `a`; where `b` is there, one of three others by that as well."""
+
+    def __init__(self, second: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(192, 3), nn.Linear(192, 3) if second else None
+        self.c = nn.ModuleList(nn.Linear(192, 10) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        gates = [gate for gate in (self.a, self.b) if gate is not None]
+        chosen = torch.cat([F.one_hot(gate(x).argmax(1), 3) for gate in gates], 1)
+        return sum(hot[:, None] * layer(x) for hot, layer in zip(chosen.T, self.c, strict=False))
+
+
+def _router() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+
+
+class Doubtful(nn.Module):
+    """A router whose scores are those of one of two layers, chosen inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(192, 2), nn.Linear(192, 2), nn.Linear(192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return torch.where(self.c(x) > 0, self.a(x), self.b(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "gates", "seen"),
+    [
+        (lambda: Shown(_router(), third_party.network()), [], None),
+        (lambda: Shown(_router(), Either()), [], "argmax in experts.*"),
+        (lambda: Shown(_router(), Shown(_router(), third_party.network())), [], None),
+        (lambda: Shown(Doubtful(), third_party.network()), [], "gt in router"),
+        (lambda: Sparse(second=False), ["a"], None),
+        (lambda: Sparse(second=True), ["a"], "argmax in Sparse"),
+        (lambda: Sparse(second=True), ["a", "b"], None),
+        (Chained, ["a"], "argmax in Chained"),
+    ],
+)
+def test_a_second_choice_beside_known_ones_is_noticed_under_whatever_name(
+    build: Callable[[], nn.Module], gates: list[str], seen: str | None
+):
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.rand(4, 3, 8, 8)
+    known = [*shown_sites(model), *(find_gates(model, gates, x).sites if gates else ())]
+    found = find_choices(model, x, known)
+    assert found.names == ()
+    assert found.operations == (() if seen is None else (seen,))
