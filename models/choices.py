@@ -52,10 +52,12 @@ _MAKES = re.compile(r"^new_|_like$")
 @dataclass(frozen=True)
 class Choices:
     """Signs of routes. `names`: modules and attributes as globs over block numbers, such as `blocks.*.mlp.gate`;
-    `operations`: what was chosen by, each with the module (as a glob) that did it, such as `topk in blocks.*.mlp`."""
+    `operations`: what was chosen by, each with the module (as a glob) that did it, such as `topk in blocks.*.mlp`;
+    `gates`: shown ones that choose inside, by what they do not show."""
 
     names: tuple[str, ...] = ()
     operations: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.names or self.operations)
@@ -68,7 +70,8 @@ class Choices:
             seen.append(f"choices that depend on the image ({_few(self.operations)})")
         if self.names:
             seen.append(f"names that speak of routes ({_few(self.names)})")
-        gate = next((name for name in self.names if _GATE.search(_last(name)) or "router" in _last(name)), None)
+        named = (name for name in self.names if _GATE.search(_last(name)) or "router" in _last(name))
+        gate = next(iter((*self.gates, *named)), None)
         example = f"'{gate}'" if gate else "GLOB"
         return f"{' and '.join(seen)}: name its gates with --gates {example}, or declare --gates none"
 
@@ -97,7 +100,9 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
     operations = dict.fromkeys(
         f"{operation} in {_glob(where) or type(model).__name__}" for operation, where in watch.found
     )
-    return Choices(tuple(_names(model, watch.shapes, [site.name for site in known])), tuple(operations))
+    gates = [site.name for site in known]
+    inside = dict.fromkeys(_glob(gate) for gate in gates for _, where in watch.found if _within(where, gate))
+    return Choices(tuple(_names(model, watch.shapes, gates)), tuple(operations), tuple(inside))
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -8,7 +8,9 @@ Axes: B = probed images, C = classes, E = experts.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from bench.attacks.gradients import differentiable, has_gradient
 from bench.models.foreign import bare
-from bench.models.parts import RoutedModel, is_dual, routed_branches
+from bench.models.parts import is_dual, routed_branches
 from bench.pgd import ascend_once, default_step_size, pgd, random_start
 from bench.spec import ThreatModel
 
@@ -51,34 +53,66 @@ def _outputs(model: nn.Module, x: Tensor) -> Iterator[str]:
         yield "outputs are probabilities"
 
 
-def _routed(model: object) -> dict[str, RoutedModel]:
-    """The MoEs that a model shows, by what their flags begin with; S only where something of it is in F."""
+@dataclass(frozen=True)
+class _Routed:
+    """An MoE that a model shows; `scores`: images (B, …) → (B, E), which its router gives alone or in a tuple."""
+
+    router: Any
+    num_experts: int
+
+    def pick(self, output: Any) -> Tensor | None:
+        """The scores in the router's output; None where there are none, as where it gives chosen indices."""
+        for part in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(part, Tensor) and part.is_floating_point() and part.shape[1:] == (self.num_experts,):
+                return part
+        return None
+
+    def scores(self, x: Tensor) -> Tensor:
+        found = self.pick(self.router(x))
+        assert found is not None  # it gave some before
+        return found
+
+
+def _routed(model: object, x: Tensor) -> dict[str, _Routed]:
+    """The MoEs that a model shows, by what their flags begin with; S only where something of it is in F.
+
+    One whose router gives no scores is left out: it is a hidden route unless its gate is named, and said as such.
+    """
     branches = routed_branches(model)
     if is_dual(model) and float(model.alpha) == 1:
         branches.pop("S", None)
-    return {f"{name}: " if name else "": branches[name] for name in sorted(branches, reverse=True)}
+    with torch.no_grad():
+        found = {name: _Routed(moe.router, len(moe.experts)) for name, moe in branches.items()}
+        scored = {name: moe for name, moe in found.items() if moe.pick(moe.router(x[:1])) is not None}
+    return {f"{name}: " if name else "": scored[name] for name in sorted(scored, reverse=True)}
 
 
 def _router_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:
     """Whether the loss's gradient reaches the routers' scores: AutoAttack looks at the pixels' alone."""
-    for name, moe in _routed(model).items():
-        gradients = _gradient_at(bare(moe.router), model, x, y)
+    for name, moe in _routed(model, x).items():
+        gradients = _gradient_at(moe, model, x, y)
         if gradients is None:
             yield f"{name}router gradient cannot be seen"
         elif not gradients.isfinite().all():
             yield f"{name}router gradient not finite"
         elif (zero := (gradients == 0).all(1).float().mean()) > 0:
             yield f"{name}router gradient zero on {zero:.0%} of images"
-        if not has_gradient(moe.router, x):
+        if not has_gradient(moe.scores, x):
             yield f"{name}router has no gradient by the pixels"
 
 
-def _gradient_at(router: object, model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+def _gradient_at(moe: _Routed, model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
     """The cross-entropy's gradient by the router's scores (B, E); None where it is no module, or never called."""
+    router = bare(moe.router)
     if not isinstance(router, nn.Module):
         return None
     seen: list[Tensor] = []
-    handle = router.register_forward_hook(lambda _module, _inputs, scores: seen.append(scores))
+
+    def note(module: nn.Module, inputs: object, output: Any) -> None:
+        if (scores := moe.pick(output)) is not None:
+            seen.append(scores)
+
+    handle = router.register_forward_hook(note)
     try:
         with torch.enable_grad():
             loss = F.cross_entropy(model(x.detach().requires_grad_()), y, reduction="sum")
@@ -95,8 +129,8 @@ def _gradient_at(router: object, model: nn.Module, x: Tensor, y: Tensor) -> Tens
 
 def _routes(model: nn.Module, x: Tensor, threat: ThreatModel) -> Iterator[str]:
     """For how many images another expert was found to come first inside the ball."""
-    for name, moe in _routed(model).items():
-        flipped = _flipped(moe.router, x, threat)
+    for name, moe in _routed(model, x).items():
+        flipped = _flipped(moe.scores, x, threat)
         if flipped.any():
             yield f"{name}routes flip within the ball for {flipped.float().mean():.0%} of images"
 

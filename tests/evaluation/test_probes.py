@@ -160,6 +160,41 @@ def test_a_router_that_is_no_module_is_probed_all_the_same(signs: Callable[..., 
     ]  # fmt: skip
 
 
+class Gives(nn.Module):
+    """A router that gives something made of its scores."""
+
+    def __init__(self, router: nn.Module, what: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.router, self.what = router, what
+
+    def forward(self, x: Tensor) -> Any:
+        return self.what(self.router(x))
+
+
+@pytest.mark.parametrize(
+    ("what", "chosen", "flags"),
+    [
+        (lambda scores: (scores.argmax(1), scores), lambda given: given[0], ["routes flip within the ball for 100%"]),
+        (lambda scores: scores.argmax(1), lambda given: given, []),
+    ],
+)
+def test_scores_in_a_tuple_are_probed_and_where_there_are_none_nothing_fails(
+    what: Callable[[Tensor], Any], chosen: Callable[[Any], Tensor], flags: list[str], signs: Any, linear_moe: Any
+):
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            moe = routed(linear_moe, "softmax")
+            self.router, self.experts = Gives(moe.router, what), moe.experts
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs = torch.stack([expert(x) for expert in self.experts], 1)
+            return outputs[torch.arange(len(x)), chosen(self.router(x))]
+
+    found = signs(Foreign(), ThreatModel(norm="Linf", eps=0.21))
+    assert [flag for flag in found if "gradient zero" not in flag] == [f"{flag} of images" for flag in flags]
+
+
 def test_a_probe_that_fails_is_said_and_leaves_the_others(signs: Callable[..., list[str]], linear_moe: Any):
     class Whole(nn.Module):
         """Answers only where a gradient is asked for."""

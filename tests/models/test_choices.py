@@ -58,6 +58,14 @@ def test_what_was_seen_and_what_to_type_is_said_with_the_blocks_numbers_left_ope
     )
 
 
+def test_a_router_that_gives_indices_alone_is_told_how_to_be_named():
+    model = third_party.build("router gives the index alone")
+    assert find_choices(model, torch.rand(4, 3, 8, 8), shown_sites(model)).words == (
+        "choices that depend on the image (argmax in router): name its gates with --gates 'router', or declare"
+        " --gates none"
+    )
+
+
 @pytest.mark.parametrize(
     ("function", "seen"),
     [
