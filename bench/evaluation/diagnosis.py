@@ -18,6 +18,7 @@ from bench.attacks.search import Search
 from bench.evaluation.examine import Examiner, guarded
 from bench.evaluation.plan import Plan
 from bench.evaluation.probes import probe
+from bench.evaluation.scales import better_scale, by_chance
 from bench.job import Job
 from bench.models.deployed import eval_frozen, full_float32
 from bench.models.foreign import Guarded
@@ -31,10 +32,6 @@ from bench.suites.base import Suite
 
 #: Seconds that each pass is timed for, and the most times that it is made.
 _TIMED, _MOST_TIMES = 0.3, 20
-#: By how much (fraction) a model has to be better on images of another scale to be taken as made for that.
-_BETTER = 0.15
-#: How a model wants its images that has no normalisation inside: by what is subtracted and divided by, per channel.
-_SCALES = {"normalised as ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def diagnose(plan: Plan[Suite], model: str, device: str) -> Diagnosis:
             _model(job, network),
             _input(job),
             *_outputs(network, logits, job),
-            *_accuracy(network, x, y, logits, plan),
+            *_accuracy(network, x, y, logits, job.num_classes),
             *_depends(examiner.found),
             _routes(network, gates, paths, hidden, unforced, declared_none=job.spec.gates == (NONE,)),
             *_gradients(network, x, y, job),
@@ -138,46 +135,20 @@ def _outputs(network: nn.Module, logits: Tensor, job: Job[Suite]) -> Iterator[Fi
         )
 
 
-def _accuracy(network: nn.Module, x: Tensor, y: Tensor, logits: Tensor, plan: Plan[Suite]) -> Iterator[Finding]:
+def _accuracy(network: nn.Module, x: Tensor, y: Tensor, logits: Tensor, num_classes: int) -> Iterator[Finding]:
     """The accuracy, and whether it is better on images of another scale: the normalisation belongs into the model."""
-    found, guess = _share(logits, y), 1 / plan.dataset.num_classes
+    found = float((logits.argmax(1) == y).float().mean())
     yield Finding("accuracy", f"{found:.1%} of {len(y)} clean images")
     if not isinstance(network, Guarded):
         return
-    data = plan.dataset
-    scales: dict[str, tuple[Sequence[float], Sequence[float]]] = {
-        "normalised by the data set's mean and standard deviation": (data.mean, data.std),
-        "in [-1, 1]": ((0.5,) * x.shape[1], (0.5,) * x.shape[1]),
-        "in [0, 255]": ((0.0,) * x.shape[1], (1 / 255,) * x.shape[1]),
-        **{name: scale for name, scale in _SCALES.items() if x.shape[1] == len(scale[0])},
-    }
-    others = {name: _share(_answers(network, _scaled(x, *scale)), y) for name, scale in scales.items() if scale[0]}
-    best = max(others, key=lambda name: others[name])
-    if others[best] > found + _BETTER:
-        yield Finding(
-            "normalisation",
-            f"{others[best]:.1%} are right where images are {best}: the model seems to have no normalisation inside",
-            "put it in front, inside the module: pixels in [0, 1] in, logits out",
-        )
-    elif found < 2 * guess:
+    if better := better_scale(network, x, y, found):
+        yield Finding("normalisation", better, "put it in front, inside the module: pixels in [0, 1] in, logits out")
+    elif by_chance(found, len(y), num_classes):
         yield Finding(
             "accuracy",
-            f"no better than chance, which is {guess:.1%}",
+            f"no better than chance, which is {1 / num_classes:.1%}",
             "look at the weights, and at the order of the classes, which has to be the data set's",
         )
-
-
-def _share(logits: Tensor, y: Tensor) -> float:
-    return float((logits.argmax(1) == y).float().mean())
-
-
-@torch.no_grad()
-def _answers(network: nn.Module, x: Tensor) -> Tensor:
-    return network(x).float().nan_to_num(-torch.inf)
-
-
-def _scaled(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    return (x - x.new_tensor(mean).view(-1, 1, 1)) / x.new_tensor(std).view(-1, 1, 1)
 
 
 #: Of what a model's answers depend on beside the image: what it is called, and what to do.

@@ -19,6 +19,7 @@ from bench.datasets.base import input_hash
 from bench.errors import UnusableInput
 from bench.evaluation.probes import PROBED, probe
 from bench.evaluation.report import BlockReport
+from bench.evaluation.scales import accuracy_flags
 from bench.evaluation.verdicts import Judgement, judge, legal
 from bench.job import Job, Subject
 from bench.models.choices import find_choices
@@ -99,8 +100,9 @@ class Examiner:
         self.spec, self.suite, self.num_classes, self.info = job.spec, job.method, job.num_classes, job.subject.info
         self.model, self.known, self.on_attack = model, known, on_attack
         validate_outputs(model, first, self.num_classes, self.info)
-        #: flags of what the model's answers depend on, and of routes that it does not show
+        #: flags of what the model's answers depend on, of routes that it does not show, and of a doubtful accuracy
         self.found = [*self._depends(first[:PROBED]), *self._routes(first[:WATCHED])]
+        self.found += self._accuracy(first, job.data.y[: len(first)].to(first.device))
 
     def _depends(self, x: Tensor) -> list[str]:
         """What the model's answers depend on beside the image, as flags."""
@@ -112,6 +114,15 @@ class Examiner:
             self.model.draws = DRAWS
             return [*reasons, f"the mean of {DRAWS} draws is attacked, and their majority judged"]
         return list(reasons)
+
+    def _accuracy(self, x: Tensor, y: Tensor) -> list[str]:
+        """Signs that a foreign model is made for images of another scale than [0, 1], or for other classes."""
+        if not isinstance(self.model, Guarded):
+            return []
+        try:
+            return accuracy_flags(self.model, x, y, self.num_classes)
+        except Exception as error:  # of a user's own model: the first block tells of it, if it fails again
+            return [f"probe of accuracy failed: {type(error).__name__}"]
 
     def _routes(self, x: Tensor) -> list[str]:
         """Routes of a foreign model that its attributes do not show, as a flag: hidden ones, or those found inside."""

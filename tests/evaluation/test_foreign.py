@@ -234,6 +234,34 @@ def test_a_model_that_cannot_be_watched_may_choose(planted: Any, score: Any, mon
     assert "routes not named: the forward pass cannot be watched (RuntimeError)" in result.model_flags
 
 
+class Scaled(nn.Module):
+    """Sees nothing of pixels in [0, 1] but that they are positive; `refuses`: it takes no others, either."""
+
+    def __init__(self, model: nn.Module, refuses: bool) -> None:
+        super().__init__()
+        self.model, self.refuses = model, refuses
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not (self.refuses and x.min() < 0), "pixels in [0, 1], please"
+        return self.model((20 * x + 20).sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("refuses", "flag"),
+    [
+        (False, "95.8% are right where images are normalised by the data set's mean and standard deviation"),
+        (True, "SA is doubtful: no better than chance on the first 24 images"),
+    ],
+)
+def test_normalisation_outside_the_model_is_suspected(refuses: bool, flag: str, planted: Any, score: Any):
+    result, _ = score(Scaled(planted.robust().experts[0], refuses), "clean", foreign=True)
+    (found,) = [each for each in result.model_flags if each.startswith("SA is doubtful")]
+    assert flag in found
+    for whole in (planted.robust(), planted.robust().experts[0]):
+        sound, _ = score(whole, "clean", foreign=True)
+        assert not any("doubtful" in each for each in sound.model_flags)
+
+
 # --- through the command line ----------------------------------------------------------------------------------------
 
 
