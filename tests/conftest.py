@@ -319,6 +319,14 @@ def block_of(planted: Any) -> Callable[..., Any]:
     return build
 
 
+@pytest.fixture(autouse=True)
+def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps of the PGD that looks at every model before it is attacked; test_probes.py takes them all."""
+    from bench.evaluation import probes
+
+    monkeypatch.setattr(probes, "STEPS", 8)
+
+
 @pytest.fixture
 def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No probes, for a model that counts how often it is called."""

@@ -25,6 +25,7 @@ from bench.certify import layers
 from bench.certify.base import CERTIFIERS
 from bench.certify.run import certify
 from bench.datasets.base import EvalSet, fingerprint, open_dataset
+from bench.evaluation import probes
 from bench.evaluation.evaluate import score
 from bench.evaluation.plan import RunRequest, plan
 from bench.evaluation.subjects import routing_visible
@@ -217,7 +218,8 @@ def refusals(device: torch.device) -> None:
 
 
 def cut_budgets() -> None:
-    """A few steps of each attack: this is about devices, not about strength."""
+    """A few steps of each attack and probe: this is about devices, not about strength."""
+    probes.STEPS = 2
     small = BUDGETS["small"]
     BUDGETS["small"] = replace(small, paths=3, path_restarts=2, path_steps=3, steps=3, weights=(0.5,), queries=8)
     standard = AutoAttack._set_version

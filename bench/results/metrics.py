@@ -162,17 +162,22 @@ def component_rates(verdicts: pd.DataFrame) -> dict[str, "pd.Series[bool]"]:
     """
     found: dict[str, pd.Series[bool]] = {}
     whole = verdicts[verdicts["target"] == "F"]
-    kinds = whole["attack"].str.partition(":")[0]
+    of_kind: dict[str, list[str]] = {}
+    for attack in whole["attack"].unique():
+        of_kind.setdefault(attack.partition(":")[0], []).append(attack)
     for name, kind in {"RA-E-fixed": "expert-fixed", "RA-E-any": "expert-any", "RA-R": "route"}.items():
-        rows = whole[kinds == kind]
-        if len(rows):
-            found[name] = rows.groupby("idx")["robust"].all()
-    route = whole[whole["attack"] == "route"].set_index("idx")
-    if (route["clean_expert"] >= 0).any():  # -1: the model does not show its routes
-        found["route-flip rate"] = (route["clean_expert"] != route["adv_expert"]) & (route["status"] == "ok")
-    for gate, rows in whole[whole["attack"].str.startswith("route:")].groupby("attack", sort=False):
-        found[f"RA-R {str(gate).removeprefix('route:')}"] = rows.groupby("idx")["robust"].all()
-    for part, rows in verdicts[verdicts["target"] != "F"].groupby("target", sort=False):
-        found[f"{part} SA"] = rows.groupby("idx")["clean_correct"].all()
-        found[f"{part} RA"] = rows.groupby("idx")["robust"].all()
+        if kind in of_kind:
+            found[name] = whole[whole["attack"].isin(of_kind[kind])].groupby("idx")["robust"].all()
+    routes = of_kind.get("route", [])
+    if "route" in routes:
+        route = whole[whole["attack"] == "route"].set_index("idx")
+        if (route["clean_expert"] >= 0).any():  # -1: the model does not show its routes
+            found["route-flip rate"] = (route["clean_expert"] != route["adv_expert"]) & (route["status"] == "ok")
+    for attack in routes:
+        if gate := attack.partition(":")[2]:
+            found[f"RA-R {gate}"] = whole[whole["attack"] == attack].groupby("idx")["robust"].all()
+    parts = verdicts[verdicts["target"] != "F"]
+    for part in parts["target"].unique():
+        rows = parts[parts["target"] == part].groupby("idx")
+        found[f"{part} SA"], found[f"{part} RA"] = rows["clean_correct"].all(), rows["robust"].all()
     return found

@@ -18,6 +18,11 @@ LINF = ThreatModel(norm="Linf", eps=0.05)
 HALVES = [[10.0, 10, 0, 0], [0, 0, 10, 10]]
 
 
+@pytest.fixture(autouse=True)
+def short_probes() -> None:
+    """The probes' own number of steps."""
+
+
 @pytest.fixture
 def images() -> tuple[Tensor, Tensor]:
     """Twenty images (20, 1, 1, 4), each with one bright half, and which it is."""
