@@ -7,14 +7,14 @@ The examples are those that all stored runs of a model together call robust. Eac
 experts for each mixture of whole networks; of a dual every pair of its branches' sets) and on the model as it is, from
 several starts, each with a loss, a target and a push towards the path of its own.
 
-Axes: B = examples, m = copies of them (one for each path), E = experts, K = selected experts, C = classes.
+Axes: B = examples, m = copies of them (one for each path), T = tokens, E = experts, K = selected experts, C = classes.
 """
 
 import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from bench.datasets.base import EvalSet, input_hash, open_dataset
 from bench.models.checkpoints import USER_CHECKPOINTS, ZOO, find_checkpoint, load_checkpoint
 from bench.models.dual import DualModel
+from bench.models.layers import SparseMoE
 from bench.models.moe import MoE
 from bench.models.routing import RoutingTrace, dispatch
 from bench.results.metrics import robust_by_example, wilson
@@ -84,6 +85,10 @@ class Paths:
             back = order.argsort()
             return torch.cat([logits for logits, _ in parts])[back], torch.cat([gap for _, gap in parts])[back]
         self.forwards += len(z)
+        return self.along(z, path)
+
+    def along(self, z: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
+        """`forced`, without rows of the model as it is."""
         outputs, gaps = [], []
         for i, (branch, moe) in enumerate(zip(self.branches, self.routed, strict=True)):
             if moe is None:
@@ -103,6 +108,83 @@ class Paths:
 
     def _least(self, gaps: list[Tensor]) -> Tensor:
         return torch.stack(gaps).amin(0)
+
+
+class InnerPaths(Paths):
+    """The same of gates inside a network: a path (gate, set) sends all tokens of an image at one gate to K experts."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.model, self.forwards, self.backwards = model, 0, 0
+        self.blocks = [module for module in model.modules() if isinstance(module, SparseMoE)]
+        self.paths = [
+            (gate, chosen)
+            for gate, block in enumerate(self.blocks)
+            for chosen in combinations(range(len(block.experts)), block.num_selected_experts)
+        ]
+        self.gate_of = torch.tensor([gate for gate, _ in self.paths])
+        self.chosen_of = [
+            torch.zeros(len(self.blocks[gate].experts), dtype=torch.bool).scatter(0, torch.tensor(chosen), True)
+            for gate, chosen in self.paths
+        ]
+        with torch.no_grad():
+            logits, scores = self._watched(x, None)
+        self.spread = float(logits.std(1).median())
+        self.scales = []
+        for block, found in zip(self.blocks, scores, strict=True):
+            best = found.topk(block.num_selected_experts + 1, dim=2).values
+            self.scales.append(float((best[:, :, -2] - best[:, :, -1]).median().clamp_min(1e-6)))
+
+    def gap(self, z: Tensor, path: Tensor) -> Tensor:
+        _, scores = self._watched(z, None)
+        return self._gaps(scores, path)
+
+    def along(self, z: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
+        logits, scores = self._watched(z, path)
+        return logits, self._gaps(scores, path)
+
+    def _watched(self, z: Tensor, path: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The logits (m, C) and each gate's own scores (m, T, E), with each row sent along its path, if given."""
+        scores: list[Tensor] = []
+
+        def hook(number: int) -> Callable[..., Tensor]:
+            def shifted(_gate: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+                own = output.view(len(z), -1, output.shape[-1])
+                scores.append(own)
+                if path is None:
+                    return output
+                forced = (self.gate_of[path] == number).view(-1, 1, 1)
+                chosen = self._chosen(path, own) & forced
+                inside, outside = self._sides(own, chosen)
+                lift = (outside - inside + 1).clamp_min(0).detach()[..., None]
+                return torch.where(chosen, own + lift, own).view_as(output)
+
+            return shifted
+
+        handles = [block.gate.register_forward_hook(hook(i)) for i, block in enumerate(self.blocks)]
+        try:
+            return self.model(z), scores
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _chosen(self, path: Tensor, scores: Tensor) -> Tensor:
+        """The set of each row's path, (m, T, E)."""
+        width = scores.shape[-1]
+        table = torch.stack([c if len(c) == width else torch.zeros(width, dtype=torch.bool) for c in self.chosen_of])
+        return table[path][:, None].expand_as(scores)
+
+    def _sides(self, scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The least score in the set and the greatest outside, (m, T)."""
+        inside, outside = scores.masked_fill(~chosen, math.inf), scores.masked_fill(chosen, -math.inf)
+        return inside.amin(2).nan_to_num(0, 0), outside.amax(2).nan_to_num(0, 0, 0)
+
+    def _gaps(self, scores: list[Tensor], path: Tensor) -> Tensor:
+        """Of each row its own gate's, the token that is furthest behind: (m,)."""
+        gaps = []
+        for own, scale in zip(scores, self.scales, strict=True):
+            inside, outside = self._sides(own, self._chosen(path, own))
+            gaps.append((inside - outside).amin(1) / scale)
+        return torch.stack(gaps, 1).gather(1, self.gate_of[path][:, None])[:, 0]
 
 
 def _median_gap(moe: MoE, x: Tensor) -> float:
@@ -165,7 +247,7 @@ def attack(
 ) -> tuple[Outcome, Paths]:
     """Attack images x (B, c, H, W) with labels y (B,), all classified correctly, in the L∞ ball and the box."""
     model = model.eval().requires_grad_(False)
-    paths = Paths(model, x)
+    paths = InnerPaths(model, x) if any(isinstance(m, SparseMoE) for m in model.modules()) else Paths(model, x)
     outcome = Outcome(x.clone())
     generator = torch.Generator().manual_seed(seed)
     num_classes = model(x[:1]).shape[1]
