@@ -3,6 +3,7 @@
 Verdict rows are those of `bench.results.store.VERDICT_COLUMNS`; accuracies are fractions in [0, 1].
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Literal
@@ -11,14 +12,20 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+#: The standard normal's 97.5 % quantile.
+_Z = 1.959963984540054
+
 
 @cache
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval (low, high) of `successes` out of `n`, as fractions (Wilson, JASA 1927)."""
-    from scipy.stats import binomtest  # here, because scipy takes longer to import than a board takes to make
+    """The 95 % Wilson score interval (low, high) of `successes` out of `n`, as fractions (Wilson, JASA 1927).
 
-    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    In the form of Newcombe (Stat. Med. 1998), as scipy.stats computes it, which takes longer to import than all boards
+    to make; the same to the last bit, since stored results have it.
+    """
+    p, denominator = successes / n, 2 * (n + _Z**2)
+    middle, half = (2 * n * p + _Z**2) / denominator, _Z / denominator * math.sqrt(4 * n * p * (1 - p) + _Z**2)
+    return 0.0 if successes == 0 else middle - half, 1.0 if successes == n else middle + half
 
 
 def mcnemar(lost: int, gained: int, alternative: Literal["greater", "two-sided"] = "greater") -> float:
@@ -26,11 +33,16 @@ def mcnemar(lost: int, gained: int, alternative: Literal["greater", "two-sided"]
 
     `two-sided`: that the two differ, where the data decide which one is called the better.
     """
-    from scipy.stats import binomtest
+    if alternative == "two-sided":  # of a fair coin the two tails are the same
+        return min(1.0, 2 * mcnemar(max(lost, gained), min(lost, gained)))
+    return _tail(lost, lost + gained)
 
-    if lost + gained == 0:
-        return 1.0
-    return float(binomtest(lost, lost + gained, 0.5, alternative=alternative).pvalue)
+
+def _tail(least: int, n: int) -> float:
+    """P(Bin(n, ½) ≥ least)."""
+    from scipy.special import bdtrc  # here: not every board needs it
+
+    return float(bdtrc(least - 1, n, 0.5)) if least else 1.0
 
 
 def sign_flip(changes: NDArray[np.int64]) -> float:
@@ -40,20 +52,21 @@ def sign_flip(changes: NDArray[np.int64]) -> float:
     on the same images are not independent, but under the null hypothesis the sign of an example's sum is a fair coin.
     Where each change is −1, 0 or 1 it is McNemar's test (Fisher, Design of Experiments 1935, §21).
     """
-    from scipy.signal import fftconvolve
-    from scipy.stats import binom
+    from scipy.special import gammaln
 
     sizes, counts = np.unique(np.abs(changes[changes != 0]), return_counts=True)
     if not len(sizes):
         return 1.0
     if len(sizes) == 1:
         positive = int((changes > 0).sum())
-        return float(binom.sf(positive - 1, counts[0], 0.5))
+        return _tail(positive, int(counts[0]))
     chances = np.ones(1)  # of the sum of the sizes whose sign is +
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        own = np.zeros(size * count + 1)
-        own[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
-        chances = np.maximum(fftconvolve(chances, own), 0)
+        own, k = np.zeros(size * count + 1), np.arange(count + 1)
+        own[::size] = np.exp(gammaln(count + 1) - gammaln(k + 1) - gammaln(count - k + 1) - count * math.log(2))
+        length = len(chances) + len(own) - 1
+        spectrum = np.fft.rfft(chances, length) * np.fft.rfft(own, length)
+        chances = np.maximum(np.fft.irfft(spectrum, length), 0)
     return float(min(1.0, chances[int(changes[changes > 0].sum()) :].sum()))
 
 
@@ -89,9 +102,22 @@ def adjusted(pvalues: Sequence[float], discordant: Sequence[int], alpha: float) 
     return [next(held) if yes else min(1.0, p * k) for p, yes in zip(pvalues, can, strict=True)]
 
 
+def all_by_example(verdicts: pd.DataFrame, rows: NDArray[np.bool_], column: str) -> "pd.Series[bool]":
+    """Whether `column` holds in all of the chosen rows of an example, indexed by idx; rows: a truth value for each."""
+    number, idx = pd.factorize(verdicts["idx"].to_numpy()[rows], sort=True)
+    every = np.ones(len(idx), dtype=bool)
+    every[number[~verdicts[column].to_numpy()[rows]]] = False
+    return pd.Series(every, index=pd.Index(idx, name="idx"), name=column, dtype=bool)
+
+
+def _is(verdicts: pd.DataFrame, column: str, value: str) -> NDArray[np.bool_]:
+    """Of each row whether its text in this column is `value`."""
+    return (verdicts[column] == value).to_numpy(dtype=bool)
+
+
 def clean_by_example(verdicts: pd.DataFrame) -> "pd.Series[bool]":
     """Whether the unattacked image is classified correctly, indexed by idx."""
-    return verdicts[verdicts["attack"] == "clean"].groupby("idx")["clean_correct"].all()
+    return all_by_example(verdicts, _is(verdicts, "attack", "clean"), "clean_correct")
 
 
 def robust_by_example(verdicts: pd.DataFrame) -> "pd.Series[bool]":
@@ -100,7 +126,7 @@ def robust_by_example(verdicts: pd.DataFrame) -> "pd.Series[bool]":
     The clean row is one of them, so what is misclassified without an attack is not robust. The rows may come from
     several runs: the mean is then RA-worst, which is at most the smallest of the runs' averages.
     """
-    return verdicts[verdicts["target"] == "F"].groupby("idx")["robust"].all()
+    return all_by_example(verdicts, _is(verdicts, "target", "F"), "robust")
 
 
 def first_broken_by(runs: Iterable[tuple[pd.DataFrame, Sequence[str]]]) -> dict[str, int]:
@@ -125,20 +151,24 @@ def unique_kills(verdicts: pd.DataFrame, attacks: Iterable[str]) -> dict[str, in
 
     None where one of them has not met every example that F gets right: it might have broken it as well.
     """
-    whole = verdicts[verdicts["target"] == "F"]
-    right = set(whole.loc[(whole["attack"] == "clean") & whole["clean_correct"], "idx"].tolist())
-    met = {name: set(rows["idx"].tolist()) for name, rows in whole.groupby("attack")}
-    if not all(right <= met.get(attack, set()) for attack in attacks):
-        return None
-    pairs = broken(verdicts).drop_duplicates(["idx", "attack"])
+    whole, idx = _is(verdicts, "target", "F"), verdicts["idx"].to_numpy()
+    right = np.unique(idx[whole & _is(verdicts, "attack", "clean") & verdicts["clean_correct"].to_numpy()])
+    for attack in attacks:
+        if not np.isin(right, idx[whole & _is(verdicts, "attack", attack)]).all():
+            return None
+    pairs = verdicts.loc[_broken(verdicts), ["idx", "attack"]].drop_duplicates()
     alone = pairs[~pairs["idx"].duplicated(keep=False)]
     return {str(attack): int(count) for attack, count in alone["attack"].value_counts(sort=False).items()}
 
 
 def broken(verdicts: pd.DataFrame) -> pd.DataFrame:
     """The rows in which an attack on F has broken an example that F gets right."""
-    attacked = (verdicts["target"] == "F") & verdicts["clean_correct"] & (verdicts["attack"] != "clean")
-    return verdicts[attacked & ~verdicts["robust"] & (verdicts["status"] == "ok")]
+    return verdicts[_broken(verdicts)]
+
+
+def _broken(verdicts: pd.DataFrame) -> NDArray[np.bool_]:
+    attacked = _is(verdicts, "target", "F") & ~_is(verdicts, "attack", "clean") & verdicts["clean_correct"].to_numpy()
+    return attacked & ~verdicts["robust"].to_numpy() & _is(verdicts, "status", "ok")
 
 
 def accuracy_after(verdicts: pd.DataFrame, attacks: Iterable[str] | None = None) -> dict[str, float]:
@@ -147,11 +177,15 @@ def accuracy_after(verdicts: pd.DataFrame, attacks: Iterable[str] | None = None)
     `attacks` is the order they ran in; without it, the order of their first rows. An example without a row for an
     attack keeps its state, so an attack that found all examples broken changes nothing.
     """
-    rows = verdicts[verdicts["target"] == "F"]
-    names = list(dict.fromkeys(["clean", *(rows["attack"].unique() if attacks is None else attacks)]))
-    table = rows.groupby(["idx", "attack"])["robust"].all().unstack(fill_value=True)
-    robust = np.logical_and.accumulate(table.reindex(columns=names, fill_value=True).to_numpy(dtype=bool), axis=1)
-    return dict(zip(names, robust.mean(axis=0).tolist(), strict=True))
+    whole = _is(verdicts, "target", "F")
+    number, idx = pd.factorize(verdicts["idx"].to_numpy()[whole])
+    lost = ~verdicts["robust"].to_numpy()[whole]
+    ran = verdicts.loc[whole, "attack"]
+    robust, after = np.ones(len(idx), dtype=bool), dict[str, float]()
+    for name in dict.fromkeys(["clean", *(ran.unique() if attacks is None else attacks)]):
+        robust[number[lost & (ran == name).to_numpy(dtype=bool)]] = False
+        after[name] = float(robust.mean())
+    return after
 
 
 def component_rates(verdicts: pd.DataFrame) -> dict[str, "pd.Series[bool]"]:
@@ -161,23 +195,22 @@ def component_rates(verdicts: pd.DataFrame) -> dict[str, "pd.Series[bool]"]:
     a network, then `<part> SA` and `<part> RA` of each part. What the rows have no attack for is not there.
     """
     found: dict[str, pd.Series[bool]] = {}
-    whole = verdicts[verdicts["target"] == "F"]
-    of_kind: dict[str, list[str]] = {}
-    for attack in whole["attack"].unique():
-        of_kind.setdefault(attack.partition(":")[0], []).append(attack)
-    for name, kind in {"RA-E-fixed": "expert-fixed", "RA-E-any": "expert-any", "RA-R": "route"}.items():
-        if kind in of_kind:
-            found[name] = whole[whole["attack"].isin(of_kind[kind])].groupby("idx")["robust"].all()
-    routes = of_kind.get("route", [])
-    if "route" in routes:
-        route = whole[whole["attack"] == "route"].set_index("idx")
+    whole = _is(verdicts, "target", "F")
+    names = [str(name) for name in verdicts.loc[whole, "attack"].unique()]
+    for label, kind in {"RA-E-fixed": "expert-fixed", "RA-E-any": "expert-any", "RA-R": "route"}.items():
+        if own := [name for name in names if name.partition(":")[0] == kind]:
+            rows = whole & verdicts["attack"].isin(own).to_numpy(dtype=bool)
+            found[label] = all_by_example(verdicts, rows, "robust")
+    if "route" in names:
+        route = verdicts[whole & _is(verdicts, "attack", "route")].set_index("idx")
         if (route["clean_expert"] >= 0).any():  # -1: the model does not show its routes
             found["route-flip rate"] = (route["clean_expert"] != route["adv_expert"]) & (route["status"] == "ok")
-    for attack in routes:
-        if gate := attack.partition(":")[2]:
-            found[f"RA-R {gate}"] = whole[whole["attack"] == attack].groupby("idx")["robust"].all()
-    parts = verdicts[verdicts["target"] != "F"]
-    for part in parts["target"].unique():
-        rows = parts[parts["target"] == part].groupby("idx")
-        found[f"{part} SA"], found[f"{part} RA"] = rows["clean_correct"].all(), rows["robust"].all()
+    for name in names:
+        if name.startswith("route:"):
+            rows = whole & _is(verdicts, "attack", name)
+            found[f"RA-R {name.removeprefix('route:')}"] = all_by_example(verdicts, rows, "robust")
+    for part in verdicts.loc[~whole, "target"].unique():
+        rows = _is(verdicts, "target", str(part))
+        found[f"{part} SA"] = all_by_example(verdicts, rows, "clean_correct")
+        found[f"{part} RA"] = all_by_example(verdicts, rows, "robust")
     return found

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
+import numpy as np
 import pandas as pd
 from pydantic import Field
 
@@ -159,13 +160,18 @@ def check_verdicts(verdicts: pd.DataFrame) -> None:
     text = [column for column, dtype in VERDICT_COLUMNS.items() if dtype == "str"]
     if verdicts[text].isna().to_numpy().any():
         raise ValueError(f"one of {', '.join(text)} is missing in a row")
-    if not verdicts["status"].isin(["ok", "error"]).all():
+    ok = verdicts["status"] == "ok"
+    if not (ok | (verdicts["status"] == "error")).all():
         raise ValueError("status is neither ok nor error in a row")
-    if (verdicts["robust"] & ~(verdicts["clean_correct"] & (verdicts["status"] == "ok"))).any():
+    if (verdicts["robust"] & ~(verdicts["clean_correct"] & ok)).any():
         raise ValueError("a row is robust although its example is misclassified or its attack failed")
-    clean = verdicts.loc[(verdicts["attack"] == "clean") & (verdicts["target"] == "F"), "idx"]
-    pairs = verdicts[["idx", "input_hash"]].drop_duplicates()
-    if not len(verdicts) or not len(clean) == clean.nunique() == verdicts["idx"].nunique() == len(pairs):
+    number, idx = pd.factorize(verdicts["idx"].to_numpy())
+    clean = np.bincount(
+        number[(verdicts["attack"] == "clean") & (verdicts["target"] == "F")], minlength=max(1, len(idx))
+    )
+    first = np.flatnonzero(~pd.Series(number).duplicated())[number]  # where each row's example comes first
+    hashes = verdicts["input_hash"].array
+    if (clean != 1).any() or not (hashes == hashes.take(first)).all():
         raise ValueError("an example does not have exactly one clean row and one input hash")
 
 
