@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -230,36 +230,51 @@ def _lacks(covering: Sequence[Run], info: ModelInfo, routed: bool) -> Iterator[L
             yield Lack("its routes are not named")
 
 
+#: The columns of verdict rows that boards are made of.
+_NEEDED = ["idx", "attack", "target", "clean_correct", "robust", "status"]
+
+
 def _rows(subject: list[Run]) -> list[Row]:
     """One row for each evaluation set that the subject was run on."""
     rows_of = {run.path: run.verdicts() for run in subject}
     rows = []
     for own in grouped(subject, lambda run: run.result.fingerprint).values():
-        examples = rows_of[own[0].path].loc[lambda frame: frame["attack"] == "clean", ["idx", "input_hash"]]
-        shared = {run.path: rows_of[run.path].merge(examples, on=["idx", "input_hash"]) for run in subject}
+        examples = _examples(rows_of[own[0].path])
+        shared = {run.path: _shared(rows_of[run.path], examples) for run in subject}
         covering = [run for run in subject if shared[run.path]["idx"].nunique() == len(examples)]
         for run in own:
             if run not in covering:
                 raise UnusableInput(f"{run} has other examples than {own[0]} but the same fingerprint: run it again")
-        of_suites = {run.path: f"{suite_label(run.result.spec)}/" for run in covering}
-        named = [shared[run.path].assign(suite=of_suites[run.path], run=run.result.run) for run in covering]
-        rows.append(_row(covering, pd.concat(named), own[0], _scores(own, rows_of)))
+        rows.append(_row({run.path: shared[run.path] for run in covering}, covering, own[0], _scores(own, rows_of)))
     return rows
 
 
-def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: Scores) -> Row:
+def _examples(verdicts: pd.DataFrame) -> pd.DataFrame:
+    return verdicts.loc[verdicts["attack"] == "clean", ["idx", "input_hash"]].reset_index(drop=True)
+
+
+def _shared(verdicts: pd.DataFrame, examples: pd.DataFrame) -> pd.DataFrame:
+    """The rows of these examples: same place in the data set, same image."""
+    if _examples(verdicts).equals(examples):  # nearly always, and much faster than to merge
+        return verdicts[_NEEDED]
+    return verdicts.merge(examples, on=["idx", "input_hash"])[_NEEDED]
+
+
+def _row(rows_of: Mapping[Path, pd.DataFrame], covering: list[Run], one: Run, scores: Scores) -> Row:
     """The row of `one`, a run on this evaluation set: all `covering` runs count in it, the scores are of its own.
 
-    `verdicts` are the rows of all of them, with the columns `suite` and `run`.
+    `rows_of`: the rows of each of them, by its path.
     """
+    verdicts = pd.concat(rows_of.values(), ignore_index=True)
     robust = robust_by_example(verdicts)
-    named = verdicts["attack"].where(verdicts["attack"] == "clean", verdicts["suite"] + verdicts["attack"])
-    # what a warm start tried again, the attack that had found it keeps
-    cold = verdicts.assign(attack=named)[verdicts["attack"] != "warm-start"]
+    attacks = pd.api.types.union_categoricals([_named(rows_of[run.path], run) for run in covering])
+    cold = verdicts.assign(attack=attacks)
+    if "warm-start" in attacks.categories:  # what it tried again, the attack that had found it keeps
+        cold = cold[cold["attack"] != "warm-start"]
     first: dict[str, int] = {}
     for label, runs in grouped(covering, lambda run: suite_label(run.result.spec)).items():
         in_order = sorted(runs, key=lambda run: run.result.spec.seed)
-        frames = [(verdicts[verdicts["run"] == run.result.run], _attacks(run)) for run in in_order]
+        frames = [(rows_of[run.path], _attacks(run)) for run in in_order]
         first |= {f"{label}/{attack}": count for attack, count in first_broken_by(frames).items()}
     every = [f"{suite_label(run.result.spec)}/{attack}" for run in covering for attack in _attacks(run)]
     spec, info = one.result.spec, one.result.model_info
@@ -267,8 +282,8 @@ def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: Scores) 
     flags = [flag for run in covering for flag in run.result.model_flags]
     routed = dual or info.num_experts is not None or info.routing_visible
     routed = routed or any(flag.startswith(ROUTES_INSIDE) for flag in flags)
-    clean = verdicts[verdicts["attack"] == "clean"].groupby("idx")["clean_correct"]
-    flags += ["SA differs between suites"] * bool((clean.nunique() > 1).any())
+    clean = verdicts.loc[verdicts["attack"] == "clean", ["idx", "clean_correct"]].drop_duplicates()
+    flags += ["SA differs between suites"] * bool(clean["idx"].duplicated().any())
     if scores.ra is not None and "pgd" in scores.under:
         gap = scores.under["pgd"] - scores.ra.value
         flags += [f"PGD {100 * gap:.1f} points above AutoAttack"] * (gap > _PGD_GAP)
@@ -286,9 +301,16 @@ def _row(covering: list[Run], verdicts: pd.DataFrame, one: Run, scores: Scores) 
     )
 
 
+def _named(verdicts: pd.DataFrame, run: Run) -> "pd.Series[Any]":
+    """The attacks of the rows with the suite before their names, but for what is the same in all suites."""
+    attacks, same = verdicts["attack"].astype("category"), ("clean", "warm-start")
+    label = suite_label(run.result.spec)
+    return attacks.cat.rename_categories(lambda name: name if name in same else f"{label}/{name}")
+
+
 def _scores(own: list[Run], rows_of: Mapping[Path, pd.DataFrame]) -> Scores:
     """SA by the clean rows that every run has, and each suite's accuracy in its newest version."""
-    clean = Accuracy.of(clean_by_example(pd.concat([rows_of[run.path] for run in own])))
+    clean = Accuracy.of(clean_by_example(_joined([rows_of[run.path][_NEEDED] for run in own])))
     ra: Accuracy | None = None
     by_seed: tuple[float, ...] = ()
     after: dict[str, float] = {}
@@ -298,7 +320,7 @@ def _scores(own: list[Run], rows_of: Mapping[Path, pd.DataFrame]) -> Scores:
     for label, runs in grouped(own, lambda run: suite_label(run.result.spec)).items():
         newest = max(run.result.spec.suite_version for run in runs)
         runs = [run for run in runs if run.result.spec.suite_version == newest]
-        rows = pd.concat([rows_of[run.path] for run in runs])
+        rows = _joined([rows_of[run.path] for run in runs])
         robust = Accuracy.of(robust_by_example(rows))
         if label == "autoattack":
             ra = robust if any(run.result.attacked for run in runs) else None
@@ -313,6 +335,10 @@ def _scores(own: list[Run], rows_of: Mapping[Path, pd.DataFrame]) -> Scores:
             under[label] = robust.value
             weaker |= {label} if any(run.result.weaker for run in runs) else set()
     return Scores(clean, ra, by_seed, after, under, frozenset(weaker), components)
+
+
+def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
 
 def _attacks(run: Run) -> list[str]:

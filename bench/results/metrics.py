@@ -4,6 +4,7 @@ Verdict rows are those of `bench.results.store.VERDICT_COLUMNS`; accuracies are 
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Literal
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 #: The standard normal's 97.5 % quantile.
 _Z = 1.959963984540054
+#: An array over all of a data set's positions is made where they are at most so many times the rows.
+_DENSE = 8
 
 
 @cache
@@ -85,10 +88,12 @@ def tarone(discordant: Sequence[int], alpha: float) -> int:
     m changes have no p-value below ½^m. The least k such that at most k tests can get below alpha / k: the others can
     never be significant and need no part of alpha. k depends on how much changed, never on which way.
     """
-    k = 1
-    while sum(0.5**m < alpha / k for m in discordant) > k:
-        k += 1
-    return k
+    smallest = np.sort(0.5 ** np.asarray(discordant, dtype=float))
+
+    def suffices(k: int) -> bool:  # of all larger ones as well
+        return int(np.searchsorted(smallest, alpha / k)) <= k
+
+    return bisect_left(range(len(smallest)), True, lo=1, key=suffices) if len(smallest) > 1 else 1
 
 
 def adjusted(pvalues: Sequence[float], discordant: Sequence[int], alpha: float) -> list[float]:
@@ -104,10 +109,19 @@ def adjusted(pvalues: Sequence[float], discordant: Sequence[int], alpha: float) 
 
 def all_by_example(verdicts: pd.DataFrame, rows: NDArray[np.bool_], column: str) -> "pd.Series[bool]":
     """Whether `column` holds in all of the chosen rows of an example, indexed by idx; rows: a truth value for each."""
-    number, idx = pd.factorize(verdicts["idx"].to_numpy()[rows], sort=True)
-    every = np.ones(len(idx), dtype=bool)
+    number, idx = numbered(verdicts["idx"].to_numpy()[rows])
+    every: NDArray[np.bool_] = np.ones(len(idx), dtype=bool)
     every[number[~verdicts[column].to_numpy()[rows]]] = False
-    return pd.Series(every, index=pd.Index(idx, name="idx"), name=column, dtype=bool)
+    return pd.Series(every.astype(bool), index=pd.Index(idx, name="idx"), name=column)
+
+
+def numbered(idx: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each row the number of its example, and the examples' sorted idx."""
+    if not len(idx) or idx.min() < 0 or idx.max() >= _DENSE * len(idx):
+        return pd.factorize(idx, sort=True)
+    there = np.zeros(int(idx.max()) + 1, dtype=bool)  # positions in a data set: an array is faster than a hash table
+    there[idx] = True
+    return (np.cumsum(there) - 1)[idx], np.flatnonzero(there)
 
 
 def _is(verdicts: pd.DataFrame, column: str, value: str) -> NDArray[np.bool_]:
@@ -151,14 +165,17 @@ def unique_kills(verdicts: pd.DataFrame, attacks: Iterable[str]) -> dict[str, in
 
     None where one of them has not met every example that F gets right: it might have broken it as well.
     """
-    whole, idx = _is(verdicts, "target", "F"), verdicts["idx"].to_numpy()
-    right = np.unique(idx[whole & _is(verdicts, "attack", "clean") & verdicts["clean_correct"].to_numpy()])
+    whole, (number, idx) = _is(verdicts, "target", "F"), numbered(verdicts["idx"].to_numpy())
+    right = np.zeros(len(idx), dtype=bool)
+    right[number[whole & _is(verdicts, "attack", "clean") & verdicts["clean_correct"].to_numpy()]] = True
     for attack in attacks:
-        if not np.isin(right, idx[whole & _is(verdicts, "attack", attack)]).all():
+        missed = right.copy()
+        missed[number[whole & _is(verdicts, "attack", attack)]] = False
+        if missed.any():
             return None
     pairs = verdicts.loc[_broken(verdicts), ["idx", "attack"]].drop_duplicates()
     alone = pairs[~pairs["idx"].duplicated(keep=False)]
-    return {str(attack): int(count) for attack, count in alone["attack"].value_counts(sort=False).items()}
+    return {str(attack): int(count) for attack, count in alone["attack"].astype("str").value_counts(sort=False).items()}
 
 
 def broken(verdicts: pd.DataFrame) -> pd.DataFrame:
@@ -178,12 +195,11 @@ def accuracy_after(verdicts: pd.DataFrame, attacks: Iterable[str] | None = None)
     attack keeps its state, so an attack that found all examples broken changes nothing.
     """
     whole = _is(verdicts, "target", "F")
-    number, idx = pd.factorize(verdicts["idx"].to_numpy()[whole])
-    lost = ~verdicts["robust"].to_numpy()[whole]
-    ran = verdicts.loc[whole, "attack"]
+    number, idx = numbered(verdicts["idx"].to_numpy()[whole])
+    lost, ran = ~verdicts["robust"].to_numpy(), verdicts["attack"]
     robust, after = np.ones(len(idx), dtype=bool), dict[str, float]()
-    for name in dict.fromkeys(["clean", *(ran.unique() if attacks is None else attacks)]):
-        robust[number[lost & (ran == name).to_numpy(dtype=bool)]] = False
+    for name in dict.fromkeys(["clean", *(ran[whole].unique() if attacks is None else attacks)]):
+        robust[number[(lost & _is(verdicts, "attack", name))[whole]]] = False
         after[name] = float(robust.mean())
     return after
 

@@ -9,7 +9,7 @@ import pandas as pd
 from pydantic import Field
 
 from bench.results.flags import WEAKER
-from bench.results.metrics import accuracy_after, clean_by_example, component_rates, robust_by_example, wilson
+from bench.results.metrics import accuracy_after, clean_by_example, component_rates, numbered, robust_by_example, wilson
 from bench.spec import ModelInfo, RunSpec, Spec
 
 #: The columns of `verdicts.parquet`, one row per (example, attack), and their pandas types.
@@ -165,7 +165,7 @@ def check_verdicts(verdicts: pd.DataFrame) -> None:
         raise ValueError("status is neither ok nor error in a row")
     if (verdicts["robust"] & ~(verdicts["clean_correct"] & ok)).any():
         raise ValueError("a row is robust although its example is misclassified or its attack failed")
-    number, idx = pd.factorize(verdicts["idx"].to_numpy())
+    number, idx = numbered(verdicts["idx"].to_numpy())
     clean = np.bincount(
         number[(verdicts["attack"] == "clean") & (verdicts["target"] == "F")], minlength=max(1, len(idx))
     )

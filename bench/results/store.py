@@ -11,7 +11,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 from uuid import uuid4
@@ -35,6 +35,8 @@ _SIDE = b"bench.side"
 _KEPT = "bench.results.witnesses"
 
 
+#: So many runs' rows are kept in memory: of 10,000 examples each has about 4 MB.
+_KEPT_RUNS = 128
 #: So many runs are named where a folder holds some and is none.
 _NAMED = 3
 
@@ -185,7 +187,7 @@ class RunFolder(Folder[Result]):
         return read_run(self.path).result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A finished run in its folder."""
 
@@ -193,17 +195,21 @@ class Run:
     path: Path
 
     def verdicts(self) -> pd.DataFrame:
-        """The rows, read and checked once; UnusableInput if they are not those that the result was made from."""
-        return self._rows
+        """The rows; UnusableInput if they are not those that the result was made from.
 
-    @cached_property
-    def _rows(self) -> pd.DataFrame:
-        return RunFolder(self.path).rows(self.result)
+        They are read and checked once, and kept while few others are asked for.
+        """
+        return _verdicts(self)
 
     def __str__(self) -> str:
         spec = self.result.spec
         alpha = "" if spec.alpha is None else f" (α {spec.alpha:g})"
         return f"{suite_label(spec)} on {spec.model}{alpha}, {spec.dataset} {spec.threat_model} (run {self.result.run})"
+
+
+@lru_cache(maxsize=_KEPT_RUNS)
+def _verdicts(run: Run) -> pd.DataFrame:
+    return RunFolder(run.path).rows(run.result)
 
 
 def read_run(path: Path) -> Run:
@@ -239,11 +245,13 @@ def _runs_below(path: Path) -> str:
 def read_runs(root: Path) -> list[Run]:
     """Every finished run below `root`, sorted by path; UnusableInput for no such folder and for files that do not fit.
 
-    What is under way has no `result.json` and is passed over; so are certificates, which are no runs of a suite.
+    What is under way has no `result.json` and is passed over; so are certificates, which are no runs of a suite. Rows
+    are read, and checked, when they are asked for: of many large runs they do not fit into memory together.
     """
     if not root.is_dir():
         raise UnusableInput(f"there is no results folder '{root}': make it with: bench run --results {root}")
-    return [read_run(path) for path in finished_folders(root) if not (path / CERTIFICATES).exists()]
+    folders = finished_folders(root)
+    return [Run(read_result(path, Result), path) for path in folders if not (path / CERTIFICATES).exists()]
 
 
 def finished_folders(root: Path) -> list[Path]:

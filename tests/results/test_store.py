@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused_by_name(
     tmp_path: Path, folder: RunFolder, spoil: Callable[[Path], None], expected: str
 ):
     spoil(folder.path)
-    for read in (lambda: read_runs(tmp_path), folder.finished):
+    for read in (lambda: [run.verdicts() for run in read_runs(tmp_path)], folder.finished):
         with pytest.raises(UnusableInput) as refused:
             read()
         assert expected in str(refused.value)
