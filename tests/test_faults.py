@@ -66,7 +66,7 @@ def test_a_router_trains_under_softmax_and_under_argmax_it_stays_as_it_was_drawn
 ):
     softmax = get_variant(variant).gate != "argmax"  # also of the gates of blocks inside a network
     # the balance loss would train it even where the classes' loss does not
-    run = loop(tiny_spec(variant, **{"balance": 0.0} if softmax and "softmoe" not in variant else {}))
+    run = loop(tiny_spec(variant, epochs=1, **{"balance": 0.0} if softmax and "softmoe" not in variant else {}))
     routers = {name: p for name, p in run.model.named_parameters() if "router." in name or ".gate." in name}
     drawn, trained = state(run.model), set[str]()
 

@@ -1,9 +1,11 @@
 """Imports follow the data, one way and by folder: the picture of them in CONTRIBUTING.md is true."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ USERS = {
 }
 
 
+@cache
 def imports(path: Path, *, everywhere: bool = True) -> set[str]:
     """Names of the modules that a file imports: everywhere in it, or only as it is imported itself."""
     found: set[str] = set()
@@ -42,6 +45,7 @@ def imports(path: Path, *, everywhere: bool = True) -> set[str]:
     return found
 
 
+@cache
 def sources() -> dict[str, Path]:
     """Every module of bench by its name; rglob follows no link, so those of bench.models are found in models/."""
     found = {}
@@ -57,6 +61,7 @@ def folder_of(module: str) -> str:
     return module.split(".")[1]
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """Which modules of bench each module of bench imports; bench itself only loads what is asked of it."""
     known = sources()
@@ -131,7 +136,10 @@ def loaded(statement: str, cwd: Path) -> set[str]:
     """The top-level packages, and the modules of bench, that a new process has imported after the statement."""
     code = f"import sys\n{statement}\nprint('\\n' + ' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True)
-    names = done.stdout.splitlines()[-1].split()
+    return modules(done.stdout.splitlines()[-1].split())
+
+
+def modules(names: list[str]) -> set[str]:
     return {name.partition(".")[0] for name in names} | {name for name in names if name.startswith("bench.")}
 
 
@@ -157,19 +165,23 @@ def test_help_imports_nothing_heavy(tmp_path: Path):
     assert not found & set(HEAVY)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("list", "variants"),
-        ("leaderboard",),
-        ("leaderboard", "--format", "robustbench"),
-        ("check", "--baseline", "results"),
-        ("report",),
-        ("plot",),
-    ],
-)
-def test_commands_without_a_model_import_no_torch(words: tuple[str, ...], tmp_path: Path):
-    found = loaded(run_main(*words), tmp_path)
-    own = {"list": "bench.models.variants", "report": "bench.report.page", "plot": "bench.report.plot"}
-    assert own.get(words[0], f"bench.boards.{words[0]}") in found
-    assert "torch" not in found
+#: Commands without a model, and what each imports, in one process: `torch` would be there from the first on that does.
+TORCHLESS = {
+    "list variants": "bench.models.variants",
+    "leaderboard": "bench.boards.leaderboard",
+    "leaderboard --format robustbench": "bench.boards.leaderboard",
+    "check --baseline results": "bench.boards.check",
+    "report": "bench.report.page",
+    "plot": "bench.report.plot",
+}
+
+
+def test_commands_without_a_model_import_no_torch(tmp_path: Path):
+    code = "import json, sys\n"
+    for command in TORCHLESS:
+        code += f"{run_main(*command.split())}\nprint('\\nmodules', json.dumps(list(sys.modules)))\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = [line.removeprefix("modules ") for line in done.stdout.splitlines() if line.startswith("modules ")]
+    for (command, own), names in zip(TORCHLESS.items(), found, strict=True):
+        assert own in modules(json.loads(names))
+        assert "torch" not in modules(json.loads(names)), command

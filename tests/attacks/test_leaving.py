@@ -89,7 +89,7 @@ EPS: dict[Norm, dict[str, float]] = {
 }
 
 
-@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize("norm", ["Linf", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("L2", "L1"))])
 @pytest.mark.parametrize("attribute", PARTS)
 def test_the_same_rows_are_broken(attribute: str, norm: Norm, part_of: Any):
     digits = open_dataset("digits").evaluation_set(Path(), 40)

@@ -104,31 +104,31 @@ def test_what_is_outside_the_ball_or_withstands_is_not_kept(run: Any, kept: Path
 STOPS = range(8)  # two files a block for the two blocks that break something, one for the third, and the run's three
 
 
-@pytest.mark.parametrize("writes", STOPS)
 def test_a_run_stopped_at_any_file_ends_with_the_same_witnesses(
-    writes: int, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from bench.results import store
 
     suite, write = Push(step=0.18, noise=0.01), store.write_atomically
     run(suite, batch_size=2, results=tmp_path / "undisturbed")
-    left = [writes]
+    undisturbed = next((tmp_path / "undisturbed").rglob(FILE)).read_bytes()
+    for writes in STOPS:
+        left, results = [writes], tmp_path / f"stopped-{writes}"
 
-    def stop(path: Path, data: bytes) -> None:
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        write(path, data)
+        def stop(path: Path, data: bytes, left: list[int] = left) -> None:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            write(path, data)
 
-    monkeypatch.setattr(store, "write_atomically", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(suite, batch_size=2)
-    monkeypatch.setattr(store, "write_atomically", write)
-    for path in tmp_path.rglob("results/**/block-*.parquet"):
-        assert path.with_suffix(".safetensors").is_file() == ("00002" not in path.name)
-    run(suite, batch_size=2)
-    undisturbed, resumed = (next((tmp_path / name).rglob(FILE)).read_bytes() for name in ("undisturbed", "results"))
-    assert resumed == undisturbed
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "write_atomically", stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(suite, batch_size=2, results=results)
+        for path in results.rglob("block-*.parquet"):
+            assert path.with_suffix(".safetensors").is_file() == ("00002" not in path.name)
+        run(suite, batch_size=2, results=results)
+        assert next(results.rglob(FILE)).read_bytes() == undisturbed, f"stopped after {writes} files"
 
 
 def test_a_run_writes_as_many_files_as_it_is_stopped_at(run: Any, monkeypatch: pytest.MonkeyPatch):

@@ -130,16 +130,16 @@ HIDING = {
 def test_gradients_leave_a_model_standing_that_hides_behind_its_route(
     masked: MoE, suite: str, score: Any, cut_autoattack: Any
 ):
-    cut_autoattack(20, 9, 0)
-    result, _ = score(masked, suite)
+    cut_autoattack(10, 3, 0)
+    result, _ = score(masked, suite, settings={"steps": 10} if suite == "pgd" else {})
     assert result.errors == 0, result.error_messages
     assert result.robust_accuracy.value == result.clean_accuracy.value == 23 / 24
 
 
 @pytest.mark.parametrize("where", HIDING)
-def test_adaptive_breaks_the_model_that_hides_behind_its_route(where: str, score: Any):
+def test_adaptive_breaks_the_model_that_hides_behind_its_route(where: str, tiny: None, score: Any):
     model = HIDING[where]().eval()
-    result, _ = score(model, "adaptive", settings={"budget": "small"}, alpha=getattr(model, "alpha", None))
+    result, _ = score(model, "adaptive", alpha=getattr(model, "alpha", None))
     assert result.clean_accuracy.value == 23 / 24
     assert result.errors == 0, result.error_messages
     assert result.robust_accuracy.value < 0.05
@@ -306,15 +306,17 @@ class Inner(nn.Module):
         return torch.stack([torch.zeros_like(lead), 40 * lead], 1)
 
 
-@pytest.mark.parametrize("budget", ["small", pytest.param("standard", marks=pytest.mark.slow)])
-def test_a_block_inside_a_network_is_attacked_by_its_routes(budget: str, score: Any):
-    broken, _ = score(Planted(Inner(), CODES[32:42]).eval(), "adaptive", settings={"budget": budget})
+@pytest.mark.parametrize("budget", ["tiny", pytest.param("standard", marks=pytest.mark.slow)])
+def test_a_block_inside_a_network_is_attacked_by_its_routes(budget: str, score: Any, request: pytest.FixtureRequest):
+    if budget == "tiny":
+        request.getfixturevalue("tiny")
+    broken, _ = score(Planted(Inner(), CODES[32:42]).eval(), "adaptive")
     assert (broken.errors, broken.robust_accuracy.value) == (0, 0)
     honest, _ = score(Planted(Inner(), CODES[1:11] / 2).eval(), "adaptive", settings={"budget": "small"})
     assert (honest.errors, honest.robust_accuracy.value) == (0, 23 / 24)
 
 
 def test_gradients_leave_a_block_that_hides_behind_its_gate(score: Any, cut_autoattack: Any):
-    cut_autoattack(20, 9, 0)
+    cut_autoattack(10, 3, 0)
     result, _ = score(Planted(Inner(), CODES[32:42]).eval(), "autoattack")
     assert result.robust_accuracy.value >= 0.9 * result.clean_accuracy.value

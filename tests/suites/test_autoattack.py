@@ -106,7 +106,7 @@ def assert_parity(
 
 
 # Linf 0.02 and L2 0.1: each attack but Square breaks some examples, and some withstand all of them.
-BUDGET = {"Linf": (1, 1, 400), "L2": (1, 1, 400), "L1": (6, 1, 100)}
+BUDGET = {"Linf": (1, 1, 100), "L2": (1, 1, 100), "L1": (6, 1, 50)}
 EPS: dict[Norm, float] = {"Linf": 0.02, "L2": 0.1, "L1": 0.5}
 
 
@@ -321,9 +321,9 @@ def test_targets_are_capped_with_fewer_than_ten_classes(
     assert block.flags == ["AutoAttack: standard-few-classes"]
 
 
-@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("classes", [2, 5])
 def test_few_classes_run_and_are_flagged(classes: int, planted: Any, score: Any, cut_autoattack: Any):
-    cut_autoattack(10, 9, 100)
+    cut_autoattack(5, 9, 50)
     data = planted.data(12, classes)
     broken, _ = score(planted.broken(classes), "autoattack", data, num_classes=classes)
     robust, rows = score(planted.robust(classes), "autoattack", data, num_classes=classes)
@@ -366,28 +366,27 @@ class Defended(Probabilities):
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "flag"),
+    ("wrapper", "flags"),
     [
-        (Probabilities, "AutoAttack: the outputs are probabilities"),
-        (Noisy, "AutoAttack: the outputs are random"),
-        (Rounded, "AutoAttack: points with zero gradient"),
-        (Rounded, "AutoAttack: Square beats the white-box attacks"),
-        (Defended, "AutoAttack: the model computes gradients in its forward pass"),
+        (Probabilities, ["AutoAttack: the outputs are probabilities"]),
+        (Noisy, ["AutoAttack: the outputs are random"]),
+        (Rounded, ["AutoAttack: points with zero gradient", "AutoAttack: Square beats the white-box attacks"]),
+        (Defended, ["AutoAttack: the model computes gradients in its forward pass"]),
     ],
 )
 def test_warnings_become_flags_and_nothing_is_printed(
     wrapper: Any,
-    flag: str,
+    flags: list[str],
     planted: Any,
     score: Any,
     cut_autoattack: Any,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ):
-    cut_autoattack(5, 2, 100)
+    cut_autoattack(3, 2, 50)
     inside = planted.broken() if wrapper is Rounded else planted.robust()
     result, _ = score(wrapper(inside).eval(), "autoattack")
-    assert flag in result.flags
+    assert set(flags) <= set(result.flags)
     assert (caplog.records, *capfd.readouterr()) == ([], "", "")
     assert logging.getLogger("auto-attack").propagate
 

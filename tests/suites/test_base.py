@@ -24,7 +24,7 @@ ATTACKS += [("torchattacks:Square", "L2"), ("torchattacks:CW", "L2"), ("torchatt
 DATASET = {name: (SUITES[name].datasets or ("planted",))[0] for name in SUITES}
 SLOW = [("autoattack", "Linf")]  # with its whole budget
 #: Fewer queries than by default, which would take seconds and prove no more.
-SETTINGS: dict[str, dict[str, Any]] = {"torchattacks:Square": {"n_queries": 500}, "adaptive": {"budget": "small"}}
+SETTINGS: dict[str, dict[str, Any]] = {"torchattacks:Square": {"n_queries": 200}, "adaptive": {"budget": "small"}}
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_suite_tells_the_broken_from_the_robust_model(
     suite: str, norm: Norm, planted: Any, score: Any, cut_autoattack: Any
 ):
     if norm != "Linf" or suite == "robustbench":  # once with its whole budget is enough
-        cut_autoattack(10, 4, 200)
+        cut_autoattack(5, 4, 50)
     dataset = DATASET.get(suite, "planted")
     broken, rows = score(planted.broken(), suite, dataset=dataset, norm=norm, settings=SETTINGS.get(suite))
     robust, _ = score(planted.robust(), suite, dataset=dataset, norm=norm, settings=SETTINGS.get(suite))
@@ -51,7 +51,7 @@ def test_suite_tells_the_broken_from_the_robust_model(
 def test_suite_tells_a_dual_by_its_alpha(suite: str, planted: Any, score: Any, cut_autoattack: Any):
     # R keeps a margin of 26 · ½ · ⅓ at the least, so p_R(y) > 0.9 and α p_R(y) > ½ at α = 0.7, whatever S answers. At
     # α = 0.3 the branch that an attack owns has 0.7 of the weight.
-    cut_autoattack(10, 4, 200)
+    cut_autoattack(5, 4, 50)
     robust, _ = score(planted.dual(0.7), suite, alpha=0.7, settings=SETTINGS.get(suite))
     broken, _ = score(planted.dual(0.3), suite, alpha=0.3, settings=SETTINGS.get(suite))
     assert (robust.clean_accuracy.value, robust.robust_accuracy.value) == (23 / 24, 23 / 24)

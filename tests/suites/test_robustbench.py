@@ -17,7 +17,7 @@ from bench.results.witnesses import Witnesses
 from bench.spec import ROBUSTBENCH_DATASETS, ROBUSTBENCH_NORMS, Norm
 
 #: Some examples fall to the attacks and some withstand them, with the smallest of budgets.
-BUDGET, EPS = (1, 1, 50), {"Linf": 0.02, "L2": 0.1}
+BUDGET, EPS = (1, 1, 20), {"Linf": 0.02, "L2": 0.1}
 DISAGREES = "robustbench: the suite's own accuracies are not the re-check's"
 
 
@@ -53,7 +53,7 @@ def by_example(rows: Any) -> dict[int, bool]:
 
 @pytest.mark.parametrize(
     ("norm", "gate", "dataset"),
-    [("Linf", "softmax", "cifar10"), ("Linf", "argmax", "cifar100"), ("L2", "softmax", "imagenet")],
+    [("Linf", "argmax", "cifar10"), ("L2", "softmax", "imagenet")],
 )
 def test_examples_fall_as_under_autoattack(
     norm: Norm, gate: str, dataset: str, planted: Any, score: Any, cut_autoattack: Any

@@ -196,11 +196,8 @@ def test_a_checkpoint_of_another_spec_is_not_overwritten(trained: Training, tiny
 # --- the same again ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["moe-rt_er", "dual-jtdmoe"])
-def test_a_seed_gives_the_same_weights_bit_by_bit_and_another_seed_others(
-    variant: str, tmp_path: Path, tiny_spec: Specs
-):
-    found = []
+def test_a_seed_gives_the_same_weights_bit_by_bit_and_another_seed_others(tmp_path: Path, tiny_spec: Specs):
+    variant, found = "dual-jtdmoe", []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(len(found))  # what else was drawn in the process does not matter
         found.append(loaded(Training(tmp_path / name)(tiny_spec(variant, seed=seed, flip=True, translate=1, cutout=2))))
@@ -218,15 +215,14 @@ class Stop(Exception):
     """What a test stops a training by."""
 
 
-@pytest.mark.parametrize("where", ["on_step", "on_epoch"])
 @pytest.mark.parametrize(
-    ("variant", "settings"),
+    ("variant", "settings", "where"),
     [
-        ("moe-standard", {"schedule": "one_cycle", "noise_sigma": 0.25}),
-        ("moe-at-argmax", {"schedule": "cyclic", "clip_grad_norm": None}),
-        ("moe-rt_er", {"schedule": "cosine", "optimizer": "adamw", "lr": 0.01, "flip": True}),
-        ("dual-jtdmoe", {"schedule": "constant", "precision": "bf16-mixed"}),
-        ("moe-at", {"ema_decay": 0.9, "start_radius": 2}),
+        ("moe-standard", {"schedule": "one_cycle", "noise_sigma": 0.25}, "on_step"),
+        ("moe-at-argmax", {"schedule": "cyclic", "clip_grad_norm": None}, "on_epoch"),
+        ("moe-rt_er", {"schedule": "cosine", "optimizer": "adamw", "lr": 0.01, "flip": True}, "on_step"),
+        ("dual-jtdmoe", {"schedule": "constant", "precision": "bf16-mixed"}, "on_step"),
+        ("moe-at", {"ema_decay": 0.9, "start_radius": 2}, "on_step"),
     ],
 )
 def test_a_training_that_was_stopped_and_resumed_ends_bit_by_bit_as_the_undisturbed_one(
@@ -342,42 +338,6 @@ def test_what_a_killed_training_has_left_is_removed_beside_a_finished_checkpoint
 
 
 # --- inside a step ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("variant", ["moe-standard", "dense-at", "moe-at", "moe-rt_er", "dual-jtdmoe"])
-def test_losses_are_taken_in_train_mode_although_attacks_ran_before(
-    variant: str, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
-):
-    # the released code's attack puts the model into eval mode for the rest of the epoch
-    run, modes = loop(tiny_spec(variant)), []
-    run.engine.register_forward_pre_hook(lambda *_: modes.append([m.training for m in run.model.modules()]))
-    run.train(on_step=lambda *_: modes.append([m.training for m in run.model.modules()]))
-    assert len(modes) >= 2 * 2 * 2  # epochs, steps, before and after
-    assert all(all(row) for row in modes)
-
-
-def test_no_gradient_is_left_over_from_the_step_before(loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs):
-    # the released code does not clear them after the standard branch's step
-    run, left = loop(tiny_spec("dual-jtdmoe")), []
-    note = lambda *_: left.append([name for name, p in run.model.named_parameters() if p.grad is not None])  # noqa: E731
-    run.engine.register_forward_pre_hook(note)
-    run.train(on_step=note)
-    assert left == [[]] * 12  # 2 epochs of 2 batches: before the R step, before the S step, after both
-
-
-@pytest.mark.parametrize("variant", ["moe-standard", "moe-at", "moe-rt_er", "dual-jtdmoe"])
-@pytest.mark.parametrize(("suffix", "trains"), [("", True), ("-argmax", False)])
-def test_a_router_trains_under_softmax_and_never_under_argmax(
-    variant: str, suffix: str, trains: bool, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
-):
-    run = loop(tiny_spec(variant + suffix))
-    before = weights(run.model)
-    run.train()
-    after = weights(run.model)
-    moved = {key: not torch.equal(before[key], after[key]) for key in before if ".linear." in f".{key}"}
-    assert len(moved) == (4 if variant == "dual-jtdmoe" else 2)
-    assert set(moved.values()) == {trains}
-    assert any(not torch.equal(before[key], after[key]) for key in before if key.endswith("backbone.0.weight"))
 
 
 def test_gradients_are_clipped(loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs):
@@ -659,7 +619,7 @@ def test_fp16_is_refused_on_a_cpu(trained: Training, tiny_spec: Specs):
 # --- the router's rate -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [name for name in TRAINED if VARIANTS[name].gate == "softmax"])
+@pytest.mark.parametrize("variant", ["moe-rt_er", "dual-jtdmoe"])
 def test_a_rate_of_zero_leaves_the_router_where_it_was(
     variant: str, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
 ):
