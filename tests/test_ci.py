@@ -62,7 +62,7 @@ def test_twenty_reruns_with_other_attack_seeds_never_fail(bench: Bench, tmp_path
 
     def run(seed: int) -> Path:
         found = tmp_path / f"found-{seed}"
-        words = ("--suite", "pgd", "--model", "moe-rt_er", "--n-examples", "50", "--batch-size", "50")
+        words = ("--suite", "pgd", "--set", "steps=10", "--model", "moe-rt_er", "--n-examples", "50")
         assert bench("run", *words, "--seed", str(seed), "--device", "cpu", "--results", str(found))[0] == 0
         (one,) = read_runs(found)
         spec, known = one.result.spec.model_copy(update={"seed": 0}), one.result

@@ -239,12 +239,8 @@ def test_timms_conditional_convolutions_are_mixtures_of_experts():
     assert "blocks.*.*.routing_fn" in _of_timm("efficientnet_cc_b0_4e").names
 
 
-#: One of each other family that has sources of its own.
-TORCHVISION_TOO = [
-    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
-    "maxvit_t", "mnasnet0_5", "mobilenet_v2", "regnet_x_400mf", "regnet_y_400mf", "squeezenet1_0", "swin_v2_t",
-    "vit_b_32",
-]  # fmt: skip
+#: More that differ in kind: windows, branches, dropped paths, squeezed channels.
+TORCHVISION_TOO = ["convnext_tiny", "efficientnet_b0", "googlenet", "maxvit_t", "squeezenet1_0", "swin_v2_t"]
 
 
 @pytest.mark.slow
@@ -253,20 +249,20 @@ def test_no_dense_network_of_torchvision_has_choices():
 
     found = {}
     for name in TORCHVISION_TOO:
-        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        options = {"init_weights": False} if name == "googlenet" else {}
         model = torchvision.models.get_model(name, weights=None, **options).eval()
-        size = 224 if name.startswith(("vit", "maxvit")) else 75 if name == "inception_v3" else 64
+        size = 224 if name == "maxvit_t" else 64
         found[name] = find_choices(model, torch.rand(2, 3, size, size))
     assert {name: choices for name, choices in found.items() if choices} == {}
 
 
 @pytest.mark.slow
 def test_no_dense_network_of_timm_has_choices():
-    """The smallest by its name of every second of timm's families."""
+    """The smallest by its name of every eighth of timm's families."""
     import timm
 
     found = {}
-    for family in sorted(timm.list_modules())[::2]:
+    for family in sorted(timm.list_modules())[::8]:
         names = sorted(timm.list_models(module=family), key=_size)
         for name in names[:3]:
             try:
@@ -274,7 +270,7 @@ def test_no_dense_network_of_timm_has_choices():
                 break
             except Exception:  # needs another size, or weights
                 continue
-    assert len(found) > 30
+    assert len(found) > 6
     assert {name: choices for name, choices in found.items() if choices} == {}
 
 

@@ -97,7 +97,7 @@ def test_two_processes_train_every_kind_of_model_as_one_with_twice_the_batch_doe
         # the last batch is one image, which the second process is without
         "dense": tiny_spec("dense-at", n_train=129, batch_size=32, ema_decay=0.9, **augmented),
         # two images a process and four experts: two at least have none, in each step
-        "idle": tiny_spec("moe-at", n_train=39, batch_size=2, **augmented),
+        "idle": tiny_spec("moe-at", n_train=19, batch_size=2, epochs=1, **augmented),
     }
     drive(2, specs, "every_kind")
     for name, spec in specs.items():
@@ -178,8 +178,8 @@ def test_three_processes_agree_and_stop_together(drive: Callable[..., Any], tiny
 
 
 def test_two_machines_of_the_command_train_as_one_process_with_twice_the_batch(tmp_path: Path):
-    # 391 images are three batches of 2 · 60 and one of 31, of which the processes have 16 and 15
-    settings = ["norm=group", "n_train=391", "n_val=60", "epochs=2", "width=4", "inner_steps=2", "val_steps=2"]
+    # 151 images are a batch of 2 · 60 and one of 31, of which the processes have 16 and 15
+    settings = ["norm=group", "n_train=151", "n_val=60", "epochs=2", "width=4", "inner_steps=2", "val_steps=1"]
     settings += ["flip=true", "translate=1", "batch_size=60"]
     words = ["train", "moe-rt_er", "--dataset", "digits", "--device", "cpu", "--checkpoints", tmp_path / "two"]
     words += [word for setting in settings for word in ("--set", setting)]
