@@ -1,7 +1,7 @@
 """Damaged files and words: each is refused in one line that a person can act on, or means what it meant before.
 
 Nothing else may happen: no other error, no code that a file brings along, no file that is overwritten. The damage is
-drawn from a seed; BENCH_FUZZ sets how many are tried of each kind: some 540 inputs in all, 10,000 with BENCH_FUZZ=560.
+drawn from a seed; BENCH_FUZZ sets how many are tried of each kind: some 270 inputs in all, 10,000 with BENCH_FUZZ=560.
 """
 
 import io
@@ -36,7 +36,7 @@ from bench.suites.base import open_suites
 from bench.training.recipes import train_spec
 from bench.training.state import StateFiles
 
-TRIES = int(os.environ.get("BENCH_FUZZ", "30"))
+TRIES = int(os.environ.get("BENCH_FUZZ", "15"))
 Draw = random.Random
 
 
