@@ -19,12 +19,11 @@ from torch import Tensor
 from bench.attacks.affine import affine_map, reachable_pairs
 from bench.attacks.deviations import Deviations, combined
 from bench.attacks.gradients import StraightThrough, logarithms, slopes
-from bench.attacks.search import Search, margin, standardised
+from bench.attacks.search import RAISED, Search, margin, raised, standardised
 from bench.models import sites as routing
 from bench.models.foreign import Guarded, behind
 from bench.models.parts import parts
 from bench.models.sites import Site
-from bench.pgd import ascend_once
 from bench.spec import NOT_FORCED
 
 #: Whose gradient is followed: the model's own; that of a smooth stand-in (`StraightThrough`) for what has none, in the
@@ -39,8 +38,6 @@ MOST_SETS, COMPARED = 64, 5000
 DISTANCES = (1.0, 0.25)
 #: Passes that a model which answers by chance is averaged over on a path.
 EXPECTED = 5
-#: The step, in ε, that a gradient has to raise a margin by, in this share of images, to be believed.
-TRIED, RAISED = 1 / 16, 0.75
 
 
 @dataclass
@@ -251,19 +248,11 @@ class Paths:
         small step along them raises the margin of too few images.
         """
         block, rows = self.search.block, self.search.rows
-        x, y, eps = block.x[rows], block.y[rows], block.threat_model.eps
+        x, y = block.x[rows], block.y[rows]
         for part in (block.model, *parts(block.model).values()):
-            z = x.detach().requires_grad_()
             with torch.enable_grad(), StraightThrough() as watched:
-                part(z[:1])
-            with torch.enable_grad():
-                before = margin(part(z), y)
-            if watched.hard or not before.requires_grad:
-                return True
-            (gradient,) = torch.autograd.grad(before.sum(), z)
-            with torch.no_grad():
-                after = margin(part(ascend_once(x, gradient, x, block.threat_model, TRIED * eps)), y)
-            if float((after > before).float().mean()) < RAISED:
+                part(x[:1].detach().requires_grad_())
+            if watched.hard or raised(part, x, y, block.threat_model) < RAISED:
                 return True
         return False
 

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.attacks.gradients import differentiable, has_gradient
+from bench.attacks.search import RAISED, TRIED, raised
 from bench.models.foreign import bare
-from bench.models.parts import is_dual, routed_branches
+from bench.models.parts import is_dual, parts, routed_branches
+from bench.models.sites import sites
 from bench.pgd import ascend_once, default_step_size, pgd, random_start
 from bench.spec import ThreatModel
 
@@ -36,6 +38,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, attack
     """
     probes = {"outputs": _outputs(model, x), "router gradient": _router_gradients(model, x, y)}
     if attacked and threat.norm != "L1":  # the probes' own PGD has no L1 ball
+        probes |= {"gradients": _gradients(model, x, y, threat)}
         probes |= {"routes": _routes(model, x, threat), "growth": _growth(model, x, y, threat)}
     flags = []
     for name, found in probes.items():
@@ -51,6 +54,16 @@ def _outputs(model: nn.Module, x: Tensor) -> Iterator[str]:
     logits = model(x)
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
         yield "outputs are probabilities"
+
+
+def _gradients(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Iterator[str]:
+    """Of a model without routes that can be seen: whether a small step along its gradient brings it nearer to wrong.
+
+    Hidden routes, rounding and saturation keep it from that; `adaptive` looks by itself where there are routes.
+    """
+    if not sites(model) and not parts(model) and (share := raised(model, x, y, threat)) < RAISED:
+        step = f"a step of ε/{1 / TRIED:.0f} along them"
+        yield f"gradients do not lower the margin: {step} does for {share:.0%} of images"
 
 
 @dataclass(frozen=True)

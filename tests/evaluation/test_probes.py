@@ -64,6 +64,34 @@ def test_probabilities_are_told(signs: Callable[..., list[str]], linear_net: Any
     assert found == ["outputs are probabilities"]
 
 
+@pytest.mark.parametrize(
+    ("change", "share"),
+    [
+        (lambda z: z.round(), 0),
+        (lambda z: z + (z.round() - z).detach(), 0),
+        (lambda z: (60 * z).softmax(1), 0),
+        (lambda z: z.detach(), 0),
+        (lambda z: 2 * z.detach() - z, 0),
+        (lambda z: z.bfloat16().float(), None),
+        (lambda z: z.half().float(), None),
+        (lambda z: z.softmax(1), None),
+        (lambda z: (60 * z).log_softmax(1), None),
+    ],
+)
+def test_gradients_that_do_not_lower_the_margin_are_told(
+    change: Callable[[Tensor], Tensor], share: int | None, signs: Callable[..., list[str]], linear_net: Any
+):
+    found = [flag for flag in signs(Changed(linear_net(HALVES), change)) if "lower the margin" in flag]
+    words = f"gradients do not lower the margin: a step of ε/16 along them does for {share}% of images"
+    assert found == ([] if share is None else [words])
+
+
+def test_of_a_model_that_shows_routes_adaptive_looks_itself(signs: Callable[..., list[str]], linear_moe: Any):
+    moe = routed(linear_moe, "argmax")
+    moe.experts[0] = moe.experts[1] = Changed(moe.experts[0], torch.round)
+    assert not any("lower the margin" in flag for flag in signs(moe))
+
+
 def test_log_probabilities_are_none(signs: Callable[..., list[str]], linear_net: Any):
     assert signs(Changed(linear_net(HALVES), lambda z: z.log_softmax(1))) == []
 
