@@ -174,7 +174,7 @@ def dependence(model: nn.Module, x: Tensor) -> Dependence:
         before, drawn = _tensors(model), _random_state(devices)
         whole = ask(images)
         kept_before, held = numbers(model), sizes(model)
-        same = all(_equal(ask(images), whole) for _ in range(_ASKED - 1))
+        same = all(same_logits(ask(images), whole) for _ in range(_ASKED - 1))
         state = not _same(before, _tensors(model)) or not _same(kept_before, numbers(model))
         ask(1 - images)  # others of the same shape: the last answer may be kept, but not each image
         state |= any(size > held.get(name, 0) for name, size in sizes(model).items() if name in held)
@@ -187,7 +187,7 @@ def dependence(model: nn.Module, x: Tensor) -> Dependence:
         for order in orders:
             for size in BATCH_SIZES if order is rows else BATCH_SIZES[1:]:
                 parts = torch.cat([ask(images[part]) for part in torch.split(order, size)])
-                batch |= not _equal(parts, whole[order])
+                batch |= not same_logits(parts, whole[order])
     random.setstate(kept[0])
     np.random.set_state(kept[1])
     # a model that answers by chance differs from batch to batch as well
@@ -201,10 +201,10 @@ def _equal_with_gradients(model: nn.Module, images: Tensor, logits: Tensor) -> b
             found = model(images.clone().requires_grad_().clone()).detach().double()
         except Exception:  # of a user's own model: its attacks will fail, and say so
             return True
-    return _equal(found, logits)
+    return same_logits(found, logits)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def same_logits(a: Tensor, b: Tensor) -> bool:
     """Whether two batches of logits (m, C) differ by rounding alone."""
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite):

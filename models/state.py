@@ -1,8 +1,11 @@
-"""What a model keeps between its forward passes: in attributes, containers, closures, its classes and globals."""
+"""What a model keeps between its forward passes: in attributes, containers, objects, closures, classes and globals."""
 
+import sys
+import sysconfig
 from collections import deque
 from collections.abc import Iterator
 from itertools import count, cycle
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,22 @@ from torch import Tensor, nn
 
 #: What every module has, which says nothing of a user's own.
 _OWN = frozenset(vars(nn.Module()))
-#: How deep containers are looked into, and how many of their items are.
+#: How deep containers and objects are looked into, and how many of their items are.
 _DEPTH, _ITEMS = 3, 1000
+#: Where the standard library and installed packages lie.
+_INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+def _users(value: Any) -> bool:
+    """Whether an object's class, a function, a class or a module is code that nobody has installed: the user's."""
+    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    if not isinstance(name, str) or name not in sys.modules:
+        return False
+    module = sys.modules[name]
+    if isinstance(value, nn.Module) or name.partition(".")[0] == "bench":
+        return False
+    file = getattr(module, "__file__", None)
+    return name == "__main__" if file is None else not file.startswith(_INSTALLED)
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
@@ -20,6 +37,11 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((repr(key)[:80], item) for key, item in list(value.items())[:_ITEMS])
     elif isinstance(value, list | tuple | deque):
         yield from ((str(number), item) for number, item in enumerate(list(value)[:_ITEMS]))
+    elif _users(value):
+        if isinstance(value, FunctionType):
+            yield from _beside(value)
+        elif hasattr(value, "__dict__"):
+            yield from ((key, item) for key, item in list(vars(value).items())[:_ITEMS] if not key.startswith("__"))
 
 
 def _walk(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:

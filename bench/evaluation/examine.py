@@ -23,13 +23,13 @@ from bench.evaluation.scales import accuracy_flags
 from bench.evaluation.verdicts import Judgement, judge, legal
 from bench.job import Job, Subject
 from bench.models.choices import find_choices
-from bench.models.deployed import Prediction, dependence, predict, validate_outputs
+from bench.models.deployed import Prediction, dependence, predict, same_logits, validate_outputs
 from bench.models.foreign import DRAWS, Guarded, settings_kept
 from bench.models.gates import NONE
 from bench.models.parts import parts
 from bench.models.sites import shown_sites, single_paths, sites
 from bench.randomness import block_seed, seeded
-from bench.results.flags import BY_CHANCE, DECLARED, HIDDEN_ROUTES, ROUTES_INSIDE, WEAKER
+from bench.results.flags import BY_CHANCE, DECLARED, HIDDEN_ROUTES, ROUTES_INSIDE, STATEFUL, WEAKER
 from bench.results.schema import VERDICT_COLUMNS
 from bench.results.witnesses import Witnesses
 from bench.suites.base import Suite
@@ -151,6 +151,7 @@ class Examiner:
         if isinstance(self.model, Guarded):
             self.model.reseed(seed)
         record = self._clean(number, x, y, idx)
+        before = self._answers(x)
         if number == 0:
             right = record.correct.to(x.device)
             record.report.model_flags += [*self.found, *self._probe(x[right], y[right])]
@@ -176,8 +177,25 @@ class Examiner:
         report.seconds, report.thread_counts = time.perf_counter() - started, [torch.get_num_threads()]
         if isinstance(self.model, Guarded):
             report.model_flags += sorted(self.model.seen)
+        after = self._answers(x)
+        if before is not None and (after is None or not same_logits(after, before)):
+            report.model_flags.append(STATEFUL)  # whatever it keeps, and wherever: attacks have changed its answers
         rows = pd.concat(record.frames, ignore_index=True).astype(VERDICT_COLUMNS)
         return ExaminedBlock(rows, report, Witnesses.joined([found for found in record.witnesses if len(found)]))
+
+    @torch.no_grad()
+    def _answers(self, x: Tensor) -> Tensor | None:
+        """A foreign model's logits on clean images, the same before and after an attack; None if it fails.
+
+        One that answers by chance is not asked: it keeps no rank as it is.
+        """
+        if not isinstance(self.model, Guarded) or BY_CHANCE in self.found:
+            return None
+        self.model.eval()
+        try:
+            return self.model(x).double()
+        except Exception:  # of a user's own model: the rows are errors
+            return None
 
     def _clean(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> _Record:
         """The record of a block that is not attacked yet: its clean rows."""

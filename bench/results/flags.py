@@ -3,9 +3,9 @@
 #: Of a model that keeps no rank: it is no function of the single image, so no accuracy of it is one number. They are
 #: what `bench.models.deployed.Dependence` calls its reasons.
 BY_CHANCE = "outputs depend on chance"
+STATEFUL = "forward passes change the model's state"
 UNRANKED = (
-    BY_CHANCE, "outputs depend on the batch", "forward passes change the model's state",
-    "outputs depend on whether gradients are taken",
+    BY_CHANCE, "outputs depend on the batch", STATEFUL, "outputs depend on whether gradients are taken",
 )  # fmt: skip
 
 #: How the flag of a run begins whose suite had weaker settings than its default (`Suite.weaker_than_default`).

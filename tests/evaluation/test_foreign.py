@@ -181,6 +181,28 @@ def test_batch_dependence_and_state_are_seen_at_any_batch_size(batch_size: int, 
 # --- routes that nobody has named ------------------------------------------------------------------------------------
 
 
+class Tiring(Planted):
+    """Counts where nobody looks, and answers otherwise from the 200th call on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.planted_calls = getattr(torch, "planted_calls", 0) + 1  # type: ignore[attr-defined]
+        logits: Tensor = super().forward(x)
+        return logits if torch.planted_calls < 200 else 2 * logits  # type: ignore[attr-defined]
+
+
+def test_answers_that_change_under_attack_are_state_wherever_it_is_kept(
+    planted: Any, score: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "planted_calls", 0, raising=False)
+    model = Tiring(planted, nothing)
+    result, _ = score(model, "pgd", settings={"steps": 300}, foreign=True, eps=0.001)
+    assert "forward passes change the model's state" in result.model_flags
+    assert (
+        "forward passes change the model's state"
+        not in score(Planted(planted, nothing), "pgd", foreign=True)[0].model_flags
+    )
+
+
 class Inner(nn.Module):
     """Calls another and does nothing else; `name`: what the other is called."""
 

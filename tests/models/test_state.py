@@ -1,7 +1,9 @@
 """What a model keeps between its forward passes is seen, wherever it keeps it; what is harmless is not."""
 
 import itertools
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +13,26 @@ from torch import Tensor, nn
 from bench.models.deployed import dependence
 from bench.models.foreign import Guarded
 
+
+class Meter:
+    """An object that is no module."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def update(self) -> None:
+        self.calls += 1
+
+
+def remembers(x: Tensor) -> None:
+    """A function that keeps something in the globals of its own module."""
+    ELSEWHERE.append(x.sum())
+
+
+ELSEWHERE: list[Tensor] = []
+HELPER: Any = ModuleType("helper_of_a_user")  # a file beside the model's
+HELPER.calls, HELPER.__file__ = 0, __file__
+sys.modules["helper_of_a_user"] = HELPER
 X = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 CALLS = {"number": 0}
 
@@ -27,6 +49,7 @@ class Net(nn.Module):
         self.table: dict[Any, Any] = {}
         self.number = itertools.count()
         self.last: Tensor | None = None
+        self.meter = Meter()
 
     def forward(self, x: Tensor) -> Tensor:
         self.does(self, x)
@@ -64,6 +87,9 @@ def by_shape(net: Net, x: Tensor) -> None:
         (lambda net, x: Net.shared.append(1), True),
         (lambda net, x: CALLS.__setitem__("number", CALLS["number"] + 1), True),
         (closure(), True),
+        (lambda net, x: net.meter.update(), True),
+        (lambda net, x: remembers(x), True),
+        (lambda net, x: setattr(HELPER, "calls", HELPER.calls + 1), True),
         (lambda net, x: setattr(net, "last", x.detach().clone()), False),
         (by_shape, False),
     ],
