@@ -31,15 +31,17 @@ def git_hash() -> str | None:
         return None
 
 
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what decides a verdict; 'missing' where it is not installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
+    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
 
 
 def environment(device: str, threads: int) -> dict[str, str]:

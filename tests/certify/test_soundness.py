@@ -37,7 +37,7 @@ class Maker:
         torch.manual_seed(seed)
         self.pixels = int(self.g.integers(2, 5))
         if kind == "wide":
-            self.pixels = 100_000 if seed % 5 == 0 else int(10 ** self.g.uniform(3, 4))
+            self.pixels = 20_000 if seed % 5 == 0 else int(10 ** self.g.uniform(3, 4))
         self.relu = nn.ReLU()
 
     def net(self, outputs: int, scale: float) -> nn.Module:
