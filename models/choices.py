@@ -88,7 +88,7 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
     named = {module: name for name, module in reversed(list(model.named_modules()))}
     with ExitStack() as stack:
         for site in known:
-            stack.enter_context(intercepted(site, watch.known))
+            stack.enter_context(intercepted(site.plain, watch.known))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_inside(named, watch))

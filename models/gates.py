@@ -23,7 +23,7 @@ from bench.errors import UnusableInput, did_you_mean
 from bench.models.choices import plain
 from bench.models.deployed import eval_frozen
 from bench.models.foreign import Guarded
-from bench.models.sites import Site, counts, intercepted, read
+from bench.models.sites import Site, counts, intercepted, read, scores_of, selected
 
 #: A user's word for a model that makes no choices.
 NONE = "none"
@@ -145,9 +145,9 @@ def _nearest(pattern: str, modules: dict[str, nn.Module]) -> str:
 class _Look:
     """What one forward pass shows of a gate.
 
-    chosen: what the first function chose by, and along which axis; None where nothing chose by the scores. compared,
-    normalised: whether the scores are compared, or made weights. call: which of the gate's own calls gave the scores,
-    where it chooses itself. own: what it gave, once that is known.
+    chosen: what the first function chose by, and along which axis; None where nothing chose by the scores. took: how
+    many, where it was a top-k. compared, normalised: whether the scores are compared, or made weights. call: which of
+    the gate's own calls gave the scores, where it chooses itself. own: what it gave, once that is known.
     """
 
     name: str
@@ -159,6 +159,7 @@ class _Look:
     inside: bool = False
     count: int = 0
     chosen: tuple[Tensor, int] | None = None
+    took: int | None = None
     compared: bool = False
     normalised: bool = False
     call: int | None = None
@@ -213,7 +214,7 @@ class _Look:
             raise self.refuse(f"its input has {len(self.inputs)} rows for {images} images")
         self.normalised |= _probabilities(scores)
         owner, _, attribute = self.name.rpartition(".")
-        return Site(
+        site = Site(
             self.name,
             model.get_submodule(owner),
             attribute,
@@ -224,8 +225,23 @@ class _Look:
             layers=width // experts,
             axis=axis,
             call=self.call,
-            experts_choose=not by_expert,
         )
+        return site if by_expert else self._choosing(site, scores, images)
+
+    def _choosing(self, site: Site, scores: Tensor, images: int) -> Site:
+        """The site of experts that choose tokens: how many, and by what."""
+        assert self.chosen is not None
+        known, (tensor, axis) = scores_of(scores, images, site.num_experts, 1, site.axis), self.chosen
+        assert known is not None
+        site = replace(site, num_experts=known.shape[1], k=0, choosers=site.num_experts)
+        ranked = tensor.movedim(axis, -1)
+        if self.took is None or ranked.shape != known.transpose(1, 2).shape:
+            return site
+        for shared in (False, True):
+            values = known.log_softmax(-1) if shared else known
+            if torch.equal(selected(values.transpose(1, 2), self.took), selected(ranked, self.took)):
+                return replace(site, k=self.took, shared=shared)
+        return site
 
     @staticmethod
     def _fits(tensor: Tensor, images: int) -> bool:
@@ -263,7 +279,7 @@ class _Follow(TorchFunctionMode):
         self.data = {id(x)}
         self.of: dict[int, set[str]] = {}  # gates whose scores alone a tensor is computed from
         self.made: dict[int, tuple[str, Tensor | None, int | None]] = {}  # the function, its input, the gate's call
-        self.pending: dict[int, tuple[_Look, _Look | None, Tensor, int]] = {}
+        self.pending: dict[int, tuple[_Look, _Look | None, Tensor, int, int | None]] = {}
         self.kept: list[Tensor] = []  # so that no later tensor gets the number of one that is gone
 
     def _depends(self, tensor: Tensor) -> bool:
@@ -325,8 +341,9 @@ class _Follow(TorchFunctionMode):
                 axis = _axis(name, args, kwargs)
                 if axis is not None:
                     indices = [one for one in outputs if not one.is_floating_point()] or outputs
+                    took = kwargs.get("k", args[1] if len(args) > 1 else None) if name == "topk" else None
                     for one in indices:
-                        self.pending[id(one)] = (look, inside, tensor, axis % tensor.dim())
+                        self.pending[id(one)] = (look, inside, tensor, axis % tensor.dim(), took)
             elif look.name in alone:
                 look.compared |= name in _COMPARES
                 look.normalised |= name in _NORMALISES
@@ -335,10 +352,10 @@ class _Follow(TorchFunctionMode):
         """An index that is used is a choice."""
         if id(tensor) not in self.pending:
             return
-        look, inside, chosen, axis = self.pending.pop(id(tensor))
+        look, inside, chosen, axis, took = self.pending.pop(id(tensor))
         if look.chosen is not None:
             return
-        look.chosen = (chosen, axis)
+        look.chosen, look.took = (chosen, axis), took
         if inside is not look:
             return  # its output is what is forced
         while True:  # back to what gave the scores, inside the gate
@@ -363,7 +380,7 @@ def _axis(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Non
 def _of_images(guard: Guarded, sites: list[Site], x: Tensor) -> None:
     """UnusableInput where the rows of a gate's scores are those of all images' first tokens, then the second ones …"""
     other = torch.cat([1 - x[:1], x[1:]])
-    before, after = (read(guard, sites, images)[1] for images in (x, other))
+    before, after = (read(guard, [site.plain for site in sites], images)[1] for images in (x, other))
     for site in sites:
         if site.name in before and site.name in after:
             moved = (before[site.name] - after[site.name]).abs().amax(-1)  # (m, T)
@@ -385,7 +402,7 @@ def _selects(guard: Guarded, site: Site, sites: list[Site], x: Tensor, look: _Lo
         if k > site.num_experts:
             raise UnusableInput(f"--gates {site.name}:k={k}: it has {site.num_experts} experts")
         return replace(site, k=k)
-    if site.experts_choose:
+    if site.choosers:
         return site
     count, orders = site.num_experts, list[Tensor]()
     others: list[Site] = []

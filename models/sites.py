@@ -3,14 +3,15 @@
 A user's code is not changed: a hook on the gate reads its scores, and adds the least shift to them that makes the
 wanted experts win. An MoE of whole networks has one site, its router; a dual those of both branches; an expert that is
 itself routed has one of its own; a block inside a network has one, shown by its attributes or named by the user
-(`bench.models.gates`). A *path* is a choice at every site.
+(`bench.models.gates`). A *path* is a choice at every site. Where experts choose tokens (Zhou et al. 2022), the two
+change places: for each of E experts, K of T tokens are selected.
 
 Axes: m = images, T = tokens of an image (1 where whole images are routed), E = experts, K = selected experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,9 @@ class Site:
     experts are classifiers of images, one output each. rows: of the gate's input for each image (T where it sees
     tokens as rows). layers: for how many layers it scores the experts at a time; each counts as a token. axis: of the
     experts in the scores. call: which of the functions that the gate calls gives the scores, where it chooses itself;
-    None: they are its output. experts_choose: whether experts choose tokens, which cannot be forced.
+    None: they are its output. choosers: of experts that choose tokens the number; `num_experts` is then that of an
+    image's tokens, and K how many each expert takes, 0 where that is not known, so that nothing can be forced. shared:
+    whether they choose by the softmax over experts.
     """
 
     name: str
@@ -47,18 +50,26 @@ class Site:
     layers: int = 1
     axis: int = -1
     call: int | None = None
-    experts_choose: bool = False
+    choosers: int = 0
+    shared: bool = False
 
     @property
     def soft(self) -> bool:
         """Whether all experts are used, each with its weight."""
-        return self.k == self.num_experts and not self.experts_choose
+        return self.k == self.num_experts
+
+    @property
+    def plain(self) -> "Site":
+        """The same where experts do not choose; else the gate that scores experts for each token, as a soft one."""
+        return replace(self, num_experts=self.choosers, k=self.choosers, choosers=0) if self.choosers else self
 
     @property
     def words(self) -> str:
         """What is known of it, such as `blocks.1.gate (top-2 of 8)`."""
         kind = f"soft, of {self.num_experts}" if self.soft else f"top-{self.k} of {self.num_experts}"
-        return f"{self.name} ({'experts choose tokens' if self.experts_choose else kind})"
+        if self.choosers:
+            kind = f"each of {self.choosers} experts chooses {self.k or 'some'} of {self.num_experts} tokens"
+        return f"{self.name} ({kind})"
 
     @property
     def gate(self) -> Any:
@@ -138,6 +149,19 @@ def _with_scores(output: Any, scores: Tensor, images: int, layers: int, axis: in
     return scores.reshape(output.movedim(axis, -1).shape).movedim(-1, axis)
 
 
+def _by_experts(scores: Tensor, change: Change, shared: bool) -> Tensor:
+    """The scores (m, T, E) after a change of how the experts rank the tokens, (m, E, T).
+
+    shared: by softmax(scores) over E, whose logit is the score less the logsumexp of the token's other scores: a shift
+    of one score shifts it by as much.
+    """
+    if not shared:
+        return change(scores.transpose(1, 2)).transpose(1, 2)
+    own = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
+    others = scores[..., None, :].masked_fill(own, -torch.inf).logsumexp(-1)
+    return change((scores - others).transpose(1, 2)).transpose(1, 2) + others
+
+
 def counts(output: Any) -> bool:
     """Whether a function's output counts as a call inside a gate: one with a tensor of numbers."""
     return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(output))
@@ -199,6 +223,7 @@ def intercepted(
     """
     calls: list[Tensor] = []
     layout = (site.layers, site.axis)
+    width = site.plain.num_experts
 
     def given(inputs: Sequence[Any]) -> Tensor:
         found: Tensor = next(one for one in inputs if isinstance(one, Tensor))
@@ -206,8 +231,11 @@ def intercepted(
 
     def changed(inputs: Sequence[Any], output: Any) -> Any:
         images = len(given(inputs)) // site.rows
-        scores = scores_of(output, images, site.num_experts, *layout) if images else None
-        return output if scores is None else _with_scores(output, change(scores), images, *layout)
+        scores = scores_of(output, images, width, *layout) if images else None
+        if scores is None or (site.choosers and scores.shape[1] != site.num_experts):
+            return output
+        after = _by_experts(scores, change, site.shared) if site.choosers else change(scores)
+        return _with_scores(output, after, images, *layout)
 
     gate = site.gate
     if isinstance(gate, nn.Module):

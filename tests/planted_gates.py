@@ -82,6 +82,24 @@ class ByToken(nn.Module):
         return either(self.score(tokens), y, -9 * y).sum(1)
 
 
+class ByExperts(nn.Module):
+    """Two experts take one of four tokens each; the second takes the first token, where the third has less than asked.
+
+    Only what it makes of the third token counts, and turns the logits around.
+    """
+
+    def __init__(self, asked: float) -> None:
+        super().__init__()
+        self.loud, self.score = Loud(), Score(torch.cat([PATCH, torch.tensor([asked, -9.0, 0.0, -9.0])]), 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.loud(x)
+        patches = nn.functional.unfold(x - 0.5, 4, stride=4).transpose(1, 2)
+        tokens = torch.cat([patches, torch.eye(4).expand(len(x), 4, 4)], 2)
+        taken = self.score(tokens).softmax(-1).topk(1, dim=1).indices[:, 0, 1]
+        return y * (1 - 9 * nn.functional.one_hot(taken, 4)[:, 2:3])
+
+
 class ByTwo(nn.Module):
     """Two gates in turn: the first marks the image, the second turns marked ones around; each alone does nothing."""
 
@@ -115,6 +133,7 @@ KINDS: dict[str, tuple[Callable[[float], nn.Module], float, str]] = {
     "a linear gate": (ByImage, 4.0, "score"),
     "a convolutional gate": (ByPosition, 1.0, "score"),
     "one token": (ByToken, 1.0, "score"),
+    "experts choose tokens": (ByExperts, 1.0, "score"),
     "two gates at once": (ByTwo, 1.4, "blocks.*.score"),
     "a soft mixture": (Soft, 4.0, "score"),
 }

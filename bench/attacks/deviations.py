@@ -3,7 +3,7 @@
 Where tokens are routed, or many gates in turn, there are too many paths to force each. A deviation forces one gate: all
 tokens to an expert or to a set of K, each token to its runner-up, or one expert among those of some tokens: of the
 nearest to it, of those that matter most by the margin's gradient. Deviations of several gates are combined greedily,
-the weakest first.
+the weakest first. Where experts choose tokens the two change places, and a token may also be taken from all of them.
 
 Axes: B = examples of the block, m = rows that are attacked, N = sites, T = tokens, E = experts, K = selected experts.
 """
@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from bench.models.sites import Site, wanted
+from bench.models.sites import Site, selected, wanted
 
 #: Tokens that a deviation forces: all, each to its runner-up, the one nearest to the expert, the one that matters most,
 #: the quarter that does; or, counted from TOKEN on, one by its number.
 ALL, RUNNER_UP, NEAREST, FIRST, QUARTER, TOKEN = range(6)
 #: A choice is an expert's number and SCOPE times the tokens.
 SCOPE = 1 << 16
+#: The scope of a token that every expert loses.
+LOST = 1 << 20
 #: Tokens are forced one by one where an image has at most so many; sets of K where a site has at most so many.
 FEW_TOKENS, FEW_SETS = 8, 16
 
@@ -49,6 +51,8 @@ class Deviations:
             scopes += [TOKEN + t for t in range(tokens)] if tokens <= FEW_TOKENS else [NEAREST, FIRST, QUARTER]
         found = [[SCOPE * scope + expert] * width for scope in scopes for expert in range(site.num_experts)]
         found += [[SCOPE * RUNNER_UP] * width]
+        if site.choosers:
+            found += [[SCOPE * LOST + token] * width for token in range(site.num_experts)]
         if site.k > 1 and comb(site.num_experts, site.k) <= FEW_SETS:
             sets = combinations(range(site.num_experts), site.k)
             found += [[*chosen, *chosen[-1:] * (width - site.k)] for chosen in sets]
@@ -91,7 +95,11 @@ class Deviations:
             where = torch.where(which[:, None], mask, where)
         mine = wanted(torch.where(chosen < 0, chosen, expert), experts)[:, None] & where[..., None]
         runners = one_hot(self._runners[number][rows], experts).bool()
-        return torch.where((scope == RUNNER_UP)[:, None, None], runners, mine)
+        mine = torch.where((scope == RUNNER_UP)[:, None, None], runners, mine)
+        if not self.sites[number].choosers:
+            return mine
+        others = self.scores[number][rows].masked_fill(wanted(expert[:, :1], experts)[:, None], -torch.inf)
+        return torch.where((scope == LOST)[:, None, None], selected(others, self.sites[number].k), mine)
 
 
 def combined(

@@ -59,7 +59,7 @@ class Paths:
 
     def __post_init__(self) -> None:
         block, known = self.search.block, routing.sites(self.search.block.model)
-        every = [site for site in known if not (site.soft or site.experts_choose)]
+        every = [site for site in known if site.k and not site.soft]
         self._pass: Callable[[Tensor], Tensor] = block.model
         self._passes = 1
         if isinstance(block.model, Guarded) and block.model.draws > 1:

@@ -56,7 +56,7 @@ class Components(Suite):
     def attack(self, block: Block) -> Iterator[Attempt]:
         yield from self._whole(block)
         for site in sites(block.model):
-            if not (site.whole or site.soft or site.experts_choose):
+            if site.k and not (site.whole or site.soft):
                 yield from self._gate(block, site)
 
     def _whole(self, block: Block) -> Iterator[Attempt]:

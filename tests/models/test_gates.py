@@ -1,5 +1,6 @@
 """Gates that a user names: what is found out about them, in models of the shapes that public code has."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -7,11 +8,12 @@ import third_party
 import torch
 from torch import Tensor, nn
 
+from bench.attacks.deviations import LOST, SCOPE, Deviations
 from bench.errors import UnusableInput
 from bench.models.choices import find_choices
 from bench.models.foreign import Guarded
 from bench.models.gates import Gates, declared, find_gates
-from bench.models.sites import Site, forced, intercepted, read
+from bench.models.sites import Site, forced, intercepted, lifted, read, selected
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -45,7 +47,7 @@ FOUND = {
     "the released dual's names": "Smoe.router (top-1 of 4), Rmoe.router (top-1 of 4)",
     "router outside torch": "fc (top-1 of 2)",
     "soft mixture of nine": "gate (soft, of 9)",
-    "expert choice": "layers.1.choose (experts choose tokens)",
+    "expert choice": "layers.1.choose (each of 4 experts chooses 2 of 4 tokens)",
 }
 
 
@@ -148,7 +150,7 @@ WAYS = {
     "tokens are chosen": (
         nn.Linear(6, 3),
         lambda gate, x: (p := gate(tokens(x)).softmax(-1)) * torch.zeros_like(p).scatter(1, p.topk(2, 1).indices, 1.0),
-        "score (experts choose tokens)",
+        "score (each of 3 experts chooses 2 of 4 tokens)",
     ),
 }
 
@@ -159,8 +161,7 @@ def test_how_a_gate_selects_is_found_out(way: str):
     torch.manual_seed(0)
     (site,) = named(model := Block(gate, weigh), "score").sites
     assert site.words == words
-    if not site.experts_choose:
-        assert read(model, [site], X)[1]["score"].shape == (4, 4, 3)
+    assert read(model, [site], X)[1]["score"].shape == ((4, 3, 4) if site.choosers else (4, 4, 3))
 
 
 def test_k_and_e_can_be_given():
@@ -242,3 +243,52 @@ def test_the_sites_of_a_guard_are_the_named_ones_too():
     found = named(model := third_party.build("router gives the index alone"), "router").sites
     assert [site.name for site in sites(Guarded(model))] == ["router"]
     assert sites(guarded(model, found)) == list[Site](found)
+
+
+def taken(probabilities: Tensor, room: int) -> Tensor:
+    """Which tokens each expert takes, (m, E, T)."""
+    return selected(probabilities.transpose(1, 2), room)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_expert_that_chooses_is_made_to_take_a_token_or_to_lose_it(shared: bool):
+    seen: list[Tensor] = []
+
+    def weigh(gate: nn.Module, x: Tensor) -> Tensor:
+        scores = gate(tokens(x))
+        p = scores.softmax(-1) if shared else scores.sigmoid()
+        seen.append(p)
+        return p * torch.zeros_like(p).scatter(1, p.topk(2, 1).indices, 1.0)
+
+    torch.manual_seed(0)
+    model = Block(nn.Linear(6, 3), weigh)
+    (site,) = named(model, "score").sites
+    assert (site.choosers, site.num_experts, site.k, site.shared) == (3, 4, 2, shared)
+    clean = taken(seen[0], 2)
+    for expert, token in itertools.product(range(3), range(4)):
+        mine = torch.zeros(4, 3, 4, dtype=torch.bool)
+        mine[:, expert, token] = True
+        with intercepted(site, lambda scores, mine=mine: lifted(scores, mine, 2)):  # type: ignore[misc]
+            model(X)
+        now = taken(seen[-1], 2)
+        assert now[:, expert, token].all()
+        assert torch.equal(now[clean[:, expert, token], expert], clean[clean[:, expert, token], expert])
+
+    scores = read(model, [site], X)[1]["score"]
+    lost = Deviations([site], [scores], [torch.zeros(4, 3)]).forced(
+        0, torch.full((4, 1), LOST * SCOPE + 1), torch.arange(4)
+    )
+    with intercepted(site, lambda scores: lifted(scores, lost, 2)):
+        model(X)
+    if not shared:  # else one shift moves a token's other scores as well
+        assert not taken(seen[-1], 2)[:, :, 1].any()
+
+
+def test_experts_that_take_an_unknown_number_are_not_forced():
+    def weigh(gate: nn.Module, x: Tensor) -> Tensor:
+        p = gate(tokens(x)).softmax(-1)
+        return p * torch.zeros_like(p).scatter(1, p.argsort(1, descending=True)[:, :2], 1.0)
+
+    (site,) = named(Block(nn.Linear(6, 3), weigh), "score").sites
+    assert site.words == "score (each of 3 experts chooses some of 4 tokens)"
+    assert site.k == 0
