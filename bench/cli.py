@@ -1,5 +1,6 @@
 """The commands: parse into specs, call, print. What is heavy is imported inside the command that needs it."""
 
+import errno
 import json
 import math
 import shlex
@@ -862,7 +863,9 @@ def _dispatch(application: typer.Typer, arguments: Sequence[str] | None, parser_
         say(f"error: {_parser_message(error)} See `bench --help`.")
         return UNUSABLE
     except OSError as error:  # a folder where a file should be, a full disk: nothing that a traceback would explain
-        say(f"error: {error}")
+        again = "; make room, and start the same command again: it goes on from what is done"
+        what = f"'{error.filename}': {error.strerror}" if error.filename else f"{error}"
+        say(f"error: {what}{again if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ''}")
         return UNUSABLE
     except TrainingFailed as error:
         say(f"error: {error}")

@@ -14,7 +14,8 @@ def write_if_changed(path: Path, data: bytes) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """The whole file or none of it, also when the process is killed or the power fails.
 
-    It is written beside its place and then renamed; file and folder are flushed to disk.
+    It is written beside its place and then renamed; file and folder are flushed to disk. OSError, with the path, where
+    that cannot be done.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid4().hex}")
@@ -30,5 +31,8 @@ def write_atomically(path: Path, data: bytes) -> None:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+    except OSError as error:  # a full disk is told of by a write, which names no file
+        error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)

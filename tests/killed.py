@@ -1,8 +1,8 @@
 """Runs commands of bench in children that kill themselves at a given point.
 
 A line of standard input is JSON: [the point (a key of KILLS, or a number of seconds), a file for the child's output,
-the command's words]; the answer is a line with the child's exit status. The parent has imported what the commands need,
-which takes longer than the trainings do: three epochs of two steps each.
+the command's words, or those of several commands at once]; the answer is a line with each child's exit status. The
+parent has imported what the commands need, which takes longer than the trainings do: three epochs of two steps each.
 """
 
 import json
@@ -69,18 +69,22 @@ KILLS: dict[str | None, Callable[[], None]] = {
 def main() -> None:
     for line in sys.stdin:
         kill, log, words = json.loads(line)
-        child = os.fork()
-        if not child:
-            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            if isinstance(kill, float):
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as sudden as SIGKILL, and the child sends it itself
-                signal.setitimer(signal.ITIMER_REAL, kill)
-            else:
-                KILLS[kill]()
-            cli.main(words)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        children = []
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        for command in words if isinstance(words[0], list) else [words]:
+            children.append(os.fork())
+            if not children[-1]:
+                os.dup2(file, 1)
+                os.dup2(file, 2)
+                if isinstance(kill, float):
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as sudden as SIGKILL, and the child sends it itself
+                    signal.setitimer(signal.ITIMER_REAL, kill)
+                else:
+                    KILLS[kill]()
+                cli.main(command)
+        os.close(file)
+        for child in children:
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
-from safetensors.numpy import load_file
+from settled import settled
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("BENCH_KILLS", "3"))
@@ -42,28 +41,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tu
 
         call("--version")  # so that no later call waits for what the server imports
         yield call
-
-
-def settled(folder: Path) -> dict[str, Any]:
-    """What a folder holds, without what is of the moment: times, and files that were never finished."""
-    found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_dir() or path.name.startswith("."):
-            continue
-        if path.suffix == ".parquet":
-            found[name] = pd.read_parquet(path).to_csv()
-        elif path.suffix == ".safetensors":
-            found[name] = {key: value.tobytes() for key, value in load_file(path).items()}
-        elif path.suffix == ".json":
-            result = json.loads(path.read_text())
-            of_the_moment = ("seconds", "finished", "git_hash", "environment")
-            found[name] = {key: value for key, value in result.items() if key not in of_the_moment}
-        elif path.suffix == ".csv" and "checkpoints" in name:
-            found[name] = pd.read_csv(path).drop(columns=["seconds", "data_seconds", "images_per_second"]).to_csv()
-        else:
-            found[name] = path.read_bytes()
-    return found
 
 
 SUBJECT = ["--dataset", "digits", "--model", "moe-standard", "--device", "cpu"]

@@ -90,8 +90,7 @@ def certify(
         on_block(len(certified), len(job.blocks), sum(certified.values()))
     if only is not None:
         return None
-    # somebody else may have been faster in the same folder, and have removed the blocks
-    return folder.finished() or _finish(folder, job, device)
+    return _finish(folder, job, device)
 
 
 def _certified(rows: pd.DataFrame) -> int:
@@ -126,6 +125,10 @@ def _rows(certifier: Certifier, block: Examples) -> pd.DataFrame:
 def _finish(folder: CertificateFolder, job: Job[Certifier], device: str) -> Certification:
     spec, subject, data = job.spec, job.subject, job.data
     blocks = folder.read_blocks()
+    finished = folder.finished()  # by another process, which then has taken the blocks away
+    if finished is not None:
+        folder.drop_blocks()
+        return finished
     rows = pd.concat([block.rows for block in blocks], ignore_index=True)
     right = sum(block.side["right"] for block in blocks)
     result = Certification.from_rows(

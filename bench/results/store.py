@@ -170,6 +170,10 @@ class Folder(ABC, Generic[R]):
             write_atomically(self.path / FILE, witnesses.to_bytes())
         write_atomically(self.path / self.file, _to_parquet(rows, {}, self.check))
         write_atomically(self.path / "result.json", (result.model_dump_json(indent=1) + "\n").encode())
+        self.drop_blocks()
+
+    def drop_blocks(self) -> None:
+        """Removes the blocks, of which a finished run needs none."""
         shutil.rmtree(self._blocks, ignore_errors=True)
 
 
