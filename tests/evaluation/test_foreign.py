@@ -167,8 +167,9 @@ def test_a_model_that_answers_by_chance_is_attacked_in_the_mean_and_judged_by_it
     assert result.model_flags[0] == BY_CHANCE == UNRANKED[0]
     assert f"the mean of {DRAWS} draws is attacked, and their majority judged" in result.model_flags
     assert (result.errors, result.clean_accuracy.value) == (0, 7 / 8)
-    _, again = score(Noisy(planted, nothing), suite, **options, results=tmp_path / "again")
-    assert rows.equals(again)
+    if suite != "autoattack":  # as random as the others, and ten times as long
+        _, again = score(Noisy(planted, nothing), suite, **options, results=tmp_path / "again")
+        assert rows.equals(again)
 
 
 @pytest.mark.parametrize("batch_size", [1, 24])

@@ -1,15 +1,20 @@
-"""What each of several processes runs, started by torchrun: several_processes.py FOLDER SCENARIO.
+"""What each of several processes runs: several_processes.py FOLDER SCENARIO PROCESSES.
 
+They are forked with torchrun's variables once what they need is imported, which takes longer than they do.
 FOLDER/jobs.json holds the specs by name. Each process leaves the last weights of each training in
 FOLDER/<name>.<rank>.last, and the errors by name in FOLDER/errors.<rank>.json.
 """
 
 import json
+import os
+import signal
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors.torch import save_file
 
@@ -23,7 +28,10 @@ from bench.training.data import read_training_data
 from bench.training.loop import Trainer
 
 DIGITS = open_dataset("digits")
-RANK = World.here().rank
+
+
+def rank() -> int:
+    return World.here().rank
 
 
 class Trainings:
@@ -43,7 +51,7 @@ class Trainings:
         finish = trainer.finish
 
         def keep() -> Path:
-            save_file(trainer.model.state_dict(), self.folder / f"{name}.{RANK}.last")
+            save_file(trainer.model.state_dict(), self.folder / f"{name}.{rank()}.last")
             return finish()
 
         trainer.finish = keep  # type: ignore[method-assign]
@@ -69,7 +77,7 @@ def trouble(trainings: Trainings) -> None:
 
         def failing(self: Any, model: Any, batch: Any) -> Iterator[Any]:
             calls.append(None)
-            if RANK == 1 and len(calls) == 2 * len(trainer.sampler):
+            if rank() == 1 and len(calls) == 2 * len(trainer.sampler):
                 raise TrainingFailed("planted")
             yield from steps(self, model, batch)
 
@@ -82,7 +90,7 @@ def trouble(trainings: Trainings) -> None:
     save = loop.save_checkpoint
 
     def late(*arguments: Any) -> None:
-        time.sleep(2 * (RANK == 0))
+        time.sleep(2 * (rank() == 0))
         save(*arguments)
 
     loop.save_checkpoint = late
@@ -92,10 +100,41 @@ def trouble(trainings: Trainings) -> None:
         trainings.errors["dual"] = stopped.code
 
 
+def child(number: int, processes: int, port: int, folder: Path, scenario: str) -> NoReturn:
+    """One of the processes; it ends here."""
+    ranks = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test", GROUP_RANK="0")
+    status = 1
+    try:
+        trainings = Trainings(folder)
+        {"every_kind": every_kind, "trouble": trouble}[scenario](trainings)
+        (folder / f"errors.{number}.json").write_text(json.dumps(trainings.errors))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def main() -> None:
-    trainings = Trainings(Path(sys.argv[1]))
-    {"every_kind": every_kind, "trouble": trouble}[sys.argv[2]](trainings)
-    (trainings.folder / f"errors.{RANK}.json").write_text(json.dumps(trainings.errors))
+    folder, scenario, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    children = set()
+    for number in range(processes):
+        if not (started := os.fork()):
+            child(number, processes, port, folder, scenario)
+        children.add(started)
+    while children:
+        ended, status = os.wait()
+        children.discard(ended)
+        if status:  # the others would wait for it
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
 
 
 if __name__ == "__main__":
