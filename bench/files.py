@@ -32,7 +32,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             finally:
                 os.close(folder)
     except OSError as error:  # a full disk is told of by a write, which names no file
-        error.filename = str(path)
+        if error.errno is not None:
+            error.filename = str(path)
         raise
     finally:
         beside.unlink(missing_ok=True)
