@@ -321,10 +321,16 @@ def block_of(planted: Any) -> Callable[..., Any]:
 
 @pytest.fixture(autouse=True)
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few steps of the PGD that looks at every model before it is attacked; test_probes.py takes them all."""
-    from bench.evaluation import probes
+    """Few passes of what looks at every model before it is attacked; the tests of probes take all of them.
 
-    monkeypatch.setattr(probes, "STEPS", 8)
+    Nor does a file wait for the disk: what a killed process leaves is for processes of their own.
+    """
+    from bench.evaluation import probes
+    from bench.models import deployed
+
+    monkeypatch.setattr(probes, "STEPS", 4)
+    monkeypatch.setattr(deployed, "BATCH_SIZES", (1, 8))
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

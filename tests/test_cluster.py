@@ -99,6 +99,7 @@ def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "killed"
 
 
+@pytest.mark.slow
 def test_a_worker_certifies_single_blocks(bench: Callable[..., Any], shelve: Any):
     shelve(Path("checkpoints"), "moe-at", "moe-standard")
     words = ("certify", "--method", "routes", "--n-examples", "10", "--batch-size", "4", "--model")

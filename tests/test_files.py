@@ -9,6 +9,11 @@ import pytest
 from bench.files import write_atomically, write_if_changed
 
 
+@pytest.fixture(autouse=True)
+def short_probes() -> None:
+    """Everything as it is outside tests."""
+
+
 def test_atomic_write_leaves_nothing_behind_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise OSError("disk full")

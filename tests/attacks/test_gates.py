@@ -29,7 +29,9 @@ def left(kind: str, honest: bool, **more: Any) -> int:
     return int((model(x_adv).argmax(1) == Y).sum())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "one token")) for kind in KINDS]
+)
 def test_adaptive_breaks_what_a_named_gate_leads_to(kind: str):
     assert left(kind, False) == 0
 
@@ -43,7 +45,7 @@ def test_it_spares_the_honest_twin(kind: str, monkeypatch: pytest.MonkeyPatch):
     assert left(kind, True) == len(X)
 
 
-@pytest.mark.parametrize("suite", ["pgd", "autoattack"])
+@pytest.mark.parametrize("suite", ["pgd", pytest.param("autoattack", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_standard_attacks_leave_it(kind: str, suite: str, score: Any, cut_autoattack: Any):
     cut_autoattack(10, 3, 50)

@@ -117,7 +117,7 @@ def test_a_run_ends_when_all_rows_are_broken(attribute: str, planted: Any, part_
     assert len(inside.sizes) < 12  # a run has 12 steps, FAB's has 24
 
 
-@pytest.mark.parametrize("attribute", PARTS)
+@pytest.mark.parametrize("attribute", [part for part in PARTS if part != "fab"])
 def test_a_copy_that_is_wrong_about_an_image_is_overruled(attribute: str, planted: Any, part_of: Any):
     class Fragile(nn.Module):
         """Right about clean images, wrong about everything near them."""

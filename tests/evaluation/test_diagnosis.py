@@ -160,7 +160,10 @@ def test_no_line_is_longer_than_the_terminal(seen: Callable[..., Diagnosis]):
     assert "→ " in text
 
 
-@pytest.mark.parametrize(("suite", "settings"), [("pgd", {}), ("adaptive", {"budget": "small"}), ("components", {})])
+@pytest.mark.parametrize(
+    ("suite", "settings"),
+    [("pgd", {}), pytest.param("adaptive", {"budget": "small"}, marks=pytest.mark.slow), ("components", {})],
+)
 def test_what_a_suite_is_said_to_cost_is_what_it_costs(
     suite: str, settings: dict[str, Any], score: Callable[..., Any], planted: Any
 ):

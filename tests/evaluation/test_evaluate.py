@@ -313,7 +313,7 @@ def test_block_seeds_are_32_bits_and_the_first_is_the_runs():
     assert set(seeds).isdisjoint(block_seed(8, block) for block in range(10_000))
 
 
-@pytest.mark.parametrize("suite", ["pgd", "torchattacks:PGD", "torchattacks:APGD"])
+@pytest.mark.parametrize("suite", ["pgd", pytest.param("torchattacks:APGD", marks=pytest.mark.slow)])
 def test_same_command_gives_the_same_rows_and_blocks_are_independent(
     suite: str, planted: Any, score: Any, tmp_path: Path
 ):

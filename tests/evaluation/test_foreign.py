@@ -133,7 +133,7 @@ def test_a_suite_that_works_in_place_spoils_no_data(planted: Any, score: Any):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "suite"), [(torch.bfloat16, "pgd"), (torch.float16, "autoattack"), (torch.float64, "autoattack")]
+    ("dtype", "suite"), [(torch.bfloat16, "pgd"), (torch.float16, "pgd"), (torch.float64, "autoattack")]
 )
 def test_logits_of_any_precision_are_attacked(
     dtype: torch.dtype, suite: str, planted: Any, score: Any, cut_autoattack: Any
@@ -379,7 +379,10 @@ def user_models(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("factory", ["scripted", "exported", "quantized", "lazy", "Extra"])
+@pytest.mark.parametrize(
+    "factory",
+    ["scripted", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("exported", "quantized", "lazy", "Extra"))],
+)
 def test_legal_modules_are_scored_and_recognised(
     factory: str, bench: Any, user_models: str, cut_autoattack: Any, tmp_path: Path
 ):
@@ -423,6 +426,7 @@ def test_code_of_a_user_that_fails_in_any_way_is_one_line(bench: Any, user_model
     assert names[5] in out
 
 
+@pytest.mark.slow
 def test_a_model_is_forgotten_before_the_next_is_loaded(
     bench: Any, user_models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -50,6 +50,7 @@ def test_a_users_own_vmoe_comes_from_nothing_to_a_ranked_row(
     assert row.split()[0] == "1", out
 
 
+@pytest.mark.slow
 def test_gates_named_by_glob_and_by_the_model_give_the_same_rows(bench: Any, vmoe: str, unprobed: None):
     words = ["--suite", "adaptive", "--n-examples", "30", "--json"]
     status, out, err = bench("run", "--model", f"{vmoe}:build", "--gates", "blocks.*.gate", *words)

@@ -173,7 +173,7 @@ def test_a_weak_suite_after_a_strong_one_is_nowhere_more_robust(run: Any):
     assert warm.flags == strong.flags
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", ["Linf", pytest.param("L2", marks=pytest.mark.slow)])
 def test_no_witness_of_pgd_is_lost_to_a_pgd_that_hardly_moves(norm: str, planted: Any, score: Any):
     model, eps = planted.broken(), {"Linf": 0.03, "L2": 0.3}[norm]
     options = {"norm": norm, "eps": eps, "batch_size": 7}

@@ -15,6 +15,11 @@ from bench.models.moe import MoE
 FUNCTION = Dependence(chance=False, batch=False, state=False, in_place=False)
 
 
+@pytest.fixture(autouse=True)
+def short_probes() -> None:
+    """Everything as it is outside tests."""
+
+
 class Planted(nn.Module):
     """A linear classifier of 8×8 pixels; `change` makes its logits (B, 3) from (itself, x, logits)."""
 

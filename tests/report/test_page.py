@@ -79,6 +79,7 @@ def test_the_page_needs_nothing_else(text: str):
     assert "default-src 'none'" in text
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_bytes(results: Path, text: str):
     assert page_of(results) == text
 

@@ -247,6 +247,7 @@ def test_an_answer_that_may_lie_outside_the_box_contradicts_only_what_needs_no_b
     ]
 
 
+@pytest.mark.slow
 def test_nothing_that_is_stored_contradicts_itself():
     stored = Path(__file__).parents[2] / "results"
     runs = read_runs(stored)

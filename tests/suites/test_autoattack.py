@@ -113,11 +113,11 @@ EPS: dict[Norm, float] = {"Linf": 0.02, "L2": 0.1, "L1": 0.5}
 @pytest.mark.parametrize(
     ("norm", "gate", "wrapper"),
     [
-        ("Linf", "softmax", nn.Sequential),
+        pytest.param("Linf", "softmax", nn.Sequential, marks=pytest.mark.slow),
         ("Linf", "argmax", InDouble),
         ("L2", "argmax", nn.Sequential),
         pytest.param("L2", "softmax", InDouble, marks=pytest.mark.slow),
-        ("L1", "softmax", nn.Sequential),
+        pytest.param("L1", "softmax", nn.Sequential, marks=pytest.mark.slow),
         pytest.param("L1", "argmax", InDouble, marks=pytest.mark.slow),
     ],
 )
@@ -264,7 +264,7 @@ def test_second_block_is_attacked_as_if_it_were_alone(score: Any, cut_autoattack
     assert_parity(second, half, directly(model, half, "Linf", 0.02, block_seed(3, 1)))
 
 
-@pytest.mark.parametrize("case", ["batches of one", "one is right", "one image"])
+@pytest.mark.parametrize("case", [pytest.param("batches of one", marks=pytest.mark.slow), "one is right", "one image"])
 def test_few_examples_are_judged_as_pyautoattack_does(case: str, score: Any, cut_autoattack: Any):
     cut_autoattack(*BUDGET["Linf"])
     model = routed("softmax")

@@ -22,7 +22,8 @@ ATTACKS += [("torchattacks:FGSM", "Linf"), ("torchattacks:VMIFGSM", "Linf"), ("t
 ATTACKS += [("torchattacks:Square", "L2"), ("torchattacks:CW", "L2"), ("torchattacks:EADL1", "L1")]
 #: The data set that a suite for any is run on.
 DATASET = {name: (SUITES[name].datasets or ("planted",))[0] for name in SUITES}
-SLOW = [("autoattack", "Linf")]  # with its whole budget
+#: The first with its whole budget.
+SLOW = [("autoattack", "Linf"), ("autoattack", "L1"), ("robustbench", "L2"), ("torchattacks:EADL1", "L1")]
 #: Fewer queries than by default, which would take seconds and prove no more.
 SETTINGS: dict[str, dict[str, Any]] = {"torchattacks:Square": {"n_queries": 200}, "adaptive": {"budget": "small"}}
 
@@ -47,7 +48,9 @@ def test_suite_tells_the_broken_from_the_robust_model(
     assert set(rows["target"]) == targets
 
 
-@pytest.mark.parametrize("suite", ["pgd", "autoattack", "torchattacks:APGD", "torchattacks:Square"])
+@pytest.mark.parametrize(
+    "suite", ["pgd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("autoattack", "torchattacks:Square"))]
+)
 def test_suite_tells_a_dual_by_its_alpha(suite: str, planted: Any, score: Any, cut_autoattack: Any):
     # R keeps a margin of 26 · ½ · ⅓ at the least, so p_R(y) > 0.9 and α p_R(y) > ½ at α = 0.7, whatever S answers. At
     # α = 0.3 the branch that an attack owns has 0.7 of the weight.

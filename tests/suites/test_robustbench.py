@@ -74,6 +74,7 @@ def test_examples_fall_as_under_autoattack(
         assert found[column].sort_index().to_dict() == last[column].sort_index().to_dict(), column
 
 
+@pytest.mark.slow
 def test_blocks_have_their_own_images_and_seeds(planted: Any, score: Any, cut_autoattack: Any):
     cut_autoattack(*BUDGET)
     model = routed("softmax")
@@ -85,6 +86,7 @@ def test_blocks_have_their_own_images_and_seeds(planted: Any, score: Any, cut_au
     assert result.flags == ()
 
 
+@pytest.mark.slow
 def test_cifar10_itself(data_root: Path, score: Any, cut_autoattack: Any):
     cut_autoattack(*BUDGET)
     model = routed("softmax", size=32)

@@ -146,6 +146,7 @@ def test_every_trained_variant_leaves_a_model_a_table_and_a_header(variant: str,
     assert sorted(file.name for file in path.parent.iterdir()) == [f"{variant}-s3.csv", f"{variant}-s3.safetensors"]
 
 
+@pytest.mark.slow
 def test_training_learns(trained: Training, tiny_spec: Specs):
     trained(tiny_spec("moe-standard", n_train=1000, epochs=8, width=8))
     assert trained.epochs[-1].sa > 0.85
@@ -196,6 +197,7 @@ def test_a_checkpoint_of_another_spec_is_not_overwritten(trained: Training, tiny
 # --- the same again ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_weights_bit_by_bit_and_another_seed_others(tmp_path: Path, tiny_spec: Specs):
     variant, found = "dual-jtdmoe", []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -221,7 +223,9 @@ class Stop(Exception):
         ("moe-standard", {"schedule": "one_cycle", "noise_sigma": 0.25}, "on_step"),
         ("moe-at-argmax", {"schedule": "cyclic", "clip_grad_norm": None}, "on_epoch"),
         ("moe-rt_er", {"schedule": "cosine", "optimizer": "adamw", "lr": 0.01, "flip": True}, "on_step"),
-        ("dual-jtdmoe", {"schedule": "constant", "precision": "bf16-mixed"}, "on_step"),
+        pytest.param(
+            "dual-jtdmoe", {"schedule": "constant", "precision": "bf16-mixed"}, "on_step", marks=pytest.mark.slow
+        ),
         ("moe-at", {"ema_decay": 0.9, "start_radius": 2}, "on_step"),
     ],
 )
