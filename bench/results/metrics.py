@@ -149,14 +149,15 @@ def first_broken_by(runs: Iterable[tuple[pd.DataFrame, Sequence[str]]]) -> dict[
     What a later run broke counts where no run before it did. Of an example that an attack has broken, no attack that
     comes later and skips it is known to fail.
     """
-    seen: set[int] = set()
+    seen = np.empty(0, dtype=np.int64)
     found: dict[str, int] = {}
     for verdicts, attacks in runs:
-        rows = broken(verdicts)
+        lost = _broken(verdicts)
+        idx, by = verdicts["idx"].to_numpy()[lost], verdicts["attack"][lost]
         for attack in attacks:
-            own = set(rows.loc[rows["attack"] == attack, "idx"].tolist()) - seen
+            own = np.setdiff1d(idx[(by == attack).to_numpy(dtype=bool)], seen)
             found[attack] = found.get(attack, 0) + len(own)
-            seen |= own
+            seen = np.concatenate([seen, own])
     return {attack: count for attack, count in found.items() if count}
 
 
