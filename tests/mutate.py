@@ -186,8 +186,8 @@ MUTATIONS = [
     # results
     Mutation(
         "bench/results/metrics.py",
-        'return verdicts[verdicts["target"] == "F"].groupby("idx")["robust"].all()',
-        'return verdicts[verdicts["target"] == "F"].groupby("idx")["robust"].any()',
+        'return all_by_example(verdicts, _is(verdicts, "target", "F"), "robust")',
+        'return all_by_example(verdicts, _is(verdicts, "attack", "clean"), "robust")',
         "tests/results/test_metrics.py",
     ),
     Mutation(

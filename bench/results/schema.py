@@ -169,9 +169,10 @@ def check_verdicts(verdicts: pd.DataFrame) -> None:
     clean = np.bincount(
         number[(verdicts["attack"] == "clean") & (verdicts["target"] == "F")], minlength=max(1, len(idx))
     )
-    first = np.flatnonzero(~pd.Series(number).duplicated())[number]  # where each row's example comes first
+    row = np.zeros(max(1, len(idx)), dtype=np.int64)  # of each example; the examples may be in any order
+    row[number] = np.arange(len(number))
     hashes = verdicts["input_hash"].array
-    if (clean != 1).any() or not (hashes == hashes.take(first)).all():
+    if (clean != 1).any() or not (hashes == hashes.take(row[number])).all():
         raise ValueError("an example does not have exactly one clean row and one input hash")
 
 

@@ -70,6 +70,10 @@ def test_rows_that_no_run_can_have(name: str, expected: str):
         check_verdicts(broken_rows(name))
 
 
+def test_examples_may_be_in_any_order():
+    check_verdicts(ROWS.iloc[::-1].reset_index(drop=True))
+
+
 def test_names_say_what_is_not_default(tmp_path: Path):
     assert suite_label(spec()) == "pgd"
     assert suite_label(spec(suite_params={"steps": 10, "step_size": 0.1})) == "pgd[step_size=0.1, steps=10]"
