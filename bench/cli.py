@@ -389,7 +389,10 @@ def run(
     norm: NormOption = None,
     eps: EpsOption = None,
     seed: SeedOption = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="images of an attack block")] = 128,
+    batch_size: Annotated[
+        str,
+        typer.Option("--batch-size", help="images of an attack block; auto: 128, in parts where memory is short"),
+    ] = "128",
     settings: SettingsOption = None,
     device: DeviceOption = "auto",
     data_root: DataRootOption = Path("data"),
@@ -423,7 +426,8 @@ def run(
             eps=eps,
             n_examples=n_examples,
             seed=seed,
-            batch_size=batch_size,
+            batch_size=128 if batch_size == "auto" else _whole(batch_size, "--batch-size"),
+            fit=batch_size == "auto",
             settings=_settings(settings),
             warm_start=warm_start,
             gates=split(gates),
@@ -468,6 +472,13 @@ def _alphas(words: Sequence[str] | None) -> tuple[float, ...]:
     from bench.settings import parse_number
 
     return tuple(parse_number(value, "--alpha") for value in split(words))
+
+
+def _whole(word: str, option: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise UnusableInput(f"{option}: Input should be auto or a whole number (got '{word}')") from None
 
 
 def _settings(pairs: Sequence[str] | None) -> dict[str, Any]:

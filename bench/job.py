@@ -36,13 +36,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Job(Generic[M]):
-    """One run to be made, on the images that the spec names."""
+    """One run to be made, on the images that the spec names.
+
+    fit: whether forward passes are split by what fits into the device's memory; blocks are as the spec says.
+    """
 
     spec: RunSpec
     subject: Subject
     method: M
     data: EvalSet
     num_classes: int
+    fit: bool = False
 
     @property
     def blocks(self) -> list[slice]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from bench.models.fit import in_parts
+
 
 class Normalize(nn.Module):
     """(x − mean) / std per channel; x (B, c, H, W) in [0, 1]. Buffers: they are in the checkpoint."""
@@ -25,7 +27,10 @@ class Classifier(nn.Module):
     """A backbone behind its normalisation: (B, c, H, W) in [0, 1] → logits (B, C).
 
     A dense model is one of these; an MoE's experts are E of these, so that each can be attacked and scored alone.
+    largest: so many images are passed through the backbone at a time (`bench.models.fit`); None: all.
     """
+
+    largest: int | None = None
 
     def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -33,4 +38,7 @@ class Classifier(nn.Module):
         self.backbone = backbone
 
     def forward(self, x: Tensor) -> Tensor:
+        return in_parts(self._logits, x, self.largest)
+
+    def _logits(self, x: Tensor) -> Tensor:
         return self.backbone(self.normalize(x))

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.models.fit import in_parts
+
 #: Forward passes that stand for one where a model answers by chance: as many as AutoAttack's `rand` version takes.
 DRAWS = 20
 
@@ -113,6 +115,7 @@ class _Shared:
     """What a model and its parts have in common behind their guards."""
 
     draws: int = 1
+    largest: int | None = None
     seed: int = 0
     states: _Randomness = field(default_factory=lambda: _Randomness.of(0))
     seen: set[str] = field(default_factory=set)
@@ -157,6 +160,15 @@ class Guarded(nn.Module):
         self._shared.draws = draws
 
     @property
+    def largest(self) -> int | None:
+        """So many images are passed through the model at a time (`bench.models.fit`); None: all."""
+        return self._shared.largest
+
+    @largest.setter
+    def largest(self, largest: int | None) -> None:
+        self._shared.largest = largest
+
+    @property
     def seen(self) -> set[str]:
         """What the model or a part of it did, in words."""
         return self._shared.seen
@@ -167,11 +179,11 @@ class Guarded(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         if self.draws == 1 or self._scores:
-            return self.once(x)
+            return in_parts(self.once, x, self.largest)
         kept, passes = self._shared.states, []
         for draw in range(self.draws):
             self._shared.states = _Randomness.of(self._shared.seed + 1 + draw)
-            passes.append(self.once(x))
+            passes.append(in_parts(self.once, x, self.largest))
         self._shared.states = kept
         return torch.stack(passes).mean(0)
 

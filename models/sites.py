@@ -88,6 +88,11 @@ def sites(model: nn.Module) -> list[Site]:
     return [*(site for site in shown_sites(model) if site.k < site.num_experts), *named]
 
 
+def forced_inside(model: nn.Module) -> bool:
+    """Whether routes are forced inside what a call of a network runs: by gates in it, or in a user's own model."""
+    return bool(sites(model)) if isinstance(model, Guarded) else any(map(is_block, model.modules()))
+
+
 def shown_sites(model: nn.Module) -> list[Site]:
     """The sites that attributes show, but for those that the user named: those that choose, and soft mixtures."""
     gates = [site.gate for site in model.gates] if isinstance(model, Guarded) else []

@@ -368,7 +368,7 @@ BAD: list[tuple[str, str]] = [
     ("leaderboard --format xml", "'xml' is not one of 'text', 'md', 'csv', 'latex', 'html', 'robustbench'."),
     ("run --n-examples many", "'--n-examples': Input should be a valid integer"),
     ("run --n-examples many", "(got 'many')."),
-    ("run --batch-size 1.5", "(got '1.5')."),
+    ("run --batch-size 1.5", "--batch-size: Input should be auto or a whole number (got '1.5')"),
     ("run --seed -1", "'--seed': Input should be greater than or equal to 0 (got '-1')."),
     ("run --seed 4294967296", "'--seed': Input should be less than or equal to 4294967295"),
     ("train moe-at --seed 0,4294967296", "--seed 4294967296 must be a whole number from 0 to 4294967295"),

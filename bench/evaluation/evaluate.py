@@ -15,14 +15,16 @@ import torch
 from bench.attacks.block import OnAttack
 from bench.datasets.base import EvalSet, input_hash
 from bench.environment import World, environment, git_hash
-from bench.errors import UnusableInput
+from bench.errors import UnusableInput, users_code
 from bench.evaluation import identity
 from bench.evaluation.examine import WARM_START, Examiner, guarded
 from bench.evaluation.report import BlockReport
 from bench.files import write_if_changed
 from bench.job import Job, Subject
 from bench.models.deployed import eval_frozen, full_float32
+from bench.models.fit import fit
 from bench.models.parts import set_alpha
+from bench.models.sites import forced_inside
 from bench.randomness import block_seed, seeded
 from bench.results.metrics import robust_by_example
 from bench.results.schema import GateUse, Result
@@ -81,6 +83,10 @@ def evaluate(
     if spec.alpha is not None:
         set_alpha(job.subject.model, spec.alpha)
     model = guarded(job.subject).to(device)
+    if job.fit and limited(device):
+        failing = users_code(f"'{spec.model}' fails on a block of {len(data.x[job.blocks[0]])} images")
+        with eval_frozen(model), full_float32(), seeded(0), failing:
+            fit(model, data.x[job.blocks[0]].to(device), forced_inside(model))
     blocks = _Blocks(folder, len(job.blocks), on_block)
     with eval_frozen(model), full_float32(), seeded(0):
         examiner = Examiner(job, model, known, data.x[job.blocks[0]].to(device), on_attack)
@@ -106,6 +112,11 @@ def evaluate(
         return None
     blocks.wait(lambda: len(blocks.unbroken) == blocks.count or _differs(folder, job.subject, started))
     return _finish(folder, job, device)
+
+
+def limited(device: str) -> bool:
+    """Whether a device tells that its memory is full; a machine's own is full when it ends a process."""
+    return torch.device(device).type != "cpu"
 
 
 def score(

@@ -36,6 +36,7 @@ class RunRequest(Spec):
     n_examples: int | None = None
     seed: int = 0
     batch_size: int = 128
+    fit: bool = Field(default=False, description="whether forward passes are split by what fits into memory")
     settings: dict[str, Any] = Field(default_factory=dict)
     warm_start: bool = False
     gates: tuple[str, ...] = ()
@@ -135,7 +136,7 @@ class Plan(Generic[M]):
             warm_start=self.request.warm_start,
             gates=chosen.gates,
         )
-        return Job(spec, chosen, method, self.data, self.dataset.num_classes)
+        return Job(spec, chosen, method, self.data, self.dataset.num_classes, self.request.fit)
 
 
 def plan(request: RunRequest, data_root: Path, checkpoints: Sequence[Path], results: Path | None = None) -> Plan[Suite]:
