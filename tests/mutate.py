@@ -202,7 +202,7 @@ MUTATIONS = [
         'legal & (far < 0 * pairs["within"])',
         "tests/results/test_certificates.py",
     ),
-    Mutation("bench/files.py", "beside.replace(path)", "path.write_bytes(content)", "tests/test_files.py"),
+    Mutation("bench/files.py", "beside.replace(path)", "path.write_bytes(data)", "tests/test_files.py"),
     Mutation(
         "bench/spec.py",
         "return self.eps + ABSOLUTE_LINF if",

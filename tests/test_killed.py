@@ -47,7 +47,7 @@ SUBJECT = ["--dataset", "digits", "--model", "moe-standard", "--device", "cpu"]
 TINY = ["n_train=200", "n_val=50", "epochs=4", "width=4", "val_steps=1", "inner_steps=1"]
 WORDS = {
     "train": ["train", "moe-rt_er", "--device", "cpu", *(word for pair in TINY for word in ("--set", pair))],
-    "run": ["run", "--suite", "pgd,adaptive", "--set", "budget=small", "--n-examples", "40", "--batch-size", "8"],
+    "run": ["run", "--suite", "pgd,components", "--set", "steps=10", "--n-examples", "40", "--batch-size", "8"],
     "certify": ["certify", "--method", "routes", "--n-examples", "60", "--batch-size", "10"],
     "leaderboard": ["leaderboard"],
 }

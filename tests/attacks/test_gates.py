@@ -40,7 +40,7 @@ def test_adaptive_breaks_what_a_named_gate_leads_to(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_spares_the_honest_twin(kind: str, monkeypatch: pytest.MonkeyPatch):
     """By few steps of each attack: what none has broken all attack, and more steps prove no more."""
-    few = replace(BUDGETS["small"], path_restarts=1, path_steps=10, steps=10, queries=40)
+    few = replace(BUDGETS["small"], path_restarts=1, path_steps=4, steps=5, queries=15)
     monkeypatch.setitem(BUDGETS, "small", few)
     assert left(kind, True) == len(X)
 

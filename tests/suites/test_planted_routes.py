@@ -76,7 +76,7 @@ def test_adaptive_breaks_the_victim(kind: str, gate: Gate, budget: str, verdict:
 @pytest.mark.parametrize(("kind", "gate"), ONCE)
 def test_adaptive_spares_the_honest_twin(kind: str, gate: Gate, verdict: Any, monkeypatch: pytest.MonkeyPatch):
     """By few steps of each attack: what none has broken all attack, and more steps prove no more."""
-    few = replace(adaptive.BUDGETS["small"], path_restarts=1, path_steps=10, steps=10, queries=40)
+    few = replace(adaptive.BUDGETS["small"], paths=6, path_restarts=1, path_steps=4, steps=5, targets=1, queries=15)
     monkeypatch.setitem(adaptive.BUDGETS, "small", few)
     result = verdict(VICTIMS[kind].model(gate, honest=True), "small")
     assert result.robust_accuracy.value == result.clean_accuracy.value  # of a model of chance some answers are wrong
