@@ -33,11 +33,18 @@ _GATE = re.compile(r"gate|gating", re.IGNORECASE)
 #: A gate gives a score for each of at most so many experts; one that gives more is a layer's own activation.
 _MOST_EXPERTS = 64
 
-_ROUNDING = {"round", "floor", "ceil", "trunc", "frac", "sign", "sgn", "heaviside", "floor_divide", "fmod", "remainder"}
+_ROUNDING = {
+    "round", "floor", "ceil", "trunc", "frac", "sign", "sgn", "heaviside", "copysign", "floor_divide", "fmod",
+    "remainder",
+}  # fmt: skip
+#: What weighs with a factor, and how near to one of two values all of such a factor's are where it decides.
+_WEIGHS, _DECIDED = {"mul", "bmm", "lerp", "addcmul", "mm", "addmm", "linear"}, 1e-6
 #: What hands a value, or a number of rows, to Python.
 _READS = {"nonzero", "masked_select", "_local_scalar_dense", "equal", "is_nonzero", "item"}
 #: What moves an index or a mask and does not act on it.
 _CARRIES = {"clone", "_to_copy", "detach", "contiguous", "copy", "cat", "stack", "lift_fresh", "alias"}
+#: How `grid_sample` calls its mode that takes the nearest value.
+_NEAREST = 1
 #: Draws in name alone: attention without dropout, dropout that is off.
 _NO_DRAW = re.compile(r"attention|dropout|rrelu")
 #: What a layer with weights is made of.
@@ -97,11 +104,10 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
         output = model(x)
     if not any(watch.depends(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
         watch.report("a computation outside torch", "")
-    operations = dict.fromkeys(
-        f"{operation} in {_glob(where) or type(model).__name__}" for operation, where in watch.found
-    )
+    found = watch.found or watch.weighed
+    operations = dict.fromkeys(f"{operation} in {_glob(where) or type(model).__name__}" for operation, where in found)
     gates = [site.name for site in known]
-    inside = dict.fromkeys(_glob(gate) for gate in gates for _, where in watch.found if _within(where, gate))
+    inside = dict.fromkeys(_glob(gate) for gate in gates for _, where in found if _within(where, gate))
     return Choices(tuple(_names(model, watch.shapes, gates)), tuple(operations), tuple(inside))
 
 
@@ -230,8 +236,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         super().__init__()  # type: ignore[no-untyped-call]
         self.scores: set[object] = set()  # what is computed from the scores of known sites alone
         self.data = {_key(x)}
+        self.two_valued = _decides(x)  # black and white
         self.decided: dict[object, tuple[str, str]] = {}  # storage → the operation and the module that chose
         self.found: dict[tuple[str, str], None] = {}
+        self.weighed: dict[tuple[str, str], None] = {}  # what acts like a choice, which may follow from a found one
         self.where: list[str] = [""]
         self.shapes: defaultdict[str, list[tuple[int, ...]]] = defaultdict(list)
 
@@ -279,6 +287,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         kwargs: dict[str, Any],
     ) -> None:
         keys = [_key(tensor) for tensor in inputs]
+        pairs = list(zip(keys, inputs, strict=True))
         depending = [key for key in keys if key in self.data or key in self.decided]
         # what gates that are attacked choose; a layer with weights ends it
         if depending and self.scores.issuperset(depending) and name not in _LAYERS:
@@ -296,6 +305,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self.report("values read by Python" if name in ("_local_scalar_dense", "item", "is_nonzero") else name)
         if of_data and (name in _ROUNDING or (name == "div" and kwargs.get("rounding_mode"))):
             self.report("rounding" if name == "div" else name)
+        if name in _WEIGHS and not self.two_valued:
+            factors = {key: tensor for key, tensor in pairs if key in self.data}
+            several = len(factors) > 1 or name in _LAYERS
+            most = max((_bytes(tensor) for tensor in factors.values()), default=0)
+            for key, factor in factors.items():
+                alone = _bytes(factor) < most  # a feature map may be 0 before it is trained
+                if several and key not in self.scores and _decides(factor, alone=alone):
+                    self.weighed[f"weights of two values ({name})", self.where[-1]] = None
+        if of_data and name.startswith("grid_sampler") and keys[1:] and keys[1] in self.data and args[2] == _NEAREST:
+            self.report("nearest sample")
         if not (of_data or chosen) or _MAKES.search(name) or _tests_finiteness(name, keys, args):
             return
         origin = chosen[0] if chosen else ("rounding to integers" if name == "_to_copy" else name, self.where[-1])
@@ -326,8 +345,33 @@ class _Reads(TorchFunctionMode):
 def _tests_finiteness(name: str, keys: list[object], args: tuple[Any, ...]) -> bool:
     """x == x and |x| ≠ ∞, which `isnan` and `isfinite` are made of: they tell nothing of an image."""
     if name in ("eq", "ne"):
-        return (len(keys) == 2 and keys[0] == keys[1]) or (len(args) > 1 and args[1] in (float("inf"), -float("inf")))
+        infinite = isinstance(args[1], int | float) and abs(args[1]) == float("inf")
+        return (len(keys) == 2 and keys[0] == keys[1]) or infinite
     return name in ("isnan", "isinf", "isfinite", "isposinf", "isneginf")
+
+
+def _decides(factor: Tensor, *, alone: bool = False) -> bool:
+    """Whether a factor that depends on the images has two values on several of them, such as 0 and 1; `alone`: or one
+    of these on all.
+
+    A softmax, a sigmoid or a clamp that is never between them weighs as a choice does, and hides it. Attention that is
+    sure of each token (T × T) does not count.
+    """
+    if not factor.is_floating_point() or factor.dim() < 2 or len(factor) < 2:
+        return False
+    if factor.is_sparse or factor.is_mkldnn:
+        return False
+    if factor.dim() == 3 and factor.shape[1] == factor.shape[2]:
+        return False
+    low, high = factor.amin(), factor.amax()
+    near = _DECIDED * torch.maximum(low.abs(), high.abs())
+    two = bool((torch.minimum(factor - low, high - factor) <= near).all() & (high - low > 2 * near))
+    return two or (alone and bool((low == high) & ((low == 0) | (low == 1))))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """The size of its storage: of what was expanded that from before."""
+    return 0 if tensor.is_sparse or tensor.is_mkldnn else tensor.untyped_storage().nbytes()
 
 
 def _key(tensor: Tensor) -> object:

@@ -86,11 +86,131 @@ def test_a_router_that_gives_indices_alone_is_told_how_to_be_named():
         (lambda s: s[:, s.mean(0).tolist().index(max(s.mean(0).tolist())) :], ["values read by Python"]),
         (lambda s: torch.tensor(s.numpy().round()), ["values read by Python", "a computation outside torch"]),
         (lambda s: s[s[:, 0].nonzero()[:, 0]], ["nonzero"]),
+        (lambda s: s * (s == s.amax(1, keepdim=True)), ["eq"]),
+        (lambda s: torch.copysign(torch.ones_like(s), s) * s, ["copysign"]),
+        (lambda s: s * torch.bucketize(s, torch.tensor([0.0, 1.0])), ["bucketize"]),
+        (lambda s: s * (s.view(torch.int32) & 1), ["bitwise_and"]),
+        (lambda s: F.one_hot((1000 * s.sum(1)).long() % 6, 6) * s, ["rounding to integers"]),
+        (
+            lambda s: F.grid_sample(s[:, None, None], s[:, None, None, :2], "nearest", align_corners=True)[:, 0, 0],
+            ["nearest sample"],
+        ),
     ],
 )
 def test_a_choice_by_the_image_is_noticed(function: Callable[[Tensor], Tensor], seen: list[str]):
     torch.manual_seed(0)
     assert operations(function) == seen
+
+
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        lambda s: (1e6 * s).softmax(1),
+        lambda s: (1e6 * s).sigmoid(),
+        lambda s: (1e6 * s).clamp(0, 1),
+        lambda s: (1e6 * s).tanh(),
+        lambda s: F.hardsigmoid(1e6 * s),
+        lambda s: s / s.abs(),
+        lambda s: (1 - 1e6 * (s.amax(1, keepdim=True) - s)).relu(),
+        lambda s: (1e3 * (s[:, :1] - 50)).sigmoid(),  # closed for each of the images
+        lambda s: (1e3 * (s[:, :1] - 50)).sigmoid().expand(-1, 6),
+        lambda s: (1e3 * (s[:, :1] + 50)).sigmoid(),  # open for each
+    ],
+)
+def test_weights_that_are_never_between_two_values_are_a_choice_that_is_hidden(weigh: Callable[[Tensor], Tensor]):
+    assert operations(lambda s: s * weigh(s)) == ["weights of two values (mul)"]
+    assert operations(lambda s: torch.bmm(weigh(s)[:, None].expand(-1, -1, 6), s[..., None])[:, 0]) == [
+        "weights of two values (bmm)"
+    ]
+    assert operations(lambda s: torch.lerp(s, 2 * s, weigh(s))) == ["weights of two values (lerp)"]
+
+
+class ByDict(nn.Module):
+    """Experts are parameters in a dict, each image goes through its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.ParameterDict({str(i): nn.Parameter(torch.randn(192, 10)) for i in range(3)})
+        self.q = nn.Parameter(torch.randn(192, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return torch.stack([row @ self.p[str(int(i))] for row, i in zip(x, (x @ self.q).argmax(1), strict=True)])
+
+
+class ByEinsum(nn.Module):
+    """Hard weights over stacked experts, of a softmax so sharp that it is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t, self.q = nn.Parameter(torch.randn(3, 192, 10)), nn.Parameter(torch.randn(192, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return torch.einsum("be,bd,edc->bc", (1e6 * (x @ self.q)).softmax(1), x, self.t)
+
+
+class ByChannel(nn.Module):
+    """A grouped convolution whose channels open by the image's mean colour."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3, padding=1, groups=3), nn.Conv2d(3, 12, 1)
+        self.c = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        opened = (self.b(x.mean((2, 3), keepdim=True)) > 0).to(x)
+        return self.c((self.a(x) * opened).mean((2, 3)))
+
+
+class ByStraightThrough(nn.Module):
+    """Hard forwards, soft backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(192, 3), nn.ModuleList(nn.Linear(192, 10) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        soft = self.a(x).softmax(1)
+        w = F.one_hot(soft.argmax(1), 3) - soft.detach() + soft
+        return (w[..., None] * torch.stack([layer(x) for layer in self.b], 1)).sum(1)
+
+
+class ByUnpooling(nn.Module):
+    """The place of the largest score, as max-pooling and its inverse have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(192, 4), nn.ModuleList(nn.Linear(192, 10) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        best, place = F.max_pool1d(self.a(x)[:, None], 4, return_indices=True)
+        w = F.max_unpool1d(torch.ones_like(best), place, 4)[:, 0]
+        return (w[..., None] * torch.stack([layer(x) for layer in self.b], 1)).sum(1)
+
+
+@pytest.mark.parametrize("kind", [ByDict, ByEinsum, ByChannel, ByStraightThrough, ByUnpooling])
+def test_routed_networks_of_other_styles_are_noticed_by_what_they_compute(kind: type[nn.Module]):
+    torch.manual_seed(0)
+    found = find_choices(kind().eval(), torch.rand(4, 3, 8, 8))
+    assert found.names == ()
+    assert found.operations
+
+
+def test_weights_that_happen_to_be_alike_are_no_choice():
+    zero = torch.zeros(6, 6)
+    for function in (
+        lambda s: s * s.sigmoid(),
+        lambda s: s * (s @ zero + 1).sigmoid(),  # a gate that starts as a constant
+        lambda s: (s @ zero) * s.sigmoid()[:, :1],  # a branch that starts at 0
+        lambda s: (1e6 * s[:, :, None] * s[:, None]).softmax(-1) @ s[..., None],  # sharp attention
+    ):
+        assert operations(function) == []
+    black_and_white = (torch.rand(4, 1, 8, 8) > 0.5).float()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    assert find_choices(model, black_and_white) == NOTHING
 
 
 def test_a_choice_written_in_place_or_through_a_view_is_noticed():
