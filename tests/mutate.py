@@ -152,6 +152,18 @@ MUTATIONS = [
         "if False:",
         "tests/evaluation/test_subjects.py",
     ),
+    Mutation(
+        "bench/evaluation/replay.py",
+        "if data.fingerprint != result.fingerprint:",
+        "if False:",
+        "tests/evaluation/test_replay.py",
+    ),
+    Mutation(
+        "bench/evaluation/evaluate.py",
+        'known.of(np.isin(known.idx, clean["idx"][shared]))',
+        "known",
+        "tests/evaluation/test_warm_start.py",
+    ),
     # certificates
     Mutation(
         "bench/certify/smoothing.py",
@@ -284,7 +296,25 @@ MUTATIONS = [
         "tests/training/test_optimisers.py",
     ),
     Mutation("bench/training/state.py", 'if state["key"] != key:', "if False:", "tests/training/test_state.py"),
+    Mutation(
+        "bench/training/loop.py",
+        'self.optimizers[name].load_state_dict(state["optimizers"][name])',
+        "pass",
+        "tests/training/test_loop.py -k stopped",
+    ),
     # models
+    Mutation(
+        "models/sites.py",
+        "return lifted(scores, wanted(chosen, scores.shape[-1])[:, None], 1)",
+        "return scores",
+        "tests/suites/test_planted_routes.py -k small",
+    ),
+    Mutation(
+        "models/deployed.py",
+        "batch |= not same_logits(parts, whole[order])",
+        "batch |= False",
+        "tests/evaluation/test_foreign.py -k batch",
+    ),
     Mutation(
         "models/routing.py", "torch.full_like(scores, 1 / k)", "torch.ones_like(scores)", "tests/models/test_routing.py"
     ),
