@@ -307,7 +307,7 @@ MUTATIONS = [
         "models/sites.py",
         "return lifted(scores, wanted(chosen, scores.shape[-1])[:, None], 1)",
         "return scores",
-        "tests/suites/test_planted_routes.py -k small",
+        "tests/models/test_sites.py",
     ),
     Mutation(
         "models/deployed.py",
