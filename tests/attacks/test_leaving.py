@@ -90,7 +90,9 @@ EPS: dict[Norm, dict[str, float]] = {
 
 
 @pytest.mark.parametrize("norm", ["Linf", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("L2", "L1"))])
-@pytest.mark.parametrize("attribute", PARTS)
+@pytest.mark.parametrize(
+    "attribute", [pytest.param(part, marks=[pytest.mark.slow] * (part == "fab")) for part in PARTS]
+)
 def test_the_same_rows_are_broken(attribute: str, norm: Norm, part_of: Any):
     digits = open_dataset("digits").evaluation_set(Path(), 40)
     model = InDouble(load_model("moe-rt_er", dataset="digits", threat_model="Linf"))

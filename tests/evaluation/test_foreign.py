@@ -172,7 +172,7 @@ def test_a_model_that_answers_by_chance_is_attacked_in_the_mean_and_judged_by_it
         assert rows.equals(again)
 
 
-@pytest.mark.parametrize("batch_size", [1, 24])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 24])
 def test_batch_dependence_and_state_are_seen_at_any_batch_size(batch_size: int, planted: Any, score: Any):
     class Centred(Planted):
         def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file, save, save_file
@@ -33,6 +33,7 @@ def assert_same(found: Witnesses, expected: Witnesses) -> None:
     assert (found.idx.dtype, found.x_adv.dtype) == (np.int64, np.float32)
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_what_is_written_comes_back(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     shape = data.draw(st.tuples(st.integers(0, 5), *[st.integers(1, 3)] * 3))
