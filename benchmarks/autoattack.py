@@ -27,37 +27,45 @@ from bench.randomness import block_seed
 from bench.spec import ThreatModel
 from bench.suites.autoattack import AutoAttackSuite
 
+#: Which examples withstand an attack (B,), the examples sent forwards, and the gradients taken.
+Answer = tuple[Tensor, int, int]
 
-def directly(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Tensor:
-    """Which examples withstand pyautoattack's own call, (B,)."""
+
+def directly(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Answer:
+    """What pyautoattack's own call gives."""
     attack = AutoAttack(model, norm=threat.norm, eps=threat.eps, seed=seed, device=x.device)
-    x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
+    with PassCounter(model) as counter:
+        x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
     with torch.no_grad():
-        return model(x_adv).argmax(1) == y
+        return model(x_adv).argmax(1) == y, *counter.lap()
 
 
-def by_the_suite(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Tensor:
-    """Which examples withstand the suite, (B,)."""
+def by_the_suite(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Answer:
+    """What the suite gives; the passes by which it is judged again are none of the attack's."""
     with eval_frozen(model), full_float32(), PassCounter(model) as counter, torch.no_grad():
         robust = model(x).argmax(1) == y
+        counter.lap()
         with torch.enable_grad():
             block = Block(model, x, y, robust.clone(), 10, "", threat, seed, counter)
             attempts = list(AutoAttackSuite().attack(block))
+        passes = [(attempt.forwards, attempt.backwards) for attempt in attempts]
         for attempt in attempts:
             robust[attempt.rows] = model(attempt.x_adv).argmax(1) == y[attempt.rows]
-    return robust
+    return robust, sum(forwards for forwards, _ in passes), sum(backwards for _, backwards in passes)
 
 
 def compare(model: nn.Module, data: EvalSet, batch_size: int, threat: ThreatModel) -> dict[str, object]:
     """Seconds of both over all blocks, who goes first taking turns, and the examples on which they disagree."""
-    sides: dict[str, Callable[..., Tensor]] = {"pyautoattack": directly, "suite": by_the_suite}
+    sides: dict[str, Callable[..., Answer]] = {"pyautoattack": directly, "suite": by_the_suite}
     wall, process, robust = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0.0), dict.fromkeys(sides, torch.tensor([]))
+    forwards, backwards = dict.fromkeys(sides, 0), dict.fromkeys(sides, 0)
     for number, (x, y) in enumerate(zip(data.x.split(batch_size), data.y.split(batch_size), strict=True)):
         for name in sorted(sides, reverse=bool(number % 2)):
             start = time.perf_counter(), time.process_time()
-            found = sides[name](model, x.to(DEVICE), y.to(DEVICE), threat, block_seed(0, number))
+            found, there, back = sides[name](model, x.to(DEVICE), y.to(DEVICE), threat, block_seed(0, number))
             wall[name] += time.perf_counter() - start[0]
             process[name] += time.process_time() - start[1]
+            forwards[name], backwards[name] = forwards[name] + there, backwards[name] + back
             robust[name] = torch.cat([robust[name], found.cpu()])
     unlike = (robust["pyautoattack"] != robust["suite"]).nonzero()[:, 0].tolist()
     return {
@@ -66,6 +74,8 @@ def compare(model: nn.Module, data: EvalSet, batch_size: int, threat: ThreatMode
         "suite, s": wall["suite"],
         "wall": wall["suite"] / wall["pyautoattack"],
         "process": process["suite"] / process["pyautoattack"],
+        "forwards": " → ".join(f"{count:,}" for count in forwards.values()),
+        "backwards": " → ".join(f"{count:,}" for count in backwards.values()),
         "other verdicts on": ", ".join(map(str, unlike)) or "none",
     }
 
