@@ -312,7 +312,7 @@ def test_no_certified_class_or_route_is_broken(kind: str):
 @pytest.mark.slow
 def test_no_certified_class_or_route_is_broken_among_many_models():
     counted: Counter[tuple[str, str]] = Counter()
-    for seed in range(1000, 1000 + 2 * len(KINDS)):
+    for seed in range(1000, 1000 + 4 * len(KINDS)):
         check(seed, KINDS[seed % len(KINDS)], counted)
     judged(counted)
     for method in ("network", "union", "route-stable", "soft"):  # not always yes
