@@ -127,6 +127,7 @@ class SoftMoE(nn.Module):
         super().__init__()
         self.gate = gate
         self.experts = nn.ModuleList(experts)
+        self.num_selected_experts = len(self.experts)
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.gate(x)

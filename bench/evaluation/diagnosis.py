@@ -101,7 +101,7 @@ def diagnose(plan: Plan[Suite], model: str, device: str) -> Diagnosis:
         suites = [_attacked(each, network, forward, both) for each in jobs]
     if isinstance(network, Guarded):
         findings += [Finding("forward pass", what) for what in sorted(network.seen) if "no gradient" not in what]
-    return Diagnosis([*findings, _rank(findings, routed=bool(gates or parts(network)))], suites)
+    return Diagnosis([*findings, _rank(findings, routed=bool(sites(network) or parts(network)))], suites)
 
 
 def _model(job: Job[Suite], network: nn.Module) -> Finding:
@@ -216,6 +216,8 @@ def _routes(
         return Finding("routes", "none, as --gates none declares")
     if parts(network):
         return Finding("routes", f"none, but {len(parts(network))} parts that are attacked one by one")
+    if soft := [site.words for site in sites(network) if site.soft]:
+        return Finding("routes", f"{', '.join(soft)}: mixtures, none of which chooses")
     return Finding("routes", "none: nothing that it computes chooses by the image")
 
 

@@ -6,8 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench.attacks.adaptive import BUDGETS, AdaptiveAttack
+from bench import load_model
+from bench.attacks.adaptive import BUDGETS, AdaptiveAttack, attacks
+from bench.attacks.block import Block, PassCounter
+from bench.attacks.search import Search
 from bench.errors import UnusableInput
+from bench.models.sites import sites
+from bench.spec import ThreatModel
 from bench.suites.base import open_suites
 
 
@@ -31,6 +36,16 @@ def test_it_gives_the_same_for_a_seed(planted: Any, monkeypatch: pytest.MonkeyPa
     assert torch.equal(attack(data.x, data.y), first)
     attack.seed = 4
     assert not torch.equal(attack(data.x, data.y), first)
+
+
+def test_soft_mixtures_inside_a_network_are_attacked_without_a_word():
+    model = load_model("softmoe-at", dataset="digits")
+    assert all(site.soft for site in sites(model))
+    x, y = torch.rand(1, 1, 8, 8), torch.zeros(1, dtype=torch.long)
+    threat = ThreatModel(norm="Linf", eps=0.2)
+    block = Block(model, x, y, torch.ones(1, dtype=torch.bool), 10, "digits", threat, 0, PassCounter(model))
+    names = [name for name, _ in attacks(Search(block), "small")]
+    assert names == ["deployed", "softened", "targeted", "square-1"]
 
 
 def test_it_refuses_an_attack_that_it_does_not_have(planted: Any):

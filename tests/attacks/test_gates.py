@@ -56,6 +56,7 @@ def test_standard_attacks_leave_it(kind: str, suite: str, score: Any, cut_autoat
     assert result.robust_accuracy.value >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(third_party.ALL))
 def test_every_shape_of_public_code_is_attacked_once_its_gates_are_named(name: str, monkeypatch: pytest.MonkeyPatch):
     word = third_party.GATES.get(name)

@@ -11,6 +11,7 @@ from bench.report.figures import KINDS
 from bench.report.plot import drawn
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file_and_the_command_prints_where_it_lies(results: Path, bench: Any, tmp_path: Path):
     status, out, err = bench("report", "--results", str(results), "--out", "deep/page.html")
     assert (status, out) == (0, "deep/page.html\n"), err
