@@ -90,7 +90,8 @@ def job(architecture: str, name: str, method: Any, norm: str = "Linf", eps: floa
     )
     spec = RunSpec(
         model="m", alpha=info.alpha, dataset="digits", threat_model=ThreatModel(norm=norm, eps=eps), suite=name,
-        suite_version=method.version, suite_params=method.params, n_examples=len(data), batch_size=2,
+        suite_version=method.version, suite_params=method.params, n_examples=len(data),
+        batch_size=2 if name == "pgd" else IMAGES,
     )  # fmt: skip
     return Job(spec, Subject(model, info, **subject), method, data, 10)
 

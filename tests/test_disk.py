@@ -138,8 +138,8 @@ def test_two_commands_at_once_lose_nothing(tmp_path: Path):
     """Two runs and a certification, each by two processes at a time."""
     log = tmp_path / "log"
     model = ["--model", "moe-standard", "--device", "cpu"]
-    run = ["run", "--suite", "clean,pgd", "--set", "steps=5", "--n-examples", "30", "--batch-size", "3", *model]
-    certify = ["certify", "--method", "routes", "--n-examples", "30", "--batch-size", "3", *model]
+    run = ["run", "--suite", "clean,pgd", "--set", "steps=5", "--n-examples", "12", "--batch-size", "3", *model]
+    certify = ["certify", "--method", "routes", "--n-examples", "12", "--batch-size", "3", *model]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, ROOT / "tests" / "killed.py"], cwd=ROOT, env=environment, stdin=subprocess.PIPE,
