@@ -17,6 +17,8 @@ from bench.datasets.base import open_dataset
 from bench.evaluation.plan import RunRequest, plan_on
 from bench.results.certificates import read_certificates
 from bench.results.store import read_runs
+from bench.suites.base import SUITES
+from bench.training.loop import Trainer
 
 #: A suite whose first process to attack block 1 is killed there.
 MORTAL = """
@@ -86,6 +88,13 @@ def test_what_cannot_be_done_is_refused(words: tuple[str, ...], wanted: str, ben
     shelve(Path("checkpoints"), "moe-at")
     status, _, err = bench("run", "--suite", "pgd", "--n-examples", "4", "--model", "moe-at", *words)
     assert (status, err.splitlines()[-1]) == (2, f"error: {wanted}")
+
+
+@pytest.fixture(autouse=True)
+def _plugins_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plugin of these tests registers or replaces in this process is gone after the test."""
+    monkeypatch.setattr(SUITES, "_items", {name: SUITES[name] for name in SUITES})
+    monkeypatch.setattr(Trainer, "_save_state", Trainer._save_state)
 
 
 @pytest.fixture

@@ -127,7 +127,6 @@ def _finish(folder: CertificateFolder, job: Job[Certifier], device: str) -> Cert
     blocks = folder.read_blocks()
     finished = folder.finished()  # by another process, which then has taken the blocks away
     if finished is not None:
-        folder.drop_blocks()
         return finished
     rows = pd.concat([block.rows for block in blocks], ignore_index=True)
     right = sum(block.side["right"] for block in blocks)

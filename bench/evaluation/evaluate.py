@@ -219,7 +219,6 @@ def _finish(folder: RunFolder, job: Job[Suite], device: str) -> Result:
     blocks = folder.read_blocks()
     finished = folder.finished()  # by another process, which then has taken the blocks away
     if finished is not None:
-        folder.drop_blocks()
         return finished
     subject, data = job.subject, job.data
     report = BlockReport.merge(BlockReport.model_validate(block.side) for block in blocks)

@@ -120,8 +120,15 @@ class Folder(ABC, Generic[R]):
         """The result, checked; UnusableInput, naming the file, if it or its rows cannot be relied on."""
 
     def finished(self) -> R | None:
-        """The result of a finished run, or None; UnusableInput where its files do not fit together."""
-        return self.read() if (self.path / "result.json").exists() else None
+        """The result of a finished run, or None; UnusableInput where its files do not fit together.
+
+        Its blocks, which a command that was killed at its very end has left, are removed.
+        """
+        if not (self.path / "result.json").exists():
+            return None
+        result = self.read()
+        self._drop_blocks()
+        return result
 
     def rows(self, result: R) -> pd.DataFrame:
         """The rows, as the file has them now; UnusableInput if they are not those that the result was made from."""
@@ -170,9 +177,9 @@ class Folder(ABC, Generic[R]):
             write_atomically(self.path / FILE, witnesses.to_bytes())
         write_atomically(self.path / self.file, _to_parquet(rows, {}, self.check))
         write_atomically(self.path / "result.json", (result.model_dump_json(indent=1) + "\n").encode())
-        self.drop_blocks()
+        self._drop_blocks()
 
-    def drop_blocks(self) -> None:
+    def _drop_blocks(self) -> None:
         """Removes the blocks, of which a finished run needs none."""
         shutil.rmtree(self._blocks, ignore_errors=True)
 

@@ -46,6 +46,14 @@ def test_layout_and_round_trip(tmp_path: Path, folder: RunFolder):
     assert text.startswith('{\n "schema_version": 1,\n "spec": {\n')
 
 
+def test_what_a_kill_has_left_of_the_blocks_goes_when_the_run_is_found(folder: RunFolder):
+    left = folder.path / "blocks" / "block-00000.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"")
+    assert folder.finished() == result(ROWS)
+    assert not left.parent.exists()
+
+
 def test_attacks_stay_in_the_order_they_ran(tmp_path: Path):
     rows = frame(clean="1111", square="1011", apgd="1.01")
     made = Result.from_rows(spec(), INFO, "f", rows, ["square", "apgd", "last"], **PROVENANCE)
