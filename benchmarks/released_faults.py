@@ -26,6 +26,7 @@ from bench.settings import parse_settings
 from bench.spec import ThreatModel
 from bench.training.data import read_training_data
 from bench.training.loop import Trainer, train
+from bench.training.objectives.jtdmoe import JTDMoE
 from bench.training.recipes import train_spec
 from bench.training.state import StateFiles
 
@@ -98,8 +99,6 @@ def gradients_not_cleared() -> Iterator[None]:
         loss = F.cross_entropy(dual.mix(standard, dual.robust(x)), y)
         balance = self.balance_term(dual.standard, trace.gate_logits)
         return {f"standard_{name}": term for name, term in {"ce": loss, **balance}.items()}
-
-    from bench.training.objectives.jtdmoe import JTDMoE
 
     with patch.object(Trainer, "step", faulty), patch.object(JTDMoE, "standard_loss", coupled):
         yield

@@ -59,11 +59,15 @@ def full_float32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of the deployed model: classes (m,), whether the logits were finite (m,), first selected expert (m,) or −1."""
+    """Of the deployed model: classes (m,), whether the logits were finite (m,), first selected expert (m,) or −1.
+
+    logits (m, C), where one pass gave them; None of a model that answers by chance, or that failed.
+    """
 
     classes: Tensor
     finite: Tensor
     expert: Tensor
+    logits: Tensor | None = None
 
 
 def first_expert(model: object, x: Tensor) -> Tensor:
@@ -83,6 +87,7 @@ def predict(model: nn.Module, x: Tensor, routing_visible: bool) -> Prediction:
 
     Of a model that answers by chance, the class that most of its draws give, the first of those that tie.
     """
+    logits: Tensor | None = None
     if isinstance(model, Guarded) and model.draws > 1:
         draws = torch.stack([model.once(x) for _ in range(model.draws)])  # (D, m, C)
         votes = one_hot(draws.argmax(2), draws.shape[2]).sum(0)  # (m, C)
@@ -91,7 +96,7 @@ def predict(model: nn.Module, x: Tensor, routing_visible: bool) -> Prediction:
         logits = model(x).float()  # a model that computes in double is judged in single precision
         classes, finite = logits.argmax(1), logits.isfinite().all(1)
     expert = first_expert(model, x) if routing_visible else torch.full((len(x),), -1)
-    return Prediction(classes.cpu(), finite.cpu(), expert.cpu())
+    return Prediction(classes.cpu(), finite.cpu(), expert.cpu(), logits)
 
 
 def validate_outputs(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -> None:

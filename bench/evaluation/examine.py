@@ -53,7 +53,8 @@ class ExaminedBlock:
 class _Record:
     """What is known of a block so far. columns: of F's rows, what does not depend on the attack.
 
-    unbroken (B,): classified correctly, and by no attack broken or driven to an error.
+    unbroken (B,): classified correctly, and by no attack broken or driven to an error. logits (B, C): the clean ones,
+    as in `Prediction`.
     """
 
     x: Tensor
@@ -62,6 +63,7 @@ class _Record:
     columns: dict[str, Any]
     correct: Tensor
     unbroken: Tensor
+    logits: Tensor | None
     frames: list[pd.DataFrame] = field(default_factory=list)
     witnesses: list[Witnesses] = field(default_factory=list)
     report: BlockReport = field(default_factory=BlockReport)
@@ -151,7 +153,6 @@ class Examiner:
         if isinstance(self.model, Guarded):
             self.model.reseed(seed)
         record = self._clean(number, x, y, idx)
-        before = self._answers(x)
         if number == 0:
             right = record.correct.to(x.device)
             record.report.model_flags += [*self.found, *self._probe(x[right], y[right])]
@@ -177,25 +178,24 @@ class Examiner:
         report.seconds, report.thread_counts = time.perf_counter() - started, [torch.get_num_threads()]
         if isinstance(self.model, Guarded):
             report.model_flags += sorted(self.model.seen)
-        after = self._answers(x)
-        if before is not None and (after is None or not same_logits(after, before)):
-            report.model_flags.append(STATEFUL)  # whatever it keeps, and wherever: attacks have changed its answers
+        if self._changed(record):
+            report.model_flags.append(STATEFUL)  # whatever it keeps, and wherever
         rows = pd.concat(record.frames, ignore_index=True).astype(VERDICT_COLUMNS)
         return ExaminedBlock(rows, report, Witnesses.joined([found for found in record.witnesses if len(found)]))
 
-    @torch.no_grad()
-    def _answers(self, x: Tensor) -> Tensor | None:
-        """A foreign model's logits on clean images, the same before and after an attack; None if it fails.
+    def _changed(self, record: _Record) -> bool:
+        """Whether a foreign model answers clean images otherwise than before the attacks.
 
         One that answers by chance is not asked: it keeps no rank as it is.
         """
-        if not isinstance(self.model, Guarded) or BY_CHANCE in self.found:
-            return None
+        if not isinstance(self.model, Guarded) or record.logits is None:
+            return False
         self.model.eval()
         try:
-            return self.model(x).double()
-        except Exception:  # of a user's own model: the rows are errors
-            return None
+            after = predict(self.model, record.x, False).logits
+        except Exception:  # it did not fail before
+            return True
+        return after is None or not same_logits(after.double(), record.logits.double())
 
     def _clean(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> _Record:
         """The record of a block that is not attacked yet: its clean rows."""
@@ -217,7 +217,7 @@ class Examiner:
             "input_hash": [input_hash(image) for image in x],
             "label": y.cpu().numpy(),
         }
-        record = _Record(x, y, idx, of_image | _clean_columns(clean, y), correct, correct.clone())
+        record = _Record(x, y, idx, of_image | _clean_columns(clean, y), correct, correct.clone(), clean.logits)
         zero = torch.zeros(len(x), dtype=torch.double)
         nothing = Judgement(clean, zero, zero, ~clean.finite, ~correct, torch.zeros_like(correct))
         record.frames.append(_frame(record.columns, torch.arange(len(x)), "clean", "F", nothing))

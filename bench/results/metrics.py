@@ -55,7 +55,8 @@ def sign_flip(changes: NDArray[np.int64]) -> float:
     on the same images are not independent, but under the null hypothesis the sign of an example's sum is a fair coin.
     Where each change is −1, 0 or 1 it is McNemar's test (Fisher, Design of Experiments 1935, §21).
     """
-    from scipy.special import gammaln
+    from scipy.signal import fftconvolve
+    from scipy.stats import binom
 
     sizes, counts = np.unique(np.abs(changes[changes != 0]), return_counts=True)
     if not len(sizes):
@@ -65,11 +66,9 @@ def sign_flip(changes: NDArray[np.int64]) -> float:
         return _tail(positive, int(counts[0]))
     chances = np.ones(1)  # of the sum of the sizes whose sign is +
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        own, k = np.zeros(size * count + 1), np.arange(count + 1)
-        own[::size] = np.exp(gammaln(count + 1) - gammaln(k + 1) - gammaln(count - k + 1) - count * math.log(2))
-        length = len(chances) + len(own) - 1
-        spectrum = np.fft.rfft(chances, length) * np.fft.rfft(own, length)
-        chances = np.maximum(np.fft.irfft(spectrum, length), 0)
+        own = np.zeros(size * count + 1)
+        own[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.maximum(fftconvolve(chances, own), 0)
     return float(min(1.0, chances[int(changes[changes > 0].sum()) :].sum()))
 
 
