@@ -1,8 +1,8 @@
 """Runs commands of bench in children that kill themselves at a given point.
 
 A line of standard input is JSON: [the point (a key of KILLS, or a number of seconds), a file for the child's output,
-the command's words, or those of several commands at once]; the answer is a line with each child's exit status. The
-parent has imported what the commands need, which takes longer than the trainings do: three epochs of two steps each.
+the words of commands that run at once]; the answer is a line with each child's exit status. The parent has imported
+what the commands need, which takes longer than the trainings do: three epochs of two steps each.
 """
 
 import json
@@ -10,11 +10,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn
 
 import sklearn.datasets  # noqa: F401  # the digits
+from forked import forked
 
 from bench import cli, progress
 from bench.evaluation import probes
@@ -69,23 +71,24 @@ KILLS: dict[str | None, Callable[[], None]] = {
 }
 
 
+def killing(command: list[str], kill: str | float | None, output: int) -> None:
+    """Run a command, whose output goes to a file, until it is killed."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if isinstance(kill, float):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as sudden as SIGKILL, and the child sends it itself
+        signal.setitimer(signal.ITIMER_REAL, kill)
+    else:
+        KILLS[kill]()
+    cli.main(command)
+
+
 def main() -> None:
     for line in sys.stdin:
-        kill, log, words = json.loads(line)
-        children = []
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-        for command in words if isinstance(words[0], list) else [words]:
-            children.append(os.fork())
-            if not children[-1]:
-                os.dup2(file, 1)
-                os.dup2(file, 2)
-                if isinstance(kill, float):
-                    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as sudden as SIGKILL, and the child sends it itself
-                    signal.setitimer(signal.ITIMER_REAL, kill)
-                else:
-                    KILLS[kill]()
-                cli.main(command)
-        os.close(file)
+        kill, log, commands = json.loads(line)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        children = [forked(partial(killing, command, kill, output)) for command in commands]
+        os.close(output)
         for child in children:
             print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 

@@ -1,10 +1,8 @@
 """A full disk, a folder that is read-only, two commands at once: one line, nothing half-written, nothing lost."""
 
 import errno
-import json
 import os
 import resource
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from served import served
 from settled import settled
 
-ROOT = Path(__file__).parents[1]
 TINY = [
     word
     for pair in ("n_train=200", "n_val=50", "epochs=2", "width=4", "val_steps=1", "inner_steps=1")
@@ -140,19 +138,10 @@ def test_two_commands_at_once_lose_nothing(tmp_path: Path):
     model = ["--model", "moe-standard", "--device", "cpu"]
     run = ["run", "--suite", "clean,pgd", "--set", "steps=5", "--n-examples", "12", "--batch-size", "3", *model]
     certify = ["certify", "--method", "routes", "--n-examples", "12", "--batch-size", "3", *model]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "killed.py"], cwd=ROOT, env=environment, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True,
-    ) as server:  # fmt: skip
-        assert server.stdin
-        assert server.stdout
+    with served(log) as call:
         for folder, commands in (("alone", [run, certify]), ("at once", [run, run, certify, certify])):
             words = [[*command, "--results", str(tmp_path / folder)] for command in commands]
             for at_once in [words] if folder == "at once" else [[one] for one in words]:
-                server.stdin.write(json.dumps([None, str(log), at_once]) + "\n")
-                server.stdin.flush()
-                assert [server.stdout.readline() for _ in at_once] == ["0\n"] * len(at_once), log.read_text()
-        server.stdin.close()
+                assert call(*at_once) == [0] * len(at_once), log.read_text()
     assert settled(tmp_path / "at once") == settled(tmp_path / "alone")
     assert not list((tmp_path / "at once").rglob("blocks"))

@@ -10,12 +10,13 @@ import json
 import os
 import signal
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import sklearn.datasets  # noqa: F401  # here, so that no child has to
 import torchattacks  # noqa: F401
+from forked import forked
 
 from bench import cli, progress  # noqa: F401
 from bench.evaluation import evaluate, examine, plan  # noqa: F401
@@ -59,8 +60,8 @@ def tell_blocks() -> None:
     examine.Examiner.run = told  # type: ignore[method-assign]
 
 
-def child(rank: int, kills: list[Any], log: str, words: list[str]) -> NoReturn:
-    """One process of the command; never returns."""
+def process(rank: int, kills: list[Any], log: str, words: list[str]) -> None:
+    """One process of the command."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(len(kills)))
     file = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
@@ -69,30 +70,15 @@ def child(rank: int, kills: list[Any], log: str, words: list[str]) -> NoReturn:
         kill_at(*kills[rank])
     elif any(kills):
         evaluate.time.sleep = lambda _: os.kill(os.getpid(), signal.SIGTERM)
-    status: Any = 1
-    try:
-        cli.main(words)
-    except SystemExit as stopped:
-        status = stopped.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    cli.main(words)
 
 
 def serve() -> None:
     tell_blocks()
     for line in sys.stdin:
         log, kills, words = json.loads(line)
-        children = []
-        for rank in range(len(kills)):
-            process = os.fork()
-            if not process:
-                child(rank, kills, log, words)
-            children.append(process)
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in children]), flush=True)
+        children = [forked(partial(process, rank, kills, log, words)) for rank in range(len(kills))]
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """`bench run` on several processes, and killed by SIGKILL at any moment: the rows are those of an undisturbed run."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,11 +11,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from served import ENVIRONMENT, ROOT
 
 from bench.results.store import Run, read_runs
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # rows depend on the number of threads
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]  # one server for all
 

@@ -1,7 +1,6 @@
 """Training on several processes: real ones on the CPU, beside one with as large batches."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from served import ENVIRONMENT, ROOT
 from torch import Tensor
 
 from bench.datasets.base import open_dataset
@@ -21,7 +21,6 @@ from bench.spec import TrainSpec
 from bench.training.data import read_training_data
 from bench.training.loop import Trainer, train
 
-ROOT = Path(__file__).parents[2]
 NONE = Path("nowhere")  # digits needs no data
 DIGITS = open_dataset("digits")
 Specs = Callable[..., TrainSpec]
@@ -31,7 +30,6 @@ pytestmark = pytest.mark.slow
 #: Sums are taken in another order, and what rounding changes passes through PGD's signs and a few optimiser steps.
 NEAR = {"rtol": 0, "atol": 5e-6}
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 PROGRAM = Path(__file__).parent / "programs" / "several_processes.py"
 
 

@@ -1,7 +1,5 @@
 """A training that is killed, by SIGKILL and at the worst moments, and the same command with --resume."""
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,15 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from served import ENVIRONMENT, ROOT, served
 
 from bench.models.checkpoints import checkpoint_path, read_header
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # bits depend on the number of threads
-
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("killed")]  # one server for all
-
-PROGRAM = ROOT / "tests" / "killed.py"
 
 Bench = Callable[..., tuple[int, str]]
 
@@ -28,19 +22,8 @@ Bench = Callable[..., tuple[int, str]]
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """bench("train", …, kill="in the first epoch"): a command's exit status and what it printed."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with subprocess.Popen(
-        [sys.executable, PROGRAM], cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-
-        def call(*words: str, kill: str | None = None) -> tuple[int, str]:
-            assert server.stdin
-            assert server.stdout
-            server.stdin.write(json.dumps([kill, str(log), words]) + "\n")
-            server.stdin.flush()
-            status = int(server.stdout.readline())
-            return status, log.read_text()
-
-        yield call
+    with served(log) as call:
+        yield lambda *words, kill=None: (call(words, kill=kill)[0], log.read_text())
 
 
 #: The settings of each variant's training.

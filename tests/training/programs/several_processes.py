@@ -11,11 +11,12 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from forked import forked
 from safetensors.torch import save_file
 
 from bench import cli
@@ -100,34 +101,21 @@ def trouble(trainings: Trainings) -> None:
         trainings.errors["dual"] = stopped.code
 
 
-def child(number: int, processes: int, port: int, folder: Path, scenario: str) -> NoReturn:
-    """One of the processes; it ends here."""
+def process(number: int, processes: int, port: int, folder: Path, scenario: str) -> None:
+    """One of the processes."""
     ranks = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test", GROUP_RANK="0")
-    status = 1
-    try:
-        trainings = Trainings(folder)
-        {"every_kind": every_kind, "trouble": trouble}[scenario](trainings)
-        (folder / f"errors.{number}.json").write_text(json.dumps(trainings.errors))
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    trainings = Trainings(folder)
+    {"every_kind": every_kind, "trouble": trouble}[scenario](trainings)
+    (folder / f"errors.{number}.json").write_text(json.dumps(trainings.errors))
 
 
 def main() -> None:
     folder, scenario, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    children = set()
-    for number in range(processes):
-        if not (started := os.fork()):
-            child(number, processes, port, folder, scenario)
-        children.add(started)
+    children = {forked(partial(process, number, processes, port, folder, scenario)) for number in range(processes)}
     while children:
         ended, status = os.wait()
         children.discard(ended)
