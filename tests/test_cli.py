@@ -18,7 +18,8 @@ import typer
 from PIL import Image
 
 from bench.attacks.block import Attempt, Block
-from bench.cli import app, main, split
+from bench.cli import app, main
+from bench.commands.options import split
 from bench.datasets.base import DATASETS
 from bench.errors import UnusableInput
 from bench.models.variants import VARIANTS

@@ -19,7 +19,8 @@ import yaml
 
 from bench import __version__
 from bench.catalogue import names
-from bench.cli import app, split
+from bench.cli import app
+from bench.commands.options import split
 from bench.datasets.base import DATASETS
 from bench.suites.base import open_suites
 
