@@ -287,8 +287,10 @@ def bench(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """bench("run", …): a command in an empty folder; its exit status and what it printed on each stream."""
+    from bench import registry
     from bench.cli import main
 
+    monkeypatch.setattr(registry, "named_plugins", [])  # this command's own, and not the next test's
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BENCH_DATA_ROOT", raising=False)
 

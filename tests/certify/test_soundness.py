@@ -24,6 +24,8 @@ from bench.models.parts import is_dual, is_moe
 from bench.spec import ABSOLUTE_BOX, NORMS, ThreatModel
 
 STEPS = 100
+#: Kinds whose models take the attacker longest: two of each are tried, of the others four.
+DEAR = ("padding", "norm", "wide")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -312,8 +314,10 @@ def test_no_certified_class_or_route_is_broken(kind: str):
 @pytest.mark.slow
 def test_no_certified_class_or_route_is_broken_among_many_models():
     counted: Counter[tuple[str, str]] = Counter()
-    for seed in range(1000, 1000 + 4 * len(KINDS)):
-        check(seed, KINDS[seed % len(KINDS)], counted)
+    for number in range(4 * len(KINDS)):
+        kind = KINDS[(1000 + number) % len(KINDS)]
+        if number < 2 * len(KINDS) or kind not in DEAR:
+            check(1000 + number, kind, counted)
     judged(counted)
     for method in ("network", "union", "route-stable", "soft"):  # not always yes
         assert 0 < counted[method, "certified"] < counted[method, "asked"], (method, counted)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from planted_routes import EPS, VICTIMS, Gate, Victim, images, majority
 
-from bench.attacks import adaptive
+from bench.attacks import adaptive, restarts
 from bench.datasets.base import EvalSet, fingerprint
 
 GATES: list[Gate] = ["softmax", "argmax"]
@@ -80,5 +80,6 @@ def test_adaptive_spares_the_honest_twin(kind: str, gate: Gate, verdict: Any, mo
     """By few steps of each attack: what none has broken all attack, and more steps prove no more."""
     few = replace(adaptive.BUDGETS["small"], paths=6, path_restarts=1, path_steps=4, steps=5, targets=1, queries=15)
     monkeypatch.setitem(adaptive.BUDGETS, "small", few)
+    monkeypatch.setattr(restarts, "CORNERS", restarts.FEW_CORNERS)
     result = verdict(VICTIMS[kind].model(gate, honest=True), "small", 5)
     assert result.robust_accuracy.value == result.clean_accuracy.value  # of a model of chance some answers are wrong
