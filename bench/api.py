@@ -19,6 +19,7 @@ from bench.errors import UnusableInput
 from bench.results.metrics import robust_by_example
 from bench.results.schema import Accuracy, Result, suite_label
 from bench.results.store import Run, ensure_writable, read_runs, run_folder
+from bench.results.table import Table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +45,7 @@ class Benchmark:
     def robust_accuracy(self) -> Accuracy | None:
         """RA-worst: the fraction that withstands all attacks of all suites, example by example; None without any."""
         attacked = any(result.attacked for result in self.results.values())
-        return Accuracy.of(robust_by_example(self.examples)) if attacked else None
+        return Accuracy.of(robust_by_example(Table.of(self.examples))) if attacked else None
 
     @property
     def suites(self) -> list[str]:

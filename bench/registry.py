@@ -6,7 +6,6 @@ Imports nothing heavy: the command line lists names without loading torch.
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Generic, TypeVar
@@ -57,6 +56,8 @@ class Registry(Mapping[str, T], Generic[T]):
             for module in iter_modules(package.__path__):
                 import_module(f"{package.__name__}.{module.name}")
         if self._group is not None:
+            from importlib.metadata import entry_points  # here: no board needs it
+
             group, self._group = self._group, None
             for entry in entry_points(group=group):
                 load_plugin(entry.module, entry.dist.name if entry.dist else entry.module)

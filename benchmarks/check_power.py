@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.random import Generator, default_rng
 
 from bench.boards.check import Change, Report, compared
@@ -25,16 +24,15 @@ THREAT = ThreatModel(norm="Linf", eps=0.2)
 
 def change(draw: Generator, number: int, n: int, measure: Any, lost: float, gained: float) -> Change:
     """One run of n examples before and after; lost and gained are shares of all examples."""
-    images = [f"digits {i}" for i in range(n)]
     half = np.arange(n) % 2 == 0 if measure == "robust" else np.ones(n, dtype=bool)
     share = np.where(half, lost, gained) / half.mean() if measure == "robust" else np.where(half, lost, 0.0)
-    before, flipped = pd.Series(half, index=images), pd.Series(draw.random(n) < share, index=images)
+    flipped = draw.random(n) < share
     spec = RunSpec(
         model=f"m{number}", dataset="digits", threat_model=THREAT, suite="pgd", suite_version=1, n_examples=n
     )
     info = ModelInfo(name=spec.model, architecture="cnn", checkpoint_sha256=f"{number:064x}")
     side: Any = SimpleNamespace(spec=spec, model_info=info, run="run")
-    return Change(spec.model, "pgd", "pgd", measure, before, before ^ flipped, side, side)
+    return Change(spec.model, "pgd", "pgd", measure, np.arange(n), half, half ^ flipped, side, side)
 
 
 def failures(

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pandas as pd
+import numpy as np
+from numpy.typing import NDArray
 from tabulate import tabulate
 
 from bench.boards.leaderboard import boards
@@ -20,6 +21,7 @@ from bench.boards.rows import Board, Row
 from bench.models.checkpoints import ZOO, Header, read_header
 from bench.results.metrics import clean_by_example, component_rates, holm, mcnemar, robust_by_example
 from bench.results.schema import Accuracy
+from bench.results.table import Table
 from bench.spec import ThreatModel
 
 ROOT = Path(__file__).parents[1]
@@ -40,8 +42,8 @@ class Test:
     what: str
     first: str
     second: str
-    a: "pd.Series[bool]"
-    b: "pd.Series[bool]"
+    a: NDArray[np.bool_]
+    b: NDArray[np.bool_]
     p: float = 1.0  # adjusted over all tests of the page
 
     @property
@@ -79,7 +81,7 @@ class Claim:
     note: str = ""
 
 
-def share(right: "pd.Series[bool]") -> str:
+def share(right: NDArray[np.bool_]) -> str:
     found = Accuracy.of(right)
     return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
@@ -92,13 +94,14 @@ class Scored:
     rows: Mapping[str, Row]
     headers: Mapping[str, Header] = field(default_factory=dict)
 
-    def series(self, model: str) -> dict[str, "pd.Series[bool]"]:
+    def series(self, model: str) -> dict[str, NDArray[np.bool_]]:
         """By accuracy: SA, RA under PGD, RA under AutoAttack, RA-worst, and what suite `components` tells."""
         row = self.rows[model]
-        of_suite: dict[str, pd.DataFrame] = {}
+        of_suite: dict[str, Table] = {}
         for run in sorted(row.runs, key=lambda run: run.result.spec.suite_version):
             if not run.result.spec.suite_params:
-                of_suite[run.result.spec.suite] = run.verdicts()
+                rows = run.rows()
+                of_suite[run.result.spec.suite] = rows.where(np.isin(rows["idx"], row.idx))
         found = {"SA": clean_by_example(of_suite["clean"])} | ({"RA-worst": row.robust} if row.ranked else {})
         found |= {
             f"RA, {suite}": robust_by_example(of_suite[suite]) for suite in ("pgd", "autoattack") if suite in of_suite

@@ -198,8 +198,8 @@ MUTATIONS = [
     # results
     Mutation(
         "bench/results/metrics.py",
-        'return all_by_example(verdicts, _is(verdicts, "target", "F"), "robust")',
-        'return all_by_example(verdicts, _is(verdicts, "attack", "clean"), "robust")',
+        'return all_by_example(verdicts, verdicts.are("target", "F"), "robust")',
+        'return all_by_example(verdicts, verdicts.are("attack", "clean"), "robust")',
         "tests/results/test_metrics.py",
     ),
     Mutation(
@@ -210,8 +210,8 @@ MUTATIONS = [
     ),
     Mutation(
         "bench/results/certificates.py",
-        'legal & (far <= pairs["within"])',
-        'legal & (far < 0 * pairs["within"])',
+        "legal & (far <= firm.within[of])",
+        "legal & (far < 0 * firm.within[of])",
         "tests/results/test_certificates.py",
     ),
     Mutation("bench/files.py", "beside.replace(path)", "path.write_bytes(data)", "tests/test_files.py"),
@@ -248,8 +248,8 @@ MUTATIONS = [
     ),
     Mutation(
         "bench/boards/rows.py",
-        'merge(examples, on=["idx", "input_hash"])',
-        'merge(examples, on=["idx"])',
+        "there = [example in known for example",
+        "there = [example in known or True for example",
         "tests/boards/test_rows.py",
     ),
     # training

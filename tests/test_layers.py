@@ -185,3 +185,12 @@ def test_commands_without_a_model_import_no_torch(tmp_path: Path):
     for (command, own), names in zip(TORCHLESS.items(), found, strict=True):
         assert own in modules(json.loads(names))
         assert "torch" not in modules(json.loads(names)), command
+
+
+def test_boards_and_the_check_are_made_without_pandas_or_scipy(tmp_path: Path):
+    """Whose imports take longer than all else; scipy is loaded for what has changed alone."""
+    own = str(ROOT / ".ci" / "baseline")
+    for command in (["leaderboard", "--out", str(tmp_path)], ["check", "--baseline", own]):
+        found = loaded(run_main(*command, "--results", own), tmp_path)
+        assert "bench.results.table" in found
+        assert not found & {"pandas", "scipy", "torch"}

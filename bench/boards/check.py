@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
+from numpy.typing import NDArray
 
 from bench.boards.rows import grouped
 from bench.errors import UnusableInput
@@ -31,6 +31,7 @@ from bench.results.flags import WEAKER
 from bench.results.metrics import adjusted, clean_by_example, mcnemar, robust_by_example, sign_flip, tarone
 from bench.results.schema import Result, suite_label
 from bench.results.store import Run, read_runs
+from bench.results.table import Table
 from bench.spec import RunSpec
 
 Measure = Literal["robust", "clean_correct", "certified", "route-stable", "smoothed"]
@@ -144,14 +145,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Change:
-    """One measure on both sides, by (data set, idx, input hash): the same examples."""
+    """One measure on both sides (n,): of the same images, by their numbers in `Images`."""
 
     model: str
     suite: str
     pool: str
     measure: Measure
-    old: "pd.Series[bool]"
-    new: "pd.Series[bool]"
+    images: NDArray[np.int64]
+    old: NDArray[np.bool_]
+    new: NDArray[np.bool_]
     before: Result | Certification
     after: Result | Certification
 
@@ -161,9 +163,9 @@ class Change:
         return self.before.model_info.checkpoint_sha256, self.after.model_info.checkpoint_sha256
 
     @property
-    def net(self) -> "pd.Series[int]":
+    def net(self) -> NDArray[np.int8]:
         """+1 lost, −1 gained."""
-        return self.old.astype("int64") - self.new.to_numpy(dtype="int64")
+        return self.old.astype(np.int8) - self.new.astype(np.int8)
 
 
 def check(
@@ -185,7 +187,7 @@ def check(
         raise _refusal(run, list(baseline.values()), "baseline", baseline_root)
     for run in (baseline[key] for key in baseline if key not in results):
         raise _refusal(run, list(results.values()), "results", results_root)
-    images = _Images()
+    images = Images()
     changes: list[Change] = []
     unmeasured: list[Unmeasured] = []
     warnings: list[str] = []
@@ -193,7 +195,7 @@ def check(
         changes += _of_runs(baseline[key], after, images, unmeasured)
         warnings += [f"{after}: {flag}" for flag in after.result.flags if flag.startswith(WEAKER)]
     changes = _once(changes)
-    changes += _of_certificates(baseline_root, results_root, unmeasured, warnings)
+    changes += _of_certificates(baseline_root, results_root, images, unmeasured, warnings)
     rows = compared(changes, max_drop, alpha)
     for row in (row for row in rows if row.runs == 1):
         # At most what the baseline has right can be lost.
@@ -252,21 +254,18 @@ def _differences(run: Run, other: Run) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
 
 
-def _of_runs(
-    before: Run, after: Run, images: Callable[[pd.DataFrame, RunSpec], "pd.Index[Any]"], unmeasured: list[Unmeasured]
-) -> list[Change]:
+def _of_runs(before: Run, after: Run, images: "Images", unmeasured: list[Unmeasured]) -> list[Change]:
     """Clean accuracy, and robust accuracy where F was attacked on both sides; what attacked nothing is never `ok`."""
     spec = after.result.spec
     model, label = _model(spec), suite_label(spec)
     suite = f"{label}, seed {spec.seed}" if spec.seed else label
-    old, new = before.verdicts(), after.verdicts()
-    image = images(old, spec)
-    if not image.equals(images(new, spec)):
+    old, new = before.rows(), after.rows()
+    numbers = images.numbers(old, spec)
+    if not np.array_equal(numbers, images.numbers(new, spec)):
         raise UnusableInput(f"{after}: input_hash differs from the baseline's {before}: evaluate the same images")
 
-    def change(measure: Measure, of: Callable[[pd.DataFrame], "pd.Series[bool]"], suite: str, pool: str) -> Change:
-        left, right = (of(rows).set_axis(image) for rows in (old, new))
-        return Change(model, suite, pool, measure, left, right, before.result, after.result)
+    def change(measure: Measure, of: Callable[[Table], NDArray[np.bool_]], suite: str, pool: str) -> Change:
+        return Change(model, suite, pool, measure, numbers, of(old), of(new), before.result, after.result)
 
     changes = [change("clean_correct", clean_by_example, "clean", "clean")]
     if before.result.attacked and after.result.attacked:
@@ -279,22 +278,23 @@ def _of_runs(
     return changes
 
 
-def _by_image(rows: pd.DataFrame, spec: RunSpec) -> pd.DataFrame:
-    """The rows with what identifies their image, so that only equal images are compared."""
-    return rows.assign(image=spec.dataset + " " + rows["idx"].astype(str) + " " + rows["input_hash"])
+class Images:
+    """Numbers for what identifies an image, its data set, idx and input hash: only equal images are compared.
 
-
-class _Images:
-    """What identifies the images of a run, by idx; one object for all runs on the same ones, for there may be many."""
+    Runs on the same ones share an array, for there may be many.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, bytes, str], pd.Index[Any]] = {}
+        self._number: dict[tuple[str, int, str], int] = {}
+        self._known: dict[tuple[str, bytes, tuple[str, ...]], NDArray[np.int64]] = {}
 
-    def __call__(self, rows: pd.DataFrame, spec: RunSpec) -> "pd.Index[Any]":
-        clean = rows.loc[rows["attack"] == "clean", ["idx", "input_hash"]].sort_values("idx")
-        key = (spec.dataset, clean["idx"].to_numpy().tobytes(), "".join(clean["input_hash"]))
+    def numbers(self, rows: Table, spec: RunSpec) -> NDArray[np.int64]:
+        """Of each example of these rows (n,)."""
+        (_, idx), hashes = rows.examples, tuple(rows.hashes)
+        key = (spec.dataset, idx.tobytes(), hashes)
         if key not in self._known:
-            self._known[key] = pd.Index(_by_image(clean, spec)["image"])
+            own = [(spec.dataset, *image) for image in zip(idx.tolist(), hashes, strict=True)]
+            self._known[key] = np.array([self._number.setdefault(image, len(self._number)) for image in own])
         return self._known[key]
 
 
@@ -304,14 +304,13 @@ def _once(changes: Iterable[Change]) -> list[Change]:
     for number, change in enumerate(changes):
         key: Any = number
         if change.measure == "clean_correct":
-            who = (change.model, *change.checkpoints)
-            key = (*who, id(change.old.index), change.net.to_numpy(dtype="int8").tobytes())
+            key = (change.model, *change.checkpoints, id(change.images), change.net.tobytes())
         kept.setdefault(key, change)
     return list(kept.values())
 
 
 def _of_certificates(
-    baseline_root: Path, results_root: Path, unmeasured: list[Unmeasured], warnings: list[str]
+    baseline_root: Path, results_root: Path, images: Images, unmeasured: list[Unmeasured], warnings: list[str]
 ) -> list[Change]:
     """What is certified on both sides; what the baseline has and the results have not fails."""
     old, new = _certifications(baseline_root, "baseline"), _certifications(results_root, "results")
@@ -324,18 +323,18 @@ def _of_certificates(
         if key not in new:
             make = spec.command(results_root, before.result.model_info.word)
             why = f"not in the results: make it with: {make}"
-            unmeasured += [Unmeasured(model, suite, measure, why, fails=True) for measure in _shares(before)]
+            unmeasured += [Unmeasured(model, suite, measure, why, fails=True) for measure in _shares(before, images)]
             continue
-        after, mine, theirs = new[key], _shares(before), _shares(new[key])
+        after, mine, theirs = new[key], _shares(before, images), _shares(new[key], images)
         for measure in mine:
             if measure not in theirs:
                 reasons = "; ".join(after.result.reasons) or "no method could be applied"
                 unmeasured.append(Unmeasured(model, suite, measure, f"no certificate now: {reasons}", fails=True))
-            elif set(mine[measure].index) != set(theirs[measure].index):
+            elif not np.array_equal(mine[measure][0], theirs[measure][0]):
                 raise UnusableInput(f"{after.path}: other images than the baseline's {before.path}: certify the same")
             else:
-                pair = (mine[measure], theirs[measure])
-                changes.append(Change(model, suite, suite, measure, *pair, before.result, after.result))
+                counted = (*mine[measure], theirs[measure][1])
+                changes.append(Change(model, suite, suite, measure, *counted, before.result, after.result))
     return changes
 
 
@@ -352,17 +351,23 @@ def _certifications(root: Path, side: str) -> dict[Key, Certificates]:
     return found
 
 
-def _shares(one: Certificates) -> dict[Measure, "pd.Series[bool]"]:
-    """Of each measure whether an example counts, by image; without those whose methods could not be applied."""
+def _shares(one: Certificates, images: Images) -> dict[Measure, tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+    """Of each measure the images and whether they count; without those whose methods could not be applied."""
     spec = one.result.spec
-    rows = _by_image(one.rows[one.rows["eps"] == spec.threat_model.eps], spec)
-    rows = rows.assign(counts=succeeded(rows), answered=rows["status"].isin(ANSWERED))
-    answered = [method for method, own in rows.groupby("method") if own["answered"].all()]
-    found: dict[Measure, pd.Series[bool]] = {}
+    rows = one.rows.where(one.rows["eps"] == spec.threat_model.eps)
+    answered = [
+        method
+        for method in rows.texts["method"].distinct()
+        if rows.where(rows.are("method", method)).are("status", *ANSWERED).all()
+    ]
+    found: dict[Measure, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
     for measure, methods in _CERTIFIED.items():
-        own = rows[rows["method"].isin([method for method in methods if method in answered])]
+        own = rows.where(rows.are("method", *(method for method in methods if method in answered)))
         if len(own):
-            found[measure] = own.groupby("image")["counts"].any().sort_index()
+            number, idx = own.examples
+            counts = np.zeros(len(idx), dtype=bool)
+            counts[number[succeeded(own)]] = True
+            found[measure] = images.numbers(own, spec), counts
     return found
 
 
@@ -383,11 +388,9 @@ def _test(changes: Sequence[Change]) -> _Test:
     lost, gained = (int(sum((net == sign).sum() for net in nets)) for sign in (1, -1))
     if len(changes) == 1:
         return _Test(tuple(changes), lost, gained, lost + gained, mcnemar(lost, gained), mcnemar(gained, lost))
-    of_images = [
-        pd.Series(np.sum([net.to_numpy() for net in alike], axis=0), index=alike[0].index)
-        for alike in grouped(nets, lambda net: id(net.index)).values()
-    ]
-    net = np.asarray(pd.concat(of_images).groupby(level=0).sum(), dtype=np.int64)
+    net = np.zeros(1 + max(change.images.max() for change in changes), dtype=np.int64)  # by image, over all runs
+    for change, own in zip(changes, nets, strict=True):
+        net[change.images] += own
     return _Test(tuple(changes), lost, gained, int((net != 0).sum()), sign_flip(net), sign_flip(-net))
 
 

@@ -34,7 +34,7 @@ def boards_of(finished: Sequence[Run], certificates: Sequence[Certificates], res
         titles = sorted({f"{run.result.spec.dataset}, {run.result.spec.threat_model}" for run in runs})
         failed = tuple(run for run in runs if run.result.errors)
         for run in failed:
-            run.verdicts()  # which checks them
+            run.rows()  # which checks them
         made = tuple(map(tuple, tables(board_rows(runs), certificates)))
         found.append(Board(stem, "; ".join(titles), made, failed, results_root))
     return found

@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import pandas as pd
+import numpy as np
+from numpy.typing import NDArray
 
 from bench.errors import UnusableInput
 from bench.results.certificates import Certificates, CertifiedShares, certified_shares
@@ -24,8 +25,9 @@ from bench.results.metrics import (
     robust_by_example,
     unique_kills,
 )
-from bench.results.schema import Accuracy, Result, suite_label
+from bench.results.schema import VERDICT_COLUMNS, Accuracy, Result, suite_label
 from bench.results.store import Run, read_runs
+from bench.results.table import Table
 from bench.spec import NOT_FORCED, ModelInfo, RunSpec
 
 #: The first version of suite `adaptive` that ranks: those before it missed paths.
@@ -65,7 +67,8 @@ class Row:
     result: Result  # of one of its runs on that set
     runs: tuple[Run, ...]  # all that cover the set
     lacks: tuple[Lack, ...]  # none: it is ranked
-    robust: "pd.Series[bool]"  # by idx: to every attack that ran
+    idx: NDArray[np.int64]  # of its examples (n,), ascending
+    robust: NDArray[np.bool_]  # (n,): to every attack that ran
     worst: Accuracy | None  # None: nothing attacked it
     scores: Scores
     first_broken_by: Mapping[str, int]  # examples, by suite and attack
@@ -230,47 +233,45 @@ def _lacks(covering: Sequence[Run], info: ModelInfo, routed: bool) -> Iterator[L
             yield Lack("its routes are not named")
 
 
-#: The columns of verdict rows that boards are made of.
-_NEEDED = ["idx", "attack", "target", "clean_correct", "robust", "status"]
+#: The columns of verdict rows that attacks are compared by.
+_COMPARED = ["idx", "attack", "target", "clean_correct", "robust", "status"]
 
 
 def _rows(subject: list[Run]) -> list[Row]:
     """One row for each evaluation set that the subject was run on."""
-    rows_of = {run.path: run.verdicts() for run in subject}
+    rows_of = {run.path: run.rows() for run in subject}
     rows = []
     for own in grouped(subject, lambda run: run.result.fingerprint).values():
-        examples = _examples(rows_of[own[0].path])
+        examples = rows_of[own[0].path]
         shared = {run.path: _shared(rows_of[run.path], examples) for run in subject}
-        covering = [run for run in subject if shared[run.path]["idx"].nunique() == len(examples)]
+        n = len(examples.examples[1])
+        covering = [run for run in subject if len(shared[run.path].examples[1]) == n]
         for run in own:
             if run not in covering:
                 raise UnusableInput(f"{run} has other examples than {own[0]} but the same fingerprint: run it again")
-        rows.append(_row({run.path: shared[run.path] for run in covering}, covering, own[0], _scores(own, rows_of)))
+        rows.append(_row({run.path: shared[run.path] for run in covering}, covering, own))
     return rows
 
 
-def _examples(verdicts: pd.DataFrame) -> pd.DataFrame:
-    return verdicts.loc[verdicts["attack"] == "clean", ["idx", "input_hash"]].reset_index(drop=True)
+def _shared(verdicts: Table, other: Table) -> Table:
+    """The rows of the examples of `other`: same place in the data set, same image."""
+    (number, idx), (_, wanted) = verdicts.examples, other.examples
+    if np.array_equal(idx, wanted) and (verdicts.hashes == other.hashes).all():  # nearly always
+        return verdicts
+    known = set(zip(wanted.tolist(), other.hashes, strict=True))
+    there = [example in known for example in zip(idx.tolist(), verdicts.hashes, strict=True)]
+    return verdicts.where(np.array(there, dtype=bool)[number])
 
 
-def _shared(verdicts: pd.DataFrame, examples: pd.DataFrame) -> pd.DataFrame:
-    """The rows of these examples: same place in the data set, same image."""
-    if _examples(verdicts).equals(examples):  # nearly always, and much faster than to merge
-        return verdicts[_NEEDED]
-    return verdicts.merge(examples, on=["idx", "input_hash"])[_NEEDED]
-
-
-def _row(rows_of: Mapping[Path, pd.DataFrame], covering: list[Run], one: Run, scores: Scores) -> Row:
-    """The row of `one`, a run on this evaluation set: all `covering` runs count in it, the scores are of its own.
+def _row(rows_of: Mapping[Path, Table], covering: list[Run], own: list[Run]) -> Row:
+    """The row of `own`, the runs on this evaluation set: all `covering` runs count in it, the scores are of its own.
 
     `rows_of`: the rows of each of them, by its path.
     """
-    verdicts = pd.concat(rows_of.values(), ignore_index=True)
-    robust = robust_by_example(verdicts)
-    attacks = pd.api.types.union_categoricals([_named(rows_of[run.path], run) for run in covering])
-    cold = verdicts.assign(attack=attacks)
-    if "warm-start" in attacks.categories:  # what it tried again, the attack that had found it keeps
-        cold = cold[cold["attack"] != "warm-start"]
+    one, scores = own[0], _scores(own, rows_of)
+    robust = np.logical_and.reduce([robust_by_example(rows_of[run.path]) for run in covering])
+    clean = [clean_by_example(rows_of[run.path]) for run in covering]
+    named = [_named(rows_of[run.path], run) for run in covering]
     first: dict[str, int] = {}
     for label, runs in grouped(covering, lambda run: suite_label(run.result.spec)).items():
         in_order = sorted(runs, key=lambda run: run.result.spec.seed)
@@ -282,8 +283,7 @@ def _row(rows_of: Mapping[Path, pd.DataFrame], covering: list[Run], one: Run, sc
     flags = [flag for run in covering for flag in run.result.model_flags]
     routed = dual or info.num_experts is not None or info.routing_visible
     routed = routed or any(flag.startswith(ROUTES_INSIDE) for flag in flags)
-    clean = verdicts.loc[verdicts["attack"] == "clean", ["idx", "clean_correct"]].drop_duplicates()
-    flags += ["SA differs between suites"] * bool(clean["idx"].duplicated().any())
+    flags += ["SA differs between suites"] * any((other != clean[0]).any() for other in clean)
     if scores.ra is not None and "pgd" in scores.under:
         gap = scores.under["pgd"] - scores.ra.value
         flags += [f"PGD {100 * gap:.1f} points above AutoAttack"] * (gap > _PGD_GAP)
@@ -292,25 +292,29 @@ def _row(rows_of: Mapping[Path, pd.DataFrame], covering: list[Run], one: Run, sc
         result=one.result,
         runs=tuple(covering),
         lacks=tuple(_lacks(covering, info, routed)),
+        idx=rows_of[one.path].examples[1],
         robust=robust,
         worst=Accuracy.of(robust) if any(run.result.attacked for run in covering) else None,
         scores=scores,
         first_broken_by=first,
-        unique_kills=unique_kills(cold, every),
+        unique_kills=unique_kills(Table.joined(named, _COMPARED), every),
         flags=tuple(dict.fromkeys(flags)),
     )
 
 
-def _named(verdicts: pd.DataFrame, run: Run) -> "pd.Series[Any]":
-    """The attacks of the rows with the suite before their names, but for what is the same in all suites."""
-    attacks, same = verdicts["attack"].astype("category"), ("clean", "warm-start")
-    label = suite_label(run.result.spec)
-    return attacks.cat.rename_categories(lambda name: name if name in same else f"{label}/{name}")
+def _named(verdicts: Table, run: Run) -> Table:
+    """The rows with the suite before their attacks' names, but for `clean`, which is the same in all suites.
+
+    What a warm start tried again is left out: the attack that had found it keeps it.
+    """
+    label, warm = suite_label(run.result.spec), verdicts.are("attack", "warm-start")
+    cold = verdicts.where(~warm) if warm.any() else verdicts
+    return cold.renamed("attack", lambda name: name if name == "clean" else f"{label}/{name}")
 
 
-def _scores(own: list[Run], rows_of: Mapping[Path, pd.DataFrame]) -> Scores:
+def _scores(own: list[Run], rows_of: Mapping[Path, Table]) -> Scores:
     """SA by the clean rows that every run has, and each suite's accuracy in its newest version."""
-    clean = Accuracy.of(clean_by_example(_joined([rows_of[run.path][_NEEDED] for run in own])))
+    clean = Accuracy.of(np.logical_and.reduce([clean_by_example(rows_of[run.path]) for run in own]))
     ra: Accuracy | None = None
     by_seed: tuple[float, ...] = ()
     after: dict[str, float] = {}
@@ -320,7 +324,8 @@ def _scores(own: list[Run], rows_of: Mapping[Path, pd.DataFrame]) -> Scores:
     for label, runs in grouped(own, lambda run: suite_label(run.result.spec)).items():
         newest = max(run.result.spec.suite_version for run in runs)
         runs = [run for run in runs if run.result.spec.suite_version == newest]
-        rows = _joined([rows_of[run.path] for run in runs])
+        tables = [rows_of[run.path] for run in runs]
+        rows = tables[0] if len(tables) == 1 else Table.joined(tables, list(VERDICT_COLUMNS))
         robust = Accuracy.of(robust_by_example(rows))
         if label == "autoattack":
             ra = robust if any(run.result.attacked for run in runs) else None
@@ -335,10 +340,6 @@ def _scores(own: list[Run], rows_of: Mapping[Path, pd.DataFrame]) -> Scores:
             under[label] = robust.value
             weaker |= {label} if any(run.result.weaker for run in runs) else set()
     return Scores(clean, ra, by_seed, after, under, frozenset(weaker), components)
-
-
-def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
 
 def _attacks(run: Run) -> list[str]:

@@ -3,10 +3,11 @@
 import html as escaping
 import textwrap
 from collections.abc import Callable, Sequence
+from csv import DictWriter
+from io import StringIO
 from pathlib import Path
 from typing import TypeVar
 
-import pandas as pd
 from tabulate import MIN_PADDING, tabulate
 
 from bench.boards.columns import MAIN, ROUTED, Column, chosen, columns, percent, record, span
@@ -22,9 +23,12 @@ _NARROWEST = 8  # characters that a terminal leaves of a model's name
 
 def csv(board: Board) -> str:
     """Every column of every row."""
-    shown = columns(board.rows)
-    frame = pd.DataFrame([record(row, shown) for row in board.rows])
-    return str(frame.to_csv(index=False, lineterminator="\n"))
+    shown, text = columns(board.rows), StringIO()
+    records = [record(row, shown) for row in board.rows]
+    writer = DictWriter(text, list(records[0]) if records else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
 
 
 def terminal(board: Board, keys: Sequence[str] = (), width: int | None = None) -> str:

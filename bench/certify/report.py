@@ -10,6 +10,7 @@ from tabulate import tabulate
 from bench.drawing import bars_of_sizes, name, steps_by_radius, style, svg
 from bench.results.certificates import ANSWERED, ROUTES, STATUSES, Certification, succeeded
 from bench.results.curves import last_radius, shares, sizes
+from bench.results.table import Table
 from bench.spec import ThreatModel
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _share(own: pd.DataFrame) -> str:
         return "–"
     if (own["method"] == "paper-formula").all():
         return f"{100 * ((own['radius'] >= own['eps']) & own['correct']).mean():.2f} (no certificate)"
-    return f"{100 * succeeded(own).mean():.2f}"
+    return f"{100 * succeeded(Table.of(own)).mean():.2f}"
 
 
 def _by_radius(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], threat: ThreatModel) -> str:

@@ -134,7 +134,7 @@ def _finish(folder: CertificateFolder, job: Job[Certifier], device: str) -> Cert
         spec,
         subject.info,
         data.fingerprint,
-        Accuracy.of(pd.Series(np.arange(len(data)) < right)),
+        Accuracy.of(np.arange(len(data)) < right),
         rows,
         params=job.method.model_dump(mode="json"),
         flags=tuple(sorted({*subject.flags, *([data.note] if data.note else [])})),

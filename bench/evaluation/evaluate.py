@@ -29,6 +29,7 @@ from bench.randomness import block_seed, seeded
 from bench.results.metrics import robust_by_example
 from bench.results.schema import GateUse, Result
 from bench.results.store import RunFolder, read_runs, run_folder
+from bench.results.table import Table
 from bench.results.witnesses import FILE, Witnesses
 from bench.spec import RunSpec
 from bench.suites.base import Suite
@@ -168,7 +169,7 @@ class _Blocks:
     def look(self) -> None:
         """Read what is new, of this process and of the others, and tell."""
         for block in self.folder.read_blocks(self.unbroken):
-            self.unbroken[block.index] = int(robust_by_example(block.rows).sum())
+            self.unbroken[block.index] = int(robust_by_example(Table.of(block.rows)).sum())
             self._slowest = max(self._slowest, float(block.side.get("seconds", 0)))
         self._on_block(len(self.unbroken), self.count, sum(self.unbroken.values()))
 

@@ -18,6 +18,7 @@ from bench.results.certificates import ROUTES, SMOOTHED, Certificates, model_key
 from bench.results.metrics import accuracy_after, broken
 from bench.results.schema import suite_label
 from bench.results.store import Run
+from bench.results.table import Table
 
 #: The suites of the chain certified ≤ true ≤ RA-worst ≤ AutoAttack ≤ PGD ≤ SA.
 PGD = "pgd"
@@ -29,7 +30,7 @@ class Model:
 
     board: Board
     row: Row
-    verdicts: Mapping[Path, pd.DataFrame]  # of each of the row's runs, those of the row's examples
+    verdicts: Mapping[Path, Table]  # of each of the row's runs, those of the row's examples
     certificates: tuple[Certificates, ...]  # of this model on these examples, in any ball
     in_balls: tuple[Row, ...]  # this model on these examples in all balls of this norm, by ε
     history: pd.DataFrame | None = None  # the epochs of its training, where they lie beside its checkpoint
@@ -67,9 +68,9 @@ def _in_any_ball(row: Row) -> tuple[str, ...]:
     return model_key(spec, row.info), spec.dataset, spec.threat_model.norm, row.result.fingerprint
 
 
-def _of_row(run: Run, row: Row) -> pd.DataFrame:
-    rows = run.verdicts()
-    return rows[rows["idx"].isin(row.robust.index)]
+def _of_row(run: Run, row: Row) -> Table:
+    rows = run.rows()
+    return rows.where(np.isin(rows["idx"], row.idx))
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def flow(model: Model) -> Flow | None:
     found: list[tuple[int, str, pd.DataFrame]] = []
     for run in model.row.runs:
         order = {attack: at for at, attack in enumerate(run.result.accuracy_after)}
-        rows = broken(model.verdicts[run.path])
+        verdicts = model.verdicts[run.path]
+        rows = verdicts.where(broken(verdicts)).frame()
         rows = rows.assign(order=rows["attack"].map(order)).sort_values(["order", "idx"]).drop_duplicates("idx")
         rows = rows[(rows["clean_expert"] >= 0) & (rows["adv_expert"] >= 0)]
         if len(rows):
@@ -176,14 +178,14 @@ def by_class(model: Model) -> pd.DataFrame:
 
 def _clean(model: Model) -> pd.DataFrame:
     rows = model.verdicts[model.row.runs[0].path]
-    return rows[(rows["attack"] == "clean") & (rows["target"] == "F")]
+    return rows.where(rows.are("attack", "clean") & rows.are("target", "F")).frame()
 
 
 def _rates(model: Model, clean: pd.DataFrame, by: str) -> pd.DataFrame:
     right = clean.set_index("idx")["clean_correct"]
     of = {"images": right | True, "SA": right}
     if model.row.worst is not None:
-        of["RA-worst"] = model.row.robust.reindex(right.index)
+        of["RA-worst"] = pd.Series(model.row.robust, index=model.row.idx).reindex(right.index)
     grouped_by = pd.DataFrame(of).groupby(clean.set_index("idx")[by])
     rates = grouped_by.mean()
     rates["images"] = grouped_by.size()

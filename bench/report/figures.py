@@ -408,8 +408,8 @@ def routes(model: Model) -> Drawing | None:
     if not found:
         return None
     one = found[0]
-    threat, reached = one.result.spec.threat_model, sizes(one.rows)
-    every = shares(one.rows)
+    threat, reached = one.result.spec.threat_model, sizes(one.rows.frame())
+    every = shares(one.rows.frame())
     lines = {"routes": every["routes"]} if "routes" in every else every
     with style():
         panels_of = [1.3, 1.3] if len(reached) else [1.3]
@@ -434,7 +434,7 @@ def smoothed(model: Model) -> Drawing | None:
     lines = {
         f"{label}, σ {one.result.params['sigma']:g}": line
         for one in found
-        for label, line in shares(one.rows).items()
+        for label, line in shares(one.rows.frame()).items()
         if label in one.result.certified
     }
     if not lines:

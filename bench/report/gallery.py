@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from bench.errors import UnusableInput
@@ -19,6 +18,7 @@ from bench.report.details import Model
 from bench.results.metrics import broken
 from bench.results.schema import suite_label
 from bench.results.store import Run
+from bench.results.table import Table
 from bench.results.witnesses import FILE, Witnesses
 
 Image = NDArray[np.float32]
@@ -95,13 +95,13 @@ class _Kept:
         return ("image", self.row["idx"]), attack, ("class", self.row["label"])
 
 
-def _kept(run: Run, verdicts: pd.DataFrame) -> list[_Kept]:
+def _kept(run: Run, verdicts: Table) -> list[_Kept]:
     try:
         kept = Witnesses.read(run.path / FILE)
     except (ValueError, OSError):  # none were kept, or not here
         return []
     images = dict(zip(zip(kept.idx.tolist(), kept.attack, strict=True), kept.x_adv, strict=True))
-    rows = broken(verdicts).drop_duplicates(["idx", "attack"]).to_dict("records")
+    rows = verdicts.where(broken(verdicts)).frame().drop_duplicates(["idx", "attack"]).to_dict("records")
     return [
         _Kept(run, {str(column): value for column, value in row.items()}, images[row["idx"], row["attack"]])
         for row in rows

@@ -4,18 +4,23 @@ A folder `<dataset>/<norm>-<eps>/certify-<method>-v<N>/<model>/<run>/` has `cert
 (example, method, ε), `result.json`, `table.md` and `curve.svg`.
 """
 
-from collections.abc import Hashable, Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import pandas as pd
+from numpy.typing import NDArray
 from pydantic import Field
 
 from bench.results.schema import Accuracy
 from bench.results.store import CERTIFICATES, Folder, Run, finished_folders, read_result
+from bench.results.table import Table
 from bench.spec import ModelInfo, RunSpec, Spec, ThreatModel
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: The columns of `certificates.parquet` and their pandas types.
 CERTIFICATE_COLUMNS: dict[str, str] = {
@@ -74,11 +79,11 @@ class Certification(Spec):
 
     @classmethod
     def from_rows(
-        cls, spec: RunSpec, info: ModelInfo, fingerprint: str, clean: Accuracy, rows: pd.DataFrame, **provenance: Any
+        cls, spec: RunSpec, info: ModelInfo, fingerprint: str, clean: Accuracy, rows: "pd.DataFrame", **provenance: Any
     ) -> Self:
         """The result that the rows amount to; ValueError for rows of another number of examples than the spec's."""
         known = {"spec": spec, "model_info": info, "fingerprint": fingerprint, "clean_accuracy": clean}
-        return cls(**known, **_derived(spec, info, fingerprint, rows), **provenance)
+        return cls(**known, **_derived(spec, info, fingerprint, Table.of(rows)), **provenance)
 
     @property
     def model_key(self) -> str:
@@ -91,57 +96,62 @@ def model_key(spec: RunSpec, info: ModelInfo) -> str:
     return repr((spec.model, info.checkpoint_sha256, spec.alpha, spec.combine))
 
 
-def _derived(spec: RunSpec, info: ModelInfo, fingerprint: str, rows: pd.DataFrame) -> dict[str, Any]:
-    if rows["idx"].nunique() != spec.n_examples:
-        raise ValueError(f"there are rows of {rows['idx'].nunique()} examples, not of {spec.n_examples}")
-    asked = rows[rows["eps"] == spec.threat_model.eps]
+def _derived(spec: RunSpec, info: ModelInfo, fingerprint: str, rows: Table) -> dict[str, Any]:
+    if (n := len(rows.examples[1])) != spec.n_examples:
+        raise ValueError(f"there are rows of {n} examples, not of {spec.n_examples}")
+    asked = rows.where(rows["eps"] == spec.threat_model.eps)
     certified, statuses = {}, {}
-    for method, own in asked.groupby("method", sort=False):
-        if own["status"].isin(ANSWERED).all():
-            certified[str(method)] = Accuracy.of(succeeded(own))
-        counts = own["status"].value_counts()
-        statuses[str(method)] = {status: int(counts[status]) for status in STATUSES if status in counts}
+    for method in asked.texts["method"].distinct():
+        own = asked.where(asked.are("method", method))
+        counts = own.texts["status"].counts()
+        if set(counts) <= set(ANSWERED):
+            certified[method] = Accuracy.of(succeeded(own))
+        statuses[method] = {status: counts[status] for status in STATUSES if status in counts}
     return {
         "run": spec.run_key(info.checkpoint_sha256, fingerprint),
         "certified": certified,
         "statuses": statuses,
-        "reasons": tuple(dict.fromkeys(reason for reason in rows["reason"] if reason)),
+        "reasons": tuple(reason for reason in rows.texts["reason"].distinct() if reason),
     }
 
 
-def succeeded(rows: pd.DataFrame) -> "pd.Series[bool]":
+def succeeded(rows: Table) -> NDArray[np.bool_]:
     """What counts of each row: a route that is certified; a class that is certified and right; a right prediction."""
-    certified = rows["status"] == "certified"
-    predicted = (rows["method"] == "smoothing-predict") & (rows["predicted"] >= 0)
-    return (certified & (rows["correct"] | rows["method"].isin(ROUTES))) | (predicted & rows["correct"])
+    predicted = rows.are("method", "smoothing-predict") & (rows["predicted"] >= 0)
+    routes = rows.are("method", *ROUTES)
+    return (rows.are("status", "certified") & (rows["correct"] | routes)) | (predicted & rows["correct"])
 
 
-def check_certificates(rows: pd.DataFrame, /) -> None:
+def check_certificates(rows: Table, /) -> None:
     """ValueError, saying which rule, for rows that no certification can have."""
-    types = {str(column): str(dtype) for column, dtype in rows.dtypes.items()}
-    if list(types.items()) != list(CERTIFICATE_COLUMNS.items()):
-        wrong = sorted(set(types.items()) ^ set(CERTIFICATE_COLUMNS.items()))
+    if list(rows.types.items()) != list(CERTIFICATE_COLUMNS.items()):
+        wrong = sorted(set(rows.types.items()) ^ set(CERTIFICATE_COLUMNS.items()))
         raise ValueError(f"columns or their types are not the certificates': {wrong or 'another order'}")
-    if not len(rows) or rows.duplicated(["idx", "method", "eps"]).any():
+    if gaps := rows.gaps:
+        raise ValueError(f"{', '.join(gaps)} is missing in a row")
+    (example, idx), method, (_, eps) = rows.examples, rows.texts["method"], np.unique(rows["eps"], return_inverse=True)
+    rows_of = (eps * len(method.values) + method.codes) * len(idx) + example
+    if not len(rows) or len(np.unique(rows_of)) < len(rows):
         raise ValueError("an example has several rows of one method and ε, or there is none")
     for column, known in (("status", STATUSES), ("method", METHODS)):
-        if not rows[column].isin(known).all():
+        if not rows.are(column, *known).all():
             raise ValueError(f"{column} is none of {', '.join(known)} in a row")
-    certified = rows[rows["status"] == "certified"]
-    if certified["method"].isin(OTHERS).any():
+    certified = rows.where(rows.are("status", "certified"))
+    if certified.are("method", *OTHERS).any():
         raise ValueError(f"a row of {' or '.join(OTHERS)} is certified, which they never are")
     if not (certified["radius"] >= certified["eps"]).all() or (certified["predicted"] < 0).any():
         raise ValueError("a certified row has a radius below its ε, or predicts nothing")
+    _ = rows.hashes  # one for each example
 
 
 class CertificateFolder(Folder[Certification]):
     """The folder of one certification."""
 
-    file = CERTIFICATES
+    file, columns = CERTIFICATES, CERTIFICATE_COLUMNS
     check = staticmethod(check_certificates)
 
     @staticmethod
-    def fit(result: Certification, rows: pd.DataFrame) -> None:
+    def fit(result: Certification, rows: Table) -> None:
         follows = _derived(result.spec, result.model_info, result.fingerprint, rows)
         for name, value in follows.items():
             if (found := getattr(result, name)) != value:
@@ -159,7 +169,7 @@ class Certificates:
 
     result: Certification
     path: Path
-    rows: pd.DataFrame
+    rows: Table
 
 
 def read_certificates(root: Path) -> list[Certificates]:
@@ -198,17 +208,21 @@ def certified_shares(
     threat, subject = spec.threat_model, model_key(spec, info)
     mine = [one for one in certificates if one.result.model_key == subject and one.result.fingerprint == fingerprint]
     shares: dict[str, float] = {}
-    rows = pd.concat([one.rows for one in mine]) if mine else pd.DataFrame(columns=list(CERTIFICATE_COLUMNS))
-    here = rows[(rows["norm"] == threat.norm) & rows["status"].isin(ANSWERED)]
+    answered = [one.rows.where(one.rows.are("norm", threat.norm) & one.rows.are("status", *ANSWERED)) for one in mine]
     for name, methods, reach in (
         ("accuracy", DETERMINISTIC, threat.eps),
         ("route_stable", ROUTES[:1], threat.reach),
     ):
-        own = here[here["method"].isin(methods)]
-        firm = (own["radius"] >= reach) & (own["correct"] | own["method"].isin(ROUTES))
+        here = [rows.where(rows.are("method", *methods)) for rows in answered]
+        if not any(map(len, here)):
+            continue
+        own = Table.joined(here, ["idx", "eps", "method", "radius", "correct"])
         # a radius that was asked for at a smaller ε alone does not hold for this one, unless it is larger
-        if len(own) and (name == "route_stable" or (own["eps"] >= threat.eps).any()):
-            shares[name] = float(firm.groupby(own["idx"]).any().mean())
+        if name == "route_stable" or (own["eps"] >= threat.eps).any():
+            number, idx = own.examples
+            firm = np.zeros(len(idx), dtype=bool)
+            firm[number[(own["radius"] >= reach) & (own["correct"] | own.are("method", *ROUTES))]] = True
+            shares[name] = float(firm.mean())
     smoothed = tuple(
         (
             f"{method.replace('smoothing', 'smoothed')}, σ {one.result.params['sigma']:g}, "
@@ -226,8 +240,8 @@ def certified_shares(
 class Conflict:
     """A certificate and a prediction inside its radius that is not what it certifies; both as they are stored."""
 
-    certificate: dict[Hashable, Any]
-    witness: dict[Hashable, Any]
+    certificate: dict[str, Any]
+    witness: dict[str, Any]
     certification: str
     run: str
 
@@ -246,54 +260,84 @@ def conflicts(runs: Iterable[Run], certificates: Iterable[Certificates]) -> list
     has its L∞ and L2 distance; its L1 distance is at most the ε of an L1 run. Its answer has to be known to lie in
     [0, 1], but for `routes-ball`, which needs no box.
     """
-    of_model: dict[str, list[pd.DataFrame]] = {}
+    of_model: dict[str, list[_Firm]] = defaultdict(list)
     for one in certificates:
-        of_model.setdefault(one.result.model_key, []).append(_firm(one))
-    by_model = {model: pd.concat(firm, ignore_index=True) for model, firm in of_model.items()}
+        if len((firm := _firm(one)).rows):
+            of_model[one.result.model_key].append(firm)
     found = []
     for run in runs:
-        firm = by_model.get(model_key(run.result.spec, run.result.model_info))
-        if firm is not None and len(firm):
-            verdicts = run.verdicts()
-            seen = verdicts[(verdicts["target"] == "F") & (verdicts["status"] == "ok")]
-            threat = run.result.spec.threat_model
-            # torchattacks has attacks that know no ε, whose answers may lie anywhere: a broken one is known to be legal
-            broken = seen["clean_correct"] & ~seen["robust"]
-            boxed = (seen["linf"] == 0) | broken | (not run.result.spec.suite.startswith("torchattacks"))
-            seen = seen.assign(l1=threat.eps if threat.norm == "L1" else np.nan, boxed=boxed)
-            found += _contradicted(run, seen, firm)
+        if own := of_model.get(model_key(run.result.spec, run.result.model_info)):
+            answers = _answers(run)
+            found += [conflict for firm in own for conflict in _contradicted(answers, firm)]
     return found
 
 
-def _firm(one: Certificates) -> pd.DataFrame:
-    """What is certified for sure, of each image and method at the largest ε.
+@dataclass(frozen=True)
+class _Firm:
+    """What one certification certifies for sure, of each image and method at the largest ε.
 
-    Further columns: within, how far a prediction may be for the certificate to hold of it; distance, in which of a
-    verdict's columns; where the certificate lies.
+    within (m,): how far a prediction may be, in this norm, for the certificate to hold of it.
     """
-    norm = one.result.spec.threat_model.norm
-    firm = one.rows[(one.rows["status"] == "certified") & one.rows["method"].isin((*ROUTES, *DETERMINISTIC))]
-    firm = firm.sort_values("eps").drop_duplicates(["idx", "method"], keep="last")
+
+    rows: Table
+    within: NDArray[np.float64]
+    norm: str
+    path: str
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What F predicts in a run, by ascending idx.
+
+    distances: by norm, where they are known. boxed (m,): the image that was predicted is known to lie in [0, 1].
+    """
+
+    rows: Table
+    distances: Mapping[str, NDArray[np.float64]]
+    boxed: NDArray[np.bool_]
+    path: str
+
+
+def _firm(one: Certificates) -> _Firm:
+    threat = one.result.spec.threat_model
+    firm = one.rows.where(one.rows.are("status", "certified") & one.rows.are("method", *ROUTES, *DETERMINISTIC))
+    firm = firm.where(np.argsort(-firm["eps"], kind="stable"))
+    pairs = firm.examples[0] * len(firm.texts["method"].values) + firm.texts["method"].codes
+    firm = firm.where(np.sort(np.unique(pairs, return_index=True)[1]))
     # a class is certified up to the tolerance of the ball; a route's radius is the exact one
-    reach = firm["eps"].map({eps: ThreatModel(norm=norm, eps=eps).reach for eps in firm["eps"].unique()})
-    within = firm["radius"].where(firm["method"].isin(ROUTES), reach)
-    return firm.assign(within=within, distance=norm.lower(), path=str(one.path))
+    reach = [ThreatModel(norm=threat.norm, eps=eps).reach for eps in firm["eps"].tolist()]
+    within = np.where(firm.are("method", *ROUTES), firm["radius"], np.array(reach))
+    return _Firm(firm, within, threat.norm, str(one.path))
 
 
-def _contradicted(run: Run, seen: pd.DataFrame, firm: pd.DataFrame) -> list[Conflict]:
-    answers = seen[["idx", "input_hash", "adv_pred", "adv_expert", "linf", "l2", "l1", "boxed"]]
-    numbered = answers.reset_index(drop=True).reset_index(names="verdict")
-    pairs = firm.reset_index(drop=True).merge(numbered, on=["idx", "input_hash"])
-    route = pairs["method"].isin(ROUTES)
-    answer = pairs["adv_pred"].where(~route, pairs["adv_expert"])
-    pairs = pairs[(answer != pairs["predicted"]) & (~route | (answer >= 0))]
-    legal = pairs["boxed"] | (pairs["method"] == "routes-ball")
-    far = pd.Series(np.nan, index=pairs.index)
-    for column in ("linf", "l2", "l1"):
-        far = far.where(pairs["distance"] != column, pairs[column])
-    wrong = pairs[legal & (far <= pairs["within"])]
-    stored, columns = seen.drop(columns=["l1", "boxed"]), list(CERTIFICATE_COLUMNS)
+def _answers(run: Run) -> _Answers:
+    rows, threat = run.rows(), run.result.spec.threat_model
+    rows = rows.where(rows.are("target", "F") & rows.are("status", "ok"))
+    rows = rows.where(np.argsort(rows["idx"], kind="stable"))
+    # torchattacks has attacks that know no ε, whose answers may lie anywhere: a broken one is known to be legal
+    broken = rows["clean_correct"] & ~rows["robust"]
+    boxed = (rows["linf"] == 0) | broken | (not run.result.spec.suite.startswith("torchattacks"))
+    distances = {"Linf": rows["linf"], "L2": rows["l2"]}
+    if threat.norm == "L1":
+        distances["L1"] = np.full(len(rows), threat.eps)
+    return _Answers(rows, distances, boxed, str(run.path))
+
+
+def _contradicted(answers: _Answers, firm: _Firm) -> list[Conflict]:
+    if firm.norm not in answers.distances:
+        return []
+    # each certificate with each answer for its image: all combinations of equal idx
+    first, end = (np.searchsorted(answers.rows["idx"], firm.rows["idx"], side) for side in ("left", "right"))
+    of = np.repeat(np.arange(len(firm.rows)), end - first)
+    to = np.arange(len(of)) - np.repeat(np.cumsum(end - first) - end, end - first)
+    route, predicted = firm.rows.are("method", *ROUTES)[of], firm.rows["predicted"][of]
+    answer = np.where(route, answers.rows["adv_expert"][to], answers.rows["adv_pred"][to])
+    legal = answers.boxed[to] | firm.rows.are("method", "routes-ball")[of]
+    far = answers.distances[firm.norm][to]
+    wrong = (answer != predicted) & (~route | (answer >= 0)) & legal & (far <= firm.within[of])
+    pairs = zip(of[wrong], to[wrong], strict=True)
     return [
-        Conflict(row[columns].to_dict(), stored.iloc[int(row["verdict"])].to_dict(), row["path"], str(run.path))
-        for _, row in wrong.iterrows()
+        Conflict(firm.rows.row(certificate), answers.rows.row(witness), firm.path, answers.path)
+        for certificate, witness in pairs
+        if firm.rows.texts["input_hash"][certificate] == answers.rows.texts["input_hash"][witness]
     ]

@@ -1,6 +1,7 @@
 """What is computed from verdict rows: accuracies, their intervals, and tests of a difference. Never imports torch.
 
-Verdict rows are those of `bench.results.store.VERDICT_COLUMNS`; accuracies are fractions in [0, 1].
+Verdict rows have the columns of `bench.results.schema.VERDICT_COLUMNS`. Truth values of examples (n,) are in the order
+of their idx. Accuracies are fractions in [0, 1].
 """
 
 import math
@@ -10,13 +11,12 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
+
+from bench.results.table import Table, Text, numbered
 
 #: The standard normal's 97.5 % quantile.
 _Z = 1.959963984540054
-#: An array over all of a data set's positions is made where they are at most so many times the rows.
-_DENSE = 8
 
 
 @cache
@@ -43,9 +43,11 @@ def mcnemar(lost: int, gained: int, alternative: Literal["greater", "two-sided"]
 
 def _tail(least: int, n: int) -> float:
     """P(Bin(n, ½) ≥ least)."""
-    from scipy.special import bdtrc  # here: not every board needs it
+    if not least:
+        return 1.0
+    from scipy.special import bdtrc  # here: not every board needs it, and its import takes a while
 
-    return float(bdtrc(least - 1, n, 0.5)) if least else 1.0
+    return float(bdtrc(least - 1, n, 0.5))
 
 
 def sign_flip(changes: NDArray[np.int64]) -> float:
@@ -55,15 +57,15 @@ def sign_flip(changes: NDArray[np.int64]) -> float:
     on the same images are not independent, but under the null hypothesis the sign of an example's sum is a fair coin.
     Where each change is −1, 0 or 1 it is McNemar's test (Fisher, Design of Experiments 1935, §21).
     """
-    from scipy.signal import fftconvolve
-    from scipy.stats import binom
-
     sizes, counts = np.unique(np.abs(changes[changes != 0]), return_counts=True)
     if not len(sizes):
         return 1.0
     if len(sizes) == 1:
         positive = int((changes > 0).sum())
         return _tail(positive, int(counts[0]))
+    from scipy.signal import fftconvolve
+    from scipy.stats import binom
+
     chances = np.ones(1)  # of the sum of the sizes whose sign is +
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         own = np.zeros(size * count + 1)
@@ -106,43 +108,29 @@ def adjusted(pvalues: Sequence[float], discordant: Sequence[int], alpha: float) 
     return [next(held) if yes else min(1.0, p * k) for p, yes in zip(pvalues, can, strict=True)]
 
 
-def all_by_example(verdicts: pd.DataFrame, rows: NDArray[np.bool_], column: str) -> "pd.Series[bool]":
-    """Whether `column` holds in all of the chosen rows of an example, indexed by idx; rows: a truth value for each."""
-    number, idx = numbered(verdicts["idx"].to_numpy()[rows])
-    every: NDArray[np.bool_] = np.ones(len(idx), dtype=bool)
-    every[number[~verdicts[column].to_numpy()[rows]]] = False
-    return pd.Series(every.astype(bool), index=pd.Index(idx, name="idx"), name=column)
+def all_by_example(verdicts: Table, rows: NDArray[np.bool_], column: str) -> NDArray[np.bool_]:
+    """Whether `column` holds in all of the chosen rows (m,) of an example, of those that have one."""
+    number, idx = numbered(verdicts["idx"][rows])
+    every = np.ones(len(idx), dtype=bool)
+    every[number[~verdicts[column][rows]]] = False
+    return every
 
 
-def numbered(idx: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of each row the number of its example, and the examples' sorted idx."""
-    if not len(idx) or idx.min() < 0 or idx.max() >= _DENSE * len(idx):
-        return pd.factorize(idx, sort=True)
-    there = np.zeros(int(idx.max()) + 1, dtype=bool)  # positions in a data set: an array is faster than a hash table
-    there[idx] = True
-    return (np.cumsum(there) - 1)[idx], np.flatnonzero(there)
+def clean_by_example(verdicts: Table) -> NDArray[np.bool_]:
+    """Whether the unattacked image is classified correctly (n,)."""
+    return all_by_example(verdicts, verdicts.are("attack", "clean"), "clean_correct")
 
 
-def _is(verdicts: pd.DataFrame, column: str, value: str) -> NDArray[np.bool_]:
-    """Of each row whether its text in this column is `value`."""
-    return (verdicts[column] == value).to_numpy(dtype=bool)
-
-
-def clean_by_example(verdicts: pd.DataFrame) -> "pd.Series[bool]":
-    """Whether the unattacked image is classified correctly, indexed by idx."""
-    return all_by_example(verdicts, _is(verdicts, "attack", "clean"), "clean_correct")
-
-
-def robust_by_example(verdicts: pd.DataFrame) -> "pd.Series[bool]":
-    """Whether an example is robust against every attack on F in the rows, indexed by idx.
+def robust_by_example(verdicts: Table) -> NDArray[np.bool_]:
+    """Whether an example is robust against every attack on F in the rows (n,).
 
     The clean row is one of them, so what is misclassified without an attack is not robust. The rows may come from
     several runs: the mean is then RA-worst, which is at most the smallest of the runs' averages.
     """
-    return all_by_example(verdicts, _is(verdicts, "target", "F"), "robust")
+    return all_by_example(verdicts, verdicts.are("target", "F"), "robust")
 
 
-def first_broken_by(runs: Iterable[tuple[pd.DataFrame, Sequence[str]]]) -> dict[str, int]:
+def first_broken_by(runs: Iterable[tuple[Table, Sequence[str]]]) -> dict[str, int]:
     """How many examples each attack on F was the first to break, over runs of one suite: rows, attacks in their order.
 
     What a later run broke counts where no run before it did. Of an example that an attack has broken, no attack that
@@ -151,82 +139,81 @@ def first_broken_by(runs: Iterable[tuple[pd.DataFrame, Sequence[str]]]) -> dict[
     seen = np.empty(0, dtype=np.int64)
     found: dict[str, int] = {}
     for verdicts, attacks in runs:
-        lost = _broken(verdicts)
-        idx, by = verdicts["idx"].to_numpy()[lost], verdicts["attack"][lost]
+        lost = broken(verdicts)
         for attack in attacks:
-            own = np.setdiff1d(idx[(by == attack).to_numpy(dtype=bool)], seen)
+            own = np.setdiff1d(verdicts["idx"][lost & verdicts.are("attack", attack)], seen)
             found[attack] = found.get(attack, 0) + len(own)
             seen = np.concatenate([seen, own])
     return {attack: count for attack, count in found.items() if count}
 
 
-def unique_kills(verdicts: pd.DataFrame, attacks: Iterable[str]) -> dict[str, int] | None:
+def unique_kills(verdicts: Table, attacks: Iterable[str]) -> dict[str, int] | None:
     """How many examples each of the `attacks` on F broke and no other did; those without any are left out.
 
     None where one of them has not met every example that F gets right: it might have broken it as well.
     """
-    whole, (number, idx) = _is(verdicts, "target", "F"), numbered(verdicts["idx"].to_numpy())
+    whole, (number, idx) = verdicts.are("target", "F"), verdicts.examples
     right = np.zeros(len(idx), dtype=bool)
-    right[number[whole & _is(verdicts, "attack", "clean") & verdicts["clean_correct"].to_numpy()]] = True
+    right[number[whole & verdicts.are("attack", "clean") & verdicts["clean_correct"]]] = True
     for attack in attacks:
         missed = right.copy()
-        missed[number[whole & _is(verdicts, "attack", attack)]] = False
+        missed[number[whole & verdicts.are("attack", attack)]] = False
         if missed.any():
             return None
-    pairs = verdicts.loc[_broken(verdicts), ["idx", "attack"]].drop_duplicates()
-    alone = pairs[~pairs["idx"].duplicated(keep=False)]
-    return {str(attack): int(count) for attack, count in alone["attack"].astype("str").value_counts(sort=False).items()}
+    lost, text = np.flatnonzero(broken(verdicts)), verdicts.texts["attack"]
+    _, first = np.unique(number[lost] * len(text.values) + text.codes[lost], return_index=True)
+    pairs = lost[np.sort(first)]  # a row for each example and attack that broke it
+    alone = pairs[np.bincount(number[pairs], minlength=len(idx))[number[pairs]] == 1]
+    kills = Text(text.values, text.codes[alone])
+    counts = kills.counts()
+    return {attack: counts[attack] for attack in kills.distinct()}
 
 
-def broken(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """The rows in which an attack on F has broken an example that F gets right."""
-    return verdicts[_broken(verdicts)]
+def broken(verdicts: Table) -> NDArray[np.bool_]:
+    """Of each row whether an attack on F has broken an example in it that F gets right."""
+    attacked = verdicts.are("target", "F") & ~verdicts.are("attack", "clean") & verdicts["clean_correct"]
+    return attacked & ~verdicts["robust"] & verdicts.are("status", "ok")
 
 
-def _broken(verdicts: pd.DataFrame) -> NDArray[np.bool_]:
-    attacked = _is(verdicts, "target", "F") & ~_is(verdicts, "attack", "clean") & verdicts["clean_correct"].to_numpy()
-    return attacked & ~verdicts["robust"].to_numpy() & _is(verdicts, "status", "ok")
-
-
-def accuracy_after(verdicts: pd.DataFrame, attacks: Iterable[str] | None = None) -> dict[str, float]:
+def accuracy_after(verdicts: Table, attacks: Iterable[str] | None = None) -> dict[str, float]:
     """The fraction that is robust after each attack on F and all before it, `clean` first.
 
     `attacks` is the order they ran in; without it, the order of their first rows. An example without a row for an
     attack keeps its state, so an attack that found all examples broken changes nothing.
     """
-    whole = _is(verdicts, "target", "F")
-    number, idx = numbered(verdicts["idx"].to_numpy()[whole])
-    lost, ran = ~verdicts["robust"].to_numpy(), verdicts["attack"]
+    own = verdicts.where(verdicts.are("target", "F"))
+    number, idx = own.examples
+    lost, ran = ~own["robust"], own.texts["attack"]
     robust, after = np.ones(len(idx), dtype=bool), dict[str, float]()
-    for name in dict.fromkeys(["clean", *(ran[whole].unique() if attacks is None else attacks)]):
-        robust[number[(lost & _is(verdicts, "attack", name))[whole]]] = False
+    for name in dict.fromkeys(["clean", *(ran.distinct() if attacks is None else attacks)]):
+        robust[number[lost & ran.are([name])]] = False
         after[name] = float(robust.mean())
     return after
 
 
-def component_rates(verdicts: pd.DataFrame) -> dict[str, "pd.Series[bool]"]:
-    """What the rows of suite `components` tell, each as one truth value per example, indexed by idx.
+def component_rates(verdicts: Table) -> dict[str, NDArray[np.bool_]]:
+    """What the rows of suite `components` tell, each as one truth value per example that has such a row.
 
     RA-E-fixed, RA-E-any, RA-R and `route-flip rate` (whether the route was changed), `RA-R <gate>` of each gate inside
     a network, then `<part> SA` and `<part> RA` of each part. What the rows have no attack for is not there.
     """
-    found: dict[str, pd.Series[bool]] = {}
-    whole = _is(verdicts, "target", "F")
-    names = [str(name) for name in verdicts.loc[whole, "attack"].unique()]
+    found: dict[str, NDArray[np.bool_]] = {}
+    whole = verdicts.are("target", "F")
+    own, parts = verdicts.where(whole), verdicts.where(~whole)
+    names = own.texts["attack"].distinct()
     for label, kind in {"RA-E-fixed": "expert-fixed", "RA-E-any": "expert-any", "RA-R": "route"}.items():
-        if own := [name for name in names if name.partition(":")[0] == kind]:
-            rows = whole & verdicts["attack"].isin(own).to_numpy(dtype=bool)
-            found[label] = all_by_example(verdicts, rows, "robust")
+        if attacks := [name for name in names if name.partition(":")[0] == kind]:
+            found[label] = all_by_example(own, own.are("attack", *attacks), "robust")
     if "route" in names:
-        route = verdicts[whole & _is(verdicts, "attack", "route")].set_index("idx")
+        route = own.where(own.are("attack", "route"))
         if (route["clean_expert"] >= 0).any():  # -1: the model does not show its routes
-            found["route-flip rate"] = (route["clean_expert"] != route["adv_expert"]) & (route["status"] == "ok")
+            found["route-flip rate"] = (route["clean_expert"] != route["adv_expert"]) & route.are("status", "ok")
     for name in names:
         if name.startswith("route:"):
-            rows = whole & _is(verdicts, "attack", name)
-            found[f"RA-R {name.removeprefix('route:')}"] = all_by_example(verdicts, rows, "robust")
-    for part in verdicts.loc[~whole, "target"].unique():
-        rows = _is(verdicts, "target", str(part))
-        found[f"{part} SA"] = all_by_example(verdicts, rows, "clean_correct")
-        found[f"{part} RA"] = all_by_example(verdicts, rows, "robust")
+            rows = own.are("attack", name)
+            found[f"RA-R {name.removeprefix('route:')}"] = all_by_example(own, rows, "robust")
+    for part in parts.texts["target"].distinct():
+        rows = parts.are("target", part)
+        found[f"{part} SA"] = all_by_example(parts, rows, "clean_correct")
+        found[f"{part} RA"] = all_by_example(parts, rows, "robust")
     return found

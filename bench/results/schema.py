@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import pandas as pd
+from numpy.typing import NDArray
 from pydantic import Field
 
 from bench.results.flags import WEAKER
-from bench.results.metrics import accuracy_after, clean_by_example, component_rates, numbered, robust_by_example, wilson
+from bench.results.metrics import accuracy_after, clean_by_example, component_rates, robust_by_example, wilson
+from bench.results.table import Table
 from bench.spec import ModelInfo, RunSpec, Spec
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: The columns of `verdicts.parquet`, one row per (example, attack), and their pandas types.
 VERDICT_COLUMNS: dict[str, str] = {
@@ -40,7 +44,7 @@ class Accuracy(Spec):
     n: int
 
     @classmethod
-    def of(cls, correct: "pd.Series[bool]") -> Self:
+    def of(cls, correct: NDArray[np.bool_]) -> Self:
         """The accuracy of one truth value per example."""
         successes, n = int(correct.sum()), len(correct)
         low, high = wilson(successes, n)
@@ -102,7 +106,7 @@ class Result(Spec):
         spec: RunSpec,
         model_info: ModelInfo,
         fingerprint: str,
-        verdicts: pd.DataFrame,
+        verdicts: "pd.DataFrame",
         attacks: Iterable[str] | None = None,
         **provenance: Any,
     ) -> Self:
@@ -112,7 +116,7 @@ class Result(Spec):
         ValueError for rows of another number of examples than the spec's.
         """
         known = {"spec": spec, "model_info": model_info, "fingerprint": fingerprint}
-        return cls(**known, **_derived(spec, model_info, fingerprint, verdicts, attacks), **provenance)
+        return cls(**known, **_derived(spec, model_info, fingerprint, Table.of(verdicts), attacks), **provenance)
 
     @property
     def attacked(self) -> bool:
@@ -126,7 +130,7 @@ class Result(Spec):
 
 
 def _derived(
-    spec: RunSpec, info: ModelInfo, fingerprint: str, verdicts: pd.DataFrame, attacks: Iterable[str] | None
+    spec: RunSpec, info: ModelInfo, fingerprint: str, verdicts: Table, attacks: Iterable[str] | None
 ) -> dict[str, Any]:
     """The fields of a Result that follow from the others and the rows."""
     clean = clean_by_example(verdicts)
@@ -140,7 +144,7 @@ def _derived(
         "robust_accuracy": Accuracy.of(robust_by_example(verdicts)),
         "accuracy_after": accuracy_after(verdicts, attacks),
         "components": {name: Accuracy.of(rows) for name, rows in component_rates(verdicts).items()},
-        "errors": int((verdicts["status"] == "error").sum()),
+        "errors": int(verdicts.are("status", "error").sum()),
     }
 
 
@@ -151,29 +155,23 @@ def suite_label(spec: RunSpec) -> str:
     return f"{spec.suite}[{params}]" if params else spec.suite
 
 
-def check_verdicts(verdicts: pd.DataFrame) -> None:
+def check_verdicts(verdicts: Table) -> None:
     """ValueError, saying which rule, for rows that no run can have."""
-    types = {str(column): str(dtype) for column, dtype in verdicts.dtypes.items()}
-    if list(types.items()) != list(VERDICT_COLUMNS.items()):
-        wrong = sorted(set(types.items()) ^ set(VERDICT_COLUMNS.items()))
+    if list(verdicts.types.items()) != list(VERDICT_COLUMNS.items()):
+        wrong = sorted(set(verdicts.types.items()) ^ set(VERDICT_COLUMNS.items()))
         raise ValueError(f"columns or their types are not the verdicts': {wrong or 'another order'}")
-    text = [column for column, dtype in VERDICT_COLUMNS.items() if dtype == "str"]
-    if verdicts[text].isna().to_numpy().any():
-        raise ValueError(f"one of {', '.join(text)} is missing in a row")
-    ok = verdicts["status"] == "ok"
-    if not (ok | (verdicts["status"] == "error")).all():
+    if gaps := verdicts.gaps:
+        raise ValueError(f"{', '.join(gaps)} is missing in a row")
+    ok = verdicts.are("status", "ok")
+    if not (ok | verdicts.are("status", "error")).all():
         raise ValueError("status is neither ok nor error in a row")
     if (verdicts["robust"] & ~(verdicts["clean_correct"] & ok)).any():
         raise ValueError("a row is robust although its example is misclassified or its attack failed")
-    number, idx = numbered(verdicts["idx"].to_numpy())
-    clean = np.bincount(
-        number[(verdicts["attack"] == "clean") & (verdicts["target"] == "F")], minlength=max(1, len(idx))
-    )
-    row = np.zeros(max(1, len(idx)), dtype=np.int64)  # of each example; the examples may be in any order
-    row[number] = np.arange(len(number))
-    hashes = verdicts["input_hash"].array
-    if (clean != 1).any() or not (hashes == hashes.take(row[number])).all():
-        raise ValueError("an example does not have exactly one clean row and one input hash")
+    number, idx = verdicts.examples
+    clean = np.bincount(number[verdicts.are("attack", "clean") & verdicts.are("target", "F")], minlength=len(idx))
+    if not len(idx) or (clean != 1).any():
+        raise ValueError("an example does not have exactly one clean row")
+    _ = verdicts.hashes  # one for each example
 
 
 def _claims(result: Result) -> dict[str, Any]:
@@ -191,7 +189,7 @@ def _claims(result: Result) -> dict[str, Any]:
     }
 
 
-def check_fit(result: Result, verdicts: pd.DataFrame) -> None:
+def check_fit(result: Result, verdicts: Table) -> None:
     """ValueError, naming the first that differs, where the result says what does not follow from its spec and rows."""
     attacks = list(result.accuracy_after)
     derived = _derived(result.spec, result.model_info, result.fingerprint, verdicts, attacks)

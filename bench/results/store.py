@@ -13,19 +13,22 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from uuid import uuid4
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from bench.errors import UnusableInput
 from bench.files import write_atomically
-from bench.results.schema import Result, check_fit, check_verdicts, suite_label
+from bench.results.schema import VERDICT_COLUMNS, Result, check_fit, check_verdicts, suite_label
+from bench.results.table import Table
 from bench.results.witnesses import FILE, Witnesses
 from bench.spec import RunSpec, Spec, dataset_folder, path_safe
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: The rows of a certificate (`bench.results.certificates`), whose folders lie among those of the runs.
 CERTIFICATES = "certificates.parquet"
@@ -35,12 +38,12 @@ _SIDE = b"bench.side"
 _KEPT = "bench.results.witnesses"
 
 
-#: So many runs' rows are kept in memory: of 10,000 examples each has about 4 MB.
-_KEPT_RUNS = 128
+#: So many runs' rows are kept in memory: of 10,000 examples each has about 3 MB.
+_KEPT_RUNS = 256
 #: So many runs are named where a folder holds some and is none.
 _NAMED = 3
 
-RowCheck = Callable[[pd.DataFrame], None]
+RowCheck = Callable[[Table], None]
 R = TypeVar("R", bound=Spec)
 
 
@@ -55,8 +58,8 @@ def ensure_writable(root: Path) -> None:
         raise UnusableInput(f"folder '{root}' cannot be written ({error.strerror}): name another one") from None
 
 
-def _to_parquet(rows: pd.DataFrame, side: Mapping[str, Any], check: "RowCheck") -> bytes:
-    check(rows)
+def _to_parquet(rows: "pd.DataFrame", side: Mapping[str, Any], check: RowCheck) -> bytes:
+    check(Table.of(rows))
     table = pa.Table.from_pandas(rows, preserve_index=False)
     table = table.replace_schema_metadata({**table.schema.metadata, _SIDE: json.dumps(side)})
     sink = pa.BufferOutputStream()
@@ -64,13 +67,15 @@ def _to_parquet(rows: pd.DataFrame, side: Mapping[str, Any], check: "RowCheck") 
     return sink.getvalue().to_pybytes()
 
 
-def _from_parquet(path: Path, check: "RowCheck") -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Rows and side data; ValueError, or an OSError, for a file that is not a whole one of ours."""
+def _from_parquet(path: Path, columns: Mapping[str, str], check: RowCheck) -> tuple[Table, dict[str, Any]]:
+    """Rows and side data; ValueError, or an OSError, for a file that is not a whole one with these columns."""
+    texts = [column for column, dtype in columns.items() if dtype == "str"]
     try:
-        table = pq.read_table(pa.BufferReader(path.read_bytes()))  # given a path, pyarrow expands `~` and wants UTF-8
+        data = pa.BufferReader(path.read_bytes())  # given a path, pyarrow expands `~` and wants UTF-8
+        table = pq.ParquetFile(data, read_dictionary=texts).read(use_threads=False)
         side = json.loads((table.schema.metadata or {}).get(_SIDE, b"{}"))
-        rows = table.to_pandas()
-    except (pa.ArrowException, LookupError, TypeError, AttributeError) as error:  # damage in pandas' own notes, too
+        rows = Table.of_arrow(table)
+    except (pa.ArrowException, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"not a whole file of rows ({error})") from None
     check(rows)
     return rows, side
@@ -81,7 +86,7 @@ class BlockRows:
     """The rows of one block, and what else is to be known of it: anything that JSON can hold."""
 
     index: int
-    rows: pd.DataFrame
+    rows: "pd.DataFrame"
     side: dict[str, Any]
     witnesses: Witnesses | None = None
 
@@ -96,10 +101,12 @@ class Folder(ABC, Generic[R]):
     """The folder of one run, as the loop that makes it fills it. Without `result.json` the run is unfinished.
 
     Several processes may write blocks at a time; every file appears whole or not at all. A subclass says which
-    `file` holds the rows, and what rows (`check`) and results go together (`fit`; both raise ValueError).
+    `file` holds the rows, of which `columns`, and what rows (`check`) and results go together (`fit`; both raise
+    ValueError).
     """
 
     file: ClassVar[str]
+    columns: ClassVar[Mapping[str, str]]
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -107,12 +114,12 @@ class Folder(ABC, Generic[R]):
 
     @staticmethod
     @abstractmethod
-    def check(rows: pd.DataFrame, /) -> None:
+    def check(rows: Table, /) -> None:
         """ValueError, saying which rule, for rows that no run can have."""
 
     @staticmethod
     @abstractmethod
-    def fit(result: R, rows: pd.DataFrame) -> None:
+    def fit(result: R, rows: Table) -> None:
         """ValueError, naming the first that differs, where the result says what does not follow from the rows."""
 
     @abstractmethod
@@ -130,18 +137,18 @@ class Folder(ABC, Generic[R]):
         self._drop_blocks()
         return result
 
-    def rows(self, result: R) -> pd.DataFrame:
+    def rows(self, result: R) -> Table:
         """The rows, as the file has them now; UnusableInput if they are not those that the result was made from."""
         path = self.path / self.file
         try:
-            rows, _ = _from_parquet(path, self.check)
+            rows, _ = _from_parquet(path, self.columns, self.check)
             self.fit(result, rows)
         except (ValueError, OSError) as error:
             raise _unusable(path, error) from None
         return rows
 
     def write_block(
-        self, index: int, rows: pd.DataFrame, side: Mapping[str, Any], witnesses: Witnesses | None = None
+        self, index: int, rows: "pd.DataFrame", side: Mapping[str, Any], witnesses: Witnesses | None = None
     ) -> None:
         """Stores a block's rows, side data and adversarial examples; ValueError for rows that no run can have."""
         path = self._blocks / f"block-{index:05d}.parquet"
@@ -161,18 +168,18 @@ class Folder(ABC, Generic[R]):
                 index = int(path.stem.removeprefix("block-"))
                 if index in known:
                     continue
-                rows, side = _from_parquet(path, self.check)
+                rows, side = _from_parquet(path, self.columns, self.check)
                 witnesses = Witnesses.read(path.with_suffix(".safetensors")) if _KEPT in side else None
                 if witnesses is not None and side.pop(_KEPT) != len(witnesses):
                     continue
-                found.append(BlockRows(index, rows, side, witnesses))
+                found.append(BlockRows(index, rows.frame(), side, witnesses))
             except (ValueError, OSError):
                 continue  # what killed the writer also loses its block: it is attacked again
         return found
 
-    def finish(self, result: R, rows: pd.DataFrame, witnesses: Witnesses | None = None) -> None:
+    def finish(self, result: R, rows: "pd.DataFrame", witnesses: Witnesses | None = None) -> None:
         """Writes the witnesses, the rows, then the result, and drops the blocks; ValueError if they do not fit."""
-        self.fit(result, rows)
+        self.fit(result, Table.of(rows))
         if witnesses is not None:
             write_atomically(self.path / FILE, witnesses.to_bytes())
         write_atomically(self.path / self.file, _to_parquet(rows, {}, self.check))
@@ -187,11 +194,11 @@ class Folder(ABC, Generic[R]):
 class RunFolder(Folder[Result]):
     """The folder of one run of a suite."""
 
-    file = "verdicts.parquet"
+    file, columns = "verdicts.parquet", VERDICT_COLUMNS
     check = staticmethod(check_verdicts)
 
     @staticmethod
-    def fit(result: Result, rows: pd.DataFrame) -> None:
+    def fit(result: Result, rows: Table) -> None:
         check_fit(result, rows)
 
     def read(self) -> Result:
@@ -205,12 +212,16 @@ class Run:
     result: Result
     path: Path
 
-    def verdicts(self) -> pd.DataFrame:
+    def rows(self) -> Table:
         """The rows; UnusableInput if they are not those that the result was made from.
 
         They are read and checked once, and kept while few others are asked for.
         """
-        return _verdicts(self)
+        return _rows(self)
+
+    def verdicts(self) -> "pd.DataFrame":
+        """The rows as a frame, which is the caller's own."""
+        return self.rows().frame()
 
     def __str__(self) -> str:
         spec = self.result.spec
@@ -219,14 +230,14 @@ class Run:
 
 
 @lru_cache(maxsize=_KEPT_RUNS)
-def _verdicts(run: Run) -> pd.DataFrame:
+def _rows(run: Run) -> Table:
     return RunFolder(run.path).rows(run.result)
 
 
 def read_run(path: Path) -> Run:
     """The finished run in the folder `path`, checked; UnusableInput, naming the file, if it cannot be relied on."""
     run = Run(read_result(path, Result), path)
-    run.verdicts()
+    run.rows()
     return run
 
 
@@ -267,13 +278,13 @@ def read_runs(root: Path) -> list[Run]:
 
 def finished_folders(root: Path) -> list[Path]:
     """Every folder below `root` that has a `result.json`, sorted; links are followed, and no folder comes twice."""
-    found, seen = [], set[str]()
+    found, seen = [], set[tuple[int, int]]()
     for name, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(name)
-        if real in seen:
+        own = os.stat(name)
+        if (own.st_dev, own.st_ino) in seen:
             folders.clear()
             continue
-        seen.add(real)
+        seen.add((own.st_dev, own.st_ino))
         folders.sort()  # which of several links to one folder comes first
         if "result.json" in files:
             found.append(Path(name))

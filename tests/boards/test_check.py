@@ -397,7 +397,7 @@ def certify(root: Path, certified: str, method: str = "union", **fields: Any) ->
     }
     spec = RunSpec(**{**given, "threat_model": ThreatModel(norm="Linf", eps=0.2), **fields})
     info = ModelInfo(name=spec.model, architecture="cnn", checkpoint_sha256=checkpoint * 64)
-    clean = Accuracy.of(pd.Series([True] * len(rows)))
+    clean = Accuracy.of(np.ones(len(rows), dtype=bool))
     provenance = {"params": {}, "environment": {}, "git_hash": None, "seconds": 1.0, "finished": "2030-01-01"}
     result = Certification.from_rows(spec, info, "f" * 16, clean, rows, **provenance)
     CertificateFolder(run_folder(root, spec, result.run)).finish(result, rows)
@@ -446,15 +446,14 @@ def test_noise_fails_at_most_five_percent_of_checks_and_a_real_drop_few_pass(cap
 
     def change(number: int, measure: Any, lost: float, gained: float) -> Change:
         u = draw.random(500)
-        images = [f"digits {i}" for i in range(500)]
-        before = pd.Series(draw.random(500) < 0.5 if measure == "robust" else np.ones(500, dtype=bool), index=images)
-        after = before ^ pd.Series(np.where(before, u < lost, u < gained), index=images)
+        before = draw.random(500) < 0.5 if measure == "robust" else np.ones(500, dtype=bool)
+        after = before ^ np.where(before, u < lost, u < gained)
         info = ModelInfo(name=f"m{number}", architecture="cnn", checkpoint_sha256=f"{number}" * 64)
         spec = RunSpec(
             model=f"m{number}", dataset="digits", threat_model=threat, suite="pgd", suite_version=1, n_examples=500
         )
         side: Any = SimpleNamespace(spec=spec, model_info=info, run="r")
-        return Change(f"m{number}", "pgd", "pgd", measure, before, after, side, side)
+        return Change(f"m{number}", "pgd", "pgd", measure, np.arange(500), before, after, side, side)
 
     def alarms(checks: int, dropped: int, drop: float, max_drop: float = 0.0) -> float:
         failed = 0

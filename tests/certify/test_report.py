@@ -39,7 +39,7 @@ def certification(frame: pd.DataFrame) -> Certification:
     )  # fmt: skip
     info = ModelInfo(name="m", architecture="cnn", checkpoint_sha256="c" * 64)
     provenance: dict[str, Any] = {"environment": {}, "git_hash": None, "seconds": 1.0, "finished": "2030-01-01"}
-    clean = Accuracy.of(pd.Series([True]))
+    clean = Accuracy.of(np.ones(1, dtype=bool))
     return Certification.from_rows(spec, info, "f" * 16, clean, frame, params={}, **provenance)
 
 

@@ -52,7 +52,7 @@ def made(tmp_path: Path, planted: Any, linear_moe: Any) -> Callable[..., tuple[C
         subject = Subject(model, info, foreign=type(model) is not type(moe))
         subject = dataclasses.replace(subject, identity=identity)
         result = certify(Job(spec, subject, certifier, data, 3), results, on_block=on_block)
-        return result, CertificateFolder(run_folder(results, spec, result.run)).rows(result)
+        return result, CertificateFolder(run_folder(results, spec, result.run)).rows(result).frame()
 
     return run
 

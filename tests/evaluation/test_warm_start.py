@@ -16,6 +16,7 @@ from bench.evaluation.plan import RunRequest, plan
 from bench.results.metrics import robust_by_example
 from bench.results.schema import suite_label
 from bench.results.store import read_runs
+from bench.results.table import Table
 from bench.results.witnesses import FILE, Witnesses
 from bench.suites.base import Suite
 
@@ -167,7 +168,7 @@ def test_a_weak_suite_after_a_strong_one_is_nowhere_more_robust(run: Any):
     weak, _ = run(WEAK, seed=1)
     warm, rows = run(WEAK, warm_start=True)
     assert (strong.robust_accuracy.value, weak.robust_accuracy.value) == (0.2, 0.4)
-    assert (robust_by_example(rows) <= robust_by_example(found)).all()
+    assert (robust_by_example(Table.of(rows)) <= robust_by_example(Table.of(found))).all()
     assert warm.accuracy_after == {"clean": 0.8, "warm-start": 0.2, "push": 0.2}
     assert warm.errors == 0
     assert warm.flags == strong.flags
@@ -182,7 +183,7 @@ def test_no_witness_of_pgd_is_lost_to_a_pgd_that_hardly_moves(norm: str, planted
     cold, _ = score(model, "pgd", settings=still, **options)
     warm, rows = score(model, "pgd", settings=still, warm_start=True, **{**options, "batch_size": 24})
     assert strong.robust_accuracy.value < cold.robust_accuracy.value
-    assert (robust_by_example(rows) <= robust_by_example(found)).all()
+    assert (robust_by_example(Table.of(rows)) <= robust_by_example(Table.of(found))).all()
     assert warm.flags == cold.flags
 
 
@@ -281,7 +282,7 @@ def test_another_alpha_lends_nothing(planted: Any, score: Any):
     assert broken.robust_accuracy.value < 0.5
     assert not tried(score(model, "clean", alpha=0.7, warm_start=True)[1])
     _, rows = score(model, "clean", alpha=0.1, warm_start=True)
-    assert robust_by_example(rows).mean() == broken.robust_accuracy.value
+    assert robust_by_example(Table.of(rows)).mean() == broken.robust_accuracy.value
 
 
 def test_without_witnesses_a_warm_start_is_a_cold_one(run: Any, kept: Path):

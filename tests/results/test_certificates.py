@@ -26,6 +26,7 @@ from bench.results.certificates import (
 )
 from bench.results.schema import VERDICT_COLUMNS, Accuracy, Result
 from bench.results.store import RunFolder, read_runs, run_folder
+from bench.results.table import Table
 from bench.spec import ModelInfo, RunSpec, ThreatModel
 
 INFO = ModelInfo(name="m", architecture="cnn", checkpoint_sha256="c" * 64)
@@ -56,7 +57,7 @@ def save(root: Path, rows: pd.DataFrame, suite: str = "certify-bounds", **fields
     info = INFO.model_copy(update=fields.pop("info", {}))
     params = fields.pop("params", {})
     made = spec(suite, rows["idx"].nunique(), **fields)
-    clean = Accuracy.of(pd.Series([True] * made.n_examples))
+    clean = Accuracy.of(np.ones(made.n_examples, dtype=bool))
     result = Certification.from_rows(made, info, "f" * 16, clean, rows, params=params, **PROVENANCE)
     CertificateFolder(run_folder(root, made, result.run)).finish(result, rows)
     return result
@@ -95,7 +96,7 @@ def test_a_certification_is_what_its_rows_amount_to_and_lies_among_the_runs(tmp_
     attack(tmp_path, [], n=4)
     (read,) = read_certificates(tmp_path)
     assert read.result == made
-    pd.testing.assert_frame_equal(read.rows, rows)
+    pd.testing.assert_frame_equal(read.rows.frame(), rows)
     assert read.path.relative_to(tmp_path).parts[:4] == ("digits", "Linf-0.2", "certify-bounds-v3", "m")
     assert [run.result.spec.suite for run in read_runs(tmp_path)] == ["pgd"]
     with pytest.raises(ValueError, match="rows of 4 examples, not of 5"):
@@ -114,13 +115,14 @@ def test_a_certification_is_what_its_rows_amount_to_and_lies_among_the_runs(tmp_
         ({"predicted": -1}, "predicts nothing"),
         ({"idx": 0}, "several rows"),
         ({"eps": 1}, "columns or their types"),
+        ({"norm": pd.Series(["Linf", None], dtype="str")}, "norm is missing"),
     ],
 )
 def test_rows_that_no_certification_can_have_are_refused(change: dict[str, Any], expected: str):
     rows = frame(methods={("union", 0.2): "11"})
-    check_certificates(rows)
+    check_certificates(Table.of(rows))
     with pytest.raises(ValueError, match=expected):
-        check_certificates(rows.assign(**change))
+        check_certificates(Table.of(rows.assign(**change)))
 
 
 def test_a_method_that_could_not_be_applied_has_no_share(tmp_path: Path):

@@ -21,6 +21,7 @@ from bench.results.metrics import (
     unique_kills,
     wilson,
 )
+from bench.results.table import Table
 
 # a busy machine is slow at times, and scipy's first import always
 randomly = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
@@ -94,8 +95,10 @@ def test_an_example_is_robust_if_no_row_on_f_breaks_it():
         *[(0, "apgd", "F", True), (3, "apgd", "F", True)],
         (3, "pgd", "expert:1", False),  # an expert alone is not the deployed model
     )
-    assert robust_by_example(frame).to_dict() == {0: True, 1: False, 2: False, 3: True}
-    assert clean_by_example(frame).to_dict() == {0: True, 1: True, 2: False, 3: True}
+    assert robust_by_example(Table.of(frame)).tolist() == [True, False, False, True]
+    assert clean_by_example(Table.of(frame)).tolist() == [True, True, False, True]
+    # whatever the order of the rows, the examples are in that of their idx
+    assert robust_by_example(Table.of(frame[::-1])).tolist() == [True, False, False, True]
 
 
 def test_unique_kills_by_hand():
@@ -116,14 +119,14 @@ def test_unique_kills_by_hand():
         (5, "b", "F", False, False, "ok"),  # wrong from the start
     ]
     frame = pd.DataFrame(given_rows, columns=["idx", "attack", "target", "clean_correct", "robust", "status"])
-    assert unique_kills(frame, ["a", "b"]) == {"a": 1, "b": 1}
+    assert unique_kills(Table.of(frame), ["a", "b"]) == {"a": 1, "b": 1}
     # b has not met example 0, c none: what a broke there nobody knows to be a's alone
-    assert unique_kills(frame[(frame["idx"] != 0) | (frame["attack"] != "b")], ["a", "b"]) is None
-    assert unique_kills(frame, ["a", "b", "c"]) is None
+    assert unique_kills(Table.of(frame[(frame["idx"] != 0) | (frame["attack"] != "b")]), ["a", "b"]) is None
+    assert unique_kills(Table.of(frame), ["a", "b", "c"]) is None
 
 
 def test_what_was_first_broken_by_which_attack_by_hand():
-    def run(**marks: str) -> tuple[pd.DataFrame, list[str]]:
+    def run(**marks: str) -> tuple[Table, list[str]]:
         """One letter an example: 1 robust, 0 broken, `.` not met."""
         given_rows = [
             (idx, name, "F", True, mark == "1", "ok")
@@ -132,7 +135,7 @@ def test_what_was_first_broken_by_which_attack_by_hand():
             if mark != "."
         ]
         columns = ["idx", "attack", "target", "clean_correct", "robust", "status"]
-        return pd.DataFrame(given_rows, columns=columns), list(marks)
+        return Table.of(pd.DataFrame(given_rows, columns=columns)), list(marks)
 
     assert first_broken_by([run(a="0011", b="..01")]) == {"a": 2, "b": 1}
     assert first_broken_by([run(a="0011", b="0001")]) == {"a": 2, "b": 1}  # b attacks all: a was still first
@@ -148,12 +151,13 @@ def test_accuracy_after_by_hand():
         *[(1, "a", "F", False), (2, "a", "F", True)],
         (2, "parts", "S", False),
     )
-    after = accuracy_after(frame)
+    table = Table.of(frame)
+    after = accuracy_after(table)
     assert list(after.items()) == [("clean", 0.75), ("b", 0.5), ("a", 0.25)]
     # the order changes what is left in between: example 0 has no row for `a` and keeps its state
-    assert list(accuracy_after(frame, ["a", "b"]).items()) == [("clean", 0.75), ("a", 0.5), ("b", 0.25)]
+    assert list(accuracy_after(table, ["a", "b"]).items()) == [("clean", 0.75), ("a", 0.5), ("b", 0.25)]
     # `c` found nobody to attack, so it has no row at all
-    assert accuracy_after(frame, ["b", "a", "c"])["c"] == 0.25
+    assert accuracy_after(table, ["b", "a", "c"])["c"] == 0.25
 
 
 ATTACKS = ("a", "b", "c")
@@ -174,18 +178,19 @@ def verdicts(draw: st.DrawFn) -> pd.DataFrame:
 @randomly
 @given(verdicts())
 def test_worst_case_is_below_every_single_attack(frame: pd.DataFrame):
-    worst = robust_by_example(frame).mean()
+    worst = robust_by_example(Table.of(frame)).mean()
     for attack in ATTACKS:
-        assert worst <= robust_by_example(frame[frame["attack"].isin(["clean", attack])]).mean()
+        assert worst <= robust_by_example(Table.of(frame[frame["attack"].isin(["clean", attack])])).mean()
 
 
 @randomly
 @given(verdicts(), st.permutations(ATTACKS))
 def test_accuracy_after_falls_from_clean_to_worst(frame: pd.DataFrame, order: list[str]):
-    after = list(accuracy_after(frame, order).values())
+    table = Table.of(frame)
+    after = list(accuracy_after(table, order).values())
     assert all(later <= earlier for earlier, later in pairwise(after))
-    assert after[0] == clean_by_example(frame).mean()
-    assert after[-1] == pytest.approx(robust_by_example(frame).mean())
+    assert after[0] == clean_by_example(table).mean()
+    assert after[-1] == pytest.approx(robust_by_example(table).mean())
 
 
 @randomly

@@ -8,6 +8,7 @@ from verdict_rows import ROWS, frame, result, spec
 
 from bench.results.schema import VERDICT_COLUMNS, check_verdicts, suite_label
 from bench.results.store import Run
+from bench.results.table import Table
 
 
 def test_result_is_what_the_rows_amount_to():
@@ -34,6 +35,8 @@ def broken_rows(name: str) -> pd.DataFrame:
             return ROWS.iloc[:0]
         case "missing":
             return ROWS.assign(attack=ROWS["attack"].where(ROWS.index != 2))
+        case "missing number":
+            return ROWS.astype({"label": "Int64"}).assign(label=ROWS["label"].astype("Int64").where(ROWS.index != 2))
         case "status":
             return ROWS.assign(status="crash").astype(VERDICT_COLUMNS)
         case "error is robust":
@@ -55,7 +58,8 @@ def broken_rows(name: str) -> pd.DataFrame:
         ("extra", "'more'"),
         ("order", "another order"),
         ("empty", "exactly one clean row"),
-        ("missing", "is missing in a row"),
+        ("missing", "attack is missing in a row"),
+        ("missing number", "'label', 'Int64'"),
         ("status", "status is neither"),
         ("error is robust", "its attack failed"),
         ("wrong is robust", "misclassified"),
@@ -65,13 +69,13 @@ def broken_rows(name: str) -> pd.DataFrame:
     ],
 )
 def test_rows_that_no_run_can_have(name: str, expected: str):
-    check_verdicts(ROWS)
+    check_verdicts(Table.of(ROWS))
     with pytest.raises(ValueError, match=expected):
-        check_verdicts(broken_rows(name))
+        check_verdicts(Table.of(broken_rows(name)))
 
 
 def test_examples_may_be_in_any_order():
-    check_verdicts(ROWS.iloc[::-1].reset_index(drop=True))
+    check_verdicts(Table.of(ROWS.iloc[::-1].reset_index(drop=True)))
 
 
 def test_names_say_what_is_not_default(tmp_path: Path):

@@ -16,6 +16,7 @@ from bench.datasets.base import EvalSet, fingerprint
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
 from bench.results.metrics import component_rates
+from bench.results.table import Table
 
 EPS = 0.1
 #: class 1 where the first, or the second, signal is positive
@@ -51,7 +52,7 @@ def test_every_rate_by_hand(linear_moe: Callable[..., MoE], components: Any):
     # (0.3, 0.16): expert 1, which keeps 0.06; b falls to 0.56, and expert 0 then has the say, and is right.
     # (−0.2, 0.2): expert 1; b falls to 0.6, and expert 0 then has the say, and is wrong.
     result, rows = components(moe, FOUR)
-    found = component_rates(rows)
+    found = component_rates(Table.of(rows))
     assert {name: found[name].tolist() for name in list(found)[:4]} == {
         "RA-E-fixed": [True, False, True, False],
         "RA-E-any": [True, False, True, False],
