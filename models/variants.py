@@ -13,6 +13,7 @@ class Variant:
     """`objective` is None for a variant that is put together from the trained `parts` (standard, robust).
 
     `network`: of kind `inside`, the network with MoE blocks (`bench.models.layers`); the others take a recipe's expert.
+    `published`: the objective's hyper-parameters are those of its paper, and not a recipe's, which are tuned.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Variant:
     combine: Combine | None = None
     parts: tuple[str, str] | None = None
     network: str | None = None
+    published: bool = False
 
 
 def _routed(gate: Gate, suffix: str) -> list[Variant]:
@@ -42,12 +44,15 @@ _INSIDE = {"blockmoe": ("standard", "at"), "vmoe": ("standard", "at"), "softmoe"
 #: Objectives whose loss is of experts, or of routers, that see the image itself.
 _WHOLE_NETWORKS = {"advmoe": "moe-advmoe", "rt_er": "moe-rt_er", "jtdmoe": "dual-jtdmoe"}
 
-#: In the order in which lists show them. `-argmax`: routed as the released code does it; `dual-logits`: its mixing.
+#: In the order in which lists show them. `-argmax`: routed as the released code does it; `dual-logits`: its mixing;
+#: `-published`: by the paper's β = 6, beside what `bench tune` has chosen.
 VARIANTS: Registry[Variant] = Registry("variant", group="bench.variants", in_order=True)
 for _variant in [
     Variant("dense-standard", "dense", "standard"),
     Variant("dense-at", "dense", "at"),
     *_routed("softmax", ""),
+    Variant("moe-rt_er-published", "moe", "rt_er", "softmax", "logits", published=True),
+    Variant("dual-jtdmoe-published", "dual", "jtdmoe", "softmax", "probs", published=True),
     *_routed("argmax", "-argmax"),
     *(Variant(f"{network}-{o}", "inside", o, network=network) for network, own in _INSIDE.items() for o in own),
 ]:

@@ -43,7 +43,7 @@ def test_every_value_of_every_grid_is_a_setting_of_its_variant(variant: str):
 
 def test_the_first_trial_is_the_recipes_own_and_none_comes_twice():
     grid = {"beta": [1.0, 6.0], "lr": [0.1, 0.3, 0.9], "balance": [0.5]}
-    points = draw(search("moe-rt_er", grid, expert_term="second", expert_reduction="sum"), 6)
+    points = draw(search("moe-rt_er-published", grid, expert_term="second", expert_reduction="sum"), 6)
     assert points[0] == {"beta": 6.0, "lr": 0.3, "balance": 0.5}  # digits' recipe, and the objective's defaults
     assert {(point["beta"], point["lr"]) for point in points} == {(b, lr) for b in (1, 6) for lr in (0.1, 0.3, 0.9)}
 

@@ -105,6 +105,16 @@ def test_what_a_preset_says_of_one_objective_goes_over_what_it_says_of_all():
     assert spec("moe-advmoe", "cpu-cifar10", inner_steps=3).objective_params["inner_steps"] == 3
 
 
+def test_what_a_preset_says_of_one_objective_is_not_the_published_variants():
+    tuned, published = (spec(name).objective_params for name in ("moe-rt_er", "moe-rt_er-published"))
+    assert (tuned["beta"], published["beta"]) == (0.3, 6.0)
+    assert {key: value for key, value in tuned.items() if key != "beta"} == {
+        key: value for key, value in published.items() if key != "beta"
+    }
+    joint = spec("dual-jtdmoe-published").objective_params
+    assert (joint["beta"], joint["expert_term"], joint["expert_reduction"]) == (6.0, "all", "sum")
+
+
 def test_a_preset_may_give_an_objective_a_schedule_of_its_own():
     # AdvMoE's is published (Zhang et al. 2023), and its router has no other learning rate than its experts
     own = spec("moe-advmoe", "paper-cifar10", momentum=0.8).recipe

@@ -76,20 +76,22 @@ def train_spec(
     """The spec of a training: the recipe (default: the data set's own), overridden by `settings`.
 
     A setting is a field of the recipe or of the objective; UnusableInput, with the nearest name, for any other, and for
-    one that has no effect on this variant. A dual that is put together is not trained and accepts all of them.
+    one that has no effect on this variant. A dual that is put together is not trained and accepts all of them. What the
+    recipe presets of a single objective is left out for a variant of the published settings.
     """
-    objective = objective_class(get_variant(variant))
-    network = get_variant(variant).network
+    about = get_variant(variant)
+    objective, network = objective_class(about), about.network
     name = recipe or dataset.recipe
     preset = read_recipe(name)
     of_network = {"pretrained": False, **preset.network.get(network, {})} if network else {}
-    special = of_network | preset.objective.get(get_variant(variant).objective or "", {})
+    of_objective = {} if about.published else preset.objective.get(about.objective or "", {})
+    special = of_network | of_objective
     for key in set(special) - {*objective.model_fields, *Recipe.model_fields}:
         raise UnusableInput(f"recipe '{name}' presets '{key}' of '{variant}', which has no such parameter")
     own = {key: value for key, value in (preset.objective | special).items() if key in objective.model_fields}
     changed = {key: value for key, value in special.items() if key in Recipe.model_fields}
     for key, value in (settings or {}).items():
-        if key in _idle(get_variant(variant)):
+        if key in _idle(about):
             raise UnusableInput(f"--set {key}: nothing of '{variant}' depends on it: drop it")
         if key in objective.model_fields:
             own[key] = value
@@ -100,11 +102,11 @@ def train_spec(
             raise UnusableInput(f"--set {key}: '{variant}' has no such parameter: {did_you_mean(key, known)}")
     params = build(objective, f"objective of '{variant}'", own)
     merged = build(Recipe, f"recipe '{name}'", {**preset.model_dump(exclude={"objective", "network"}), **changed})
-    gate = get_variant(variant).gate
+    gate = about.gate
     if gate and merged.gate not in (None, gate):
         other = f"{variant}-argmax" if merged.gate == "argmax" else variant.removesuffix("-argmax")
         raise UnusableInput(f"recipe '{name}' is for gate={merged.gate}, and '{variant}' has {gate}: train {other}")
-    if get_variant(variant).kind == "dual" and get_variant(variant).objective and merged.alpha == 1:
+    if about.kind == "dual" and about.objective and merged.alpha == 1:
         raise UnusableInput("alpha=1: of such a dual nothing is left of its standard branch: train an moe-rt_er")
     if merged.noise_sigma and objective.adversarial:
         raise UnusableInput(
