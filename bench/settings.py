@@ -5,8 +5,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
-
 from bench.errors import UnusableInput
 
 
@@ -30,6 +28,8 @@ def parse_value(value: Any, name: str) -> Any:
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     """`--set k=v` options as a dict; values are YAML scalars, and fractions such as 2/255 become numbers."""
+    import yaml  # here: commands that only read results start sooner
+
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")

@@ -84,7 +84,8 @@ def dataset_folder(name: str) -> str:
 class Spec(BaseModel):
     """Frozen, hashable by content, and strict about unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # pydantic builds a class when it is first used: a command needs few of them
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     def __hash__(self) -> int:
         return hash(digest(self.model_dump(mode="json")))

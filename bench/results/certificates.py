@@ -16,7 +16,7 @@ from pydantic import Field
 
 from bench.results.schema import Accuracy
 from bench.results.store import CERTIFICATES, Folder, Run, finished_folders, read_result
-from bench.results.table import Table
+from bench.results.table import Table, firsts
 from bench.spec import ModelInfo, RunSpec, Spec, ThreatModel
 
 if TYPE_CHECKING:
@@ -129,9 +129,9 @@ def check_certificates(rows: Table, /) -> None:
         raise ValueError(f"columns or their types are not the certificates': {wrong or 'another order'}")
     if gaps := rows.gaps:
         raise ValueError(f"{', '.join(gaps)} is missing in a row")
-    (example, idx), method, (_, eps) = rows.examples, rows.texts["method"], np.unique(rows["eps"], return_inverse=True)
-    rows_of = (eps * len(method.values) + method.codes) * len(idx) + example
-    if not len(rows) or len(np.unique(rows_of)) < len(rows):
+    (example, idx), method = rows.examples, rows.texts["method"]
+    eps = np.searchsorted(np.sort(rows["eps"]), rows["eps"])  # a number for each value
+    if not len(rows) or len(firsts((eps * len(method.values) + method.codes) * len(idx) + example)) < len(rows):
         raise ValueError("an example has several rows of one method and ε, or there is none")
     for column, known in (("status", STATUSES), ("method", METHODS)):
         if not rows.are(column, *known).all():
@@ -303,7 +303,7 @@ def _firm(one: Certificates) -> _Firm:
     firm = one.rows.where(one.rows.are("status", "certified") & one.rows.are("method", *ROUTES, *DETERMINISTIC))
     firm = firm.where(np.argsort(-firm["eps"], kind="stable"))
     pairs = firm.examples[0] * len(firm.texts["method"].values) + firm.texts["method"].codes
-    firm = firm.where(np.sort(np.unique(pairs, return_index=True)[1]))
+    firm = firm.where(firsts(pairs))
     # a class is certified up to the tolerance of the ball; a route's radius is the exact one
     reach = [ThreatModel(norm=threat.norm, eps=eps).reach for eps in firm["eps"].tolist()]
     within = np.where(firm.are("method", *ROUTES), firm["radius"], np.array(reach))

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.results.table import Table, Text, numbered
+from bench.results.table import Table, Text, firsts, numbered
 
 #: The standard normal's 97.5 % quantile.
 _Z = 1.959963984540054
@@ -131,19 +131,20 @@ def robust_by_example(verdicts: Table) -> NDArray[np.bool_]:
 
 
 def first_broken_by(runs: Iterable[tuple[Table, Sequence[str]]]) -> dict[str, int]:
-    """How many examples each attack on F was the first to break, over runs of one suite: rows, attacks in their order.
+    """How many examples each attack on F was the first to break, over runs of one suite on the same examples.
 
-    What a later run broke counts where no run before it did. Of an example that an attack has broken, no attack that
-    comes later and skips it is known to fail.
+    runs: rows, and the attacks in the order they ran. What a later run broke counts where no run before it did. Of an
+    example that an attack has broken, no attack that comes later and skips it is known to fail.
     """
-    seen = np.empty(0, dtype=np.int64)
+    seen: NDArray[np.bool_] | None = None
     found: dict[str, int] = {}
     for verdicts, attacks in runs:
-        lost = broken(verdicts)
+        lost, (number, idx) = broken(verdicts), verdicts.examples
+        seen = np.zeros(len(idx), dtype=bool) if seen is None else seen
         for attack in attacks:
-            own = np.setdiff1d(verdicts["idx"][lost & verdicts.are("attack", attack)], seen)
-            found[attack] = found.get(attack, 0) + len(own)
-            seen = np.concatenate([seen, own])
+            before = int(seen.sum())
+            seen[number[lost & verdicts.are("attack", attack)]] = True
+            found[attack] = found.get(attack, 0) + int(seen.sum()) - before
     return {attack: count for attack, count in found.items() if count}
 
 
@@ -161,8 +162,8 @@ def unique_kills(verdicts: Table, attacks: Iterable[str]) -> dict[str, int] | No
         if missed.any():
             return None
     lost, text = np.flatnonzero(broken(verdicts)), verdicts.texts["attack"]
-    _, first = np.unique(number[lost] * len(text.values) + text.codes[lost], return_index=True)
-    pairs = lost[np.sort(first)]  # a row for each example and attack that broke it
+    # a row for each example and attack that broke it
+    pairs = lost[firsts(number[lost] * len(text.values) + text.codes[lost])]
     alone = pairs[np.bincount(number[pairs], minlength=len(idx))[number[pairs]] == 1]
     kills = Text(text.values, text.codes[alone])
     counts = kills.counts()

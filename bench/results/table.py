@@ -142,6 +142,8 @@ class Table:
 
     def where(self, rows: NDArray[Any]) -> Self:
         """These rows: a truth value for each, or their numbers."""
+        if rows.dtype == bool and rows.all():
+            return self
         texts = {name: Text(text.values, text.codes[rows]) for name, text in self.texts.items()}
         return type(self)(self.types, {name: column[rows] for name, column in self.numbers.items()}, texts)
 
@@ -202,3 +204,11 @@ def numbered(idx: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int6
     there = np.zeros(int(idx.max()) + 1, dtype=bool)  # positions in a data set: an array is faster than to sort
     there[idx] = True
     return (np.cumsum(there) - 1)[idx], np.flatnonzero(there)
+
+
+def firsts(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows whose keys (m,) no row before them has, in their order."""
+    order = np.argsort(keys, kind="stable")
+    new = np.ones(len(keys), dtype=bool)
+    new[1:] = keys[order[1:]] != keys[order[:-1]]
+    return np.sort(order[new])

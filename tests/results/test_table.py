@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verdict_rows import ROWS
 
-from bench.results.table import Table, Text, numbered
+from bench.results.table import Table, Text, firsts, numbered
 
 randomly = settings(deadline=None, max_examples=50)
 WORDS = st.lists(st.sampled_from(["clean", "pgd", "", "ε|"]), min_size=1, max_size=9)
@@ -68,6 +68,13 @@ def test_examples_are_numbered_by_their_idx(idx: list[int]):
     number, examples = numbered(np.array(idx, dtype=np.int64))
     assert examples.tolist() == sorted(set(idx))
     assert examples[number].tolist() == idx
+
+
+@randomly
+@given(st.lists(st.integers(0, 4), max_size=9))
+def test_the_first_rows_of_each_key(keys: list[int]):
+    expected = [at for at, key in enumerate(keys) if key not in keys[:at]]
+    assert firsts(np.array(keys, dtype=np.int64)).tolist() == expected
 
 
 def test_each_example_has_one_hash():
