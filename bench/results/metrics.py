@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.results.table import Table, Text, firsts, numbered
+from bench.results.table import Table, Text, firsts
 
 #: The standard normal's 97.5 % quantile.
 _Z = 1.959963984540054
@@ -110,10 +110,11 @@ def adjusted(pvalues: Sequence[float], discordant: Sequence[int], alpha: float) 
 
 def all_by_example(verdicts: Table, rows: NDArray[np.bool_], column: str) -> NDArray[np.bool_]:
     """Whether `column` holds in all of the chosen rows (m,) of an example, of those that have one."""
-    number, idx = numbered(verdicts["idx"][rows])
-    every = np.ones(len(idx), dtype=bool)
-    every[number[~verdicts[column][rows]]] = False
-    return every
+    number, idx = verdicts.examples
+    there, every = np.zeros(len(idx), dtype=bool), np.ones(len(idx), dtype=bool)
+    there[number[rows]] = True
+    every[number[rows & ~verdicts[column]]] = False
+    return every[there]
 
 
 def clean_by_example(verdicts: Table) -> NDArray[np.bool_]:
