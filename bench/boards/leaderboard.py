@@ -4,7 +4,9 @@ The same runs give the same bytes. No torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from bench.boards import views
 from bench.boards.rows import Board, board_rows, finished_runs, grouped, tables
@@ -22,21 +24,35 @@ FILES: Mapping[str, Callable[[Board, Sequence[str]], str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Stored:
+    """All finished runs and certificates below a results folder."""
+
+    root: Path
+    runs: list[Run]
+    certificates: list[Certificates]
+
+    @classmethod
+    def read(cls, root: Path) -> Self:
+        """What lies below `root`; UnusableInput if that is no run, or one that cannot be used."""
+        return cls(root, finished_runs(root), read_certificates(root))
+
+
 def boards(results_root: Path) -> list[Board]:
     """The boards of all finished runs below `results_root`; UnusableInput if there is none or one cannot be used."""
-    return boards_of(finished_runs(results_root), read_certificates(results_root), results_root)
+    return boards_of(Stored.read(results_root))
 
 
-def boards_of(finished: Sequence[Run], certificates: Sequence[Certificates], results_root: Path) -> list[Board]:
-    """The boards of these runs and certificates, which lie below `results_root`."""
+def boards_of(stored: Stored) -> list[Board]:
+    """The boards of what is stored; UnusableInput if a run cannot be used."""
     found = []
-    for stem, runs in sorted(grouped(finished, _stem).items()):
+    for stem, runs in sorted(grouped(stored.runs, _stem).items()):
         titles = sorted({f"{run.result.spec.dataset}, {run.result.spec.threat_model}" for run in runs})
         failed = tuple(run for run in runs if run.result.errors)
         for run in failed:
             run.rows()  # which checks them
-        made = tuple(map(tuple, tables(board_rows(runs), certificates)))
-        found.append(Board(stem, "; ".join(titles), made, failed, results_root))
+        made = tuple(map(tuple, tables(board_rows(runs), stored.certificates)))
+        found.append(Board(stem, "; ".join(titles), made, failed, stored.root))
     return found
 
 

@@ -26,8 +26,7 @@ from bench.commands.options import (
 from bench.console import say
 
 if TYPE_CHECKING:
-    from bench.results.certificates import Certificates
-    from bench.results.store import Run
+    from bench.boards.leaderboard import Stored
 
 
 class Listing(StrEnum):
@@ -131,17 +130,17 @@ def leaderboard(
     from bench.boards.leaderboard import FILES, boards_of, write_boards
     from bench.boards.views import terminal
 
-    runs, certificates = _without_conflicts(results)
+    stored = _without_conflicts(results)
     if board_format is BoardFormat.robustbench:
         from bench.boards.robustbench import write_model_info
 
-        written = write_model_info(runs, out)
+        written = write_model_info(stored.runs, out)
         for path in written.paths:
             say(f"{path}")
         if written.left_out:
             say(f"left out: {'; '.join(written.left_out)}")
         return
-    made, shown = boards_of(runs, certificates, results), split(columns)
+    made, shown = boards_of(stored), split(columns)
     ending = {"latex": "tex"}.get(board_format, board_format.value)
     kinds = list(dict.fromkeys(("csv", "md", *([ending] if ending in FILES else []))))
     for path in write_boards(made, out, shown, kinds):
@@ -150,19 +149,19 @@ def leaderboard(
         print(FILES[ending](board, shown) if ending in FILES else terminal(board, shown, terminal_width()))
 
 
-def _without_conflicts(results: Path) -> "tuple[list[Run], list[Certificates]]":
+def _without_conflicts(results: Path) -> "Stored":
     """All runs and certificates; prints where two of them contradict each other, and exits with status 1."""
-    from bench.boards.rows import finished_runs
-    from bench.results.certificates import conflicts, read_certificates
+    from bench.boards.leaderboard import Stored
+    from bench.results.certificates import conflicts
 
-    runs, certificates = finished_runs(results), read_certificates(results)
-    if found := conflicts(runs, certificates):
+    stored = Stored.read(results)
+    if found := conflicts(stored.runs, stored.certificates):
         print("\n\n".join(map(str, found)))
         say(
             f"error: {len(found)} predictions are not what is certified for their images: one of each two rows is wrong"
         )
         raise typer.Exit(FAILED)
-    return runs, certificates
+    return stored
 
 
 def report(
@@ -180,9 +179,9 @@ def report(
     from bench.report.beside import clean_images, histories
     from bench.report.page import page
 
-    _without_conflicts(results)
+    stored = _without_conflicts(results)
     with redirect_stdout(sys.stderr):
-        write_if_changed(out, page(results, histories([checkpoints]), clean_images(data_root)).encode())
+        write_if_changed(out, page(stored, histories([checkpoints]), clean_images(data_root)).encode())
     print(out)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from bench.boards.leaderboard import boards
+from bench.boards.leaderboard import Stored, boards_of
 from bench.boards.rows import Board, Row, grouped
-from bench.results.certificates import ROUTES, SMOOTHED, Certificates, model_key, read_certificates
+from bench.results.certificates import ROUTES, SMOOTHED, Certificates, model_key
 from bench.results.metrics import accuracy_after, broken
 from bench.results.schema import suite_label
 from bench.results.store import Run
@@ -36,19 +36,21 @@ class Model:
     history: pd.DataFrame | None = None  # the epochs of its training, where they lie beside its checkpoint
 
 
-def read(results: Path, histories: Mapping[str, pd.DataFrame] | None = None) -> list[tuple[Board, list[Model]]]:
-    """The boards of all finished runs below `results`, each with its models in the order of its rows.
+def boards_with_models(
+    stored: Stored, histories: Mapping[str, pd.DataFrame] | None = None
+) -> list[tuple[Board, list[Model]]]:
+    """The boards of what is stored, each with its models in the order of its rows.
 
     `histories` are trainings by their checkpoint's SHA-256. UnusableInput as for boards.
     """
-    made, certificates = boards(results), read_certificates(results)
+    made = boards_of(stored)
     in_balls = grouped((row for board in made for row in board.rows), _in_any_ball)
     found = []
     for board in made:
         models = []
         for row in board.rows:
             key = model_key(row.spec, row.info)
-            own = [one for one in certificates if one.result.model_key == key]
+            own = [one for one in stored.certificates if one.result.model_key == key]
             models.append(
                 Model(
                     board,

@@ -8,6 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ class _Kept:
     row: dict[str, Any]
     x_adv: Image
 
-    @property
+    @cached_property
     def shows(self) -> tuple[object, ...]:
         attack = (suite_label(self.run.result.spec), self.row["attack"])
         return ("image", self.row["idx"]), attack, ("class", self.row["label"])

@@ -7,17 +7,18 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
 from bench.boards.columns import MAIN, Column, chosen, columns, percent
+from bench.boards.leaderboard import Stored
 from bench.boards.rows import Board, Row
 from bench.boards.views import NEAR, cells, constants, heading, headline, lacking, left_out
 from bench.drawing import Drawing, inline
-from bench.report.details import Model, chain, read
+from bench.registry import command_words
+from bench.report.details import Model, boards_with_models, chain
 from bench.report.figures import KINDS, bounds
 from bench.report.gallery import CleanImages, Gallery, gallery
 from bench.results.certificates import OTHERS, Certification
@@ -54,8 +55,8 @@ class Source:
     command: str
 
 
-def page(results: Path, histories: Mapping[str, pd.DataFrame], clean_images: CleanImages) -> str:
-    """The report on all finished runs below `results`; UnusableInput as for boards."""
+def page(stored: Stored, histories: Mapping[str, pd.DataFrame], clean_images: CleanImages) -> str:
+    """The report on what is stored; UnusableInput as for boards."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -63,7 +64,7 @@ def page(results: Path, histories: Mapping[str, pd.DataFrame], clean_images: Cle
         lstrip_blocks=True,
     )  # fmt: skip
     drawn = _Drawn()
-    found = read(results, histories)
+    found = boards_with_models(stored, histories)
     found.sort(key=lambda pair: not any(row.ranked for row in pair[0].rows))
     boards = [_board(board, models, clean_images, drawn) for board, models in found]
     runs = {run.path: run.result for board, _ in found for run in board.left_out}
@@ -71,7 +72,7 @@ def page(results: Path, histories: Mapping[str, pd.DataFrame], clean_images: Cle
     finished = sorted(result.finished[:10] for result in runs.values())
     return environment.get_template("page.html").render(
         boards=boards,
-        results=str(results),
+        results=str(stored.root),
         models=len({model.row.info.checkpoint_sha256 + model.row.name for _, models in found for model in models}),
         runs=len(runs),
         since=finished[0],
@@ -127,7 +128,7 @@ def _model(
         "figures": drawn.figures([model], "model", "balls"),
         "gallery": shown,
         "replays": [
-            shlex.join(["bench", "replay", path])
+            shlex.join([*command_words(), "replay", path])
             for path in dict.fromkeys(str(picture.run.path) for picture in shown.pictures)
         ],
         "sources": _sources(board, model),

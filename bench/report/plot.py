@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from bench.boards.leaderboard import Stored
 from bench.boards.rows import Board
 from bench.drawing import Drawing, pdf, svg
 from bench.errors import UnusableInput, did_you_mean
 from bench.files import write_atomically
-from bench.report.details import Model, read
+from bench.report.details import Model, boards_with_models
 from bench.report.figures import KINDS
 
 WRITERS: Mapping[str, Callable[[Drawing], bytes]] = {
@@ -29,7 +30,8 @@ def plot(
     """Writes the figure called `word` of what lies below `results`; UnusableInput as for boards and `drawn`."""
     if out.suffix.lower() not in WRITERS:
         raise UnusableInput(f"--out {out}: a figure is written as {' or '.join(WRITERS)}, by the ending of its name")
-    drawing = drawn(word, [] if word not in KINDS else read(results, histories), board, model)
+    found = [] if word not in KINDS else boards_with_models(Stored.read(results), histories)
+    drawing = drawn(word, found, board, model)
     write_atomically(out, WRITERS[out.suffix.lower()](drawing))
 
 

@@ -38,8 +38,9 @@ _SIDE = b"bench.side"
 _KEPT = "bench.results.witnesses"
 
 
-#: So many runs' rows are kept in memory: of 10,000 examples each has about 3 MB.
-_KEPT_RUNS = 256
+#: So many runs' rows are kept in memory, of runs on at most so many examples: of large ones, with megabytes each, they
+#: are read again, which takes less than to keep them.
+_KEPT_RUNS, _KEPT_EXAMPLES = 256, 2000
 #: So many runs are named where a folder holds some and is none.
 _NAMED = 3
 
@@ -215,9 +216,9 @@ class Run:
     def rows(self) -> Table:
         """The rows; UnusableInput if they are not those that the result was made from.
 
-        They are read and checked once, and kept while few others are asked for.
+        They are read and checked once, and of small runs kept while few others are asked for.
         """
-        return _rows(self)
+        return _kept(self) if self.result.spec.n_examples <= _KEPT_EXAMPLES else _rows(self)
 
     def verdicts(self) -> "pd.DataFrame":
         """The rows as a frame, which is the caller's own."""
@@ -229,9 +230,11 @@ class Run:
         return f"{suite_label(spec)} on {spec.model}{alpha}, {spec.dataset} {spec.threat_model} (run {self.result.run})"
 
 
-@lru_cache(maxsize=_KEPT_RUNS)
 def _rows(run: Run) -> Table:
     return RunFolder(run.path).rows(run.result)
+
+
+_kept = lru_cache(maxsize=_KEPT_RUNS)(_rows)
 
 
 def read_run(path: Path) -> Run:

@@ -117,7 +117,7 @@ class Table:
         })  # fmt: skip
 
     def __len__(self) -> int:
-        columns = [*self.numbers.values(), *(text.codes for text in self.texts.values())]
+        columns = [*self.numbers.values()] or [text.codes for text in self.texts.values()]
         return len(columns[0]) if columns else 0
 
     def __getitem__(self, column: str) -> NDArray[Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from browser import Browser, chromium
 
+from bench.boards.leaderboard import Stored
 from bench.report.page import page
 
 pytestmark = pytest.mark.slow  # a browser has to start
@@ -30,7 +31,7 @@ def file(results: Path, save_run: Any, tmp_path_factory: pytest.TempPathFactory)
     save_run(results, HOSTILE, "autoattack", {"apgd-ce": {0: 1, 1: 1, 2: 1}}, hostile)
     clean = {idx: np.full((1, 2, 2), 0.1 * idx + 0.05, dtype=np.float32) for idx in range(8)}
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(page(results, {}, lambda run: clean), encoding="utf-8")
+    path.write_text(page(Stored.read(results), {}, lambda run: clean), encoding="utf-8")
     return path
 
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from bench.boards.leaderboard import Stored, boards
 from bench.report.details import (
     Model,
+    boards_with_models,
     by_class,
     by_eps,
     by_expert,
@@ -14,7 +16,6 @@ from bench.report.details import (
     certificate_of,
     chain,
     flow,
-    read,
     sweeps,
     waterfall,
 )
@@ -23,7 +24,11 @@ from bench.report.details import (
 @pytest.fixture(scope="module")
 def models(results: Path) -> dict[str, Model]:
     """By board and name."""
-    return {f"{board.stem} {model.row.name}": model for board, own in read(results) for model in own}
+    return {
+        f"{board.stem} {model.row.name}": model
+        for board, own in boards_with_models(Stored.read(results))
+        for model in own
+    }
 
 
 @pytest.fixture
@@ -52,7 +57,7 @@ def test_a_waterfall_begins_each_suite_with_all_images_and_ends_with_the_stronge
 def test_unique_kills_are_those_of_the_board(save_run: Any, tmp_path: Path):
     save_run(tmp_path, "m", "pgd", {"pgd": {0: 1, 1: 1}})
     save_run(tmp_path, "m", "autoattack", {"apgd-ce": {1: 1, 2: 1, 3: 1}})
-    ((_, (model,)),) = read(tmp_path)
+    ((_, (model,)),) = boards_with_models(Stored.read(tmp_path))
     assert [(step.attack, step.alone) for step in waterfall(model)] == [("pgd", 1), ("apgd-ce", 2)]
 
 
@@ -60,7 +65,7 @@ def test_of_several_versions_and_seeds_the_newest_and_lowest_is_shown(save_run: 
     save_run(tmp_path, "m", "autoattack", {"apgd-ce": {0: 1}}, version=2)
     save_run(tmp_path, "m", "autoattack", {"apgd-ce": {0: 1, 1: 1}}, seed=1)
     save_run(tmp_path, "m", "autoattack", {"apgd-ce": {0: 1, 1: 1, 2: 1}}, seed=0)
-    ((_, (model,)),) = read(tmp_path)
+    ((_, (model,)),) = boards_with_models(Stored.read(tmp_path))
     assert [step.broke for step in waterfall(model)] == [3]
 
 
@@ -89,7 +94,7 @@ def test_rates_by_expert_and_by_class(models: dict[str, Model], moe: Model):
 
 def test_an_expert_without_images_has_a_load_of_nothing_and_no_accuracy(save_run: Any, tmp_path: Path):
     save_run(tmp_path, "m", "pgd", {"pgd": {}}, {"num_experts": 3, "num_selected_experts": 1})
-    ((_, (model,)),) = read(tmp_path)
+    ((_, (model,)),) = boards_with_models(Stored.read(tmp_path))
     table = by_expert(model)
     assert table is not None
     assert (table["images"].tolist(), table["load"].tolist()) == ([4, 4, 0], [0.5, 0.5, 0.0])
@@ -115,7 +120,7 @@ def test_a_sweep_is_one_checkpoint_at_several_alphas(save_run: Any, tmp_path: Pa
     for alpha in (0.9, 0.5):
         save_run(tmp_path, "dual", "pgd", {"pgd": {}}, dual, alpha=alpha)
     save_run(tmp_path, "other", "pgd", {"pgd": {}}, {"checkpoint_sha256": "f" * 64, "alpha": 0.7}, alpha=0.7)
-    ((board, _),) = read(tmp_path)
+    (board,) = boards(tmp_path)
     (found,) = sweeps(board.rows).items()
     assert (found[0], [row.alpha for row in found[1]]) == ("dual", [0.5, 0.9])
 

@@ -8,9 +8,10 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 
+from bench.boards.leaderboard import Stored
 from bench.drawing import Drawing, inline, pdf, svg
 from bench.report import figures
-from bench.report.details import Model, read
+from bench.report.details import Model, boards_with_models
 from bench.report.figures import KINDS
 
 HISTORY = pd.DataFrame({
@@ -22,7 +23,7 @@ HISTORY = pd.DataFrame({
 
 @pytest.fixture(scope="module")
 def models(results: Path) -> dict[str, Model]:
-    found = read(results, {"c" * 64: HISTORY})
+    found = boards_with_models(Stored.read(results), {"c" * 64: HISTORY})
     return {model.row.name: model for board, own in found for model in own if board.stem == "digits_Linf-0.2"}
 
 
@@ -44,7 +45,7 @@ def test_all_but_the_sweep_are_known_of_the_moe_and_few_of_the_dense_model(
 
 def test_what_nothing_attacked_has_no_figure_of_attacks(save_run: Any, tmp_path: Path):
     save_run(tmp_path, "m", "clean")
-    ((_, (model,)),) = read(tmp_path)
+    ((_, (model,)),) = boards_with_models(Stored.read(tmp_path))
     assert {word for word, kind in KINDS.items() if kind.draw([model])} == {"experts"}
 
 
@@ -74,7 +75,7 @@ def test_the_waterfall(drawn: dict[str, Drawing]):
 
 def test_attacks_that_broke_nothing_more_share_a_line(save_run: Any, tmp_path: Path):
     save_run(tmp_path, "m", "adaptive", {"paths": {0: 1}, "targeted": {}, "square": {}, "averaged": {1: 0}})
-    ((_, (model,)),) = read(tmp_path)
+    ((_, (model,)),) = boards_with_models(Stored.read(tmp_path))
     drawing = figures.attacks(model)
     assert drawing is not None
     labels = [label.get_text() for label in drawing.figure.axes[0].get_yticklabels()]
@@ -104,7 +105,7 @@ def test_training_has_a_panel_for_each_kind_of_column(drawn: dict[str, Drawing])
 def test_duals_at_several_alphas(save_run: Any, tmp_path: Path):
     for alpha in (0.5, 0.9):
         save_run(tmp_path, "dual", "pgd", {"pgd": {0: 1}}, {"alpha": 0.7, "checkpoint_sha256": "e" * 64}, alpha=alpha)
-    ((_, models),) = read(tmp_path)
+    ((_, models),) = boards_with_models(Stored.read(tmp_path))
     drawing = KINDS["alpha"].draw(models)
     assert drawing is not None
     (panel,) = drawing.figure.axes
@@ -168,7 +169,7 @@ def test_inside_a_page_a_figure_has_a_name_and_words_and_ids_of_its_own(word: st
 def test_a_users_words_are_text_whatever_they_are(save_run: Any, tmp_path: Path):
     for name in ("<script>alert(1)</script>", "a$x^2$_b", "_hidden", "模型", "two\nlines\x01", "&amp;", "x" * 200):
         save_run(tmp_path, name, "pgd", {"pgd": {0: 1}}, {"checkpoint_sha256": (name.encode().hex() + "0" * 64)[:64]})
-    ((_, models),) = read(tmp_path)
+    ((_, models),) = boards_with_models(Stored.read(tmp_path))
     for word in ("bounds", "accuracy"):
         drawing = KINDS[word].draw(models)
         assert drawing is not None

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.boards.leaderboard import Stored
 from bench.errors import UnusableInput
-from bench.report.details import Model, read
+from bench.report.details import Model, boards_with_models
 from bench.report.gallery import SHOWN, gallery, png
 
 CLEAN = {idx: np.full((1, 2, 2), 0.1 * idx + 0.05, dtype=np.float32) for idx in range(8)}
@@ -18,7 +19,7 @@ CLEAN = {idx: np.full((1, 2, 2), 0.1 * idx + 0.05, dtype=np.float32) for idx in 
 
 @pytest.fixture(scope="module")
 def moe(results: Path) -> Model:
-    ((_, models),) = [pair for pair in read(results) if pair[0].stem == "digits_Linf-0.2"]
+    ((_, models),) = [pair for pair in boards_with_models(Stored.read(results)) if pair[0].stem == "digits_Linf-0.2"]
     (model,) = (model for model in models if model.row.name == "moe")
     return model
 
@@ -69,5 +70,5 @@ def test_without_the_data_set_the_attacked_images_are_shown_with_the_reason(moe:
 def test_a_file_that_is_no_file_of_witnesses_shows_nothing(save_run: Any, tmp_path: Path):
     folder = save_run(tmp_path, "m", "pgd", {"pgd": {0: 1}}, witnesses=True)
     (folder / "witnesses.safetensors").write_bytes(b"nothing")
-    ((_, (model,)),) = read(tmp_path)
+    ((_, (model,)),) = boards_with_models(Stored.read(tmp_path))
     assert gallery(model, lambda run: CLEAN).pictures == ()

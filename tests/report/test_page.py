@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench import registry
 from bench.boards.columns import columns
+from bench.boards.leaderboard import Stored, boards
 from bench.boards.views import headline
 from bench.errors import UnusableInput
 from bench.report.beside import clean_images
-from bench.report.details import read
+from bench.report.details import boards_with_models
 from bench.report.page import page, verdict
 
 CLEAN = {idx: np.full((1, 2, 2), 0.1 * idx + 0.05, dtype=np.float32) for idx in range(8)}
@@ -22,7 +24,7 @@ VOID = {"meta", "link", "br", "img", "input"}
 
 
 def page_of(results: Path) -> str:
-    return page(results, {}, lambda run: CLEAN)
+    return page(Stored.read(results), {}, lambda run: CLEAN)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_a_ranked_board_comes_first(text: str):
 
 def test_every_number_has_its_run_and_command(results: Path, text: str):
     said = Elements(text).said
-    for board, models in read(results):
+    for board, models in boards_with_models(Stored.read(results)):
         for model in models:
             for run in model.row.runs:
                 assert run.result.run in said
@@ -121,7 +123,7 @@ def test_the_command_that_judges_the_pictures_again_is_shown(results: Path, text
 
 
 def test_all_columns_of_the_board_are_there_and_the_main_ones_shown(results: Path, text: str):
-    (board,) = (board for board, _ in read(results) if board.stem == "digits_Linf-0.2")
+    (board,) = (board for board in boards(results) if board.stem == "digits_Linf-0.2")
     table = text[text.index('<table class="board" id="digits_Linf-0.2') :]
     heads = re.findall(r'<th scope="col" class="([^"]*)" data-column="([^"]*)"', table[: table.index("</thead>")])
     assert [key for _, key in heads] == [column.key for column in columns(board.rows)]
@@ -155,14 +157,19 @@ def test_runs_with_errors_are_named_and_count_nowhere(save_run: Any, tmp_path: P
     assert "Model by model" not in said
 
 
-def test_images_that_are_not_there_are_said(save_run: Any, tmp_path: Path):
+def test_images_that_are_not_there_are_said_and_commands_name_the_plugins(
+    save_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     save_run(tmp_path, "m", "pgd", {"pgd": {0: 1}}, witnesses=True)
+    monkeypatch.setattr(registry, "named_plugins", ["mine"])
 
     def nowhere(run: Any) -> Any:
         raise UnusableInput("no <images> here")
 
-    said = Elements(page(tmp_path, {}, nowhere)).said
+    said = Elements(page(Stored.read(tmp_path), {}, nowhere)).said
     assert "The clean images are not shown: no <images> here." in said
+    assert said.count("bench --plugin mine replay ") == 1
+    assert "bench replay" not in said
 
 
 def test_a_users_words_are_escaped_everywhere(save_run: Any, certify_run: Any, tmp_path: Path):
@@ -187,7 +194,7 @@ def test_a_users_words_are_escaped_everywhere(save_run: Any, certify_run: Any, t
 @pytest.mark.slow  # 200 figures
 def test_the_report_on_the_shipped_results_is_small_and_whole(tmp_path: Path):
     shipped = Path(__file__).parents[2] / "results"
-    text = page(shipped, {}, clean_images(tmp_path))
+    text = page(Stored.read(shipped), {}, clean_images(tmp_path))
     assert len(text.encode()) < 3_000_000
     elements = Elements(text)
     ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
@@ -199,18 +206,18 @@ def test_the_report_on_the_shipped_results_is_small_and_whole(tmp_path: Path):
 
 
 def test_verdicts_in_one_sentence(results: Path, save_run: Any, tmp_path: Path):
-    rows = {row.name: row for board, _ in read(results) for row in board.rows if board.stem == "digits_Linf-0.2"}
+    rows = {row.name: row for board in boards(results) for row in board.rows if board.stem == "digits_Linf-0.2"}
     assert verdict(rows["dense"]) == (
         "75.00 % of 8 images withstand every attack that ran (95 % interval 40.93 to 92.85), as many as AutoAttack"
         " alone."
     )
     save_run(tmp_path, "m", "pgd", {"pgd": {0: 1}}, {})
-    ((board, _),) = read(tmp_path)
+    (board,) = boards(tmp_path)
     assert verdict(board.rows[0]).endswith("; it has no rank: no autoattack with its default parameters.")
 
 
 def test_the_headline_names_the_first_and_the_greatest_gap(results: Path):
-    (board,) = (board for board, _ in read(results) if board.stem == "digits_Linf-0.2")
+    (board,) = (board for board in boards(results) if board.stem == "digits_Linf-0.2")
     assert headline(board) == (
         "Most robust is dense: 75.00 % of 8 images withstand every attack that ran."
         " AutoAttack alone overstates moe most: it leaves 50.00 %, all attacks together 25.00 %."

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from bench.boards.leaderboard import Stored
 from bench.errors import UnusableInput
-from bench.report.details import read
+from bench.report.details import boards_with_models
 from bench.report.figures import KINDS
 from bench.report.plot import drawn
 
@@ -67,7 +68,7 @@ def test_a_figure_is_not_written_where_it_cannot_be_drawn(results: Path, bench: 
 
 @pytest.fixture(scope="module")
 def found(results: Path) -> Any:
-    return read(results)
+    return boards_with_models(Stored.read(results))
 
 
 def test_what_is_meant_is_asked_for(found: Any):
