@@ -125,13 +125,22 @@ def tune(
         UnusableInput: as training and scoring do; more images asked for than are held out.
         TrainingFailed: a trial's loss is not finite.
     """
+    points = draw(search, trials)
+    data = read_training_data(search.spec, search.dataset, data_root)
+    if n_examples > len(data.held_out):
+        raise UnusableInput(
+            f"--n-examples {n_examples} is more than the {len(data.held_out)} held-out images: raise --set n_val=…"
+        )
+    rows = data.held_out[:n_examples]
+    x, y = data.images.floats(rows), data.images.y[rows]
+    held_out = EvalSet(x, y, rows, fingerprint(x, y), "held-out training images")
     done: list[Trial] = []
-    for point in draw(search, trials):
+    for point in points:
         spec = train_spec(
             search.spec.variant, search.dataset, search.spec.threat_model, search.spec.recipe_name,
             {**search.fixed, **point}, search.spec.seed,
         )  # fmt: skip
-        trial = _trial(spec, point, search.dataset, n_examples, data_root, checkpoints, device)
+        trial = _trial(spec, point, search.dataset, held_out, data_root, checkpoints, device)
         done.append(trial)
         on_trial(len(done), trial)
         write_atomically(table_path(checkpoints, search.spec), _table(done))
@@ -153,7 +162,7 @@ def _trial(
     spec: TrainSpec,
     point: dict[str, Any],
     dataset: Dataset,
-    n_examples: int,
+    held_out: EvalSet,
     data_root: Path,
     checkpoints: Path,
     device: str,
@@ -161,18 +170,10 @@ def _trial(
     folder = checkpoints / "tuning" / spec.key
     path = checkpoint_path(folder, spec.dataset, spec.threat_model.norm, spec.checkpoint_name)
     train(spec, data_root, folder, device, resume=StateFiles(path).exist())
-    data = read_training_data(spec, dataset, data_root)
-    if n_examples > len(data.held_out):
-        raise UnusableInput(
-            f"--n-examples {n_examples} is more than the {len(data.held_out)} held-out images: raise --set n_val=…"
-        )
-    held_out = data.held_out[:n_examples]
-    x, y = data.images.floats(held_out), data.images.y[held_out]
-    images = EvalSet(x, y, held_out, fingerprint(x, y), "held-out training images")
     routed = get_variant(spec.variant).kind != "dense"
     methods = open_suites(("adaptive",), {"budget": "small"}) if routed else open_suites(("autoattack",), {})
     request = RunRequest(suites=tuple(methods), dataset=dataset.name, seed=spec.seed)
-    plan = Plan(request, dataset, spec.threat_model, methods, images, (str(path),), [folder], None)
+    plan = Plan(request, dataset, spec.threat_model, methods, held_out, (str(path),), [folder], None)
     (job,) = plan.jobs(str(path))
     result, _ = score(job, folder / "results", torch_device(device))
     if result is None or result.errors:

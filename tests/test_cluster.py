@@ -129,7 +129,7 @@ def test_a_worker_certifies_single_blocks(bench: Callable[..., Any], shelve: Any
     assert bench(*words, ",".join(models[:2]), "--results", "spread")[0] == 0
     spread, alone = read_certificates(Path("spread")), read_certificates(Path("alone"))
     for one, other in zip(spread, alone, strict=True):
-        pd.testing.assert_frame_equal(one.rows, other.rows)
+        pd.testing.assert_frame_equal(one.rows.frame(), other.rows.frame())
 
 
 @pytest.mark.slow

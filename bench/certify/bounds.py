@@ -169,7 +169,7 @@ class ClassBounds(Certifier):
         try:
             return list(self._claims(block))
         except NotSupported as layer:
-            inside = f", which chooses by {', '.join(block.gates)}" if block.gates else ""
+            inside = f", with the gates {', '.join(block.gates)}" if block.gates else ""
             return [Claim.nothing(block, self.first, "not_supported", f"{layer}{inside}")]
         except NotApplicable as reason:
             return [Claim.nothing(block, self.first, "not_applicable", str(reason))]

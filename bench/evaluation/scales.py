@@ -31,7 +31,7 @@ def better_scale(model: nn.Module, x: Tensor, y: Tensor, found: float) -> str:
         return ""
     half = (0.5,) * x.shape[1]
     scales: dict[str, tuple[Sequence[float] | Tensor, Sequence[float] | Tensor]] = {
-        "normalised by the data set's mean and standard deviation": (
+        "normalised by their own mean and standard deviation": (
             x.mean((0, 2, 3)),
             x.std((0, 2, 3), correction=0).clamp_min(1e-3),
         ),

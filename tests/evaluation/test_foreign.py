@@ -284,7 +284,7 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize(
     ("refuses", "flag"),
     [
-        (False, "95.8% are right where images are normalised by the data set's mean and standard deviation"),
+        (False, "95.8% are right where images are normalised by their own mean and standard deviation"),
         (True, "SA is doubtful: no better than chance on the first 24 images"),
     ],
 )
