@@ -32,6 +32,7 @@ from bench.models.moe import MoE
 from bench.models.routing import RoutingTrace, dispatch
 from bench.results.metrics import robust_by_example, wilson
 from bench.results.store import read_runs
+from bench.results.table import Table
 
 LOSSES = ("margin", "cross-entropy", "dlr", "least")
 STARTS = ("uniform", "corner", "aimed", "on the path")
@@ -443,9 +444,9 @@ def stored_robust(results: Path, model: str, sha256: str, data: EvalSet) -> list
         sys.exit(f"no attacked run of this checkpoint of {model} in {results}")
     rows = pd.concat([run.verdicts() for run in runs])
     hashes = {int(idx): input_hash(image) for idx, image in zip(data.idx, data.x, strict=True)}
-    known = rows[rows["input_hash"] == rows["idx"].map(hashes)]
-    verdict = robust_by_example(known)
-    if missing := [idx for idx in hashes if idx not in verdict.index]:
+    known = Table.of(rows[rows["input_hash"] == rows["idx"].map(hashes)])
+    verdict = dict(zip(known.examples[1].tolist(), robust_by_example(known), strict=True))
+    if missing := [idx for idx in hashes if idx not in verdict]:
         sys.exit(f"{results} has no verdict on {len(missing)} of the {len(data)} images: take a smaller --n")
     return [row for row, idx in enumerate(hashes) if verdict[idx]]
 
