@@ -305,8 +305,8 @@ def _firm(one: Certificates) -> _Firm:
     pairs = firm.examples[0] * len(firm.texts["method"].values) + firm.texts["method"].codes
     firm = firm.where(firsts(pairs))
     # a class is certified up to the tolerance of the ball; a route's radius is the exact one
-    reach = [ThreatModel(norm=threat.norm, eps=eps).reach for eps in firm["eps"].tolist()]
-    within = np.where(firm.are("method", *ROUTES), firm["radius"], np.array(reach))
+    reach = {eps: ThreatModel(norm=threat.norm, eps=eps).reach for eps in set(firm["eps"].tolist())}
+    within = np.where(firm.are("method", *ROUTES), firm["radius"], [reach[eps] for eps in firm["eps"].tolist()])
     return _Firm(firm, within, threat.norm, str(one.path))
 
 

@@ -283,7 +283,10 @@ def finished_folders(root: Path) -> list[Path]:
     """Every folder below `root` that has a `result.json`, sorted; links are followed, and no folder comes twice."""
     found, seen = [], set[tuple[int, int]]()
     for name, folders, files in os.walk(root, followlinks=True):
-        own = os.stat(name)
+        try:
+            own = os.stat(name)
+        except OSError:  # removed by now, such as the blocks of a run that another command has finished
+            continue
         if (own.st_dev, own.st_ino) in seen:
             folders.clear()
             continue

@@ -178,6 +178,8 @@ class Table:
 
 def _values(column: pa.Array) -> NDArray[Any]:
     """As a numpy array; by its buffers, since pyarrow's own conversion imports pandas."""
+    if not len(column):
+        return np.empty(0, column.type.to_pandas_dtype())
     valid, data = column.buffers()
     if pa.types.is_boolean(column.type):
         return _bits(data, column)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,6 +226,21 @@ def test_links_are_followed_and_a_run_that_is_reached_twice_is_read_once(tmp_pat
     (tmp_path / "disk" / "round").symlink_to(tmp_path / "results", target_is_directory=True)
     (run,) = read_runs(tmp_path / "results")
     assert (run.path, run.result) == (tmp_path / "results" / "one" / "run", made)
+
+
+def test_a_folder_that_is_removed_meanwhile_holds_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    RunFolder(tmp_path / "run").finish(result(ROWS), ROWS)
+    RunFolder(tmp_path / "under way").write_block(0, ROWS, {})
+    walk = os.walk
+
+    def removing(*given: Any, **more: Any) -> Any:
+        for found in walk(*given, **more):
+            if found[0].endswith("blocks"):
+                shutil.rmtree(found[0])
+            yield found
+
+    monkeypatch.setattr(os, "walk", removing)
+    assert [run.path.name for run in read_runs(tmp_path)] == ["run"]
 
 
 @pytest.mark.parametrize("name", [b"~", b"~root", b"r\xe9sultats", b"a b", "ε".encode()])

@@ -94,6 +94,7 @@ def test_each_example_has_one_hash():
         (pa.array(["a", None]).dictionary_encode(), "str", None),
         (pa.array([1, 1]).dictionary_encode(), "dictionary<values=int64, indices=int32, ordered=0>", None),
         (pa.array([1.5, None]), "float64", [1.5, np.nan]),
+        (pa.array([None, None], pa.float64()), "float64", [np.nan, np.nan]),
         (pa.array([3, 4, 5], pa.int64())[1:], "int64", [4, 5]),
         (pa.array([True, False, False, True])[1:3], "bool", [False, False]),
         (pa.array([0.5, None, 2.0])[1:], "float64", [np.nan, 2.0]),
@@ -112,6 +113,15 @@ def test_columns_as_files_have_them(column: Any, kind: str, values: list[Any] | 
     if values:
         found = table.texts["x"][:] if kind == "str" else table["x"]
         np.testing.assert_array_equal(found, np.array(values, dtype=found.dtype))
+
+
+@pytest.mark.parametrize("rows", [ROWS.iloc[:0], ROWS.iloc[[0]]])
+def test_a_table_may_have_no_rows(rows: pd.DataFrame):
+    for chunks in (pa.Table.from_pandas(rows, preserve_index=False), pa.Table.from_pandas(rows).schema.empty_table()):
+        table = Table.of_arrow(chunks.select(list(rows)))
+        assert len(table) == len(chunks)
+        pd.testing.assert_frame_equal(table.frame(), rows.iloc[: len(chunks)])
+        assert table.where(np.zeros(len(table), dtype=bool)).texts["attack"].distinct() == []
 
 
 def test_codes_beyond_the_texts_are_damage():
