@@ -19,24 +19,29 @@ from bench.errors import UnusableInput
 from bench.evaluation.evaluate import score
 from bench.evaluation.plan import Plan, RunRequest
 from bench.files import write_atomically
-from bench.models.checkpoints import checkpoint_path, read_header
+from bench.models.checkpoints import Header, checkpoint_path, read_header
 from bench.models.variants import get_variant
 from bench.spec import ThreatModel, TrainSpec, dataset_folder
 from bench.suites.base import open_suites
 from bench.training.data import read_training_data
 from bench.training.loop import train
 from bench.training.recipes import objective_class, train_spec
+from bench.training.routing_metrics import dead_experts
 from bench.training.state import StateFiles
 
 
 @dataclass(frozen=True)
 class Trial:
-    """settings: the searched values; sa, ra: fractions of the held-out images; seconds: of training and of scoring."""
+    """settings: the searched values; sa, ra: fractions of the held-out images; seconds: of training and of scoring.
+
+    dead_experts: how many get less than 1 % of the held-out images, in the epoch that is kept.
+    """
 
     settings: dict[str, Any]
     sa: float
     ra: float
     seconds: float
+    dead_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,11 @@ def tune(
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """Of highest RA, and among equals of highest SA; the earliest where that is equal, too."""
-    return max(trials, key=lambda trial: (trial.ra, trial.sa))
+    """Of highest RA, and among equals of highest SA; the earliest where that is equal, too.
+
+    One that has starved an expert comes after all that have not: it wins by being a smaller model than was asked for.
+    """
+    return max(trials, key=lambda trial: (not trial.dead_experts, trial.ra, trial.sa))
 
 
 def table_path(checkpoints: Path, spec: TrainSpec) -> Path:
@@ -179,13 +187,29 @@ def _trial(
     if result is None or result.errors:
         reasons = "; ".join(result.error_messages) if result else "one process tunes: start it without torchrun"
         raise UnusableInput(f"trial {point}: it could not be scored: {reasons}")
-    seconds = read_header(path).seconds + result.seconds
-    return Trial(point, result.clean_accuracy.value, result.robust_accuracy.value, seconds)
+    header = read_header(path)
+    seconds, dead = header.seconds + result.seconds, _dead_experts(path, header)
+    return Trial(point, result.clean_accuracy.value, result.robust_accuracy.value, seconds, dead)
+
+
+def _dead_experts(path: Path, header: Header) -> int:
+    """How many experts of the epoch that a checkpoint keeps have next to no load, by the table beside it."""
+    with path.with_suffix(".csv").open(encoding="utf-8", newline="") as lines:
+        epochs = {int(row["epoch"]): row for row in csv.DictReader(lines)}
+    assert header.validation is not None
+    kept = epochs[int(header.validation["epoch"])]
+    return len(dead_experts({name: float(value) for name, value in kept.items() if value}))
 
 
 def _table(trials: Sequence[Trial]) -> bytes:
     table = io.StringIO()
-    rows = [{**trial.settings, "sa": trial.sa, "ra": trial.ra, "seconds": round(trial.seconds, 1)} for trial in trials]
+    rows = [
+        {
+            **trial.settings, "sa": trial.sa, "ra": trial.ra, "dead_experts": trial.dead_experts,
+            "seconds": round(trial.seconds, 1),
+        }
+        for trial in trials
+    ]  # fmt: skip
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -1,5 +1,6 @@
 """Hyper-parameters by trials: which points are drawn, on which images they are scored, and what a rerun repeats."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from bench import tune as tuning
 from bench.datasets.base import fingerprint, open_dataset
 from bench.errors import UnusableInput
+from bench.models.checkpoints import read_header
 from bench.models.variants import VARIANTS
 from bench.results.store import read_runs
 from bench.settings import parse_grid
@@ -85,6 +87,24 @@ def test_the_grids_words():
 def test_the_best_has_the_highest_ra_then_sa_and_is_the_earliest():
     trials = [Trial({"beta": n}, sa, ra, 1.0) for n, (sa, ra) in enumerate([(0.9, 0.4), (0.8, 0.5), (0.9, 0.5)] * 2)]
     assert best(trials).settings == {"beta": 2}
+    starved = Trial({"beta": 9}, 1.0, 1.0, 1.0, dead_experts=1)
+    assert best([starved, *trials]).settings == {"beta": 2}
+    assert best([starved, replace(starved, ra=0.1)]) == starved  # where all have starved one
+
+
+def test_experts_without_load_are_counted_in_the_epoch_that_is_kept(tmp_path: Path):
+    asked = search("moe-at", {"balance": [0.5]}, **TINY)
+    tune(asked, 1, 20, tmp_path, tmp_path)
+    (path,) = (tmp_path / "tuning").rglob("moe-at.csv")
+    kept = read_header(path.with_suffix(".safetensors")).validation
+    assert kept is not None
+    table = pd.read_csv(path)
+    loads = [f"load_{expert}" for expert in range(4)]
+    table[loads] = (0.0, 0.0, 0.0, 1.0)  # of other epochs
+    table.loc[table["epoch"] == kept["epoch"], loads] = (0.001, 0.5, 0.009, 0.49)
+    table.to_csv(path, index=False)
+    (trial,) = tune(asked, 1, 20, tmp_path, tmp_path)
+    assert trial.dead_experts == 2
 
 
 @pytest.mark.parametrize("variant", ["moe-at", "dense-at"])
@@ -103,7 +123,7 @@ def test_trials_are_scored_on_held_out_images_and_a_rerun_trains_nothing(
     assert {run.result.spec.suite for run in runs} == {"adaptive" if variant == "moe-at" else "autoattack"}
     table = pd.read_csv(table_path(tmp_path, asked.spec))
     assert table["ra"].tolist() == [trial.ra for trial in first]
-    assert list(table.columns) == ["lr", "sa", "ra", "seconds"]
+    assert list(table.columns) == ["lr", "sa", "ra", "dead_experts", "seconds"]
 
     monkeypatch.setattr("bench.training.loop.Trainer", None)
     monkeypatch.setattr("bench.evaluation.evaluate.evaluate", None)

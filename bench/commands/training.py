@@ -152,7 +152,9 @@ def tune(
             return " ".join(setting(*item) for item in trial.settings.items())
 
         def tell(number: int, trial: Trial) -> None:
-            note(f"trial {number}/{trials}: {words(trial)}: SA {trial.sa:.2%} RA {trial.ra:.2%} {trial.seconds:.0f} s")
+            scores = f"SA {trial.sa:.2%} RA {trial.ra:.2%} {trial.seconds:.0f} s"
+            dead = f", dead experts: {trial.dead_experts}" if trial.dead_experts else ""
+            note(f"trial {number}/{trials}: {words(trial)}: {scores}{dead}")
 
         chosen = best(run_trials(search, trials, n_examples, data_root, checkpoints, device, tell))
     print(f"{table_path(checkpoints, search.spec)}: {trials} trials on {n_examples} held-out images")
