@@ -17,8 +17,9 @@ LOADS = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/expert_load.p
 
 def test_the_papers_variants_are_shipped_for_the_data_set_that_needs_no_download():
     """Except the duals' other mixing; of those routed as the released code does it, the one that it trains."""
-    routed = {f"moe-{objective}" for objective in ("standard", "at", "trades", "advmoe", "rt_er", "rt_er-argmax")}
-    wanted = {"dense-standard", "dense-at", "dual", "dual-jtdmoe"} | routed
+    routed = {f"moe-{objective}" for objective in ("standard", "at", "at-paths", "trades", "advmoe", "rt_er")}
+    published = {"moe-rt_er-published", "dual-jtdmoe-published"}
+    wanted = {"dense-standard", "dense-at", "dual", "dual-jtdmoe"} | routed | published | {"moe-rt_er-argmax"}
     assert wanted <= set(VARIANTS)
     assert wanted <= {path.stem for path in SHIPPED if path.parts[-3:-1] == ("digits", "Linf")}
 
