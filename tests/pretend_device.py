@@ -78,7 +78,7 @@ class _Everywhere(TorchDispatchMode):
 
 def _run(operation: Any, args: Any, kwargs: Any) -> Any:
     name = operation.overloadpacket.__name__
-    tensors = [leaf for leaf in _leaves((args, tuple(kwargs.values()))) if isinstance(leaf, torch.Tensor)]
+    tensors = _tensors(kwargs.values(), _tensors(args, []))
     ours = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
     target = kwargs.get("device")
     there = ours if target is None else target.type == NAME
@@ -109,7 +109,7 @@ def _run(operation: Any, args: Any, kwargs: Any) -> Any:
 
 def _refuse_mixing(name: str, args: Any, tensors: list[torch.Tensor]) -> None:
     if name in _INDEXED and isinstance(args[0], DeviceTensor):  # indices may be of the CPU
-        tensors = [leaf for leaf in _leaves((args[0], *args[2:])) if isinstance(leaf, torch.Tensor)]
+        tensors = _tensors((args[0], *args[2:]), [])
     of_device = [isinstance(tensor, DeviceTensor) for tensor in tensors if tensor.ndim]
     if any(of_device) and not all(of_device):
         raise RuntimeError(f"{name}: Expected all tensors to be on the same device, {NAME}:0 and cpu")
@@ -119,12 +119,14 @@ def _raw(value: Any) -> Any:
     return value.raw if isinstance(value, DeviceTensor) else value
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value
+def _tensors(values: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors in nested lists and tuples, behind those of `found`."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            _tensors(value, found)
+    return found
 
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:

@@ -185,13 +185,19 @@ def test_two_machines_of_the_command_train_as_one_process_with_twice_the_batch(t
     words += [word for setting in settings for word in ("--set", setting)]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    launch += ["--master-addr", "127.0.0.1", "--master-port", port]
+    # what torchrun sets on each of two machines with one process; that it starts such processes has a test of its own
+    world = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     machines = [
         subprocess.Popen(
-            [*launch, "--node-rank", str(rank), "-m", "bench", *words],
+            [sys.executable, "-m", "bench", *words],
             cwd=ROOT,
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | world | {"RANK": str(rank), "GROUP_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
