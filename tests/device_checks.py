@@ -63,9 +63,10 @@ SUITES: dict[str, dict[str, Any]] = {
     "components": {"steps": 2},
     "torchattacks:CW": {"steps": 2},
     "torchattacks:Square": {"n_queries": 20},
+    "torchattacks:SparseFool": {"steps": 2},
 }
 IMAGES = 3
-NORM = {"torchattacks:CW": ("L2", 1.0)}
+NORM = {"torchattacks:CW": ("L2", 1.0), "torchattacks:SparseFool": ("L1", 4.0)}
 
 
 def model_of(architecture: str) -> nn.Module:

@@ -24,6 +24,6 @@ def test_everything_that_computes_runs_on_a_device_of_its_own():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes = json.loads(done.stdout.splitlines()[-1])
-    assert len(outcomes) > 23
+    assert len(outcomes) > 24
     failed = {name: error for name, error in outcomes.items() if error}
     assert not failed, "\n".join(f"{name}: {error[-2000:]}" for name, error in failed.items())
