@@ -7,12 +7,10 @@ correction is over all tests of the page.
 """
 
 import itertools
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, stdev
 
 import numpy as np
 import pandas as pd
@@ -26,6 +24,7 @@ from bench.results.metrics import clean_by_example, component_rates, holm, mcnem
 from bench.results.schema import Accuracy
 from bench.results.table import Table
 from bench.spec import ThreatModel
+from bench.tune import Trial, best
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reproduction.md"
@@ -226,8 +225,8 @@ def page() -> str:
         "",
         "Written by `python benchmarks/reproduction.py` from `results/` and the headers of the shipped models;"
         " nothing here is typed by hand. Accuracies in percent with 95 % Wilson intervals. p: exact McNemar test on"
-        " the same examples, two-sided, Holm's correction over all tests of this page. The models compared are of"
-        " training seed 0, so a verdict is on these models; what further seeds give stands at the end of a data set.",
+        " the same examples, two-sided, Holm's correction over all tests of this page. Each model is of one training"
+        " seed, so a verdict is on these models, not on the methods in general.",
         "",
         "Paper: Zhang, Xu, Hu, Wang, *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model"
         " Approach*, ICML 2025 (arXiv 2502.06832). RA-worst, accuracy under all attacks that ran, is an upper bound"
@@ -245,7 +244,6 @@ def page() -> str:
             else:
                 lines += ["", f"**Cannot be told**: {claim.open or 'the models that it compares are not scored here.'}"]
             lines += ["", claim.note] if claim.note and claim.tests else []
-        lines += over_seeds(data)
     return "\n".join(lines) + "\n"
 
 
@@ -260,17 +258,20 @@ def tuned(data: Scored) -> list[str]:
     """A table of what tuning has chosen of each method; nothing where nothing was tuned."""
     rows = []
     for variant, table in trials(data.board).items():
-        starved = table["dead_experts"] > 0  # as `bench tune` chooses
-        order = table.assign(whole=~starved).sort_values(["whole", "ra", "sa"], ascending=False, kind="stable")
-        best = order.index[0]
-        settings = [key for key in table if key not in ("sa", "ra", "dead_experts", "seconds")]
+        scores = ["sa", "ra", "seconds", "dead_experts"]
+        settings = [key for key in table if key not in scores]
+        chosen = best([
+            Trial({key: trial[key] for key in settings}, *(trial[key] for key in scores))
+            for trial in table.to_dict("records")
+        ])  # fmt: skip
+        starved = table["dead_experts"] > 0
         rows.append({
             "method": variant,
             "trials": f"{len(table)}" + (f", {starved.sum()} with dead experts" if starved.any() else ""),
             "tried": "; ".join(f"{key} {', '.join(map(str, sorted(set(table[key]))))}" for key in settings),
-            "chosen": ", ".join(f"{key}={table.at[best, key]}" for key in settings),
-            "SA": f"{100 * table.at[best, 'sa']:.1f}",
-            "RA": f"{100 * table.at[best, 'ra']:.1f}",
+            "chosen": ", ".join(f"{key}={value}" for key, value in chosen.settings.items()),
+            "SA": f"{100 * chosen.sa:.1f}",
+            "RA": f"{100 * chosen.ra:.1f}",
             "RA of all trials": f"{100 * table['ra'].min():.1f} – {100 * table['ra'].max():.1f}",
         })  # fmt: skip
     if not rows:
@@ -291,32 +292,6 @@ def second_or_all(table: pd.DataFrame | None) -> str:
     by_beta = table.pivot_table(index="beta", columns="expert_term", values="ra").dropna()
     pairs = [f"β = {beta:g}: {100 * row['second']:.1f} and {100 * row['all']:.1f}" for beta, row in by_beta.iterrows()]
     return f" In tuning, RA with the second expert and with the mean over all was, at {'; '.join(pairs)}."
-
-
-def over_seeds(data: Scored) -> list[str]:
-    """A table of the methods of which several training seeds are scored; nothing where there are none."""
-    further = re.compile(r"-s[0-9]+$")
-    families: dict[str, list[str]] = {}
-    for name in sorted(data.rows):
-        families.setdefault(further.sub("", name), []).append(name)
-    rows = []
-    for name, family in families.items():
-        if len(family) < 2 or not all(data.rows[member].ranked for member in family):
-            continue
-        row = {"model": name}
-        for what in ("SA", "RA-worst"):
-            values = [100 * data.series(member)[what].mean() for member in family]
-            row[what] = " / ".join(f"{value:.1f}" for value in values)
-            row[f"mean ± SD of {what}"] = f"{fmean(values):.1f} ± {stdev(values):.1f}"
-        rows.append(row)
-    if not rows:
-        return []
-    told = (
-        "Accuracy of each training seed (0, 1, 2), their mean and standard deviation, on the same test images. Three"
-        " seeds are too few for a test; a difference that is smaller than these deviations is none of the methods."
-    )
-    table = tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
-    return ["", "### Over training seeds", "", told, "", table]
 
 
 def trained(data: Scored) -> list[str]:
