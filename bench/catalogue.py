@@ -5,6 +5,8 @@ import sys
 from typing import Any, Literal, get_args, get_origin
 
 from bench.errors import UnusableInput
+from bench.registry import DATASETS, OBJECTIVES, RECIPES, SUITES
+from bench.spec import TORCHATTACKS
 
 #: Kinds of things that have parameters, so that there is something to show.
 SHOWN = ("suite", "objective")
@@ -17,21 +19,12 @@ def names(what: str) -> list[str]:
 
         return list(VARIANTS)
     if what == "suites":
-        from bench.suites.base import SUITES
-        from bench.suites.torchattacks import NAMES
-
-        return [name for name in SUITES if name != "torchattacks"] + [f"torchattacks:{name}" for name in NAMES]
+        return [name for name in SUITES if name != "torchattacks"] + [f"torchattacks:{name}" for name in TORCHATTACKS]
     if what == "datasets":
-        from bench.datasets.base import DATASETS
-
-        return [f"{name}:{kind.argument}" if kind.argument else name for name, kind in DATASETS.items()]
+        return [f"{name}:{DATASETS.argument(name)}".rstrip(":") for name in DATASETS]
     if what == "objectives":
-        from bench.training.objectives.base import OBJECTIVES
-
         return list(OBJECTIVES)
-    from bench.training.recipes import recipes
-
-    return recipes()
+    return list(RECIPES)
 
 
 def sentence(what: str, name: str) -> str:
@@ -53,8 +46,6 @@ def sentence(what: str, name: str) -> str:
 
         return _first_sentence(about(name.partition(":")[2])[0])
     if what == "datasets":
-        from bench.datasets.base import DATASETS
-
         return _first_sentence(DATASETS[name.partition(":")[0]].__doc__)
     kind = _kind({"suites": "suite", "objectives": "objective"}[what], name)
     return _first_sentence(sys.modules[kind.__module__].__doc__)
@@ -81,14 +72,10 @@ def details(what: str, name: str) -> dict[str, Any]:
 
 def _kind(what: str, name: str) -> Any:
     if what == "suite":
-        from bench.suites.base import SUITES
-
         kind = SUITES[name.partition(":")[0]]
         kind.parameters(name.partition(":")[2] or None)  # refuses an argument that there is not
         return kind
     if what == "objective":
-        from bench.training.objectives.base import OBJECTIVES
-
         return OBJECTIVES[name]
     raise UnusableInput(f"there is nothing to show of a {what}: there are {', '.join(SHOWN)}")
 

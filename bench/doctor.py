@@ -10,12 +10,13 @@ from tabulate import tabulate
 
 import bench
 from bench.console import duration
-from bench.datasets.base import DATASETS, Dataset, open_dataset
+from bench.datasets.base import Dataset, open_dataset
 from bench.environment import versions
 from bench.errors import UnusableInput
 from bench.evaluation.diagnosis import Diagnosis, diagnose
 from bench.evaluation.plan import RunRequest, plan
 from bench.models.checkpoints import available
+from bench.registry import DATASETS
 from bench.suites.base import Suite, open_suites
 
 #: On so many test images a model is looked at, and timed in one batch.
@@ -39,8 +40,8 @@ def examine(data_root: Path, checkpoints: Sequence[Path]) -> Iterator[tuple[str,
             yield f"import {module}", "works, mended by bench.compat", True
         except ImportError as error:
             yield f"import {module}", str(error), False
-    for name, kind in DATASETS.items():
-        if kind.argument:
+    for name in DATASETS:
+        if DATASETS.argument(name):
             continue  # a user's own: it has no place to look in
         dataset = open_dataset(name)
         try:

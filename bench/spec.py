@@ -29,6 +29,13 @@ NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")
 #: What RobustBench has boards of, by its own names; here, since importing robustbench imports torch.
 ROBUSTBENCH_DATASETS = ("cifar10", "cifar100", "imagenet")
 ROBUSTBENCH_NORMS: tuple[Norm, ...] = ("Linf", "L2")
+#: The attacks of torchattacks, without VANILA, which gives the images back; here for the same reason.
+TORCHATTACKS = (
+    "APGD", "APGDT", "AutoAttack", "BIM", "CW", "DIFGSM", "DeepFool", "EADEN", "EADL1", "EOTPGD", "FAB",
+    "FFGSM", "FGSM", "GN", "JSMA", "Jitter", "MIFGSM", "NIFGSM", "OnePixel", "PGD", "PGDL2", "PGDRS", "PGDRSL2",
+    "PIFGSM", "PIFGSMPP", "Pixle", "RFGSM", "SINIFGSM", "SPSA", "SparseFool", "Square", "TIFGSM", "TPGD",
+    "UPGD", "VMIFGSM", "VNIFGSM",
+)  # fmt: skip
 #: What suite `adaptive` reports of a gate whose routes it could not attack; its run then earns no rank.
 NOT_FORCED = "its scores cannot be forced"
 

@@ -14,7 +14,8 @@ from side_by_side import machine, medians
 from tabulate import tabulate
 
 from bench.datasets.base import open_dataset
-from bench.training.objectives.base import OBJECTIVES, Batch
+from bench.registry import OBJECTIVES
+from bench.training.objectives.base import Batch
 from bench.training.recipes import architecture, train_spec
 
 CIFAR10 = open_dataset("cifar10")

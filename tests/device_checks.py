@@ -23,7 +23,6 @@ from torch import nn
 from bench.attacks import restarts
 from bench.attacks.adaptive import BUDGETS
 from bench.certify import layers
-from bench.certify.base import CERTIFIERS
 from bench.certify.run import certify
 from bench.datasets.base import EvalSet, fingerprint, open_dataset
 from bench.evaluation import probes
@@ -35,6 +34,7 @@ from bench.models import deployed
 from bench.models.architecture import Dense, Dual, Inside, Routed
 from bench.models.checkpoints import Header, checkpoint_path, load_checkpoint, save_checkpoint
 from bench.models.variants import VARIANTS
+from bench.registry import CERTIFIERS
 from bench.results.store import Run, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel, build
 from bench.suites.base import Suite, open_suites

@@ -20,14 +20,12 @@ from PIL import Image
 from bench.attacks.block import Attempt, Block
 from bench.cli import app, main
 from bench.commands.options import split
-from bench.datasets.base import DATASETS
 from bench.errors import UnusableInput
 from bench.models.variants import VARIANTS
+from bench.registry import DATASETS, OBJECTIVES, RECIPES, SUITES
 from bench.results.schema import Result
 from bench.results.store import RunFolder, read_runs, run_folder
-from bench.suites.base import SUITES, Suite
-from bench.training.objectives.base import OBJECTIVES
-from bench.training.recipes import recipes
+from bench.suites.base import Suite
 
 Bench = Callable[..., tuple[int, str, str]]
 
@@ -97,7 +95,7 @@ def user_model(tmp_path: Path) -> Iterator[str]:
         ("variants", list(VARIANTS)),
         ("datasets", ["cifar10", "digits", "imagefolder:PATH", "imagefolder-grey:PATH", "tinyimagenet"]),
         ("objectives", list(OBJECTIVES)),
-        ("recipes", recipes()),
+        ("recipes", list(RECIPES)),
     ],
 )
 def test_list_names_what_there_is(what: str, names: list[str], bench: Bench):

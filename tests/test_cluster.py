@@ -10,14 +10,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from bench.certify.base import CERTIFIERS
 from bench.certify.run import certification_of, certify
 from bench.cluster import Blocks, Queue, Task, Worker
 from bench.datasets.base import open_dataset
 from bench.evaluation.plan import RunRequest, plan_on
+from bench.registry import CERTIFIERS, SUITES
 from bench.results.certificates import read_certificates
 from bench.results.store import read_runs
-from bench.suites.base import SUITES
 from bench.training.loop import Trainer
 
 #: A suite whose first process to attack block 1 is killed there.
@@ -25,7 +24,8 @@ MORTAL = """
 import os, signal
 from pathlib import Path
 import torch
-from bench.suites.base import SUITES, Suite
+from bench.suites.base import Suite
+from bench.registry import SUITES
 
 @SUITES.register("mortal")
 class Mortal(Suite):

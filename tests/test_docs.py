@@ -21,7 +21,7 @@ from bench import __version__
 from bench.catalogue import names
 from bench.cli import app
 from bench.commands.options import split
-from bench.datasets.base import DATASETS
+from bench.registry import DATASETS
 from bench.suites.base import open_suites
 
 ROOT = Path(__file__).parents[1]

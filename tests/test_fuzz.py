@@ -21,13 +21,13 @@ from PIL import Image
 
 from bench.boards.check import check
 from bench.boards.leaderboard import boards
-from bench.certify.base import CERTIFIERS
 from bench.datasets.images import decode
 from bench.errors import UnusableInput
 from bench.evaluation.evaluate import score
 from bench.evaluation.plan import RunRequest, plan
 from bench.evaluation.replay import replay
 from bench.models.checkpoints import load_checkpoint
+from bench.registry import CERTIFIERS
 from bench.results.certificates import conflicts, read_certificates
 from bench.results.store import read_runs
 from bench.settings import parse_grid, parse_number, parse_settings

@@ -49,14 +49,22 @@ def test_a_new_file_in_the_folder_is_found_by_existing(tmp_path: Path, monkeypat
     (folder / "base.py").write_text(
         "from bench.registry import Registry\nTREES = Registry('tree', 'orchard_for_tests')\n"
     )
-    for name in ("oak", "elm"):
-        (folder / f"{name}.py").write_text(
-            f"from orchard_for_tests.base import TREES\nTREES.register('{name}')('{name}!')\n"
+    for name in ("oak", "elm:AGE"):
+        file = name.partition(":")[0]
+        (folder / f"{file}.py").write_text(
+            f"from orchard_for_tests.base import TREES\nTREES.register('{name}')('{file}!')\n"
         )
     monkeypatch.syspath_prepend(tmp_path)
     from orchard_for_tests.base import TREES
 
-    assert "orchard_for_tests.oak" not in sys.modules  # nothing is imported before the first look-up
+    assert list(TREES) == ["elm", "oak"]
+    assert (TREES.origin("oak"), TREES.argument("oak"), TREES.argument("elm")) == ("", "", "AGE")
+    assert "oak" in TREES
+    assert not {"orchard_for_tests.elm", "orchard_for_tests.oak"} & set(sys.modules)  # names are read, not made
+    with pytest.raises(ValueError, match="tree 'oak' is registered twice"):
+        TREES.register("oak")("another")
+    assert TREES["elm"] == "elm!"
+    assert "orchard_for_tests.oak" not in sys.modules  # none is imported for another's sake
     assert dict(TREES) == {"elm": "elm!", "oak": "oak!"}
 
 
@@ -99,5 +107,7 @@ def test_what_a_plugin_registers_has_its_origin(tmp_path: Path, monkeypatch: pyt
 
 
 def test_names_and_specs_are_read_without_torch():
-    code = "import bench.registry, bench.spec, bench.environment, sys; sys.exit('torch' in sys.modules)"
+    code = "import bench.registry, bench.spec, bench.environment, sys\nfrom bench.catalogue import names\n"
+    code += "for what in ('variants', 'suites', 'datasets', 'objectives', 'recipes'): assert names(what)\n"
+    code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

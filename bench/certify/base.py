@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bench.errors import UnusableInput
 from bench.models.deployed import dependence
-from bench.registry import Registry
 from bench.spec import Method, ThreatModel
 
 
@@ -89,9 +88,6 @@ class Claim:
             np.full(count, -1),
             reason,
         )
-
-
-CERTIFIERS: Registry[type["Certifier"]] = Registry("certification method", "bench.certify")
 
 
 class Certifier(Method):

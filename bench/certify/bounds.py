@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
+from bench.certify.base import Certifier, Claim, Examples
 from bench.certify.composition import Network, check_composition, check_finite
 from bench.certify.layers import NotSupported
 from bench.certify.linear import Bounds
 from bench.certify.rounding import Arithmetic
 from bench.models.moe import MoE
 from bench.models.parts import is_dual, is_moe, routed_branches
+from bench.registry import CERTIFIERS
 from bench.spec import ThreatModel
 
 #: Where the constants of the paper's formula come from: the `reason` of its rows.

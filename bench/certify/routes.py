@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
+from bench.certify.base import Certifier, Claim, Examples
 from bench.certify.composition import Network, check_composition
 from bench.certify.layers import Affine, NotSupported, affine_map
 from bench.certify.rounding import Arithmetic, margins
@@ -17,6 +17,7 @@ from bench.errors import UnusableInput
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
 from bench.models.parts import routed_branch
+from bench.registry import CERTIFIERS
 from bench.spec import Norm, ThreatModel
 
 #: Several ε for the share of stable routes and for |S(ε)|, as fractions of the run's own.

@@ -12,11 +12,12 @@ from pydantic import Field
 from scipy.stats import binomtest, norm
 from torch import Tensor
 
-from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
+from bench.certify.base import Certifier, Claim, Examples
 from bench.certify.composition import check_composition
 from bench.certify.layers import NotSupported
 from bench.models.dual import DualModel
 from bench.randomness import generator
+from bench.registry import CERTIFIERS
 from bench.spec import Norm, ThreatModel
 
 Counts = NDArray[np.int64]

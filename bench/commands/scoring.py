@@ -256,13 +256,13 @@ def certify(
 ) -> None:
     """Certify routes, the class by sound bounds, or the smoothed model's class, and store the certificates."""
     with redirect_stdout(sys.stderr):
-        from bench.certify.base import CERTIFIERS
         from bench.certify.run import certification_of
         from bench.certify.run import certify as run_certifier
         from bench.datasets.base import open_dataset
         from bench.environment import torch_device
         from bench.evaluation.plan import RunRequest, plan_on
         from bench.models.checkpoints import ZOO
+        from bench.registry import CERTIFIERS
         from bench.results.store import ensure_writable, run_folder
         from bench.spec import build
 

@@ -8,13 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bench.errors import UnusableInput
-from bench.registry import Registry
+from bench.registry import DATASETS
 from bench.spec import ThreatModel
 
 Split = Literal["train", "test"]
@@ -74,8 +74,8 @@ class Dataset(ABC):
     """A data set: its constants, and how its images are read. Subclasses register with `DATASETS`.
 
     mean, std: per channel, in pixels of [0, 1], for the normalisation inside the models. `threat_model` is what it is
-    attacked with, and `recipe` what it is trained by, by default. `argument` names
-    what follows the name and a colon and is given to the constructor; most take none.
+    attacked with, and `recipe` what it is trained by, by default. What follows the
+    name and a colon, where it is registered with one, is given to the constructor; most take none.
     """
 
     name: str
@@ -85,7 +85,6 @@ class Dataset(ABC):
     std: tuple[float, ...]
     threat_model: ThreatModel
     recipe: str
-    argument: ClassVar[str] = ""
 
     @abstractmethod
     def read(self, split: Split, root: Path, limit: int | None = None) -> Images:
@@ -109,9 +108,6 @@ class Dataset(ABC):
         return EvalSet(x, images.y, torch.arange(len(images.y)), fingerprint(x, images.y), note)
 
 
-DATASETS: Registry[type[Dataset]] = Registry("data set", "bench.datasets", "bench.datasets")
-
-
 def open_dataset(name: str) -> Dataset:
     """The data set called `name`; what follows a colon (`imagefolder:PATH`) is its argument.
 
@@ -119,7 +115,7 @@ def open_dataset(name: str) -> Dataset:
     """
     kind, colon, argument = name.partition(":")
     cls: Callable[..., Dataset] = DATASETS[kind]
-    if wanted := DATASETS[kind].argument:
+    if wanted := DATASETS.argument(kind):
         if not argument:
             raise UnusableInput(f"data set '{name}' has no {wanted}: write it as {kind}:{wanted}")
         return cls(argument)

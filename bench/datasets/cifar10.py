@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.datasets.base import DATASETS, Dataset, Images, Split
+from bench.datasets.base import Dataset, Images, Split
 from bench.datasets.download import archive_folder
 from bench.errors import UnusableInput
+from bench.registry import DATASETS
 from bench.spec import ThreatModel
 
 FOLDER = "cifar-10-batches-py"

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from bench.datasets.base import DATASETS, Dataset, Images, Split
+from bench.datasets.base import Dataset, Images, Split
+from bench.registry import DATASETS
 from bench.spec import ThreatModel
 
 N_TRAIN, N_TEST = 1297, 500

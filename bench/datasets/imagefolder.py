@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
-from bench.datasets.base import DATASETS, Dataset, EvalSet, Images, Split
+from bench.datasets.base import Dataset, EvalSet, Images, Split
 from bench.datasets.images import image_size, interleave, read_images
 from bench.errors import UnusableInput
+from bench.registry import DATASETS
 from bench.spec import ThreatModel, dataset_name, folder_and_size
 
 # torchvision's ImageFolder takes the same
@@ -15,7 +16,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 LARGEST_OF_CIFAR = 48  # pixels of a side: what is larger is trained as Tiny-ImageNet is
 
 
-@DATASETS.register("imagefolder")
+@DATASETS.register("imagefolder:PATH")
 class ImageFolder(Dataset):
     """PATH/train/<class>/** and PATH/val/<class>/** (PATH/test where there is no val), images of one size, as RGB.
 
@@ -32,7 +33,6 @@ class ImageFolder(Dataset):
     """
 
     kind: ClassVar[str] = "imagefolder"
-    argument = "PATH"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     threat_model = ThreatModel(norm="Linf", eps=8 / 255)
@@ -78,7 +78,7 @@ class ImageFolder(Dataset):
         return replace(found, note="; ".join(filter(None, (found.note, said))))
 
 
-@DATASETS.register("imagefolder-grey")
+@DATASETS.register("imagefolder-grey:PATH")
 class GreyImageFolder(ImageFolder):
     """The same of images without colours, which have one channel: input_shape is (1, H, W)."""
 

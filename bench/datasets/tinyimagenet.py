@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from bench.datasets.base import DATASETS, Dataset, Images, Split
+from bench.datasets.base import Dataset, Images, Split
 from bench.datasets.download import archive_folder
 from bench.datasets.images import interleave, read_images
 from bench.errors import UnusableInput
+from bench.registry import DATASETS
 from bench.spec import ThreatModel
 
 FOLDER = "tiny-imagenet-200"

@@ -11,8 +11,9 @@ from bench.attacks.block import Attempt, Block
 from bench.attacks.search import Search
 from bench.models.parts import is_dual, parts
 from bench.models.sites import sites
+from bench.registry import SUITES
 from bench.spec import Norm
-from bench.suites.base import SUITES, Cost, Suite
+from bench.suites.base import Cost, Suite
 
 
 @SUITES.register("adaptive")

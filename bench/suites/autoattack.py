@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from bench.attacks.block import Attempt, Block
 from bench.attacks.leaving import leave_early
 from bench.attacks.prepared import faithful, prepare
-from bench.suites.base import SUITES, CaughtWarnings, Cost, Suite
+from bench.registry import SUITES
+from bench.suites.base import CaughtWarnings, Cost, Suite
 
 Perturb = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,13 +8,11 @@ from torch import nn
 
 from bench.attacks.block import Attempt, Block
 from bench.errors import UnusableInput, did_you_mean
-from bench.registry import Registry
+from bench.registry import SUITES
 from bench.spec import Method, ThreatModel, build
 
 #: What `bench run` runs where nobody names suites; of a model without routes not those that need them.
 DEFAULT_SUITES = ("clean", "pgd", "autoattack", "adaptive")
-
-SUITES: Registry[type["Suite"]] = Registry("suite", "bench.suites", "bench.suites")
 
 
 class Cost(NamedTuple):

@@ -6,7 +6,8 @@ from typing import ClassVar
 from torch import nn
 
 from bench.attacks.block import Attempt, Block
-from bench.suites.base import SUITES, Cost, Suite
+from bench.registry import SUITES
+from bench.suites.base import Cost, Suite
 
 
 @SUITES.register("clean")

@@ -29,8 +29,9 @@ from bench.models.foreign import bare
 from bench.models.parts import is_dual, parts, routed_branch
 from bench.models.sites import Site, intercepted, selected, single_paths, sites
 from bench.pgd import pgd, random_start
+from bench.registry import SUITES
 from bench.spec import NOT_FORCED, Norm
-from bench.suites.base import SUITES, Cost, Suite
+from bench.suites.base import Cost, Suite
 
 
 @SUITES.register("components")

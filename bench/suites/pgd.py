@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import nn
 
 from bench.attacks.block import Attempt, Block
+from bench.registry import SUITES
 from bench.spec import Norm
-from bench.suites.base import SUITES, Cost, Suite
+from bench.suites.base import Cost, Suite
 
 
 @SUITES.register("pgd")

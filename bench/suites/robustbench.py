@@ -6,9 +6,10 @@ from typing import ClassVar
 from torch import nn
 
 from bench.attacks.block import Attempt, Block
+from bench.registry import SUITES
 from bench.spec import ROBUSTBENCH_DATASETS, ROBUSTBENCH_NORMS, Norm
 from bench.suites.autoattack import standard_cost, watched
-from bench.suites.base import SUITES, Cost, Suite
+from bench.suites.base import Cost, Suite
 
 
 @SUITES.register("robustbench")

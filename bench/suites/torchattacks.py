@@ -12,8 +12,9 @@ from torch import nn
 
 from bench.attacks.block import Attempt, Block
 from bench.errors import UnusableInput, did_you_mean
-from bench.spec import ThreatModel, build
-from bench.suites.base import SUITES, Cost, Suite, refuse_wide_step, short_walk
+from bench.registry import SUITES
+from bench.spec import TORCHATTACKS, ThreatModel, build
+from bench.suites.base import Cost, Suite, refuse_wide_step, short_walk
 
 #: What the library calls the radius; an attack without either knows no ball.
 RADIUS = ("eps", "max_epsilon")
@@ -25,9 +26,6 @@ EFFORT = (
     "steps", "n_restarts", "restarts", "eot_iter", "n_queries", "nb_iter", "nb_sample", "num_iter_set",
     "max_iterations", "binary_search_steps", "popsize", "pixels", "noise_batch_size", "N", "m",
 )  # fmt: skip
-
-#: Without VANILA, which gives the images back.
-NAMES = sorted(set(torchattacks.__all__) - set(torchattacks.__wrapper__) - {"VANILA"})
 
 
 def about(name: str) -> tuple[str, dict[str, Any]]:
@@ -63,7 +61,7 @@ def _unfit(name: str, value: Any, default: Any) -> str | None:
     return None
 
 
-@SUITES.register("torchattacks")
+@SUITES.register("torchattacks:NAME")
 class TorchAttacks(Suite):
     """`name` is the class in torchattacks, `settings` its constructor's arguments.
 
@@ -76,9 +74,9 @@ class TorchAttacks(Suite):
 
     @classmethod
     def parameters(cls, argument: str | None) -> list[str]:
-        if argument not in NAMES:
+        if argument not in TORCHATTACKS:
             raise UnusableInput(
-                f"unknown attack 'torchattacks:{argument or ''}': {did_you_mean(argument or '', NAMES)}"
+                f"unknown attack 'torchattacks:{argument or ''}': {did_you_mean(argument or '', TORCHATTACKS)}"
             )
         return [name for name in _signature(argument) if name not in ("self", *RESERVED)]
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.certify.base import CERTIFIERS, Certifier, Claim, Examples
+from bench.certify.base import Certifier, Claim, Examples
 from bench.errors import UnusableInput
+from bench.registry import CERTIFIERS
 from bench.spec import ThreatModel, build
 
 LINF = ThreatModel(norm="Linf", eps=0.1)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.certify.base import CERTIFIERS, Certifier
+from bench.certify.base import Certifier
 from bench.certify.run import certify
 from bench.datasets.base import EvalSet
 from bench.errors import UnusableInput
 from bench.job import Job, Subject
+from bench.registry import CERTIFIERS
 from bench.results.certificates import CertificateFolder, Certification, conflicts, read_certificates
 from bench.results.store import read_runs, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel

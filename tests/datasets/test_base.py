@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.datasets.base import DATASETS, Dataset, EvalSet, Images, Split, fingerprint, open_dataset
+from bench.datasets.base import Dataset, EvalSet, Images, Split, fingerprint, open_dataset
 from bench.errors import UnusableInput
+from bench.registry import DATASETS
 from bench.spec import ThreatModel
 
 NONE = Path("nowhere")
@@ -33,9 +34,8 @@ class Two(Dataset):
 
 @pytest.mark.parametrize("name", list(DATASETS))
 def test_states_its_constants(name: str) -> None:
-    cls = DATASETS[name]
-    if cls.argument:
-        pytest.skip(f"{name} finds its constants in {cls.argument}")
+    if argument := DATASETS.argument(name):
+        pytest.skip(f"{name} finds its constants in {argument}")
     dataset = open_dataset(name)
     assert dataset.name == name
     assert len(dataset.mean) == len(dataset.std) == dataset.input_shape[0]

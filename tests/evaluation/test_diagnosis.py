@@ -12,7 +12,8 @@ import pytest
 from bench.doctor import described, examine_model
 from bench.evaluation.diagnosis import Diagnosis
 from bench.models.checkpoints import ZOO
-from bench.suites.base import SUITES, open_suites
+from bench.registry import SUITES
+from bench.suites.base import open_suites
 
 MODELS = """
     import torch

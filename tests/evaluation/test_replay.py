@@ -18,9 +18,10 @@ from bench.attacks.block import Attempt, Block
 from bench.datasets.base import open_dataset
 from bench.datasets.digits import Digits
 from bench.models.checkpoints import load_checkpoint, save_checkpoint
+from bench.registry import SUITES
 from bench.results.store import read_run
 from bench.results.witnesses import FILE, Witnesses
-from bench.suites.base import SUITES, Suite
+from bench.suites.base import Suite
 
 N = 32
 CHECKPOINT = Path("checkpoints/digits/Linf/moe-at.safetensors")

@@ -11,8 +11,8 @@ from bench.models.base import Classifier
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
 from bench.models.variants import VARIANTS, get_variant
+from bench.registry import OBJECTIVES
 from bench.spec import TrainSpec
-from bench.training.objectives.base import OBJECTIVES
 from bench.training.recipes import architecture
 
 KINDS = {"dense": Classifier, "inside": Classifier, "moe": MoE, "dual": DualModel}

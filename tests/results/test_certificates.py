@@ -11,8 +11,8 @@ import pytest
 
 from bench.boards import views
 from bench.boards.leaderboard import boards
-from bench.certify.base import CERTIFIERS
 from bench.errors import UnusableInput
+from bench.registry import CERTIFIERS
 from bench.results.certificates import (
     BELIEVED,
     CERTIFICATE_COLUMNS,

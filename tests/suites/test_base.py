@@ -7,8 +7,9 @@ import pytest
 
 from bench.errors import UnusableInput
 from bench.models.parts import parts
+from bench.registry import SUITES
 from bench.spec import Norm, ThreatModel
-from bench.suites.base import SUITES, CaughtWarnings, open_suites
+from bench.suites.base import CaughtWarnings, open_suites
 from bench.suites.clean import Clean
 from bench.suites.pgd import PGD
 

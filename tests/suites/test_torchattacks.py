@@ -6,9 +6,9 @@ import pytest
 import torchattacks
 
 from bench.errors import UnusableInput
-from bench.spec import NORMS, Norm, ThreatModel
+from bench.spec import NORMS, TORCHATTACKS, Norm, ThreatModel
 from bench.suites.base import open_suites
-from bench.suites.torchattacks import NAMES, TorchAttacks
+from bench.suites.torchattacks import TorchAttacks
 
 #: Attacks that take no radius.
 UNBOUNDED = ["CW", "DeepFool", "EADEN", "EADL1", "GN", "JSMA", "OnePixel", "Pixle", "SparseFool"]
@@ -31,11 +31,11 @@ def norms_of(name: str) -> list[Norm]:
 
 def test_every_attack_of_the_library_is_there():
     """But for wrappers, and VANILA, which attacks nothing."""
-    assert set(NAMES) == set(torchattacks.__all__) - {"LGV", "MultiAttack", "VANILA"}
-    assert len(NAMES) == 36
+    assert set(TORCHATTACKS) == set(torchattacks.__all__) - {"LGV", "MultiAttack", "VANILA"}
+    assert len(TORCHATTACKS) == 36
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TORCHATTACKS)
 def test_norms_that_an_attack_has_not_are_refused(name: str):
     for norm in NORMS:
         threat = ThreatModel(norm=norm, eps=0.1)
@@ -46,7 +46,7 @@ def test_norms_that_an_attack_has_not_are_refused(name: str):
                 opened(name).check(f"torchattacks:{name}", "digits", threat)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TORCHATTACKS)
 def test_every_attack_is_made_for_the_block(name: str, planted: Any, block_of: Any):
     suite = opened(name)
     assert suite.bounded == (name not in UNBOUNDED)

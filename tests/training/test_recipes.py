@@ -4,14 +4,15 @@ from typing import Any
 
 import pytest
 
-from bench.datasets.base import DATASETS, open_dataset
+from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
 from bench.models.architecture import Dense, Dual, Routed
 from bench.models.experts import EXPERTS
 from bench.models.variants import VARIANTS, get_variant
+from bench.registry import DATASETS, OBJECTIVES, RECIPES
 from bench.spec import Recipe, ThreatModel, TrainSpec
-from bench.training.objectives.base import OBJECTIVES, Objective
-from bench.training.recipes import architecture, objective_class, read_recipe, recipes, train_spec, train_specs
+from bench.training.objectives.base import Objective
+from bench.training.recipes import architecture, objective_class, read_recipe, train_spec, train_specs
 
 DIGITS = open_dataset("digits")
 
@@ -35,7 +36,7 @@ def test_several_variants_have_those_of_the_settings_that_they_know():
 # --- presets ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", list(RECIPES))
 def test_every_preset_is_valid(name: str):
     recipe = read_recipe(name)
     assert recipe.expert in EXPERTS
@@ -45,7 +46,7 @@ def test_every_preset_is_valid(name: str):
         assert all(any(name in names for names in known) for name in (value if isinstance(value, dict) else [key]))
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", list(RECIPES))
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_every_preset_serves_every_variant(name: str, variant: str):
     gate = read_recipe(name).gate
@@ -61,8 +62,8 @@ def test_every_preset_serves_every_variant(name: str, variant: str):
 
 
 def test_every_data_set_has_its_preset():
-    named = [cls.recipe for cls in DATASETS.values() if not cls.argument]
-    assert set(named) <= set(recipes())
+    named = [cls.recipe for name, cls in DATASETS.items() if not DATASETS.argument(name)]
+    assert set(named) <= set(RECIPES)
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest():
@@ -121,7 +122,7 @@ def test_a_preset_may_give_an_objective_a_schedule_of_its_own():
     chosen = ("optimizer", "lr", "router_lr", "weight_decay", "schedule", "epochs", "batch_size", "momentum")
     assert [getattr(own, name) for name in chosen] == ["sgd", 0.1, 1, 5e-4, "cosine", 100, 128, 0.8]
     assert spec("moe-rt_er", "paper-cifar10").recipe.optimizer == "adam"
-    assert {name: spec("moe-advmoe", name).recipe.router_lr for name in recipes() if not read_recipe(name).gate} == {
+    assert {name: spec("moe-advmoe", name).recipe.router_lr for name in RECIPES if not read_recipe(name).gate} == {
         "cpu-cifar10": 1, "cpu-tinyimagenet": 1, "digits": 1,
     }  # fmt: skip
 

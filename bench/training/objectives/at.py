@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from bench.training.objectives.base import OBJECTIVES, Batch, CrossEntropyAttack, Step
+from bench.registry import OBJECTIVES
+from bench.training.objectives.base import Batch, CrossEntropyAttack, Step
 
 
 @OBJECTIVES.register("at")

@@ -14,7 +14,8 @@ from pydantic import Field
 from bench.models.deployed import eval_frozen
 from bench.models.moe import MoE
 from bench.models.routing import dispatch
-from bench.training.objectives.base import OBJECTIVES, Batch, CrossEntropyAttack, Step, Terms
+from bench.registry import OBJECTIVES
+from bench.training.objectives.base import Batch, CrossEntropyAttack, Step, Terms
 
 
 @OBJECTIVES.register("at-paths")

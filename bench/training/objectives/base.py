@@ -18,7 +18,6 @@ from bench.models.deployed import eval_frozen
 from bench.models.layers import Balance, trained_gates, watched
 from bench.models.moe import MoE
 from bench.pgd import default_step_size, pgd, random_start
-from bench.registry import Registry
 from bench.spec import Spec, ThreatModel
 
 #: From the suffix of a salt to a tensor of the images' shape.
@@ -85,8 +84,6 @@ def load_entropy(gate_logits: Tensor) -> Tensor:
 
 #: From a gate's scores (B, E) to the loss that keeps its experts in use.
 BALANCE_LOSSES: dict[Balance, Callable[[Tensor], Tensor]] = {"switch": load_balance, "entropy": load_entropy}
-
-OBJECTIVES: Registry[type["Objective"]] = Registry("objective", "bench.training.objectives", "bench.objectives")
 
 
 class Objective(Spec):

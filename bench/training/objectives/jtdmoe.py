@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bench.models.deployed import eval_frozen
 from bench.models.dual import DualModel
-from bench.training.objectives.base import OBJECTIVES, Batch, Step, Terms
+from bench.registry import OBJECTIVES
+from bench.training.objectives.base import Batch, Step, Terms
 from bench.training.objectives.rt_er import RTER
 
 

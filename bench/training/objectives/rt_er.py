@@ -14,7 +14,8 @@ from torch import Tensor
 from bench.models.deployed import eval_frozen
 from bench.models.moe import MoE
 from bench.models.routing import dispatch
-from bench.training.objectives.base import OBJECTIVES, Batch, CrossEntropyAttack, Step, Terms, kl
+from bench.registry import OBJECTIVES
+from bench.training.objectives.base import Batch, CrossEntropyAttack, Step, Terms, kl
 
 
 @OBJECTIVES.register("rt_er")

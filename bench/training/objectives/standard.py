@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from bench.training.objectives.base import OBJECTIVES, Batch, Objective, Step
+from bench.registry import OBJECTIVES
+from bench.training.objectives.base import Batch, Objective, Step
 
 
 @OBJECTIVES.register("standard")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bench.models.deployed import eval_frozen
 from bench.pgd import near_start
-from bench.training.objectives.base import OBJECTIVES, Adversarial, Batch, Step, Terms, kl
+from bench.registry import OBJECTIVES
+from bench.training.objectives.base import Adversarial, Batch, Step, Terms, kl
 
 
 @OBJECTIVES.register("trades")

@@ -12,23 +12,14 @@ from bench.errors import UnusableInput, did_you_mean
 from bench.models.architecture import Dense, Dual, Inside, Network, Routed
 from bench.models.layers import parameters_of
 from bench.models.variants import Variant, get_variant
-from bench.registry import Registry, command_words
+from bench.registry import OBJECTIVES, RECIPES, command_words
 from bench.settings import parse_value
 from bench.spec import Recipe, ThreatModel, TrainSpec, build
-from bench.training.objectives.base import OBJECTIVES, Objective
+from bench.training.objectives.base import Objective
 
-#: YAML files by recipe: those in this folder, and those of plugins.
-RECIPES: Registry[Path] = Registry("recipe", group="bench.recipes")
-for _path in Path(__file__).parent.glob("*.yaml"):
-    RECIPES.register(_path.stem)(_path)
 #: The recipe's fields that are parameters of MoE blocks inside a network, and of networks, where they have them.
 _INSIDE = ("route_by", "balance_loss")
 _SIZES = ("width", "image_size", "patch_size", "norm", *_INSIDE)
-
-
-def recipes() -> list[str]:
-    """Names of all presets."""
-    return list(RECIPES)
 
 
 #: How long one variant takes by the recipes that are made for two CPU cores.

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from bench.datasets.base import DATASETS, Dataset, Images, Split
+from bench.datasets.base import Dataset, Images, Split
+from bench.registry import DATASETS
 from bench.spec import ThreatModel
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch.nn.functional as F
 from pydantic import Field
 
-from bench.training.objectives.base import OBJECTIVES, Batch, Objective, Step, Terms
+from bench.registry import OBJECTIVES
+from bench.training.objectives.base import Batch, Objective, Step, Terms
 
 
 @OBJECTIVES.register("smooth")

@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-from bench.training.recipes import RECIPES
+from bench.registry import RECIPES
 
 RECIPES.register("corners")(Path(__file__).with_name("corners.yaml"))

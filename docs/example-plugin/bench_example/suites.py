@@ -7,8 +7,9 @@ import torch
 from pydantic import Field
 
 from bench.attacks.block import Attempt, Block
+from bench.registry import SUITES
 from bench.spec import Norm
-from bench.suites.base import SUITES, Suite
+from bench.suites.base import Suite
 
 
 @SUITES.register("noise")
