@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from bench.models.architecture import Dual, Inside, Routed
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
+from bench.registry import OBJECTIVES
 from bench.spec import ThreatModel
 from bench.training.objectives.base import (
-    OBJECTIVES,
     Adversarial,
     Batch,
     CrossEntropyAttack,
