@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import ttest_ind
 from tabulate import tabulate
 
 from bench.boards.leaderboard import boards
@@ -31,7 +32,11 @@ PAGE = ROOT / "docs" / "reproduction.md"
 #: The tables of `bench tune`, <data set>-<norm>-<ε>-<variant>.csv.
 TUNING = ROOT / "docs" / "tuning"
 #: The threat models that the models were trained for.
-TRAINED_FOR = {"digits": ThreatModel(norm="Linf", eps=0.2), "cifar10": ThreatModel(norm="Linf", eps=8 / 255)}
+TRAINED_FOR = {
+    "digits": ThreatModel(norm="Linf", eps=0.2),
+    "cifar10": ThreatModel(norm="Linf", eps=8 / 255),
+    "tinyimagenet": ThreatModel(norm="Linf", eps=2 / 255),
+}
 LEVEL = 0.05
 #: Under which hyper-parameters methods are compared.
 SETTINGS = {
@@ -39,8 +44,20 @@ SETTINGS = {
         "Hyper-parameters: of each method what eight trials of `bench tune` chose (see *Tuning*); `-published` has the"
         " paper's β = 6."
     ),
-    "cifar10": "Hyper-parameters: as in the table above, one setting of each method, not tuned.",
+    **dict.fromkeys(
+        ("cifar10", "tinyimagenet"), "Hyper-parameters: as in the table above, one setting of each method, not tuned."
+    ),
 }
+#: Methods of which the first is claimed to be the more robust; compared over training seeds as well.
+OVER_SEEDS = (
+    ("moe-rt_er", "moe-at"),
+    ("moe-rt_er", "moe-trades"),
+    ("moe-at", "dense-at"),
+    ("moe-rt_er", "dense-at"),
+    ("moe-at-paths", "dense-at"),
+    ("moe-at-paths", "moe-at"),
+    ("moe-at-paths", "moe-rt_er"),
+)
 
 
 @dataclass(frozen=True)
@@ -225,8 +242,9 @@ def page() -> str:
         "",
         "Written by `python benchmarks/reproduction.py` from `results/` and the headers of the shipped models;"
         " nothing here is typed by hand. Accuracies in percent with 95 % Wilson intervals. p: exact McNemar test on"
-        " the same examples, two-sided, Holm's correction over all tests of this page. Each model is of one training"
-        " seed, so a verdict is on these models, not on the methods in general.",
+        " the same examples, two-sided, Holm's correction over all tests of this page. Each model is of training seed"
+        " 0, so a verdict is on these models, not on the methods in general; where there are several seeds, *Over"
+        " training seeds* compares the methods.",
         "",
         "Paper: Zhang, Xu, Hu, Wang, *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model"
         " Approach*, ICML 2025 (arXiv 2502.06832). RA-worst, accuracy under all attacks that ran, is an upper bound"
@@ -244,7 +262,47 @@ def page() -> str:
             else:
                 lines += ["", f"**Cannot be told**: {claim.open or 'the models that it compares are not scored here.'}"]
             lines += ["", claim.note] if claim.note and claim.tests else []
+        lines += over_seeds(data)
     return "\n".join(lines) + "\n"
+
+
+def over_seeds(data: Scored) -> list[str]:
+    """Tables of the methods that are trained with several seeds, and of what can be told of them; else nothing."""
+    found: dict[str, list[dict[str, float]]] = {}
+    ranked = {model: row for model, row in data.rows.items() if row.ranked}
+    for model, row in sorted(ranked.items(), key=lambda item: item[1].result.model_info.seed or 0):
+        accuracies = {what: 100 * float(right.mean()) for what, right in data.series(model).items()}
+        found.setdefault(model.removesuffix(f"-s{row.result.model_info.seed}"), []).append(accuracies)
+    methods = {method: of_seeds for method, of_seeds in found.items() if len(of_seeds) > 1}
+    if not methods:
+        return []
+    rows = []
+    for method, of_seeds in methods.items():
+        row = {"method": method, "seeds": str(len(of_seeds))}
+        for what in ("SA", "RA, pgd", "RA, autoattack", "RA-worst"):
+            values = [accuracies[what] for accuracies in of_seeds]
+            row[what] = f"{np.mean(values):.1f} ({min(values):.1f} – {max(values):.1f})"
+        rows.append(row)
+    compared = [pair for pair in OVER_SEEDS if set(pair) <= methods.keys()]
+    worst = {method: [accuracies["RA-worst"] for accuracies in of_seeds] for method, of_seeds in methods.items()}
+    tests = []
+    p_values = holm([float(ttest_ind(worst[a], worst[b], equal_var=False).pvalue) for a, b in compared])
+    for (a, b), p in zip(compared, p_values, strict=True):
+        difference = float(np.mean(worst[a]) - np.mean(worst[b]))
+        decided = "holds" if difference > 0 else "does not hold"
+        tests.append({
+            "RA-worst higher of": a,
+            "than of": b,
+            "difference of means": f"{difference:+.1f}",
+            "p (Holm)": f"{p:.2g}",
+            "verdict": decided if p < LEVEL else "cannot be told with these seeds",
+        })  # fmt: skip
+    told = (
+        "Mean over training seeds, with the lowest and the highest. p: Welch's t-test on RA-worst of the seeds,"
+        " two-sided, Holm's correction over this table."
+    )
+    tables = [tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True) for table in (rows, tests)]
+    return ["", "### Over training seeds", "", told, "", tables[0], "", tables[1]]
 
 
 def trials(board: Board) -> dict[str, pd.DataFrame]:
@@ -298,8 +356,8 @@ def trained(data: Scored) -> list[str]:
     """A table of the models: training time, images and what its recipe sets apart."""
     rows = []
     for name, header in data.headers.items():
-        if name not in data.rows:
-            continue
+        if name not in data.rows or header.seed:
+            continue  # a further seed is trained by the same settings
         asked = (header.training or {}).get("objective_params", {})
         words = [f"{key}={asked[key]}" for key in ("beta", "expert_term", "inner_steps", "paths") if key in asked]
         words += [f"experts started from {origin.name}" for origin in header.init.values()]

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -39,3 +40,26 @@ def test_a_verdict_needs_a_difference_beyond_chance(script: Any, only_first: int
     claim = script.Claim("title", "asked", [test])
     ((_, (adjusted,)),) = script.adjusted([(None, [claim])])
     assert adjusted.tests[0].verdict == verdict
+
+
+def test_methods_are_compared_over_their_training_seeds(script: Any):
+    """Welch's t of 36, 40, 44 % against 26, 30, 34 %: 10 / √(2 · 16 / 3) = 3.06 at 4 degrees of freedom."""
+    right = {"moe-rt_er": 40, "moe-rt_er-s1": 36, "moe-rt_er-s2": 44, "moe-at": 30, "moe-at-s1": 26, "moe-at-s2": 34}
+    shares = {model: np.arange(100) < count for model, count in {**right, "moe-trades": 10, "dense-at": 60}.items()}
+
+    def row(model: str) -> SimpleNamespace:
+        seed = int(model[-1]) if "-s" in model else 0
+        return SimpleNamespace(
+            ranked=model != "dense-at", result=SimpleNamespace(model_info=SimpleNamespace(seed=seed))
+        )
+
+    whats = ("SA", "RA, pgd", "RA, autoattack", "RA-worst")
+    data = SimpleNamespace(rows={m: row(m) for m in shares}, series=lambda m: dict.fromkeys(whats, shares[m]))
+    lines = script.over_seeds(data)
+    assert [line.split("|")[1:4] for line in lines[5].splitlines()[2:]] == [
+        [" moe-rt_er ", " 3       ", " 40.0 (36.0 – 44.0) "], [" moe-at    ", " 3       ", " 30.0 (26.0 – 34.0) "]
+    ]  # fmt: skip
+    (verdict,) = lines[7].splitlines()[2:]
+    assert [cell.strip() for cell in verdict.split("|")[3:6]] == ["+10.0", "0.038", "holds"]
+    data.rows = {model: row(model) for model in ("moe-at", "moe-rt_er")}
+    assert script.over_seeds(data) == []  # one seed each
