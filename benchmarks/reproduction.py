@@ -188,8 +188,10 @@ def claims(data: Scored) -> list[Claim]:
         Claim(
             "One more robust expert is enough",
             "The term of RT-ER covers the second-ranked expert alone.",
-            open="no RT-ER whose term covers all experts (`--set expert_term=all`) is scored on test images."
+            data.compare("moe-rt_er", "moe-rt_er-all", every),
+            open="no RT-ER whose term covers all experts (`moe-rt_er-all`) is scored on test images."
             + second_or_all(trials(data.board).get("moe-rt_er")),
+            note=settings,
         ),
         Claim(
             "Joint training of the dual model is better than separate training",

@@ -1,7 +1,8 @@
 """The variants: an architecture and the objective that trained it. A new one is registered with `VARIANTS`."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from bench.errors import UnusableInput
 from bench.registry import Registry
@@ -13,7 +14,7 @@ class Variant:
     """`objective` is None for a variant that is put together from the trained `parts` (standard, robust).
 
     `network`: of kind `inside`, the network with MoE blocks (`bench.models.layers`); the others take a recipe's expert.
-    `published`: the objective's hyper-parameters are those of its paper, and not a recipe's, which are tuned.
+    `settings`: of the objective, where they are not a recipe's.
     """
 
     name: str
@@ -23,7 +24,7 @@ class Variant:
     combine: Combine | None = None
     parts: tuple[str, str] | None = None
     network: str | None = None
-    published: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def _routed(gate: Gate, suffix: str) -> list[Variant]:
@@ -45,14 +46,19 @@ _INSIDE = {"blockmoe": ("standard", "at"), "vmoe": ("standard", "at"), "softmoe"
 _WHOLE_NETWORKS = {"advmoe": "moe-advmoe", "rt_er": "moe-rt_er", "jtdmoe": "dual-jtdmoe"}
 
 #: In the order in which lists show them. `-argmax`: routed as the released code does it; `dual-logits`: its mixing;
-#: `-published`: by the paper's β = 6, beside what `bench tune` has chosen.
+#: `-published`: by the paper's β = 6, beside what `bench tune` has chosen; `-all`: by RT-ER with its term on all experts.
 VARIANTS: Registry[Variant] = Registry("variant", group="bench.variants", in_order=True)
 for _variant in [
     Variant("dense-standard", "dense", "standard"),
     Variant("dense-at", "dense", "at"),
     *_routed("softmax", ""),
-    Variant("moe-rt_er-published", "moe", "rt_er", "softmax", "logits", published=True),
-    Variant("dual-jtdmoe-published", "dual", "jtdmoe", "softmax", "probs", published=True),
+    Variant(
+        "moe-rt_er-published", "moe", "rt_er", "softmax", "logits", settings={"beta": 6.0, "expert_term": "second"}
+    ),
+    Variant("moe-rt_er-all", "moe", "rt_er", "softmax", "logits", settings={"expert_term": "all"}),
+    Variant(
+        "dual-jtdmoe-published", "dual", "jtdmoe", "softmax", "probs", settings={"beta": 6.0, "expert_term": "all"}
+    ),
     *_routed("argmax", "-argmax"),
     *(Variant(f"{network}-{o}", "inside", o, network=network) for network, own in _INSIDE.items() for o in own),
 ]:

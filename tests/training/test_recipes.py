@@ -106,8 +106,10 @@ def test_what_a_preset_says_of_one_objective_goes_over_what_it_says_of_all():
     assert spec("moe-advmoe", "cpu-cifar10", inner_steps=3).objective_params["inner_steps"] == 3
 
 
-def test_what_a_preset_says_of_one_objective_is_not_the_published_variants():
+def test_a_variants_own_settings_override_the_presets():
     tuned, published = (spec(name).objective_params for name in ("moe-rt_er", "moe-rt_er-published"))
+    assert spec("moe-rt_er-all").objective_params == tuned | {"expert_term": "all"}
+    assert spec("moe-rt_er-all", expert_term="second").objective_params == tuned
     assert (tuned["beta"], published["beta"]) == (0.3, 6.0)
     assert {key: value for key, value in tuned.items() if key != "beta"} == {
         key: value for key, value in published.items() if key != "beta"

@@ -67,16 +67,15 @@ def train_spec(
     """The spec of a training: the recipe (default: the data set's own), overridden by `settings`.
 
     A setting is a field of the recipe or of the objective; UnusableInput, with the nearest name, for any other, and for
-    one that has no effect on this variant. A dual that is put together is not trained and accepts all of them. What the
-    recipe presets of a single objective is left out for a variant of the published settings.
+    one that has no effect on this variant. A dual that is put together is not trained and accepts all of them. The
+    variant's own settings override the recipe's.
     """
     about = get_variant(variant)
     objective, network = objective_class(about), about.network
     name = recipe or dataset.recipe
     preset = read_recipe(name)
     of_network = {"pretrained": False, **preset.network.get(network, {})} if network else {}
-    of_objective = {} if about.published else preset.objective.get(about.objective or "", {})
-    special = of_network | of_objective
+    special = of_network | preset.objective.get(about.objective or "", {}) | dict(about.settings)
     for key in set(special) - {*objective.model_fields, *Recipe.model_fields}:
         raise UnusableInput(f"recipe '{name}' presets '{key}' of '{variant}', which has no such parameter")
     own = {key: value for key, value in (preset.objective | special).items() if key in objective.model_fields}
