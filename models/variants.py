@@ -46,7 +46,7 @@ _INSIDE = {"blockmoe": ("standard", "at"), "vmoe": ("standard", "at"), "softmoe"
 _WHOLE_NETWORKS = {"advmoe": "moe-advmoe", "rt_er": "moe-rt_er", "jtdmoe": "dual-jtdmoe"}
 
 #: In the order in which lists show them. `-argmax`: routed as the released code does it; `dual-logits`: its mixing;
-#: `-published`: by the paper's β = 6, beside what `bench tune` has chosen; `-all`: by RT-ER with its term on all experts.
+#: `-published`: by the paper's β = 6, beside what `bench tune` has chosen; `-all`: RT-ER's term is on all experts.
 VARIANTS: Registry[Variant] = Registry("variant", group="bench.variants", in_order=True)
 for _variant in [
     Variant("dense-standard", "dense", "standard"),
