@@ -82,12 +82,17 @@ def settings_kept(changed: Callable[[str], object] = lambda _: None) -> Iterator
                 put(before[name])
 
 
+def _gpus() -> range:
+    """The GPUs, once one of them is in use."""
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
+
+
 class _Randomness:
     """The states of the global generators of torch (CPU and GPUs), NumPy and Python."""
 
     def __init__(self) -> None:
         self.torch = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        self.cuda = [torch.cuda.get_rng_state(gpu) for gpu in _gpus()]
         self.numpy = np.random.get_state()
         self.python = random.getstate()
 
@@ -100,13 +105,16 @@ class _Randomness:
 
     @classmethod
     def of(cls, seed: int) -> Self:
-        """The states that a seed gives; those that are in force stay."""
-        before = _Randomness()
-        torch.manual_seed((seed * 0x9E3779B97F4A7C15 + 0x5DEECE66D) % 2**63)  # no seed that a forward pass would set
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        made = cls()
-        before.put()
+        """The states that a seed gives; those that are in force are not touched.
+
+        By generators of their own: `torch.manual_seed` formats the whole stack for every kind of device without one.
+        """
+        made = cls.__new__(cls)
+        own = (seed * 0x9E3779B97F4A7C15 + 0x5DEECE66D) % 2**63  # no seed that a forward pass would set
+        made.torch = torch.Generator().manual_seed(own).get_state()
+        made.cuda = [torch.Generator(f"cuda:{gpu}").manual_seed(own).get_state() for gpu in _gpus()]
+        made.numpy = np.random.RandomState(seed % 2**32).get_state()
+        made.python = random.Random(seed).getstate()
         return made
 
 
