@@ -24,7 +24,7 @@ from bench.models.checkpoints import ZOO, Header, read_header
 from bench.results.metrics import clean_by_example, component_rates, holm, mcnemar, robust_by_example
 from bench.results.schema import Accuracy
 from bench.results.table import Table
-from bench.spec import ThreatModel
+from bench.spec import Recipe, ThreatModel
 from bench.tune import Trial, best
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,10 @@ TRAINED_FOR = {
     "cifar10": ThreatModel(norm="Linf", eps=8 / 255),
     "tinyimagenet": ThreatModel(norm="Linf", eps=2 / 255),
 }
+ACCURACIES = ("SA", "RA, pgd", "RA, autoattack", "RA-worst")
 LEVEL = 0.05
+#: A dual's weight of its robust branch where nothing else is said.
+ALPHA = Recipe.model_fields["alpha"].default
 #: Under which hyper-parameters methods are compared.
 SETTINGS = {
     "digits": (
@@ -111,27 +114,34 @@ def share(right: NDArray[np.bool_]) -> str:
     return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
+def accuracies(row: Row) -> dict[str, NDArray[np.bool_]]:
+    """By accuracy: SA, RA under PGD, RA under AutoAttack, RA-worst, and what suite `components` tells."""
+    of_suite: dict[str, Table] = {}
+    for run in sorted(row.runs, key=lambda run: run.result.spec.suite_version):
+        if not run.result.spec.suite_params:
+            rows = run.rows()
+            of_suite[run.result.spec.suite] = rows.where(np.isin(rows["idx"], row.idx))
+    found = {"SA": clean_by_example(of_suite["clean"])} | ({"RA-worst": row.robust} if row.ranked else {})
+    found |= {
+        f"RA, {suite}": robust_by_example(of_suite[suite]) for suite in ("pgd", "autoattack") if suite in of_suite
+    }
+    return found | (component_rates(of_suite["components"]) if "components" in of_suite else {})
+
+
 @dataclass(frozen=True)
 class Scored:
-    """The rows of one board by model, on its largest evaluation set on which they all are."""
+    """The rows of one board by model, on its largest evaluation set on which they all are.
+
+    sweeps: of duals that are scored with several α, their rows by α; in `rows` each is with `ALPHA`.
+    """
 
     board: Board
     rows: Mapping[str, Row]
     headers: Mapping[str, Header] = field(default_factory=dict)
+    sweeps: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
     def series(self, model: str) -> dict[str, NDArray[np.bool_]]:
-        """By accuracy: SA, RA under PGD, RA under AutoAttack, RA-worst, and what suite `components` tells."""
-        row = self.rows[model]
-        of_suite: dict[str, Table] = {}
-        for run in sorted(row.runs, key=lambda run: run.result.spec.suite_version):
-            if not run.result.spec.suite_params:
-                rows = run.rows()
-                of_suite[run.result.spec.suite] = rows.where(np.isin(rows["idx"], row.idx))
-        found = {"SA": clean_by_example(of_suite["clean"])} | ({"RA-worst": row.robust} if row.ranked else {})
-        found |= {
-            f"RA, {suite}": robust_by_example(of_suite[suite]) for suite in ("pgd", "autoattack") if suite in of_suite
-        }
-        return found | (component_rates(of_suite["components"]) if "components" in of_suite else {})
+        return accuracies(self.rows[model])
 
     def compare(self, first: str, second: str, whats: Sequence[str]) -> list[Test]:
         """Nothing where a model, or one of its accuracies, is missing."""
@@ -139,6 +149,18 @@ class Scored:
             return []
         a, b = self.series(first), self.series(second)
         return [Test(what, first, second, a[what], b[what]) for what in whats if what in a and what in b]
+
+    def ends(self, model: str) -> list[Test]:
+        """A dual with the least α that it is scored with against the same with the largest: one for SA, one for RA."""
+        if model not in self.sweeps:
+            return []
+        sweep = self.sweeps[model]
+        few, many = ((f"{model}, α = {row.spec.alpha:g}", accuracies(row)) for row in (sweep[0], sweep[-1]))
+        return [
+            Test(what, better[0], worse[0], better[1][what], worse[1][what])
+            for what, better, worse in [("SA", few, many), ("RA-worst", many, few)]
+            if what in better[1] and what in worse[1]
+        ]
 
     def within(self, model: str, first: str, second: str) -> list[Test]:
         """Two accuracies of one model."""
@@ -155,14 +177,19 @@ def scored() -> Iterator[Scored]:
         if TRAINED_FOR.get(spec.dataset) != spec.threat_model:
             continue
         table = max(board.tables, key=lambda rows: (sum(row.ranked for row in rows), rows[0].n))
-        rows = {row.spec.model: row for row in table}
+        rows = {row.spec.model: row for row in table if row.spec.alpha in (None, ALPHA)}
+        duals = {
+            model: sorted((row for row in table if row.spec.model == model), key=lambda row: row.spec.alpha or 0)
+            for model, row in rows.items()
+            if row.spec.alpha is not None
+        }
         paths = (ZOO / spec.dataset).rglob("*.safetensors")
-        yield Scored(board, rows, {path.stem: read_header(path) for path in sorted(paths)})
+        headers = {path.stem: read_header(path) for path in sorted(paths)}
+        yield Scored(board, rows, headers, {model: of_alpha for model, of_alpha in duals.items() if len(of_alpha) > 1})
 
 
 def claims(data: Scored) -> list[Claim]:
     """The paper's claims, and three questions of this project's own, on one board."""
-    every = ["SA", "RA, pgd", "RA, autoattack", "RA-worst"]
     price = data.compare("moe-rt_er", "dual", ["RA-worst"])
     settings = SETTINGS[data.board.rows[0].spec.dataset]
     return [
@@ -176,19 +203,19 @@ def claims(data: Scored) -> list[Claim]:
         Claim(
             "RT-ER is better than plain adversarial training",
             "The paper has adversarial training stall near 54 % under PGD, and RT-ER at 69.09 % with SA 77.81 %.",
-            data.compare("moe-rt_er", "moe-at", every) + data.compare("moe-rt_er-published", "moe-at", every),
+            data.compare("moe-rt_er", "moe-at", ACCURACIES) + data.compare("moe-rt_er-published", "moe-at", ACCURACIES),
             note=settings,
         ),
         Claim(
             "RT-ER is better than TRADES",
             "The paper claims it for both accuracies.",
-            data.compare("moe-rt_er", "moe-trades", every),
+            data.compare("moe-rt_er", "moe-trades", ACCURACIES),
             note=settings,
         ),
         Claim(
             "One more robust expert is enough",
             "The term of RT-ER covers the second-ranked expert alone.",
-            data.compare("moe-rt_er", "moe-rt_er-all", every),
+            data.compare("moe-rt_er", "moe-rt_er-all", ACCURACIES),
             open="no RT-ER whose term covers all experts (`moe-rt_er-all`) is scored on test images."
             + second_or_all(trials(data.board).get("moe-rt_er")),
             note=settings,
@@ -196,13 +223,13 @@ def claims(data: Scored) -> list[Claim]:
         Claim(
             "Joint training of the dual model is better than separate training",
             "The paper claims it for both accuracies.",
-            data.compare("dual-jtdmoe", "dual", every) + data.compare("dual-jtdmoe-published", "dual", every),
+            data.compare("dual-jtdmoe", "dual", ACCURACIES) + data.compare("dual-jtdmoe-published", "dual", ACCURACIES),
             note=settings,
         ),
         Claim(
             "The dual model is more accurate than its robust branch, and less robust",
             "So the paper: α trades one for the other.",
-            data.compare("dual", "moe-rt_er", ["SA"]) + price,
+            data.compare("dual", "moe-rt_er", ["SA"]) + price + data.ends("dual"),
         ),
         Claim(
             "A routed model is as robust as a dense one",
@@ -210,14 +237,14 @@ def claims(data: Scored) -> list[Claim]:
             [
                 test
                 for routed in ("moe-at", "moe-rt_er", "moe-at-paths")
-                for test in data.compare(routed, "dense-at", every)
+                for test in data.compare(routed, "dense-at", ACCURACIES)
             ],
         ),
         Claim(
             "Training every path helps",
             "A proposal of this project: objective `at-paths` attacks every expert, not only the one that an image"
             " is routed to.",
-            data.compare("moe-at-paths", "moe-at", every) + data.compare("moe-at-paths", "moe-rt_er", every),
+            data.compare("moe-at-paths", "moe-at", ACCURACIES) + data.compare("moe-at-paths", "moe-rt_er", ACCURACIES),
         ),
         Claim(
             "AutoAttack overstates the released code's routing",
@@ -264,8 +291,24 @@ def page() -> str:
             else:
                 lines += ["", f"**Cannot be told**: {claim.open or 'the models that it compares are not scored here.'}"]
             lines += ["", claim.note] if claim.note and claim.tests else []
-        lines += over_seeds(data)
+        lines += [*by_alpha(data), *over_seeds(data)]
     return "\n".join(lines) + "\n"
+
+
+def by_alpha(data: Scored) -> list[str]:
+    """A table of every dual that is scored with several α; else nothing."""
+    rows = [
+        {"model": model, "α": f"{row.spec.alpha:g}"}
+        | {what: share(found[what]) for what in ACCURACIES if what in found}
+        for model, sweep in data.sweeps.items()
+        for row in sweep
+        for found in [accuracies(row)]
+    ]
+    if not rows:
+        return []
+    told = "α = 0 is the standard branch alone, α = 1 the robust one."
+    table = tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True, missingval="")
+    return ["", "### The dual model's α", "", told, "", table]
 
 
 def over_seeds(data: Scored) -> list[str]:
@@ -273,20 +316,20 @@ def over_seeds(data: Scored) -> list[str]:
     found: dict[str, list[dict[str, float]]] = {}
     ranked = {model: row for model, row in data.rows.items() if row.ranked}
     for model, row in sorted(ranked.items(), key=lambda item: item[1].result.model_info.seed or 0):
-        accuracies = {what: 100 * float(right.mean()) for what, right in data.series(model).items()}
-        found.setdefault(model.removesuffix(f"-s{row.result.model_info.seed}"), []).append(accuracies)
+        shares = {what: 100 * float(right.mean()) for what, right in data.series(model).items()}
+        found.setdefault(model.removesuffix(f"-s{row.result.model_info.seed}"), []).append(shares)
     methods = {method: of_seeds for method, of_seeds in found.items() if len(of_seeds) > 1}
     if not methods:
         return []
     rows = []
     for method, of_seeds in methods.items():
         row = {"method": method, "seeds": str(len(of_seeds))}
-        for what in ("SA", "RA, pgd", "RA, autoattack", "RA-worst"):
-            values = [accuracies[what] for accuracies in of_seeds]
+        for what in ACCURACIES:
+            values = [shares[what] for shares in of_seeds]
             row[what] = f"{np.mean(values):.1f} ({min(values):.1f} – {max(values):.1f})"
         rows.append(row)
     compared = [pair for pair in OVER_SEEDS if set(pair) <= methods.keys()]
-    worst = {method: [accuracies["RA-worst"] for accuracies in of_seeds] for method, of_seeds in methods.items()}
+    worst = {method: [shares["RA-worst"] for shares in of_seeds] for method, of_seeds in methods.items()}
     tests = []
     p_values = holm([float(ttest_ind(worst[a], worst[b], equal_var=False).pvalue) for a, b in compared])
     for (a, b), p in zip(compared, p_values, strict=True):

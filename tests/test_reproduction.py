@@ -63,3 +63,21 @@ def test_methods_are_compared_over_their_training_seeds(script: Any):
     assert [cell.strip() for cell in verdict.split("|")[3:6]] == ["+10.0", "0.038", "holds"]
     data.rows = {model: row(model) for model in ("moe-at", "moe-rt_er")}
     assert script.over_seeds(data) == []  # one seed each
+
+
+def test_a_dual_is_compared_with_itself_at_its_least_and_largest_alpha(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+):
+    right = {0.5: (90, 10), 0.7: (80, 20), 1.0: (70, 40)}
+    found = {
+        alpha: {"SA": np.arange(100) < clean, "RA-worst": np.arange(100) < robust}
+        for alpha, (clean, robust) in right.items()
+    }
+    rows = [SimpleNamespace(spec=SimpleNamespace(alpha=alpha)) for alpha in right]
+    monkeypatch.setitem(script.by_alpha.__globals__, "accuracies", lambda row: found[row.spec.alpha])
+    data = script.Scored(None, {}, {}, {"dual": rows})
+    clean, robust = data.ends("dual")
+    assert (clean.first, clean.second, clean.changed) == ("dual, α = 0.5", "dual, α = 1", (20, 0))
+    assert (robust.first, robust.second, robust.changed) == ("dual, α = 1", "dual, α = 0.5", (30, 0))
+    assert [line.split("|")[2].strip() for line in script.by_alpha(data)[5].splitlines()[2:]] == ["0.5", "0.7", "1"]
+    assert script.Scored(None, {}).ends("dual") == script.by_alpha(script.Scored(None, {})) == []
