@@ -1,11 +1,9 @@
 """Handwritten digits, 8×8 and grey: scikit-learn's copy of the UCI test set, which needs no network."""
 
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bench.datasets.base import Dataset, Images, Split
@@ -17,15 +15,11 @@ N_TRAIN, N_TEST = 1297, 500
 
 @cache
 def _archive() -> tuple[Any, Any]:
-    """All images (1797, 8, 8) and classes; read once, and never written to.
+    """All images (1797, 8, 8) and classes; read once, and never written to."""
+    from sklearn.datasets import load_digits  # a second, that only this data set should cost
 
-    From scikit-learn's file, without importing it: that takes longer than everything else that a short command does.
-    """
-    package = find_spec("sklearn")
-    assert package is not None
-    assert package.origin is not None
-    rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
-    return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1]
+    archive = load_digits()
+    return archive.images, archive.target
 
 
 @DATASETS.register("digits")
