@@ -301,13 +301,13 @@ class Paths:
             known = logarithms(scores)
             if (line := lines.get(site.name)) is not None:
                 known = line + (known - line).detach()
-            if self.deviations is not None:
+            if self.deviations is None:
+                mine, k = routing.wanted(chosen[:, number], site.num_experts)[:, None].expand_as(scores), 1
+            else:
                 assert rows is not None
-                mine = self.deviations.forced(number, chosen[:, number], rows)
-                leads.append(routing.ahead(known, mine, site.k) / self._scales[site.name])
-                return routing.lifted(scores, mine, site.k)
-            leads.append(routing.gap(known, chosen[:, number]) / self._scales[site.name])
-            return routing.forced(scores, chosen[:, number])
+                mine, k = self.deviations.forced(number, chosen[:, number], rows), site.k
+            leads.append(routing.ahead(known, mine, k) / self._scales[site.name])
+            return routing.lifted(scores, mine, k)
 
         around: Callable[[], AbstractContextManager[object]] = StraightThrough if gradient == "gates" else nullcontext
         with ExitStack() as stack:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 
 from bench.attacks.block import Block
 from bench.pgd import ascend_once, project, random_start
@@ -29,8 +29,8 @@ FIRST, SHORTER, SHORTEST = 0.22, 0.03, 0.06
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """The best other logit minus the true one (m,): above 0 where logits (m, C) are wrong."""
-    own = one_hot(y, logits.shape[1]).bool()
-    return logits.masked_fill(own, -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
+    own = y[:, None]
+    return logits.scatter(1, own, -torch.inf).amax(1) - logits.gather(1, own)[:, 0]
 
 
 def raised(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, threat_model: ThreatModel) -> float:
@@ -225,6 +225,8 @@ class _Run:
     def leave(self, stays: Tensor) -> None:
         """Go on with the rows that stay (m,) alone."""
         kept = stays.nonzero()[:, 0]  # once: a mask makes the host wait for a GPU at each use
+        if len(kept) == len(stays):
+            return
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[kept])
