@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +252,19 @@ def torchrun() -> Callable[..., tuple[str, str]]:
         return out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[list[int], str]]]:
+    """serve(["run", …], …, kill=0.3): commands at the same time; their exit statuses, and what they printed.
+
+    kill: as `served` takes it. Its tests share the xdist group "served", so that one server starts for all.
+    """
+    from served import served
+
+    log = tmp_path_factory.mktemp("server") / "log"
+    with served(log) as call:
+        yield lambda *commands, kill=None: (call(*commands, kill=kill), log.read_text())
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from bench.results.store import Run, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel, build
 from bench.suites.base import Suite, open_suites
 from bench.training import loop
-from bench.training.recipes import train_spec
+from bench.training.recipes import objective_class, train_spec
 
 DIGITS = open_dataset("digits")
 SHAPE: dict[str, Any] = {"input_shape": (1, 8, 8), "num_classes": 10, "mean": (0.3,), "std": (0.4,)}
@@ -137,8 +137,10 @@ def on_device(device: str) -> None:
 
 
 def training(variant: str, device: str, folder: Path, **settings: Any) -> None:
-    """One epoch ends with the CPU's weights."""
-    tiny = {"n_train": 60, "n_val": 20, "epochs": 1, "val_steps": 1, "width": 4, "batch_size": 20, **settings}
+    """One epoch of two steps ends with the CPU's weights."""
+    tiny = {"n_train": 40, "n_val": 20, "epochs": 1, "val_steps": 1, "width": 4, "batch_size": 20, **settings}
+    if objective_class(VARIANTS[variant]).adversarial:
+        tiny["inner_steps"] = 2
     if VARIANTS[variant].network in ("vmoe", "softmoe"):
         tiny["width"] = 6
     spec = train_spec(variant, DIGITS, DIGITS.threat_model, settings=tiny)

@@ -1,10 +1,24 @@
-"""Children of a program that has imported what they need, which takes longer than what they do."""
+"""Children of a program that has imported what they need, which takes longer than what they do.
+
+What commands import when they are called is imported here, once for all children.
+"""
 
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+import pandas  # noqa: F401
+import pyarrow.parquet  # noqa: F401
+import sklearn.datasets  # noqa: F401
+import torchattacks  # noqa: F401
+
+from bench import progress  # noqa: F401
+from bench.boards import leaderboard  # noqa: F401
+from bench.certify import run  # noqa: F401
+from bench.evaluation import evaluate, plan  # noqa: F401
+from bench.training import loop  # noqa: F401
 
 
 def forked(work: Callable[[], Any]) -> int:

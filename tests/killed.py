@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn
 
-import sklearn.datasets  # noqa: F401  # the digits
 from forked import forked
 
 from bench import cli, progress

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import served
 from settled import settled
 
 TINY = [
@@ -132,16 +131,16 @@ def test_what_cannot_be_written_is_told_in_one_line_and_loses_nothing(
 
 
 @pytest.mark.slow
-def test_two_commands_at_once_lose_nothing(tmp_path: Path):
+@pytest.mark.xdist_group("served")
+def test_two_commands_at_once_lose_nothing(serve: Callable[..., Any], tmp_path: Path):
     """Two runs and a certification, each by two processes at a time."""
-    log = tmp_path / "log"
     model = ["--model", "moe-standard", "--device", "cpu"]
     run = ["run", "--suite", "clean,pgd", "--set", "steps=5", "--n-examples", "12", "--batch-size", "3", *model]
     certify = ["certify", "--method", "routes", "--n-examples", "12", "--batch-size", "3", *model]
-    with served(log) as call:
-        for folder, commands in (("alone", [run, certify]), ("at once", [run, run, certify, certify])):
-            words = [[*command, "--results", str(tmp_path / folder)] for command in commands]
-            for at_once in [words] if folder == "at once" else [[one] for one in words]:
-                assert call(*at_once) == [0] * len(at_once), log.read_text()
+    for folder, commands in (("alone", [run, certify]), ("at once", [run, run, certify, certify])):
+        words = [[*command, "--results", str(tmp_path / folder)] for command in commands]
+        for at_once in [words] if folder == "at once" else [[one] for one in words]:
+            statuses, said = serve(*at_once)
+            assert statuses == [0] * len(at_once), said
     assert settled(tmp_path / "at once") == settled(tmp_path / "alone")
     assert not list((tmp_path / "at once").rglob("blocks"))

@@ -7,23 +7,25 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from served import served
 from settled import settled
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("served")]  # one server for all
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[int, str]]]:
+def bench(serve: Callable[..., Any]) -> Callable[..., tuple[int, str]]:
     """bench("run", …, kill=0.3): a command's exit status (−14: killed after so many seconds) and what it printed."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    with served(log) as call:
-        yield lambda *words, kill=None: (call(words, kill=kill)[0], log.read_text())
+
+    def call(*words: str, kill: float | None = None) -> tuple[int, str]:
+        (status,), said = serve(words, kill=kill)
+        return status, said
+
+    return call
 
 
 SUBJECT = ["--dataset", "digits", "--model", "moe-standard", "--device", "cpu"]

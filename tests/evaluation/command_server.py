@@ -14,12 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import sklearn.datasets  # noqa: F401  # here, so that no child has to
-import torchattacks  # noqa: F401
 from forked import forked
 
-from bench import cli, progress  # noqa: F401
-from bench.evaluation import evaluate, examine, plan  # noqa: F401
+from bench import cli
+from bench.evaluation import evaluate, examine
 from bench.results import store
 
 

@@ -1,6 +1,7 @@
 """Batches that do not fit into memory: passed in parts, with the same answers, gradients and verdicts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.attacks import adaptive
 from bench.errors import UnusableInput
 from bench.evaluation import evaluate
 from bench.models.base import Classifier
@@ -72,6 +74,8 @@ def test_what_cannot_be_split_is_told():
 def test_verdicts_are_those_of_the_block(
     bench: Callable[..., Any], shelve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    few = replace(adaptive.BUDGETS["small"], path_restarts=2, path_steps=10, steps=10, queries=40)
+    monkeypatch.setitem(adaptive.BUDGETS, "small", few)
     shelve(Path("checkpoints"), "moe-at")
     words = ("run", "--suite", "pgd,adaptive", "--set", "budget=small", "--set", "steps=3", "--n-examples", "16")
     words += ("--model", "moe-at", "--device", "cpu", "--eps", "0.01")

@@ -3,27 +3,31 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from served import ENVIRONMENT, ROOT, served
+from served import ENVIRONMENT, ROOT
 
 from bench.models.checkpoints import checkpoint_path, read_header
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("killed")]  # one server for all
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("served")]  # one server for all
 
 Bench = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(serve: Callable[..., Any]) -> Bench:
     """bench("train", …, kill="in the first epoch"): a command's exit status and what it printed."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    with served(log) as call:
-        yield lambda *words, kill=None: (call(words, kill=kill)[0], log.read_text())
+
+    def call(*words: str, kill: str | None = None) -> tuple[int, str]:
+        (status,), said = serve(words, kill=kill)
+        return status, said
+
+    return call
 
 
 #: The settings of each variant's training.
