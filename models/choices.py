@@ -39,6 +39,10 @@ _ROUNDING = {
 }  # fmt: skip
 #: What weighs with a factor, and how near to one of two values all of such a factor's are where it decides.
 _WEIGHS, _DECIDED = {"mul", "bmm", "lerp", "addcmul", "mm", "addmm", "linear"}, 1e-6
+#: What passes on the largest of several, exactly or softly: of two tensors, or along an axis.
+_BEST = {"amax", "max", "logsumexp", "maximum", "logaddexp"}
+#: So many values of an image at least show by chance hardly ever that all come from the same of several.
+_WHOLE = 8
 #: What hands a value, or a number of rows, to Python.
 _READS = {"nonzero", "masked_select", "_local_scalar_dense", "equal", "is_nonzero", "item"}
 #: What moves an index or a mask and does not act on it.
@@ -311,8 +315,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             most = max((_bytes(tensor) for tensor in factors.values()), default=0)
             for key, factor in factors.items():
                 alone = _bytes(factor) < most  # a feature map may be 0 before it is trained
-                if several and key not in self.scores and _decides(factor, alone=alone):
+                if not several or key in self.scores:
+                    continue
+                if _decides(factor, alone=alone):
                     self.weighed[f"weights of two values ({name})", self.where[-1]] = None
+                elif _leaves_out(factor, among_others=len(factors) > 1):
+                    self.weighed[f"weights that are nearly 0 ({name})", self.where[-1]] = None
+        if of_data and name in _BEST and self.scores.isdisjoint(depending) and _one_wins(args, kwargs):
+            self.weighed[f"one of several wins as a whole ({name})", self.where[-1]] = None
         if of_data and name.startswith("grid_sampler") and keys[1:] and keys[1] in self.data and args[2] == _NEAREST:
             self.report("nearest sample")
         if not (of_data or chosen) or _MAKES.search(name) or _tests_finiteness(name, keys, args):
@@ -357,16 +367,56 @@ def _decides(factor: Tensor, *, alone: bool = False) -> bool:
     A softmax, a sigmoid or a clamp that is never between them weighs as a choice does, and hides it. Attention that is
     sure of each token (T × T) does not count.
     """
-    if not factor.is_floating_point() or factor.dim() < 2 or len(factor) < 2:
-        return False
-    if factor.is_sparse or factor.is_mkldnn:
-        return False
-    if factor.dim() == 3 and factor.shape[1] == factor.shape[2]:
+    if not _may_weigh(factor) or (factor.dim() == 3 and factor.shape[1] == factor.shape[2]):
         return False
     low, high = factor.amin(), factor.amax()
     near = _DECIDED * torch.maximum(low.abs(), high.abs())
     two = bool((torch.minimum(factor - low, high - factor) <= near).all() & (high - low > 2 * near))
-    return two or (alone and bool((low == high) & ((low == 0) | (low == 1))))
+    return two or (alone and any(bool((factor - value).abs().amax() <= _DECIDED) for value in (0, 1)))
+
+
+def _leaves_out(factor: Tensor, *, among_others: bool) -> bool:
+    """Whether weights (B, E) are nearly 0 for some expert on all images, and not for the others, as a softmax's are.
+
+    A ReLU's or a clamp's are exactly 0, which channels may be as well. `among_others`: another factor depends on the
+    images, too; else the rows have to sum to 1, as a layer's activations do not.
+    """
+    if not _may_weigh(factor):
+        return False
+    weights = factor.reshape(len(factor), -1)
+    if not 2 <= weights.shape[1] <= _MOST_EXPERTS or factor.dim() > 2 + (factor.shape[2:].count(1)):
+        return False
+    shares = bool(((weights.sum(1) - 1).abs() < 1e-3).all())
+    if not bool((weights >= 0).all()) or not (shares or (among_others and bool((weights > 0).all()))):
+        return False
+    return bool((weights.amax(0) <= _DECIDED * weights.amax()).any())
+
+
+def _one_wins(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether all that is passed on of each image comes from the same of several, as an expert's whole output does.
+
+    Pooling takes each value from where it is largest.
+    """
+    tensors = [one for one in args if isinstance(one, Tensor)]
+    if len(tensors) == 2 and tensors[0].shape == tensors[1].shape:
+        values, dim = torch.stack(tensors, 1), 1
+    else:
+        values, axis = tensors[0], kwargs.get("dim", args[1] if len(args) > 1 else None)
+        axes = axis if isinstance(axis, list | tuple) else [axis]
+        if len(axes) != 1 or not isinstance(axes[0], int):
+            return False
+        dim = axes[0] % max(values.dim(), 1)
+    if not _may_weigh(values) or values.dim() < 3 or not dim or not 2 <= values.shape[dim] <= _MOST_EXPERTS:
+        return False
+    best, where = values.movedim(dim, 1).flatten(2).topk(2, dim=1)
+    clear = best.shape[2] >= _WHOLE and bool((best[:, 0] > best[:, 1]).all())
+    return clear and bool((where[:, 0] == where[:, 0, :1]).all())
+
+
+def _may_weigh(factor: Tensor) -> bool:
+    """Whether it holds numbers of several images."""
+    plain = factor.is_floating_point() and not factor.is_sparse and not factor.is_mkldnn
+    return plain and factor.dim() >= 2 and len(factor) >= 2
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -230,11 +230,14 @@ class Guarded(nn.Module):
     def _cast(self, logits: Any, x: Tensor) -> Any:
         """Logits in float32, with a gradient, though it be zero; anything but a tensor of numbers is given as it is.
 
-        Of a dict they are its `logits`, of a tuple its first entry.
+        Of a dict or an object they are its `logits`, of a tuple its first entry.
         """
         if isinstance(logits, Mapping) and isinstance(logits.get("logits"), Tensor):
             self.seen.add("outputs are a dict, whose `logits` are scored")
             logits = logits["logits"]
+        elif not isinstance(logits, Tensor) and isinstance(getattr(logits, "logits", None), Tensor):
+            self.seen.add("outputs are an object, whose `logits` are scored")
+            logits = logits.logits
         elif isinstance(logits, tuple | list) and logits and isinstance(logits[0], Tensor):
             self.seen.add("outputs are a tuple, whose first entry is scored")
             logits = logits[0]

@@ -1,7 +1,8 @@
 """Gates that a user names, by globs over module names: looked at in a forward pass, and made into routing sites.
 
 How many experts a gate selects is found out by exchanging neighbouring scores that are nearly alike: the model's answer
-jumps where one of them is selected and the other is not, and nowhere in a soft mixture. Along which axis is chosen, and
+jumps where one of them is selected and the other is not, and nowhere in a soft mixture. A bias for the selection alone
+moves the jump away from equal scores, so it is looked for between them as well. Along which axis is chosen, and
 whether the gate chooses itself, is read from the operations that act on the scores.
 
 Axes: m = images, T = tokens of an image, E = experts, K = selected experts.
@@ -32,7 +33,10 @@ LOOKED_AT = 4
 #: Functions that choose, and those whose result has the order of their input.
 _CHOOSES = {"topk", "argmax", "argmin", "max", "min", "sort", "argsort", "kthvalue", "multinomial", "gumbel_softmax"}
 _COMPARES = {"gt", "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__", "round", "sign", "heaviside"}
-_NORMALISES = {"softmax", "log_softmax", "sigmoid", "softplus", "normalize", "exp", "sparsemax", "entmax15"}
+_NORMALISES = {
+    "softmax", "log_softmax", "sigmoid", "softplus", "normalize", "exp", "sparsemax", "entmax15",
+    "hardsigmoid",
+}  # fmt: skip
 _MONOTONE = {
     "softmax", "log_softmax", "sigmoid", "logsigmoid", "exp", "log", "tanh", "float", "double", "half", "to", "type",
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "detach", "split",
@@ -45,6 +49,8 @@ _LAYERS = {
 }  # fmt: skip
 #: How far logits may differ from rounding, as a share of the largest one.
 _ROUNDING = 1e-5
+#: Where a bias decides, the scores are spread so many times as widely, and the place of a jump is halved so often.
+_SPREADS, _HALVED = (1.0, 12.0), 10
 
 
 @dataclass(frozen=True)
@@ -177,10 +183,13 @@ class _Look:
             self.inside, self.output = False, output
             self.calls += 1
 
-        handles = [
-            self.module.register_forward_pre_hook(before, with_kwargs=True),
-            self.module.register_forward_hook(after, with_kwargs=True),
-        ]
+        try:
+            handles = [
+                self.module.register_forward_pre_hook(before, with_kwargs=True),
+                self.module.register_forward_hook(after, with_kwargs=True),
+            ]
+        except RuntimeError:
+            raise UnusableInput(f"--gates {self.name}: a scripted module takes no hooks: leave it unscripted") from None
         try:
             yield
         finally:
@@ -392,6 +401,64 @@ def _of_images(guard: Guarded, sites: list[Site], x: Tensor) -> None:
                 )
 
 
+class _Exchanges:
+    """A site's experts in a random order at each token, and the model's answer as neighbours of it are exchanged.
+
+    others: sites whose scores are drawn at random meanwhile.
+    """
+
+    def __init__(self, guard: Guarded, site: Site, x: Tensor) -> None:
+        self.guard, self.site, self.x, self.others = guard, site, x, list[Site]()
+        self.order: Tensor | None = None
+        self.largest = 1e-12  # of all logits so far
+        self.far = 0.8 / (site.num_experts - 1)
+
+    def _ranked(self, rank: int, apart: float, spread: float, scores: Tensor) -> Tensor:
+        """Scores in the order; that of `rank` is ahead of the next by `apart`."""
+        if self.order is None:
+            self.order = _drawn(scores, 0).argsort(-1)
+        values = 0.6 + spread * torch.linspace(0.4, -0.4, self.site.num_experts)
+        middle = (values[rank - 1] + values[rank]) / 2
+        values[rank - 1], values[rank] = middle + apart / 2, middle - apart / 2
+        if _probabilities(scores):
+            values = values / values.sum()
+        return torch.empty_like(scores).scatter_(-1, self.order, values.to(scores).expand_as(scores))
+
+    def _answer(self, rank: int, apart: float, spread: float) -> Tensor:
+        drawn = [(other, partial(_drawn, seed=1 + number)) for number, other in enumerate(self.others)]
+        found = _answer(self.guard, self.x, [(self.site, partial(self._ranked, rank, apart, spread)), *drawn])
+        self.largest = max(self.largest, float(found.abs().max()))
+        return found
+
+    def changed(self, rank: int, low: float, high: float, spread: float = 1.0) -> float:
+        """How much the answer changes between two leads of the expert of `rank`, as a share of the largest logit."""
+        first, second = self._answer(rank, high, spread), self._answer(rank, low, spread)
+        return float((first - second).abs().max()) / self.largest
+
+    def effects(self) -> dict[int, float]:
+        """The change by each rank's exchange with the next."""
+        return {rank: self.changed(rank, -self.far, self.far) for rank in range(1, self.site.num_experts)}
+
+    def jumps(self, effects: dict[int, float], near: float) -> list[int]:
+        """The ranks at which the answer jumps where the scores are equal."""
+        near = max(1e-3 * self.far, near)
+        return [
+            rank
+            for rank, effect in effects.items()
+            if effect > _ROUNDING and self.changed(rank, -near, near) > effect / 2
+        ]
+
+    def jumps_between(self, rank: int, spread: float) -> bool:
+        """Whether the answer jumps somewhere else than at equal scores: a bias may be added for the choice alone."""
+        low, high = -spread * self.far, spread * self.far
+        effect = self.changed(rank, low, high, spread)
+        for _ in range(_HALVED if effect > _ROUNDING else 0):
+            middle = (low + high) / 2
+            lower = self.changed(rank, low, middle, spread) > self.changed(rank, middle, high, spread)
+            low, high = (low, middle) if lower else (middle, high)
+        return effect > _ROUNDING and self.changed(rank, low, high, spread) > effect / 8
+
+
 def _selects(guard: Guarded, site: Site, sites: list[Site], x: Tensor, look: _Look) -> Site:
     """The site with its K: the user's, or the last rank at which the model's answer jumps.
 
@@ -401,53 +468,48 @@ def _selects(guard: Guarded, site: Site, sites: list[Site], x: Tensor, look: _Lo
     if (k := look.named.k) is not None:
         if k > site.num_experts:
             raise UnusableInput(f"--gates {site.name}:k={k}: it has {site.num_experts} experts")
+        if (found := fewer(guard, replace(site, k=k), x)) < k:
+            raise UnusableInput(f"--gates {site.name}:k={k}: the model selects {found} of its experts: leave k out")
         return replace(site, k=k)
     if site.choosers:
         return site
-    count, orders = site.num_experts, list[Tensor]()
-    others: list[Site] = []
-    scales = [0.0]
-
-    def ranked(rank: int, apart: float, exchanged: bool) -> Callable[[Tensor], Tensor]:
-        """Scores in a random order of the experts at each token; those of `rank` and the next differ by `apart`."""
-
-        def change(scores: Tensor) -> Tensor:
-            if not orders:
-                orders.append(_drawn(scores, 0).argsort(-1))
-            values = torch.linspace(1, 0.2, count)
-            middle = (values[rank - 1] + values[rank]) / 2
-            values[rank - 1], values[rank] = middle + apart / 2, middle - apart / 2
-            if exchanged:
-                values[[rank - 1, rank]] = values[[rank, rank - 1]]
-            if _probabilities(scores):
-                values = values / values.sum()
-            return torch.empty_like(scores).scatter_(-1, orders[0], values.to(scores).expand_as(scores))
-
-        return change
-
-    def changed(rank: int, apart: float) -> float:
-        drawn = [(other, partial(_drawn, seed=1 + number)) for number, other in enumerate(others)]
-        first, second = (_answer(guard, x, [(site, ranked(rank, apart, way)), *drawn]) for way in (False, True))
-        scales.append(float(first.abs().max()))
-        return float((first - second).abs().max()) / max(*scales, 1e-12)
-
-    far = 0.8 / (count - 1)
-    near = max(1e-3 * far, 2 * torch.finfo(look.scores.dtype).eps) if look.scores is not None else 1e-3 * far
-    effects = {rank: changed(rank, far) for rank in range(1, count)}
+    count, exchanges = site.num_experts, _Exchanges(guard, site, x)
+    effects = exchanges.effects()
     if max(effects.values()) <= _ROUNDING:
-        others += [other for other in sites if other is not site]
-        effects = {rank: changed(rank, far) for rank in effects}
+        exchanges.others += [other for other in sites if other is not site]
+        effects = exchanges.effects()
     if max(effects.values()) <= _ROUNDING:
         raise look.refuse("the model answers alike whatever the order of its scores")
-    jumps = [rank for rank, effect in effects.items() if effect > _ROUNDING and changed(rank, near) > effect / 2]
-    if not jumps and look.compared:
+    jumps = exchanges.jumps(effects, 2 * torch.finfo(look.scores.dtype).eps if look.scores is not None else 0.0)
+    took = look.took if look.chosen is not None and look.chosen[0].shape[look.chosen[1]] == count else None
+    if jumps:  # code that also wants the runner-up takes one more than it selects
+        return replace(site, k=min(max(jumps), took or count))
+    if took:
+        return replace(site, k=took)
+    for spread in _SPREADS if look.compared or look.chosen is not None else ():
+        if jumps := [rank for rank in effects if exchanges.jumps_between(rank, spread)]:
+            return replace(site, k=min(jumps))  # a bias may reorder them; what is too few forces each alone
+    if look.compared:
         raise UnusableInput(
             f"--gates {site.name}: its output is compared with a threshold, and scores no experts: show the choice by"
             " attributes `router` and `experts` (docs/your-own-model.md)"
         )
-    if not jumps and not look.normalised:
+    if not look.normalised:
         raise look.refuse("nothing is chosen by its output, and no softmax of it is taken")
-    return replace(site, k=max(jumps, default=count))
+    return replace(site, k=count)
+
+
+def fewer(guard: Guarded, site: Site, x: Tensor) -> int:
+    """How many experts a site that a model's attributes show selects, where these are fewer than it says; else its K.
+
+    More than are selected would be forced at a time, and of these the model would take the best.
+    """
+    if site.num_experts < 2:
+        return site.k
+    exchanges = _Exchanges(guard, site, x)
+    with torch.no_grad():
+        jumps = exchanges.jumps(exchanges.effects(), 0.0)
+    return min(site.k, max(jumps, default=site.k))
 
 
 def _probabilities(scores: Tensor) -> bool:
@@ -459,9 +521,10 @@ def _drawn(scores: Tensor, seed: int) -> Tensor:
     return torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)).to(scores)
 
 
-def _answer(guard: Guarded, x: Tensor, changes: list[tuple[Site, Callable[[Tensor], Tensor]]]) -> Tensor:
+def _answer(guard: Guarded, x: Tensor, changes: Sequence[tuple[Site, Callable[[Tensor], Tensor]]]) -> Tensor:
     guard.reseed(0)  # a gate may draw
     with ExitStack() as stack:
         for site, change in changes:
             stack.enter_context(intercepted(site, change))
-        return guard(x).nan_to_num(0.0)
+        logits = guard(x).nan_to_num(0.0)
+    return logits - logits.mean(1, keepdim=True)  # which a score may be added to

@@ -65,9 +65,7 @@ def test_methods_are_compared_over_their_training_seeds(script: Any):
     assert script.over_seeds(data) == []  # one seed each
 
 
-def test_a_dual_is_compared_with_itself_at_its_least_and_largest_alpha(
-    script: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_dual_is_compared_with_itself_at_its_least_and_largest_alpha(script: Any, monkeypatch: pytest.MonkeyPatch):
     right = {0.5: (90, 10), 0.7: (80, 20), 1.0: (70, 40)}
     found = {
         alpha: {"SA": np.arange(100) < clean, "RA-worst": np.arange(100) < robust}

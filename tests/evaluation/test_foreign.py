@@ -5,7 +5,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.attacks.adaptive import BUDGETS
+from bench.datasets.base import EvalSet, fingerprint
 from bench.models.foreign import DRAWS
 from bench.results.flags import BY_CHANCE, HIDDEN_ROUTES, ROUTES_INSIDE, UNRANKED
 from bench.results.store import read_runs
@@ -258,6 +259,70 @@ def test_a_wrapper_is_looked_through(planted: Any, score: Any):
     ]
     shown, _ = score(planted.robust(), "clean", foreign=True)
     assert not any(flag.startswith((HIDDEN_ROUTES, ROUTES_INSIDE)) for flag in shown.model_flags)
+
+
+class Chosen(nn.Module):
+    """Three linear networks, the best of them or a sharp mixture, and what it says of how many are selected."""
+
+    def __init__(self, says: int, temperature: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)) for _ in range(3))
+        self.router = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+        self.num_selected_experts, self.temperature = says, temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x)
+        hard = nn.functional.one_hot(scores.argmax(1), 3).to(x)
+        weights = (scores / self.temperature).softmax(1) if self.temperature else hard
+        return (weights[..., None] * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
+
+
+def _judged() -> EvalSet:
+    """Images that `Chosen` gets right."""
+    x = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = Chosen(1)(x).argmax(1)
+    return EvalSet(x, y, torch.arange(8), fingerprint(x, y), "")
+
+
+@pytest.mark.parametrize("says", [1, 2, 3])
+def test_how_many_experts_a_model_says_it_selects_is_not_believed(says: int, score: Any):
+    result, _ = score(Chosen(says).eval(), "clean", _judged(), foreign=True, num_classes=10)
+    hidden = [flag for flag in result.model_flags if flag.startswith(HIDDEN_ROUTES)]
+    assert hidden == [
+        f"routes not named: router selects 1 of 3, where num_selected_experts is {says}: correct num_selected_experts"
+    ] * (says > 1)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_whole_networks_is_attacked_at_other_temperatures(
+    score: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(BUDGETS, "small", FEW)
+    options: dict[str, Any] = {"foreign": True, "num_classes": 10, "eps": 1e-4, "settings": {"budget": "small"}}
+    _, rows = score(Chosen(3, 0.1).eval(), "adaptive", _judged(), **options)
+    assert "softened" in set(rows.attack)
+    _, rows = score(Chosen(1).eval(), "adaptive", _judged(), **options, results=tmp_path / "hard")
+    assert "softened" not in set(rows.attack)
+
+
+@dataclass
+class Output:
+    """As libraries of language models give it."""
+
+    loss: None
+    logits: Tensor
+
+
+def test_logits_may_be_an_attribute_of_the_output(planted: Any, score: Any):
+    class Gives(Planted):
+        def forward(self, x: Tensor) -> Any:
+            return Output(None, super().forward(x))
+
+    _, rows = score(Planted(planted, nothing), "clean", foreign=True)
+    other, same = score(Gives(planted, nothing), "clean", foreign=True)
+    assert rows.adv_pred.equals(same.adv_pred)
+    assert "outputs are an object, whose `logits` are scored" in other.model_flags
 
 
 def test_a_model_that_cannot_be_watched_may_choose(planted: Any, score: Any, monkeypatch: pytest.MonkeyPatch):

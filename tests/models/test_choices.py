@@ -199,6 +199,64 @@ def test_routed_networks_of_other_styles_are_noticed_by_what_they_compute(kind: 
     assert found.operations
 
 
+class Wins(nn.Module):
+    """One of two networks answers, whichever has the higher score, and no index or weight shows it."""
+
+    def __init__(self, join: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(192, 10), nn.Linear(192, 10), nn.Linear(192, 2)
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.join(torch.stack([self.a(x), self.b(x)], 1) + 1000 * self.c(x)[..., None])
+
+
+@pytest.mark.parametrize(
+    ("join", "operation"),
+    [
+        (lambda z: z.amax(1), "amax"),
+        (lambda z: z.max(1).values, "max"),
+        (lambda z: torch.maximum(z[:, 0], z[:, 1]), "maximum"),
+        (lambda z: z.logsumexp(1), "logsumexp"),
+        (lambda z: torch.logaddexp(z[:, 0], z[:, 1]), "logaddexp"),
+    ],
+)
+def test_the_whole_output_of_the_best_of_several_is_a_choice(join: Callable[[Tensor], Tensor], operation: str):
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 8, 8)
+    seen = find_choices(Wins(join).eval(), x).operations
+    assert seen == (f"one of several wins as a whole ({operation}) in Wins",)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s: s - s.logsumexp(1, keepdim=True),
+        lambda s: s[:, None] * s[:, :, None].amax(1, keepdim=True),
+        lambda s: torch.maximum(s.repeat(1, 2), s.flip(1).repeat(1, 2)),
+        lambda s: torch.stack([s, s.flip(1), 2 * s.roll(1, 1)], 1).repeat(1, 1, 2).logsumexp(1),
+        lambda s: s.view(4, 2, 3).repeat(1, 1, 3).amax(1),
+    ],
+)
+def test_the_best_of_several_values_one_by_one_is_no_choice(function: Callable[[Tensor], Tensor]):
+    torch.manual_seed(0)
+    assert operations(function) == []
+
+
+def test_weights_that_leave_an_expert_out_on_every_image_are_a_choice():
+    away = torch.tensor([0.0, 0.3, -0.2, 0.1, -40.0, 0.2])
+
+    def weighted(weigh: Callable[[Tensor], Tensor]) -> list[str]:
+        torch.manual_seed(0)
+        return operations(lambda s: (weigh(s)[..., None] * torch.stack([s] * 6, 1)).sum(1))
+
+    assert weighted(lambda s: (0.1 * s + away).softmax(1)) == ["weights that are nearly 0 (mul)"]
+    assert weighted(lambda s: (0.1 * s + away).sigmoid()) == ["weights that are nearly 0 (mul)"]
+    assert weighted(lambda s: (0.1 * s + away).relu()) == []
+    assert weighted(lambda s: (0.1 * s + 0.1 * away[:4].repeat(2)[:6]).softmax(1)) == []
+
+
 def test_weights_that_happen_to_be_alike_are_no_choice():
     zero = torch.zeros(6, 6)
     for function in (

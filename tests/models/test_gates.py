@@ -122,6 +122,14 @@ def twice(scores: Tensor) -> Tensor:
     return p * (first + nn.functional.one_hot((p * (1 - first)).argmax(-1), 3))
 
 
+def biased(scores: Tensor, most: float) -> Tensor:
+    """Top-2 by sigmoids and a bias of at most so much, which the weights do not have."""
+    p = scores.sigmoid()
+    chosen = (p + most * torch.tensor([1.0, -1.0, 0.5])).topk(2, -1).indices
+    p = torch.zeros_like(p).scatter(-1, chosen, p.gather(-1, chosen))
+    return p / p.sum(-1, keepdim=True)
+
+
 def tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
@@ -135,6 +143,22 @@ WAYS = {
         nn.Linear(6, 3),
         lambda gate, x: (s := gate(tokens(x)).sigmoid()) * (s >= s.topk(2, -1).values[..., 1:]),
         "score (top-2 of 3)",
+    ),
+    "a bias for the choice alone": (
+        nn.Linear(6, 3),
+        lambda gate, x: biased(gate(tokens(x)), 0.1),
+        "score (top-2 of 3)",
+    ),
+    "a bias that decides alone": (nn.Linear(6, 3), lambda gate, x: biased(gate(tokens(x)), 2.0), "score (top-2 of 3)"),
+    "top-1, and the runner-up is looked at": (
+        nn.Linear(6, 3),
+        lambda gate, x: nn.functional.one_hot(gate(tokens(x)).topk(2, -1).indices[..., 0], 3).float(),
+        "score (top-1 of 3)",
+    ),
+    "a hard sigmoid": (
+        nn.Linear(6, 3),
+        lambda gate, x: nn.functional.hardsigmoid(gate(tokens(x))),
+        "score (soft, of 3)",
     ),
     "a convolution": (nn.Conv2d(6, 3, 1), lambda gate, x: hot(tokens(gate(x)), 1), "score (top-1 of 3)"),
     "probabilities": (
@@ -168,8 +192,9 @@ def test_k_and_e_can_be_given():
     model = third_party.build("masks of channels by one router")
     assert named(model, "fc:e=4").sites == named(model, "fc").sites
     assert named(model, "fc:e=2:k=1").words == ("fc:e=2:k=1",)
-    (site,) = named(model, "fc:k=3").sites
-    assert (site.k, site.num_experts) == (3, 4)
+    (site,) = named(model, "fc:k=1").sites
+    assert (site.k, site.num_experts) == (1, 4)
+    assert refused(model, "fc:k=3") == "--gates fc:k=3: the model selects 1 of its experts: leave k out"
     assert refused(model, "fc:k=5") == "--gates fc:k=5: it has 4 experts"
     for word in ("fc:k", "fc:k=0", "fc:m=1", ":k=1"):
         assert refused(model, word).startswith(f"--gates {word}: write NAME, NAME:k=2")
@@ -213,6 +238,23 @@ def test_a_gate_that_is_called_twice_or_never_is_refused():
     gate = nn.Linear(6, 3)
     assert "calls it 2 times" in refused(Block(gate, lambda g, x: hot(g(tokens(x)) + g(tokens(x)), 1)), "score")
     assert "calls it never" in refused(Block(gate, lambda g, x: torch.ones(len(x), 4, 3)), "score")
+
+
+def test_a_choice_by_a_bias_is_no_soft_mixture_however_it_is_made():
+    def weigh(gate: nn.Module, x: Tensor) -> Tensor:
+        p = gate(tokens(x)).sigmoid()
+        order = (p + 0.1 * torch.tensor([1.0, -1.0, 0.5])).argsort(-1, descending=True)
+        return p * torch.zeros_like(p).scatter(-1, order[..., :2], 1.0)
+
+    torch.manual_seed(0)
+    (site,) = named(Block(nn.Linear(6, 3), weigh), "score").sites
+    assert site.k < 3
+
+
+def test_a_scripted_gate_is_refused_in_one_line():
+    model = Block(nn.Linear(6, 3), lambda gate, x: hot(gate(tokens(x)), 1))
+    model.score = torch.jit.script(model.score)
+    assert refused(model, "score") == "--gates score: a scripted module takes no hooks: leave it unscripted"
 
 
 def test_tokens_before_images_are_refused():
