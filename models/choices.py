@@ -106,6 +106,7 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
         stack.enter_context(_Reads(watch))
         stack.enter_context(watch)
         output = model(x)
+    output = getattr(output, "logits", output)  # of an object, whose entries a tree of tensors does not have
     if not any(watch.depends(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
         watch.report("a computation outside torch", "")
     found = watch.found or watch.weighed

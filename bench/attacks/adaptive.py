@@ -26,7 +26,7 @@ from bench.models.deployed import eval_frozen, full_float32
 from bench.models.foreign import DRAWS, Guarded
 from bench.models.gates import LOOKED_AT, declared, find_gates
 from bench.models.parts import is_dual, parts
-from bench.models.sites import shown_sites, sites
+from bench.models.sites import sites
 from bench.spec import Norm, ThreatModel
 
 BudgetName = Literal["small", "standard", "large"]
@@ -94,8 +94,7 @@ def attacks(search: Search, budget: BudgetName) -> Iterator[tuple[str, Attack]]:
     if any(not site.whole for site in paths.sites):
         yield "left-routes", partial(left_routes, paths, much.restarts, much.steps)
         yield "blurred", partial(blurred, paths, much.neighbours, much.steps)
-    known = dict.fromkeys((*shown_sites(model), *sites(model)))  # mixtures of whole networks as well
-    if soft := [site for site in known if site.soft and site.num_experts > 1]:
+    if soft := [site for site in sites(model) if site.soft]:
         yield "softened", partial(softened, search, soft, much.steps)
     if is_dual(model):
         for weight in much.weights:

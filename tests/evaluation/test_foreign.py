@@ -262,19 +262,17 @@ def test_a_wrapper_is_looked_through(planted: Any, score: Any):
 
 
 class Chosen(nn.Module):
-    """Three linear networks, the best of them or a sharp mixture, and what it says of how many are selected."""
+    """Three linear networks, of which it takes the best, and what it says of how many are selected."""
 
-    def __init__(self, says: int, temperature: float = 0.0) -> None:
+    def __init__(self, says: int) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.experts = nn.ModuleList(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)) for _ in range(3))
         self.router = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-        self.num_selected_experts, self.temperature = says, temperature
+        self.num_selected_experts = says
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = self.router(x)
-        hard = nn.functional.one_hot(scores.argmax(1), 3).to(x)
-        weights = (scores / self.temperature).softmax(1) if self.temperature else hard
+        weights = nn.functional.one_hot(self.router(x).argmax(1), 3).to(x)
         return (weights[..., None] * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
 
 
@@ -294,18 +292,6 @@ def test_how_many_experts_a_model_says_it_selects_is_not_believed(says: int, sco
     ] * (says > 1)
 
 
-@pytest.mark.slow
-def test_a_mixture_of_whole_networks_is_attacked_at_other_temperatures(
-    score: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setitem(BUDGETS, "small", FEW)
-    options: dict[str, Any] = {"foreign": True, "num_classes": 10, "eps": 1e-4, "settings": {"budget": "small"}}
-    _, rows = score(Chosen(3, 0.1).eval(), "adaptive", _judged(), **options)
-    assert "softened" in set(rows.attack)
-    _, rows = score(Chosen(1).eval(), "adaptive", _judged(), **options, results=tmp_path / "hard")
-    assert "softened" not in set(rows.attack)
-
-
 @dataclass
 class Output:
     """As libraries of language models give it."""
@@ -323,6 +309,7 @@ def test_logits_may_be_an_attribute_of_the_output(planted: Any, score: Any):
     other, same = score(Gives(planted, nothing), "clean", foreign=True)
     assert rows.adv_pred.equals(same.adv_pred)
     assert "outputs are an object, whose `logits` are scored" in other.model_flags
+    assert not any(flag.startswith(HIDDEN_ROUTES) for flag in other.model_flags)
 
 
 def test_a_model_that_cannot_be_watched_may_choose(planted: Any, score: Any, monkeypatch: pytest.MonkeyPatch):
