@@ -85,6 +85,7 @@ def test_sentences_are_counted_as_a_reader_does():
 
 def test_the_readmes_board_is_the_committed_one():
     board = pd.read_csv(ROOT / "leaderboards" / "digits_Linf-0.2.csv").set_index("model")
+    board = board[board["alpha"].isna() | (board["alpha"] == 0.7)]
     rows = re.findall(
         r"^\| (\d+) \| `([^`]+)`.*? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \[([\d.]+), ([\d.]+)\] \|$",
         README,
