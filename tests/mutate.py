@@ -50,7 +50,7 @@ MUTATIONS = [
     ),
     Mutation(
         "bench/attacks/search.py",
-        "return logits.masked_fill(own, -torch.inf).amax(1) -",
+        "return logits.scatter(1, own, -torch.inf).amax(1) -",
         "return logits.amax(1) -",
         "tests/attacks/test_search.py",
     ),

@@ -336,6 +336,7 @@ def test_a_model_trained_in_bf16_is_evaluated_in_float32(tmp_path: Path, tiny_sp
     assert seen == {(torch.float32, False)}
 
 
+@pytest.mark.slow
 def test_seeds_fix_training_and_evaluation(tmp_path: Path, tiny_spec: Specs, score: Any):
     def whole(name: str, seed: int) -> tuple[dict[str, Tensor], Any]:
         torch.manual_seed(len(name))  # what else was drawn in the process does not matter

@@ -245,6 +245,7 @@ def test_the_papers_gate_is_softmax_whatever_the_models(linear_moe: Any):
         assert paper.reason.startswith("no certificate: equation 8 of the soft reading, a = softmax(r); s and L_i")
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6))
 def test_the_least_mixture_is_a_linear_programs(seed: int):

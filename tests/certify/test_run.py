@@ -152,6 +152,7 @@ def test_the_identity_of_a_model_of_the_users_own_is_kept(made: Any, tmp_path: P
     assert (path.parent / "result.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CERTIFIERS)
 def test_the_command_scores_every_kind_of_model(method: str, bench: Bench, shelve: Callable[..., None], tmp_path: Path):
     shelve(tmp_path / "c", "dense-at", "moe-at", "dual-jtdmoe")

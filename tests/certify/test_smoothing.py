@@ -61,6 +61,7 @@ def test_a_linear_classifiers_radius_is_its_distance_to_the_boundary(linear_net:
         assert 0.95 * distance < claim.radius[0] < distance
 
 
+@pytest.mark.slow
 def test_a_radius_above_the_true_one_is_as_rare_as_was_asked_for(linear_net: Any):
     net, x = line(linear_net, 0.1)
     found = certify(net, x.expand(400, -1, -1, -1), sigma=0.25, n=500, failure_probability=0.05)["smoothing"]

@@ -292,6 +292,7 @@ def test_a_size_that_is_none_is_part_of_the_path(word: str, tmp_path: Path) -> N
         open_dataset(f"imagefolder:{tmp_path / word}")
 
 
+@pytest.mark.slow
 def test_the_command_that_is_suggested_trains_and_runs(folder: Path, bench: Any) -> None:
     for seed in range(20, 40):
         write(folder / "train" / "Ba"[seed % 2] / f"{seed}.png", pixels(seed))

@@ -104,6 +104,7 @@ def test_a_warm_run_of_no_attack_replays_what_it_started_from(bench: Any, made: 
     assert (status, out.rpartition(": ")[2]) == (0, f"{count} of {count} adversarial examples verified\n")
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_replayed_as_one_and_not_as_the_whole(bench: Any, made: Any):
     folder = made(model="moe-at@ensemble")
     assert broken(folder)

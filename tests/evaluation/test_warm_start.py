@@ -105,6 +105,7 @@ def test_what_is_outside_the_ball_or_withstands_is_not_kept(run: Any, kept: Path
 STOPS = range(8)  # two files a block for the two blocks that break something, one for the third, and the run's three
 
 
+@pytest.mark.slow
 def test_a_run_stopped_at_any_file_ends_with_the_same_witnesses(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -63,6 +63,7 @@ class Elements(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
+@pytest.mark.slow
 def test_the_page_is_well_formed_and_no_two_things_have_one_id(text: str):
     ids = [attributes["id"] for _, attributes in Elements(text).found if "id" in attributes]
     assert len(ids) == len(set(ids))

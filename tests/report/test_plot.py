@@ -45,6 +45,7 @@ def test_figures_are_listed_with_a_sentence_each(bench: Any):
     assert all(len(line.split()) > 3 for line in out.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ending", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_a_figure_is_written_as_its_name_ends(ending: str, start: bytes, results: Path, bench: Any, tmp_path: Path):
     words = ("plot", "attacks", "--results", str(results), "--board", "digits_Linf-0.2", "--model", "moe")

@@ -144,6 +144,7 @@ def test_weights_from_another_data_set_count_as_additional_data(
 # --- timm's weights -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_a_file_of_pretrained_weights(tiny_spec: Specs, tmp_path: Path):
     file = tmp_path / "vit.safetensors"
     tensors = timm.create_model("vit_small_patch16_224", embed_dim=12).state_dict()
