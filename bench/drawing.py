@@ -101,14 +101,15 @@ def pdf(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def inline(drawing: Drawing, key: str) -> str:
+def inline(drawing: Drawing, key: str, classes: dict[str, str]) -> str:
     """An `<svg>` to stand in a page: named for who does not see it, its colours by the page's variables.
 
-    `key` begins every id, so that several figures in one page do not use each other's.
+    `key` begins every id, so that several figures in one page do not use each other's. The page has to have a class for
+    every style: `classes` has their names by style, and gets those that are new. They are most of a figure's bytes.
     """
     root = ElementTree.fromstring(svg(drawing.figure, "none"))
     used = set(re.findall(r"#([A-Za-z0-9_-]+)", ElementTree.tostring(root, encoding="unicode")))
-    _slim(root, used, key)
+    _slim(root, used, key, classes)
     width, height = (float(number) for number in root.attrib["viewBox"].split()[2:])
     words = {"title": drawing.title, "desc": drawing.description}
     for at, (tag, text) in enumerate(words.items()):
@@ -122,7 +123,7 @@ def inline(drawing: Drawing, key: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _slim(parent: ElementTree.Element, used: set[str], key: str) -> None:
+def _slim(parent: ElementTree.Element, used: set[str], key: str, classes: dict[str, str]) -> None:
     """Drops what a page does not need: whitespace, metadata, groups without an effect, ids that nobody names."""
     parent.tag, parent.tail = parent.tag.removeprefix(_NAMESPACE), None
     if parent.tag not in ("text", "tspan"):
@@ -134,8 +135,13 @@ def _slim(parent: ElementTree.Element, used: set[str], key: str) -> None:
             attributes["id"] = f"{key}-{value}"
         elif attribute == _LINK:
             attributes["href"] = f"#{key}-{value[1:]}"
-        elif attribute in ("style", "fill"):
+        elif attribute == "fill":
             attributes[attribute] = _themed(value)
+        elif attribute == "style":
+            if "url(" in (themed := _themed(value)):  # of this figure alone
+                attributes["style"] = themed
+            elif themed:
+                attributes["class"] = classes.setdefault(themed, f"s{len(classes)}")
         elif attribute == "clip-path":
             attributes[attribute] = value
         elif attribute != "id" and not value.startswith("rotate(-0 "):
@@ -145,10 +151,11 @@ def _slim(parent: ElementTree.Element, used: set[str], key: str) -> None:
     for child in parent:
         if child.tag in (f"{_NAMESPACE}metadata", f"{_NAMESPACE}style"):
             continue
-        _slim(child, used, key)
-        invisible = child.tag == "path" and child.attrib.get("style") == "fill:none"
+        if child.tag == f"{_NAMESPACE}path" and _themed(child.get("style", "")) == "fill:none":
+            continue  # it is invisible
+        _slim(child, used, key, classes)
         bare = child.tag == "g" and not child.attrib
-        kept += list(child) if bare else [] if invisible else [child]
+        kept += list(child) if bare else [child]
     parent[:] = kept
 
 

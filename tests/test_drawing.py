@@ -32,11 +32,19 @@ def test_a_file_has_its_own_colours_on_white_and_its_words_as_text():
 
 
 def test_in_a_page_the_colours_are_the_pages_and_each_figure_has_its_own_ids():
-    text = inline(Drawing(figure(), "a <title>", "words"), "k")
+    classes: dict[str, str] = {}
+    text = inline(Drawing(figure(), "a <title>", "words"), "k", classes)
     root = ElementTree.fromstring(text)
-    assert BLUE not in text
-    assert "var(--blue)" in text
-    assert "font-family" not in text
+    sheet = " ".join(classes)
+    assert BLUE not in text + sheet
+    assert "var(--blue)" in text + sheet
+    assert "font-family" not in text + sheet
+    used = {element.get("class") for element in root.iter()} - {None}
+    assert used == set(classes.values())
+    assert len(set(classes.values())) == len(classes) > 3
+    before = dict(classes)
+    assert inline(Drawing(figure(), "a <title>", "words"), "k", classes) == text  # the same styles are not named again
+    assert classes == before
     ids = [element.get("id") for element in root.iter() if element.get("id")]
     assert len(ids) == len(set(ids))
     assert all(str(own).startswith("k-") for own in ids)

@@ -75,6 +75,7 @@ def page(stored: Stored, histories: Mapping[str, pd.DataFrame], clean_images: Cl
     finished = sorted(result.finished[:10] for result in runs.values())
     return environment.get_template("page.html").render(
         boards=boards,
+        styles=drawn.classes,
         results=str(stored.root),
         models=len({model.row.info.checkpoint_sha256 + model.row.name for _, models in found for model in models}),
         runs=len(runs),
@@ -154,6 +155,7 @@ class _Drawn:
 
     def __init__(self) -> None:
         self._number = count()
+        self.classes: dict[str, str] = {}  # of all figures' elements, by style
         self._known: set[tuple[str, str]] = set()
 
     def figures(self, models: Sequence[Model], *of: str) -> list[tuple[str, str, Markup]]:
@@ -169,7 +171,7 @@ class _Drawn:
 
     def picture(self, drawing: Drawing) -> Markup:
         """The drawing as a part of the page; an XML library wrote it, which escapes all texts."""
-        return Markup(inline(drawing, f"f{next(self._number)}"))
+        return Markup(inline(drawing, f"f{next(self._number)}", self.classes))
 
 
 def _id(board: Board, model: Model, models: Sequence[Model]) -> str:

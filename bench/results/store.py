@@ -151,7 +151,19 @@ class Folder(ABC, Generic[R]):
     def write_block(
         self, index: int, rows: "pd.DataFrame", side: Mapping[str, Any], witnesses: Witnesses | None = None
     ) -> None:
-        """Stores a block's rows, side data and adversarial examples; ValueError for rows that no run can have."""
+        """Stores a block's rows, side data and adversarial examples; ValueError for rows that no run can have.
+
+        Of a run that another process finishes meanwhile, which takes the blocks away, nothing is stored.
+        """
+        try:
+            self._write_block(index, rows, side, witnesses)
+        except FileNotFoundError:
+            if not (self.path / "result.json").exists():
+                raise
+
+    def _write_block(
+        self, index: int, rows: "pd.DataFrame", side: Mapping[str, Any], witnesses: Witnesses | None
+    ) -> None:
         path = self._blocks / f"block-{index:05d}.parquet"
         if witnesses is None:
             whole = _to_parquet(rows, side, self.check)

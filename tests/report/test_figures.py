@@ -154,13 +154,14 @@ def test_a_pdf_is_a_whole_file_and_the_same_bytes_each_time(drawn: dict[str, Dra
 
 @pytest.mark.parametrize("word", [word for word in KINDS if word != "alpha"])
 def test_inside_a_page_a_figure_has_a_name_and_words_and_ids_of_its_own(word: str, drawn: dict[str, Drawing]):
-    one, other = (ElementTree.fromstring(inline(drawn[word], key)) for key in ("f1", "f2"))
+    styles: dict[str, str] = {}
+    one, other = (ElementTree.fromstring(inline(drawn[word], key, styles)) for key in ("f1", "f2"))
     assert (one.get("role"), one.get("aria-labelledby")) == ("img", "f1-title f1-desc")
     assert (one[0].tag, one[0].text, one[1].tag) == ("title", drawn[word].title, "desc")
     assert len(one[1].text or "") > 10
     ids = [{element.get("id") for element in root.iter()} - {None} for root in (one, other)]
     assert not ids[0] & ids[1]
-    text = ElementTree.tostring(one, encoding="unicode")
+    text = " ".join([ElementTree.tostring(one, encoding="unicode"), *styles])
     named = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
     assert named <= ids[0]
     assert not re.search(r"#[0-9a-f]{6}", text), "a colour that the page cannot change in the dark"
@@ -173,7 +174,7 @@ def test_a_users_words_are_text_whatever_they_are(save_run: Any, tmp_path: Path)
     for word in ("bounds", "accuracy"):
         drawing = KINDS[word].draw(models)
         assert drawing is not None
-        root = ElementTree.fromstring(inline(drawing, "f"))
+        root = ElementTree.fromstring(inline(drawing, "f", {}))
         words = {element.text for element in root.iter("text")}
         assert {"<script>alert(1)</script>", "a$x^2$_b", "_hidden", "模型", "two lines", "&amp;"} <= words, word
         assert max(len(text or "") for text in words) < 40

@@ -17,6 +17,7 @@ import pytest
 from verdict_rows import INFO, PROVENANCE, ROWS, frame, result, spec
 
 from bench.errors import UnusableInput
+from bench.results import store
 from bench.results.schema import Result
 from bench.results.store import RunFolder, ensure_writable, read_runs, run_folder
 from bench.results.witnesses import FILE, Witnesses
@@ -53,6 +54,18 @@ def test_what_a_kill_has_left_of_the_blocks_goes_when_the_run_is_found(folder: R
     left.write_bytes(b"")
     assert folder.finished() == result(ROWS)
     assert not left.parent.exists()
+
+
+def test_a_block_of_a_run_that_another_process_finishes_meanwhile_is_not_missed(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def taken_away(path: Path, data: bytes) -> None:
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(store, "write_atomically", taken_away)
+    folder.write_block(0, ROWS, {})
+    with pytest.raises(FileNotFoundError):  # nobody has finished this one
+        RunFolder(tmp_path / "unfinished").write_block(0, ROWS, {})
 
 
 def test_attacks_stay_in_the_order_they_ran(tmp_path: Path):
