@@ -1,8 +1,10 @@
 """Work on a Ray cluster: which task comes first, and that what is made is what one process makes, whoever dies."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -11,8 +13,9 @@ import torch
 from safetensors.numpy import load_file
 
 from bench.certify.run import certification_of, certify
-from bench.cluster import Blocks, Queue, Task, Worker
+from bench.cluster import Blocks, Queue, Task, Worker, on_ray
 from bench.datasets.base import open_dataset
+from bench.errors import UnusableInput
 from bench.evaluation.plan import RunRequest, plan_on
 from bench.registry import CERTIFIERS, SUITES
 from bench.results.certificates import read_certificates
@@ -175,3 +178,22 @@ def test_rows_are_those_of_one_process_though_a_worker_is_killed(
     for one, other in zip(spread, alone, strict=True):
         pd.testing.assert_frame_equal(one.verdicts(), other.verdicts())
         assert one.result.environment["threads"] == other.result.environment["threads"]
+
+
+@pytest.mark.parametrize(
+    ("on", "said"),
+    [
+        ("ray", "--on ray: no cluster could be started"),
+        ("ray=a:1", "--on ray=a:1: no cluster could be reached"),
+    ],
+)
+def test_a_cluster_that_does_not_start_is_one_line(on: str, said: str, monkeypatch: pytest.MonkeyPatch):
+    """Ray raises a plain Exception where a node of this machine is not there in time."""
+
+    def late(**_: Any) -> None:
+        raise Exception("The current node timed out during startup")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=late))
+    work: Any = SimpleNamespace(tasks=lambda: [None])
+    with pytest.raises(UnusableInput, match=f"^{said}: The current node timed out during startup$"):
+        on_ray(on, work, "cpu", print)
