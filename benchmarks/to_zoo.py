@@ -16,10 +16,10 @@ from bench.spec import Norm, TrainSpec
 def store(checkpoints: Path, dataset: str, name: str, norm: Norm = "Linf", zoo: Path = ZOO) -> Path:
     """The path of the model's file in the zoo."""
     model, header, _ = load_checkpoint(checkpoint_path(checkpoints, dataset, norm, name))
-    spec = TrainSpec.model_validate(header.training)
-    starts = {role: origin.name for role, origin in header.init.items()}
-    spec = spec.model_copy(update={"recipe": spec.recipe.model_copy(update=starts)})
-    header = header.model_copy(update={"training": spec.model_dump(mode="json"), "training_key": spec.key})
+    if starts := {role: origin.name for role, origin in header.init.items()}:
+        spec = TrainSpec.model_validate(header.training)
+        spec = spec.model_copy(update={"recipe": spec.recipe.model_copy(update=starts)})
+        header = header.model_copy(update={"training": spec.model_dump(mode="json"), "training_key": spec.key})
     path = checkpoint_path(zoo, dataset, norm, name)
     save_checkpoint(path, model.half(), header)
     return path
