@@ -1,13 +1,16 @@
-"""How often the host waits for the device: counted on a pretend one, so no GPU is needed.
+"""How often the host waits for the device: counted on a pretend one, or on a GPU by torch itself.
 
-python benchmarks/synchronisations.py
+python benchmarks/synchronisations.py [cuda]
 
 By suite, for each forward pass of the attacked model, and by objective, for each training step: every operation whose
 result the host needs (`item`, `tolist`, `nonzero`, boolean indices) and every copy between the two.
 """
 
 import sys
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +36,23 @@ def row(name: str, unit: str, times: int, counts: Counter[str]) -> dict[str, Any
     each = {operation: count / times for operation, count in counts.most_common() if count}
     words = ", ".join(f"{operation} {count:.2f}" for operation, count in each.items() if count >= 0.005)
     return {"what": name, "per": unit, "of": times, "synchronisations": f"{sum(each.values()):.2f}", "which": words}
+
+
+@contextmanager
+def counted_by_torch() -> Iterator[torch.device]:
+    """The GPU; what torch warns of as a wait for it is counted, all under one name."""
+
+    def count(message: object, *_: object, **__: object) -> None:
+        synchronisations["wait"] += "synchronizing CUDA operation" in str(message)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = count
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield torch.device("cuda:0")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 class Calls(PassCounter):
@@ -87,7 +107,7 @@ def of_training(variant: str, device: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with pretend_device() as device:
+    with counted_by_torch() if sys.argv[1:] == ["cuda"] else pretend_device() as device:
         torch.manual_seed(0)
         suites = [
             ("pgd", "moe"),

@@ -92,7 +92,9 @@ def _run(operation: Any, args: Any, kwargs: Any) -> Any:
         synchronisations["to the CPU" if ours else "from the CPU"] += 1
     elif name not in ("copy_", "_to_copy"):
         _refuse_mixing(name, args, tensors)
-        if name in _WAITING or (name in _INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1])):
+        if name == "bincount":  # for the least and for the largest number
+            synchronisations[name] += 2
+        elif name in _WAITING or (name in _INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1])):
             synchronisations[name] += 1
     here = {
         key: torch.device("cpu") if key == "device" and value is not None else value for key, value in kwargs.items()

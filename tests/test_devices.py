@@ -7,16 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 TESTS = Path(__file__).parent
 
 
 @pytest.mark.slow
-def test_everything_that_computes_runs_on_a_device_of_its_own():
+@pytest.mark.parametrize("device", ["pretend", "cuda"])
+def test_everything_that_computes_runs_on_a_device_of_its_own(device):
     """In a process of its own, since torch cannot forget a device. What is run is listed in device_checks.py."""
-    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS, *sys.path)))
     done = subprocess.run(
-        [sys.executable, TESTS / "device_checks.py"],
+        [sys.executable, TESTS / "device_checks.py", "--device", device],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
