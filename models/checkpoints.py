@@ -88,7 +88,7 @@ class Header(Spec):
         routed = arch.robust if isinstance(arch, Dual) else None if arch.kind == "dense" else arch
         trained = (
             f"{self.train_images:,} images × {self.epochs} epochs"
-            if not self.parts
+            if self.train_images or not self.parts  # parts that were trained together are one training
             else ", ".join(f"{part}: {entry.file.removesuffix('.safetensors')}" for part, entry in self.parts.items())
         )
         if plugin := VARIANTS.origin(self.variant) if self.variant in VARIANTS else "":

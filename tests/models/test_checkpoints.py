@@ -95,6 +95,22 @@ def test_weights_in_half_precision_are_scored_as_they_are_stored(tmp_path: Path)
     assert loaded(X).dtype == torch.float32
 
 
+def test_a_dual_too_large_for_one_file_of_the_zoo_is_stored_in_parts(tmp_path: Path):
+    store = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/to_zoo.py"))["store"]
+    routed = Routed(**NETWORK, num_experts=3)
+    head = header("dual-jtdmoe", Dual(standard=routed, robust=routed), train_images=1100, epochs=60)
+    whole = saved(tmp_path / "digits" / "Linf" / "dual-jtdmoe.safetensors", head)
+    path = store(tmp_path, "digits", "dual-jtdmoe", zoo=tmp_path / "zoo", largest=3000)
+    loaded, found, sha256 = load_checkpoint(path)
+    assert path.stat().st_size < 3000
+    assert torch.equal(loaded(X), whole.half().float()(X))
+    assert "1,100 images × 60 epochs" in found.info(sha256).trained
+    assert {part.file for part in found.parts.values()} == {
+        "dual-jtdmoe-S.safetensors", "dual-jtdmoe-R.safetensors",
+    }  # fmt: skip
+    assert available("digits", "Linf", [tmp_path / "zoo"]) == ["dual-jtdmoe"]
+
+
 def test_loading_does_not_move_the_random_state(path: Path):
     saved(path)
     torch.manual_seed(7)
