@@ -412,9 +412,11 @@ def trained(data: Scored) -> list[str]:
             continue  # a further seed is trained by the same settings
         asked = (header.training or {}).get("objective_params", {})
         words = [f"{key}={asked[key]}" for key in ("beta", "expert_term", "inner_steps", "paths") if key in asked]
-        words += [f"experts started from {origin.name}" for origin in header.init.values()]
-        seconds = "put together" if header.parts else f"{header.seconds:,.0f}"
-        images = "" if header.parts else f"{header.train_images:,} × {header.epochs}"
+        words += [f"experts started from {name}" for name in dict.fromkeys(o.name for o in header.init.values())]
+        together = not header.train_images
+        seconds = "put together" if together else f"{header.seconds:,.0f}"
+        seconds += f" ({header.device})" if header.device else ""
+        images = "" if together else f"{header.train_images:,} × {header.epochs}"
         rows.append({"model": name, "images × epochs": images, "seconds of training": seconds, "set": ", ".join(words)})
     if not rows:
         return ["The weights of these models are not shipped."]

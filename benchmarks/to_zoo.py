@@ -2,9 +2,9 @@
 
 Weights are stored in half precision, which halves the files; a model is built in float32 from what is stored, and is
 scored so. A checkpoint that experts were started from is told by its name: where it lay on one machine means nothing on
-another. A jointly trained dual whose file would be above 3 MB is stored as two parts, NAME-S and NAME-R, and a small file
-that names them. A `dual` is put together afterwards, from the parts as they are stored: bench train dual --checkpoints
-models/zoo.
+another. A jointly trained dual whose file would be above 3 MB is stored as two parts, NAME-S and NAME-R, and a small
+file that names them. A `dual` is put together afterwards, from the parts as they are stored: bench train dual
+--checkpoints models/zoo.
 """
 
 import sys

@@ -66,6 +66,7 @@ class Header(Spec):
     additional_data: bool = False
     processes: int = 1
     seconds: float = 0.0
+    device: str = Field(default="", description="that it was trained on; '' in headers of earlier versions")
     bench_version: str = ""
     git_hash: str | None = None
     parts: dict[str, Part] = Field(default_factory=dict)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # which is built once
 
-WEIGHTS = sorted(path.relative_to(ROOT) for path in (ROOT / "models" / "zoo").rglob("*.safetensors"))
+SHIPPED = sorted(path.relative_to(ROOT) for path in (ROOT / "models" / "zoo").rglob("*.safetensors"))
+_LEFT_OUT = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["exclude-package-data"]
+LEFT_OUT = sorted(path for path in SHIPPED if any(path.match(glob) for glob in _LEFT_OUT["bench.models"]))
+WEIGHTS = sorted(set(SHIPPED) - set(LEFT_OUT))
 CODE = sorted(path.relative_to(ROOT) for path in [*(ROOT / "models").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
 #: A user's network; its package or module is called `models`, as ours is in the repository.
 OWN = """
@@ -82,6 +86,8 @@ def installed(path: Path) -> str:
 
 def test_the_wheel_has_code_and_weights_in_a_bare_environment(bare: Path, tmp_path: Path):
     assert WEIGHTS
+    assert LEFT_OUT
+    assert not [path for path in LEFT_OUT if (site_packages(bare) / installed(path)).exists()]
     for path in CODE + WEIGHTS:
         there = site_packages(bare) / installed(path)
         assert there.is_file(), path
@@ -103,6 +109,7 @@ def test_the_sdist_holds_what_the_wheel_does(wheel: Path):
     (sdist,) = wheel.parent.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         members = {str(Path(*Path(member.name).parts[1:])): member for member in archive.getmembers()}
+    assert wheel.stat().st_size < 20_000_000
     with zipfile.ZipFile(wheel) as archive:
         packed = [name for name in archive.namelist() if name.startswith("bench/")]
     assert {installed(path) for path in CODE + WEIGHTS} <= set(packed)

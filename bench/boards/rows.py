@@ -140,7 +140,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Board:
-    """One data set and threat model: its rows by evaluation set, the largest first, each table in order."""
+    """One data set and threat model: its rows by evaluation set (see `tables`), each table in order."""
 
     stem: str  # of its files
     title: str
@@ -177,9 +177,14 @@ def board_rows(runs: Iterable[Run]) -> list[Row]:
 
 
 def tables(rows: Sequence[Row], certificates: Sequence[Certificates]) -> list[list[Row]]:
-    """The rows of one board, by evaluation set (the largest first), each table in order, ranked and compared."""
+    """The rows of one board, by evaluation set, each table in order, ranked and compared.
+
+    Sets on which a model has a rank come first, then the larger ones: what no rank can be read from must not be what is
+    read first.
+    """
     sets = grouped(rows, lambda row: (-row.n, row.result.fingerprint))
-    return [_ranked(table, certificates) for _, table in sorted(sets.items())]
+    in_order = sorted(sets.items(), key=lambda item: (not any(row.ranked for row in item[1]), *item[0]))
+    return [_ranked(table, certificates) for _, table in in_order]
 
 
 def _ranked(table: list[Row], certificates: Sequence[Certificates]) -> list[Row]:

@@ -472,6 +472,7 @@ class Trainer:
             init={key: start.origin for key, start in self.starts.items()},
             processes=self.fabric.world_size,
             seconds=round(sum(record.seconds for record in self.epochs), 1),
+            device=torch.cuda.get_device_name(device) if (device := self.fabric.device).type == "cuda" else device.type,
         )
         save_checkpoint(path, self.model, header)
 

@@ -24,6 +24,14 @@ COMPONENTS = [
 ]
 
 
+def test_a_set_without_a_ranked_row_comes_last_however_large(tmp_path: Path):
+    save(tmp_path, "pgd", {"clean": "11111", "pgd": "11111"}, fingerprint="a" * 16)
+    save(tmp_path, "pgd", {"clean": "1111", "pgd": "1111"}, fingerprint="b" * 16)
+    save(tmp_path, "autoattack", {"clean": "111", "apgd-ce": "100"}, fingerprint="c" * 16)
+    (board,) = boards(tmp_path)
+    assert [[row.n for row in table] for table in board.tables] == [[3], [5], [4]]
+
+
 def test_every_column_by_hand(tmp_path: Path):
     info = {
         **MOE,

@@ -121,6 +121,7 @@ def test_every_trained_variant_leaves_a_model_a_table_and_a_header(variant: str,
     assert (header.train_images, header.epochs) == (200, 2)
     assert header.bench_version
     assert header.seconds == round(sum(epoch.seconds for epoch in trained.epochs), 1)
+    assert header.device == "cpu"
 
     rows = table(path)
     branches = BRANCHES[VARIANTS[variant].network or VARIANTS[variant].kind]
