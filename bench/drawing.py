@@ -108,8 +108,9 @@ def inline(drawing: Drawing, key: str, classes: dict[str, str]) -> str:
     every style: `classes` has their names by style, and gets those that are new. They are most of a figure's bytes.
     """
     root = ElementTree.fromstring(svg(drawing.figure, "none"))
-    used = set(re.findall(r"#([A-Za-z0-9_-]+)", ElementTree.tostring(root, encoding="unicode")))
-    _slim(root, used, key, classes)
+    _drop_idle_clips(root)
+    used = dict.fromkeys(re.findall(r"#([A-Za-z0-9_-]+)", ElementTree.tostring(root, encoding="unicode")))
+    _slim(root, {old: f"{key}-{number}" for number, old in enumerate(used)}, classes)
     width, height = (float(number) for number in root.attrib["viewBox"].split()[2:])
     words = {"title": drawing.title, "desc": drawing.description}
     for at, (tag, text) in enumerate(words.items()):
@@ -120,30 +121,50 @@ def inline(drawing: Drawing, key: str, classes: dict[str, str]) -> str:
         "role": "img", "viewBox": f"0 0 {width:g} {height:g}", "aria-labelledby": f"{key}-title {key}-desc",
         "style": f"max-width:{1.9 * width:.0f}px",
     }  # fmt: skip
-    return ElementTree.tostring(root, encoding="unicode")
+    return ElementTree.tostring(root, encoding="unicode").replace(" />", "/>")
 
 
-def _slim(parent: ElementTree.Element, used: set[str], key: str, classes: dict[str, str]) -> None:
-    """Drops what a page does not need: whitespace, metadata, groups without an effect, ids that nobody names."""
+def _drop_idle_clips(root: ElementTree.Element) -> None:
+    """Takes the clip from every path whose corners are inside of it; what is drawn stays the same."""
+    boxes = {}
+    for clip in root.iter(f"{_NAMESPACE}clipPath"):
+        x, y, width, height = (float(clip[0].get(name, 0)) for name in ("x", "y", "width", "height"))
+        boxes[f"url(#{clip.get('id')})"] = (x, y, x + width, y + height)
+    for path in root.iter(f"{_NAMESPACE}path"):
+        if (clipped := path.get("clip-path")) in boxes:
+            left, top, right, bottom = boxes[clipped]
+            numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", path.get("d", ""))]
+            if all(left <= x <= right for x in numbers[::2]) and all(top <= y <= bottom for y in numbers[1::2]):
+                del path.attrib["clip-path"]
+
+
+def _slim(parent: ElementTree.Element, names: dict[str, str], classes: dict[str, str]) -> None:
+    """Drops what a page does not need: whitespace, metadata, groups without an effect, ids that nobody names.
+
+    The other ids are renamed by `names`.
+    """
     parent.tag, parent.tail = parent.tag.removeprefix(_NAMESPACE), None
     if parent.tag not in ("text", "tspan"):
         parent.text = None
     attributes = {}
     for attribute, value in parent.attrib.items():
-        value = value.replace("url(#", f"url(#{key}-")
-        if attribute == "id" and value in used:
-            attributes["id"] = f"{key}-{value}"
+        value = re.sub(r"(?<=url\(#)[^)]+", lambda found: names[found[0]], value)
+        if attribute == "id" and value in names:
+            attributes["id"] = names[value]
         elif attribute == _LINK:
-            attributes["href"] = f"#{key}-{value[1:]}"
+            attributes["href"] = f"#{names[value[1:]]}"
         elif attribute == "fill":
             attributes[attribute] = _themed(value)
         elif attribute == "style":
-            if "url(" in (themed := _themed(value)):  # of this figure alone
-                attributes["style"] = themed
-            elif themed:
+            themed = _themed(value)
+            if found := re.search(r"fill:(url\([^)]+\));?", themed):  # of this figure alone
+                attributes["fill"], themed = found[1], themed.replace(found[0], "")
+            if themed:
                 attributes["class"] = classes.setdefault(themed, f"s{len(classes)}")
         elif attribute == "clip-path":
             attributes[attribute] = value
+        elif attribute == "d":
+            attributes[attribute] = _straight(_short(value))
         elif attribute != "id" and not value.startswith("rotate(-0 "):
             attributes[attribute] = _short(value)
     parent.attrib = attributes
@@ -151,11 +172,14 @@ def _slim(parent: ElementTree.Element, used: set[str], key: str, classes: dict[s
     for child in parent:
         if child.tag in (f"{_NAMESPACE}metadata", f"{_NAMESPACE}style"):
             continue
+        if child.tag == f"{_NAMESPACE}clipPath" and child.get("id") not in names:
+            continue
         if child.tag == f"{_NAMESPACE}path" and _themed(child.get("style", "")) == "fill:none":
             continue  # it is invisible
-        _slim(child, used, key, classes)
+        _slim(child, names, classes)
         bare = child.tag == "g" and not child.attrib
-        kept += list(child) if bare else [child]
+        empty = child.tag == "defs" and not len(child)
+        kept += list(child) if bare else [] if empty else [child]
     parent[:] = kept
 
 
@@ -171,6 +195,19 @@ def _short(value: str) -> str:
     """Coordinates with one decimal."""
     value = re.sub(r"-?\d+\.\d+", lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), value)
     return re.sub(r" ?([MLCQz]) ?", r"\1", " ".join(value.split()))
+
+
+def _straight(path: str) -> str:
+    """The path with its horizontal and vertical lines written as such."""
+    drawn, at = "", ["", ""]
+    for command, numbers in re.findall(r"([MLCQz])([^MLCQz]*)", path):
+        to = numbers.split()[-2:] or at
+        if command == "L" and to[1] == at[1]:
+            command, numbers = "H", to[0]
+        elif command == "L" and to[0] == at[0]:
+            command, numbers = "V", to[1]
+        drawn, at = drawn + command + numbers, to
+    return drawn
 
 
 def steps_by_radius(

@@ -2,9 +2,10 @@
 
 from xml.etree import ElementTree
 
+import pytest
 from matplotlib.figure import Figure
 
-from bench.drawing import BLUE, Drawing, inline, name, pdf, sentence, style, svg
+from bench.drawing import BLUE, Drawing, _straight, inline, name, pdf, sentence, style, svg
 
 
 def figure(label: str = "a label") -> Figure:
@@ -51,6 +52,22 @@ def test_in_a_page_the_colours_are_the_pages_and_each_figure_has_its_own_ids():
     assert (root[0].tag, root[0].text, root[1].text) == ("title", "a <title>", "words")
     # what is drawn on has no id that nobody uses, no metadata, and far fewer bytes
     assert len(text) < 0.7 * len(svg(figure()))
+
+
+def test_a_path_is_written_shorter_and_stays_the_same():
+    assert _straight("M0 0L3 0L3 4L1 2L1 2z") == "M0 0H3V4L1 2H1z"
+    assert _straight("M1 1C2 2 3 3 4 4L4 9") == "M1 1C2 2 3 3 4 4V9"
+
+
+@pytest.mark.parametrize(("height", "clipped"), [(0.5, 0), (2.0, 1)])
+def test_a_bar_is_clipped_only_where_it_leaves_the_axes(height: float, clipped: int):
+    own = figure()
+    own.clear()
+    axes = own.subplots()
+    axes.bar([0], [height])
+    axes.set_ylim(0, 1)
+    text = inline(Drawing(own, "a title", "words"), "k", {})
+    assert text.count('clip-path="url(#k-') == text.count("<clipPath") == clipped
 
 
 def test_a_sentence_of_shares():
