@@ -303,6 +303,24 @@ def _decoy(gate: Gate, honest: bool) -> nn.Module:
     return MoE([Loud(), Loud(5), Decoy()], Router(2, CLOSED if honest else 2.0), 1, gate)
 
 
+class Mixture(nn.Module):
+    """All experts, weighted by a softmax so decided that no gradient is left to the others."""
+
+    def __init__(self, honest: bool, sharpness: float) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([Loud(), Loud(5), Quiet()])
+        self.router = Router(2, CLOSED if honest else 1.6)
+        self.num_selected_experts, self.sharpness = 3, sharpness
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.sharpness * self.router(x)).softmax(1)
+        return (weights[:, :, None] * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
+
+
+def _mixture(gate: Gate, honest: bool) -> nn.Module:
+    return Mixture(honest, 30 if gate == "softmax" else 1000)
+
+
 def _routed_experts(gate: Gate, honest: bool) -> nn.Module:
     # Every image reaches one of the two inner routers.
     inner = [MoE([Loud(), Loud(5), Quiet()], Router(2, CLOSED if honest else 1.4), 1, gate) for _ in range(2)]
@@ -325,4 +343,5 @@ VICTIMS = {
     "one-hot scores": Victim(_one_hot_scores, towards=_turned),
     "a decoy class": Victim(_decoy),
     "experts that are routed, by class": Victim(_routed_experts),
+    "a decided mixture of all experts": Victim(_mixture),
 }

@@ -1,13 +1,14 @@
 """The paths of a block's model: which there are, which can be reached, and the model led along one.
 
 A path is a choice at every routing site (`bench.models.sites`): a set of K experts for an MoE, a pair of such sets for
-a dual. Axes: B = examples of the block, m = rows that are attacked, P = paths, N = sites, T = tokens, E = experts,
+a dual. A mixture of all experts has a path to each of them, since a decided softmax hides the others from gradients.
+Axes: B = examples of the block, m = rows that are attacked, P = paths, N = sites, T = tokens, E = experts,
 K = selected experts of the site with the most, D = pixels.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations, islice, product
 from math import comb, prod
@@ -60,6 +61,9 @@ class Paths:
     def __post_init__(self) -> None:
         block, known = self.search.block, routing.sites(self.search.block.model)
         every = [site for site in known if site.k and not site.soft]
+        several = [site for site in (*routing.shown_sites(block.model), *known) if site.num_experts > 1]
+        mixtures = [site for site in several if site.soft and not site.choosers]
+        every += [replace(site, k=1) for site in dict.fromkeys(mixtures)]
         self._pass: Callable[[Tensor], Tensor] = block.model
         self._passes = 1
         if isinstance(block.model, Guarded) and block.model.draws > 1:
@@ -73,7 +77,9 @@ class Paths:
                         _, more, seen = routing.read(self._pass, [site], block.x)
                     found, inputs = found | more, inputs | seen
             found = {name: scores for name, scores in found.items() if len(scores) == len(block.x)}
-        self.sites = [site for site in every if site.name in found]
+        # of a mixture whose tokens each have their own weights, too many paths lead to one expert alone
+        of_tokens = {site.name for site in mixtures if site.name in found and found[site.name].shape[1] > 1}
+        self.sites = [site for site in every if site.name in found and site.name not in of_tokens]
         self.notes += [f"{one.name}: {NOT_FORCED}" for one in known if not one.soft and one.name not in found]
         hosts = {site.name: routing.host(site, self.sites) for site in self.sites}
         #: for a site inside an expert: the number of the site that chooses that expert, and the expert's

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from planted_routes import EPS, VICTIMS, Gate, Victim, images, majority
+from planted_routes import EPS, VICTIMS, Gate, Mixture, Victim, images, majority
+from torch import nn
 
+from bench import benchmark
 from bench.attacks import adaptive, restarts
 from bench.datasets.base import EvalSet, fingerprint
 
@@ -90,3 +92,29 @@ def test_adaptive_spares_the_honest_twin(kind: str, gate: Gate, verdict: Any, mo
     monkeypatch.setattr(restarts, "CORNERS", restarts.FEW_CORNERS)
     result = verdict(VICTIMS[kind].model(gate, honest=True), "small", 5)
     assert result.robust_accuracy.value == result.clean_accuracy.value  # of a model of chance some answers are wrong
+
+
+class Named(nn.Module):
+    """A planted mixture under names that show nothing."""
+
+    def __init__(self, honest: bool) -> None:
+        super().__init__()
+        self.known = Mixture(honest, 1000)
+        self.gating, self.nets = self.known.router, self.known.experts
+        del self.known.router, self.known.experts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = (self.known.sharpness * self.gating(x)).softmax(1)
+        return (weights[:, :, None] * torch.stack([net(x) for net in self.nets], 1)).sum(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("honest", [False, True])
+def test_a_decided_mixture_that_the_user_names_is_led_to_each_expert(honest: bool):
+    x, y = images(10)
+    scored = benchmark(
+        Named(honest).eval(), "digits", x=x, y=y, eps=EPS, suites=["adaptive"], settings={"budget": "small"},
+        gates=["gating"], progress=False, device="cpu",
+    )  # fmt: skip
+    assert scored.robust_accuracy is not None
+    assert scored.robust_accuracy.value == honest
