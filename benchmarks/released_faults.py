@@ -148,7 +148,8 @@ def main() -> None:
         rows = data.held_out[: given.n_examples]
         scored = benchmark(
             model, given.dataset, x=data.images.floats(rows), y=data.images.y[rows],
-            suites=["pgd", "autoattack", "adaptive"], settings={"budget": "small"}, progress=False, device="cpu",
+            threat_model=spec.threat_model.norm, eps=spec.threat_model.eps, suites=["pgd", "autoattack", "adaptive"],
+            settings={"budget": "small"}, progress=False, device="cpu",
         )  # fmt: skip
         assert scored.robust_accuracy is not None
         shares = [
