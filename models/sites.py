@@ -78,14 +78,13 @@ class Site:
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """The sites of a model, in the order of its modules, then those that the user named; without mixtures of whole
-    networks that choose nothing.
+    """The sites of a model, in the order of its modules, then those that the user named; not where there is one expert.
 
     An MoE of whole networks is any sub-module with `router` and `experts`; K is its `num_selected_experts`, 1 where it
     does not say. An MoE block inside a network is one with `gate` (a module), `experts` and `num_selected_experts`.
     """
     named: tuple[Site, ...] = model.gates if isinstance(model, Guarded) else ()
-    return [*(site for site in shown_sites(model) if not (site.whole and site.soft)), *named]
+    return [*(site for site in shown_sites(model) if site.num_experts > 1), *named]
 
 
 def forced_inside(model: nn.Module) -> bool:

@@ -61,9 +61,8 @@ class Paths:
     def __post_init__(self) -> None:
         block, known = self.search.block, routing.sites(self.search.block.model)
         every = [site for site in known if site.k and not site.soft]
-        several = [site for site in (*routing.shown_sites(block.model), *known) if site.num_experts > 1]
-        mixtures = [site for site in several if site.soft and not site.choosers]
-        every += [replace(site, k=1) for site in dict.fromkeys(mixtures)]
+        mixtures = [site for site in known if site.soft and not site.choosers]
+        every += [replace(site, k=1) for site in mixtures]
         self._pass: Callable[[Tensor], Tensor] = block.model
         self._passes = 1
         if isinstance(block.model, Guarded) and block.model.draws > 1:

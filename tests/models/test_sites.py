@@ -24,7 +24,7 @@ def moe(linear_moe: Any, count: int = 3, k: int = 1, gate: str = "argmax") -> Mo
 X = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.3, 0.6]]).view(2, 1, 1, 3)
 
 
-def test_sites_are_the_routers_that_choose(linear_moe: Any):
+def test_sites_are_the_routers_of_several_experts(linear_moe: Any):
     inner, outer = moe(linear_moe), moe(linear_moe, 3, 2)
     assert [(site.name, site.num_experts, site.k) for site in sites(outer)] == [("router", 3, 2)]
     dual = DualModel(inner, outer)
@@ -32,7 +32,9 @@ def test_sites_are_the_routers_that_choose(linear_moe: Any):
     nested = MoE([inner, nn.Identity()], outer.router, 1, "argmax")
     assert [site.name for site in sites(nested)] == ["router", "experts.0.router"]
     assert [site.name for site in sites(nn.Sequential(nn.Identity(), inner))] == ["1.router"]
-    assert sites(moe(linear_moe, 3, 3)) == []  # all experts are selected: nothing is chosen
+    (mixture,) = sites(moe(linear_moe, 3, 3))
+    assert mixture.soft
+    assert sites(moe(linear_moe, 1)) == []
 
 
 def test_the_gap_of_a_path_is_that_of_its_weakest_expert_at_the_worst_token():

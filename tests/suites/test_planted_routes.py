@@ -11,6 +11,7 @@ from torch import nn
 from bench import benchmark
 from bench.attacks import adaptive, restarts
 from bench.datasets.base import EvalSet, fingerprint
+from bench.results.flags import ROUTES_INSIDE
 
 GATES: list[Gate] = ["softmax", "argmax"]
 EVERY = [pytest.param(kind, gate, id=f"{kind}-{gate}") for kind in VICTIMS for gate in GATES]
@@ -118,3 +119,11 @@ def test_a_decided_mixture_that_the_user_names_is_led_to_each_expert(honest: boo
     )  # fmt: skip
     assert scored.robust_accuracy is not None
     assert scored.robust_accuracy.value == honest
+
+
+@pytest.mark.slow
+def test_a_mixture_that_declares_all_experts_selected_has_no_rank_without_adaptive():
+    x, y = images(10)
+    model = VICTIMS["a decided mixture of all experts"].model("softmax")
+    scored = benchmark(model, "digits", x=x, y=y, eps=EPS, suites=["pgd"], progress=False, device="cpu")
+    assert f"{ROUTES_INSIDE}router" in scored.flags
