@@ -280,7 +280,8 @@ def page() -> str:
         " nothing here is typed by hand. Accuracies in percent with 95 % Wilson intervals. p: exact McNemar test on"
         " the same examples, two-sided, Holm's correction over all tests of this page. Each model is of training seed"
         " 0, so a verdict is on these models, not on the methods in general; where there are several seeds, *Over"
-        " training seeds* compares the methods.",
+        " training seeds* compares the methods. Seconds of training are of the machine that trained the model, a CPU or"
+        " a GPU (docs/training.md).",
         "",
         "Paper: Zhang, Xu, Hu, Wang, *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model"
         " Approach*, ICML 2025 (arXiv 2502.06832). RA-worst, accuracy under all attacks that ran, is an upper bound"
