@@ -197,13 +197,17 @@ class _Look:
                 handle.remove()
 
     def refuse(self, why: str) -> UnusableInput:
-        return UnusableInput(f"--gates {self.name}: {why}: name a module whose output is the scores (…, experts)")
+        return UnusableInput(
+            f"--gates {self.name}: {why}: name a module whose output is the scores (…, experts); a gate that not every"
+            " image reaches, or scores that are put together from several outputs, are shown by attributes `router`"
+            " and `experts` (docs/your-own-model.md)"
+        )
 
     def site(self, model: nn.Module, images: int) -> Site:
         """The site, as far as one pass shows it; K is still open."""
         if self.calls != 1 or self.inputs is None:
-            times = f"{self.calls} times" if self.calls else "never"
-            raise self.refuse(f"a forward pass calls it {times}, and a gate is called once")
+            times = f"calls it {self.calls} times" if self.calls else "never calls it"
+            raise self.refuse(f"a forward pass {times}, and a gate is called once")
         if self.call is None:
             tensors = [leaf for leaf in tree_leaves(self.output) if isinstance(leaf, Tensor)]
             fitting = [one for one in tensors if self._fits(one, images)]

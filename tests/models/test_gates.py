@@ -237,7 +237,7 @@ def test_a_threshold_is_no_gate():
 def test_a_gate_that_is_called_twice_or_never_is_refused():
     gate = nn.Linear(6, 3)
     assert "calls it 2 times" in refused(Block(gate, lambda g, x: hot(g(tokens(x)) + g(tokens(x)), 1)), "score")
-    assert "calls it never" in refused(Block(gate, lambda g, x: torch.ones(len(x), 4, 3)), "score")
+    assert "never calls it" in refused(Block(gate, lambda g, x: torch.ones(len(x), 4, 3)), "score")
 
 
 def test_a_choice_by_a_bias_is_no_soft_mixture_however_it_is_made():
