@@ -207,7 +207,8 @@ def _routes(
     if unforced:
         return Finding("routes", "; ".join(unforced), "let the model call its gate once for each batch, as a module")
     if gates:
-        words = [gate.words for gate in gates[:3]]
+        known = {site.name: site.words for site in sites(network)}  # a mixture is forced as a top-1 gate
+        words = [known[gate.name] for gate in gates[:3]]
         more = f" and {len(gates) - 3} more gates" if len(gates) > 3 else ""
         kind = "a dual; " if is_dual(network) else ""
         count = f"{paths:,} paths" if paths < 10**6 else "over a million paths, of which some are attacked"

@@ -82,6 +82,13 @@ MODELS = """
         def forward(self, x):
             every = torch.stack([expert(x) for expert in self.experts], 1)
             return every[torch.arange(len(x)), self.router(x).argmax(1)]
+
+    class Mixed(Routed):
+        num_selected_experts = 3
+
+        def forward(self, x):
+            weights = self.router(x).softmax(1)
+            return (weights[:, :, None] * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
 """
 
 
@@ -136,11 +143,12 @@ def test_each_planted_fault_is_told_with_its_remedy(
     assert rank.seen.startswith("none") == (what in ("chance", "batch", "state", "routes"))
 
 
-def test_routes_that_are_shown_are_counted_and_attacked(seen: Callable[..., Diagnosis]):
-    found = seen("Routed")
+@pytest.mark.parametrize(("kind", "words"), [("Routed", "top-1 of 3"), ("Mixed", "soft, of 3")])
+def test_routes_that_are_shown_are_counted_and_attacked(kind: str, words: str, seen: Callable[..., Diagnosis]):
+    found = seen(kind)
     assert found.problems == []
     by_name = {finding.what: finding.seen for finding in found.findings}
-    assert by_name["routes"] == "router (top-1 of 3): 3 paths"
+    assert by_name["routes"] == f"router ({words}): 3 paths"
     assert by_name["rank"] == "after suites autoattack and adaptive with their default settings"
     assert {each.suite for each in found.suites if each.seconds} == {*SUITES} - {"robustbench", "torchattacks"}
 
