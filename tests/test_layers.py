@@ -43,7 +43,8 @@ def imports(path: Path, *, everywhere: bool = True) -> set[str]:
         types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         if not types and (everywhere or not lazy):
-            todo.extend(ast.iter_child_nodes(node))
+            blocks = (ast.stmt, ast.ExceptHandler, ast.match_case)  # an expression holds no import
+            todo.extend(child for child in ast.iter_child_nodes(node) if isinstance(child, blocks))
     return found
 
 
