@@ -321,6 +321,15 @@ def _mixture(gate: Gate, honest: bool) -> nn.Module:
     return Mixture(honest, 30 if gate == "softmax" else 1000)
 
 
+def _mixture_of_routed(gate: Gate, honest: bool) -> nn.Module:
+    # Its own router hardly weighs: both inner routes have to turn at once.
+    inner = [
+        MoE([Loud(), Loud(12), Quiet()], Router(2, CLOSED if honest else 1.4, scale=10, first_route=i), 1, gate)
+        for i in range(2)
+    ]
+    return MoE(inner, nn.Sequential(nn.Flatten(), nn.Linear(64, 2), Mapped(nn.Identity(), lambda z: 0.01 * z)), 2, gate)
+
+
 def _routed_experts(gate: Gate, honest: bool) -> nn.Module:
     # Every image reaches one of the two inner routers.
     inner = [MoE([Loud(), Loud(5), Quiet()], Router(2, CLOSED if honest else 1.4), 1, gate) for _ in range(2)]
@@ -344,4 +353,5 @@ VICTIMS = {
     "a decoy class": Victim(_decoy),
     "experts that are routed, by class": Victim(_routed_experts),
     "a decided mixture of all experts": Victim(_mixture),
+    "routed experts that are mixed": Victim(_mixture_of_routed, routes=2),
 }

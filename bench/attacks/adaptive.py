@@ -86,10 +86,11 @@ def passes(budget: BudgetName, num_classes: int, *, dual: bool) -> tuple[int, in
 def attacks(search: Search, budget: BudgetName) -> Iterator[tuple[str, Attack]]:
     """The attacks by name in the order they run, the strongest on routes first."""
     model, much = search.block.model, BUDGETS[budget]
-    paths = Paths(search, much.paths)
-    search.block.flags.extend(f"adaptive: {note}" for note in paths.notes)
-    if paths.sites:
-        yield "paths", partial(forced_paths, paths, much.path_restarts, much.path_steps)
+    paths, mixed = Paths(search, much.paths), Paths(search, much.paths, mixed=True)
+    search.block.flags.extend(f"adaptive: {note}" for note in (*paths.notes, *mixed.notes))
+    led = {name: found for name, found in (("paths", paths), ("mixtures", mixed)) if found.sites}
+    for name, found in led.items():
+        yield name, partial(forced_paths, found, much.path_restarts, much.path_steps)
     yield "deployed", partial(deployed, search, much.restarts, much.steps)
     if any(not site.whole for site in paths.sites):
         yield "left-routes", partial(left_routes, paths, much.restarts, much.steps)
@@ -100,9 +101,10 @@ def attacks(search: Search, budget: BudgetName) -> Iterator[tuple[str, Attack]]:
         for weight in much.weights:
             yield f"reweighed-{weight:g}", partial(reweighed, search, weight, much.steps)
     yield "targeted", lambda: targeted(search, nearest(search, much.targets), much.steps)
-    if paths.sites:
+    if led:
         yield "averaged", partial(averaged, search, much.neighbours, much.steps)
-        yield "square-paths", partial(square_on_paths, paths, much.queries)
+    for name, found in led.items():
+        yield f"square-{name}", partial(square_on_paths, found, much.queries)
     for number in range(much.square_seeds):
         yield f"square-{number + 1}", partial(_square, search, much.queries, number)
 

@@ -1,9 +1,11 @@
 """The paths of a block's model: which there are, which can be reached, and the model led along one.
 
 A path is a choice at every routing site (`bench.models.sites`): a set of K experts for an MoE, a pair of such sets for
-a dual. A mixture of all experts has a path to each of them, since a decided softmax hides the others from gradients.
-Axes: B = examples of the block, m = rows that are attacked, P = paths, N = sites, T = tokens, E = experts,
-K = selected experts of the site with the most, D = pixels.
+a dual. A mixture of all experts has paths too, one to each of them, since a decided softmax hides the others from
+gradients; they are a matter of their own (`Paths.mixed`), so that they take no path away from what chooses.
+
+Axes: B = examples of the block, m = rows that are attacked, P = paths, N = sites, T = tokens, E = experts, K = selected
+experts of the site with the most, D = pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,13 +47,15 @@ EXPECTED = 5
 class Paths:
     """The paths of a block's model.
 
-    limit: how many are attacked at most. possible: how many there are. choices (P, N, K): the experts of each path at
-    each site, -1 where it is free. deviations: what a choice then means, where the sites are gates inside a network of
-    more paths than can be forced. notes: in words, what attacks on these paths leave out.
+    limit: how many are attacked at most. mixed: the paths of soft mixtures of whole images, each led to one expert,
+    instead of those of the sites that choose. possible: how many there are. choices (P, N, K): the experts of each path
+    at each site, -1 where it is free. deviations: what a choice then means, where the sites are gates inside a network
+    of more paths than can be forced. notes: in words, what attacks on these paths leave out.
     """
 
     search: Search
     limit: int
+    mixed: bool = False
     sites: list[Site] = field(init=False)
     choices: Tensor = field(init=False)
     possible: int = field(init=False)
@@ -60,15 +64,18 @@ class Paths:
 
     def __post_init__(self) -> None:
         block, known = self.search.block, routing.sites(self.search.block.model)
-        every = [site for site in known if site.k and not site.soft]
-        mixtures = [site for site in known if site.soft and not site.choosers]
-        every += [replace(site, k=1) for site in mixtures]
+        every = asked = [site for site in known if not site.soft]
+        if self.mixed:
+            asked = [site for site in known if site.soft and not site.choosers]
+            every = [site for site in every if any(routing.host(one, [site]) for one in asked)]
+            every += [replace(site, k=1) for site in asked]
+        every = [site for site in every if site.k]
         self._pass: Callable[[Tensor], Tensor] = block.model
         self._passes = 1
         if isinstance(block.model, Guarded) and block.model.draws > 1:
             self._pass, self._passes = block.model.once, EXPECTED
         with torch.no_grad():
-            _, found, inputs = routing.read(self._pass, every, block.x)
+            _, found, inputs = routing.read(self._pass, every, block.x) if every else (None, {}, {})
             found = {name: scores for name, scores in found.items() if len(scores) == len(block.x)}
             for site in every:  # an expert that is routed itself may not be asked about every image
                 if site.name not in found and (host := routing.host(site, every)) and host[0].name in found:
@@ -76,10 +83,13 @@ class Paths:
                         _, more, seen = routing.read(self._pass, [site], block.x)
                     found, inputs = found | more, inputs | seen
             found = {name: scores for name, scores in found.items() if len(scores) == len(block.x)}
-        # of a mixture whose tokens each have their own weights, too many paths lead to one expert alone
-        of_tokens = {site.name for site in mixtures if site.name in found and found[site.name].shape[1] > 1}
-        self.sites = [site for site in every if site.name in found and site.name not in of_tokens]
-        self.notes += [f"{one.name}: {NOT_FORCED}" for one in known if not one.soft and one.name not in found]
+        self.sites = [site for site in every if site.name in found]
+        if self.mixed:  # tokens that each have their own weights lead to too many mixtures
+            led = {site.name for site in asked if site.name in found and found[site.name].shape[1] == 1}
+            hosting = [site for site in self.sites if not any(site.name == one.name for one in asked)]
+            self.sites = [*hosting, *(site for site in self.sites if site.name in led)] if led else []
+            asked = [site for site in asked if site.whole]
+        self.notes += [f"{one.name}: {NOT_FORCED}" for one in asked if one.name not in found]
         hosts = {site.name: routing.host(site, self.sites) for site in self.sites}
         #: for a site inside an expert: the number of the site that chooses that expert, and the expert's
         self._inside = {

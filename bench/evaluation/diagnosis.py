@@ -187,8 +187,10 @@ def _gates(block: Block) -> tuple[list[Site], int, list[str]]:
     if not sites(block.model):
         return [], 0, []
     with seeded(0):
-        found = Paths(Search(block), limit=1)
-    return found.sites, found.possible, [note for note in found.notes if NOT_FORCED in note]
+        several = [Paths(Search(block), limit=1, mixed=mixed) for mixed in (False, True)]
+    notes = [note for found in several for note in found.notes if NOT_FORCED in note]
+    gates = {site.name: site for found in several for site in found.sites}  # a gate that hosts a mixture is in both
+    return list(gates.values()), sum(found.possible for found in several), notes
 
 
 def _routes(

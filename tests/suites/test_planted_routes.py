@@ -12,6 +12,7 @@ from bench import benchmark
 from bench.attacks import adaptive, restarts
 from bench.datasets.base import EvalSet, fingerprint
 from bench.results.flags import ROUTES_INSIDE
+from bench.spec import NOT_FORCED
 
 GATES: list[Gate] = ["softmax", "argmax"]
 EVERY = [pytest.param(kind, gate, id=f"{kind}-{gate}") for kind in VICTIMS for gate in GATES]
@@ -118,6 +119,16 @@ def test_a_decided_mixture_that_the_user_names_is_led_to_each_expert():
     )  # fmt: skip
     assert scored.robust_accuracy is not None
     assert scored.robust_accuracy.value == 0
+
+
+def test_a_mixture_whose_router_is_called_twice_is_not_forced(verdict: Any):
+    class Twice(Mixture):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.router(x)
+            return super().forward(x)
+
+    result = verdict(Twice(honest=True, sharpness=30), "small", 5)
+    assert f"adaptive: router: {NOT_FORCED}" in result.flags
 
 
 @pytest.mark.slow
