@@ -42,12 +42,12 @@ def mcnemar(lost: int, gained: int, alternative: Literal["greater", "two-sided"]
 
 
 def _tail(least: int, n: int) -> float:
-    """P(Bin(n, ½) ≥ least)."""
-    if not least:
-        return 1.0
-    from scipy.special import bdtrc  # here: not every board needs it, and its import takes a while
-
-    return float(bdtrc(least - 1, n, 0.5))
+    """P(Bin(n, ½) ≥ least), in whole numbers and so exact; scipy, which has it too, takes long to import."""
+    total, term = 0, math.comb(n, least)
+    for k in range(least, n + 1):
+        total += term
+        term = term * (n - k) // (k + 1)
+    return total / 2**n
 
 
 def sign_flip(changes: NDArray[np.int64]) -> float:
