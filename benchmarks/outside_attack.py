@@ -436,9 +436,12 @@ def recheck(model: nn.Module, x: Tensor, y: Tensor, outcome: Outcome, eps: float
     return kept
 
 
-def stored_robust(results: Path, model: str, sha256: str, data: EvalSet) -> list[int]:
-    """Positions in the set of the images that every stored run of this checkpoint calls robust: its RA-worst."""
-    runs = [r for r in read_runs(results) if r.result.spec.model == model]
+def stored_robust(results: Path, model: str, sha256: str, alpha: float | None, data: EvalSet) -> list[int]:
+    """Positions in the set of the images that every stored run of this checkpoint calls robust: its RA-worst.
+
+    alpha: a dual's own; its runs with another are of another model.
+    """
+    runs = [r for r in read_runs(results) if r.result.spec.model == model and r.result.spec.alpha in (None, alpha)]
     runs = [r for r in runs if r.result.model_info.checkpoint_sha256 == sha256 and r.result.attacked]
     if not runs:
         sys.exit(f"no attacked run of this checkpoint of {model} in {results}")
@@ -469,7 +472,7 @@ def main() -> None:
     table = []
     for name in args.model:
         model, _, sha256 = load_checkpoint(find_checkpoint(name, args.dataset, "Linf", folders))
-        robust = stored_robust(args.results, name, sha256, data)
+        robust = stored_robust(args.results, name, sha256, getattr(model, "alpha", None), data)
         begin = time.perf_counter()
         x, y = data.x[robust], data.y[robust]
         outcome, paths = attack(model, x, y, eps, args.restarts, args.steps, args.seed)
