@@ -86,9 +86,8 @@ class Paths:
         self.sites = [site for site in every if site.name in found]
         if self.mixed:  # tokens that each have their own weights lead to too many mixtures
             led = {site.name for site in asked if site.name in found and found[site.name].shape[1] == 1}
-            hosting = [site for site in self.sites if not any(site.name == one.name for one in asked)]
-            self.sites = [*hosting, *(site for site in self.sites if site.name in led)] if led else []
             of_tokens = [site.name for site in asked if site.name in found and site.name not in led]
+            self.sites = [site for site in self.sites if site.name not in of_tokens] if led else []
             self.notes += [f"{name}: weighs tokens, which are led to no expert" for name in of_tokens]
             asked = [site for site in asked if site.whole]
         self.notes += [f"{one.name}: {NOT_FORCED}" for one in asked if one.name not in found]
