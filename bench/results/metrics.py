@@ -42,12 +42,15 @@ def mcnemar(lost: int, gained: int, alternative: Literal["greater", "two-sided"]
 
 
 def _tail(least: int, n: int) -> float:
-    """P(Bin(n, ½) ≥ least), in whole numbers and so exact; scipy, which has it too, takes long to import."""
-    total, term = 0, math.comb(n, least)
-    for k in range(least, n + 1):
+    """P(Bin(n, ½) ≥ least) to twelve digits, from its largest term on; scipy, which has it too, takes long to import."""
+    if 2 * least <= n:
+        return 1.0 - _tail(n - least + 1, n)
+    total, term = 0.0, math.comb(n, least) / 2**n
+    while term > 1e-17 * total:
         total += term
-        term = term * (n - k) // (k + 1)
-    return total / 2**n
+        term *= (n - least) / (least + 1)
+        least += 1
+    return total
 
 
 def sign_flip(changes: NDArray[np.int64]) -> float:
