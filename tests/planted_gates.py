@@ -77,9 +77,11 @@ class ByToken(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.loud(x)[:, None]
+        return either(self.score(self.tokens(x)), y, -9 * y).sum(1)
+
+    def tokens(self, x: Tensor) -> Tensor:
         patches = nn.functional.unfold(x - 0.5, 4, stride=4).transpose(1, 2)
-        tokens = torch.cat([patches, torch.eye(4).expand(len(x), 4, 4)], 2)
-        return either(self.score(tokens), y, -9 * y).sum(1)
+        return torch.cat([patches, torch.eye(4).expand(len(x), 4, 4)], 2)
 
 
 class ByExperts(nn.Module):
@@ -128,6 +130,15 @@ class Soft(nn.Module):
         return weights[:, :1] * y - weights[:, 1:] * y
 
 
+class SoftTokens(ByToken):
+    """The four tokens' own weights, as decided: what one token is given turns the logits around."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.loud(x)[:, None]
+        weights = (1000 * self.score(self.tokens(x))).softmax(-1)
+        return (weights[..., :1] * y - weights[..., 1:] * 9 * y).sum(1)
+
+
 #: By name: the network, what it asks for, and how its gates are named.
 KINDS: dict[str, tuple[Callable[[float], nn.Module], float, str]] = {
     "a linear gate": (ByImage, 4.0, "score"),
@@ -136,6 +147,7 @@ KINDS: dict[str, tuple[Callable[[float], nn.Module], float, str]] = {
     "experts choose tokens": (ByExperts, 1.0, "score"),
     "two gates at once": (ByTwo, 1.4, "blocks.*.score"),
     "a soft mixture": (Soft, 4.0, "score"),
+    "a soft mixture of tokens": (SoftTokens, 1.0, "score"),
 }
 assert CLASSES == 5
 assert len(CODES) == 64

@@ -47,8 +47,8 @@ EXPECTED = 5
 class Paths:
     """The paths of a block's model.
 
-    limit: how many are attacked at most. mixed: the paths of soft mixtures of whole images, each led to one expert,
-    instead of those of the sites that choose. possible: how many there are. choices (P, N, K): the experts of each path
+    limit: how many are attacked at most. mixed: the paths of soft mixtures, led to one expert at a time, instead
+    of those of the sites that choose. possible: how many there are. choices (P, N, K): the experts of each path
     at each site, -1 where it is free. deviations: what a choice then means, where the sites are gates inside a network
     of more paths than can be forced. notes: in words, what attacks on these paths leave out.
     """
@@ -84,12 +84,8 @@ class Paths:
                     found, inputs = found | more, inputs | seen
             found = {name: scores for name, scores in found.items() if len(scores) == len(block.x)}
         self.sites = [site for site in every if site.name in found]
-        if self.mixed:  # tokens that each have their own weights lead to too many mixtures
-            led = {site.name for site in asked if site.name in found and found[site.name].shape[1] == 1}
-            of_tokens = [site.name for site in asked if site.name in found and site.name not in led]
-            self.sites = [site for site in self.sites if site.name not in of_tokens] if led else []
-            self.notes += [f"{name}: weighs tokens, which are led to no expert" for name in of_tokens]
-            asked = [site for site in asked if site.whole]
+        if self.mixed and not any(site.name in found for site in asked):
+            self.sites = []
         self.notes += [f"{one.name}: {NOT_FORCED}" for one in asked if one.name not in found]
         hosts = {site.name: routing.host(site, self.sites) for site in self.sites}
         #: for a site inside an expert: the number of the site that chooses that expert, and the expert's

@@ -42,7 +42,7 @@ def mcnemar(lost: int, gained: int, alternative: Literal["greater", "two-sided"]
 
 
 def _tail(least: int, n: int) -> float:
-    """P(Bin(n, ½) ≥ least) to twelve digits, from its largest term on; scipy, which has it too, takes long to import."""
+    """P(Bin(n, ½) ≥ least) to twelve digits, from the largest term on; to import scipy's takes long."""
     if 2 * least <= n:
         return 1.0 - _tail(n - least + 1, n)
     total, term = 0.0, math.comb(n, least) / 2**n

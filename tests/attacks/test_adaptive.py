@@ -38,14 +38,16 @@ def test_it_gives_the_same_for_a_seed(planted: Any, monkeypatch: pytest.MonkeyPa
     assert not torch.equal(attack(data.x, data.y), first)
 
 
-def test_soft_mixtures_inside_a_network_are_attacked_without_a_word():
+def test_soft_mixtures_inside_a_network_are_led_to_their_experts():
     model = load_model("softmoe-at", dataset="digits")
     assert all(site.soft for site in sites(model))
     x, y = torch.rand(1, 1, 8, 8), torch.zeros(1, dtype=torch.long)
     threat = ThreatModel(norm="Linf", eps=0.2)
     block = Block(model, x, y, torch.ones(1, dtype=torch.bool), 10, "digits", threat, 0, PassCounter(model))
     names = [name for name, _ in attacks(Search(block), "small")]
-    assert names == ["deployed", "softened", "targeted", "square-1"]
+    assert names == ["mixtures", "deployed", "softened", "targeted", "averaged", "square-mixtures", "square-1"]
+    assert len(block.flags) == 1
+    assert "paths attacked" in block.flags[0]
 
 
 def test_it_refuses_an_attack_that_it_does_not_have(planted: Any):

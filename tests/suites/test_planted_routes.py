@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted_routes import EPS, VICTIMS, Gate, Mapped, Mixture, Victim, images, majority
+from planted_routes import EPS, VICTIMS, Gate, Mixture, Victim, images, majority
 from torch import nn
 
 from bench import benchmark
@@ -119,20 +119,6 @@ def test_a_decided_mixture_that_the_user_names_is_led_to_each_expert():
     )  # fmt: skip
     assert scored.robust_accuracy is not None
     assert scored.robust_accuracy.value == 0
-
-
-def test_a_mixture_of_tokens_is_told_of(verdict: Any):
-    class OfTokens(Mixture):
-        def __init__(self) -> None:
-            super().__init__(honest=True, sharpness=30)
-            self.router = Mapped(self.router, lambda z: z[:, None].expand(-1, 2, -1))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            weights = (self.sharpness * self.router(x)).softmax(-1).mean(1)
-            return (weights[:, :, None] * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
-
-    result = verdict(OfTokens(), "small", 5)
-    assert "adaptive: router: weighs tokens, which are led to no expert" in result.flags
 
 
 def test_a_mixture_whose_router_is_called_twice_is_not_forced(verdict: Any):
