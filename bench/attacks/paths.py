@@ -133,7 +133,7 @@ class Paths:
     def _options(self, site: Site) -> list[tuple[int, ...]]:
         """The sets of K experts of a site that are tried, the most promising first."""
         likely = self._scores[site.name].mean((0, 1))
-        if comb(site.num_experts, site.k) <= MOST_SETS:
+        if comb(site.num_experts, site.k) <= min(MOST_SETS, self.limit):
             return list(combinations(range(site.num_experts), site.k))
         ranked = [self._best_sets(likely, site.k)]
         if site.whole:

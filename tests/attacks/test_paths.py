@@ -95,7 +95,10 @@ def test_experts_without_a_gradient_are_seen_as_such(linear_moe: Any):
     assert paths(linear_moe([SAME[0], [[0.0, 0], [0, 0]]], ROUTER[:2], 1, "argmax"), X).blind
 
 
-def test_of_many_sets_the_likeliest_and_the_weakest_are_tried():
+@pytest.mark.parametrize(
+    ("k", "limit", "tried", "possible"), [(2, 500, MOST_SETS, 120), (2, 20, 20, 120), (1, 6, 6, 16)]
+)
+def test_of_many_sets_the_likeliest_and_the_weakest_are_tried(k: int, limit: int, tried: int, possible: int):
     class Scores(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return -torch.arange(16.0).expand(len(x), -1)  # the first two are the likeliest
@@ -108,12 +111,12 @@ def test_of_many_sets_the_likeliest_and_the_weakest_are_tried():
         def forward(self, x: Tensor) -> Tensor:
             return torch.tensor([[self.value, 0.0]]).expand(len(x), -1) + 0 * x.flatten(1)[:, :1]
 
-    model = MoE([Says(1.0 - i / 8) for i in range(16)], Scores(), 2, "argmax")  # the last two are the weakest
-    found = paths(model, X)
+    model = MoE([Says(1.0 - i / 8) for i in range(16)], Scores(), k, "argmax")  # the last two are the weakest
+    found = paths(model, X, limit=limit)
     sets = [tuple(sorted(path.flatten().tolist())) for path in found.choices]
-    assert (len(sets), found.possible, found.notes) == (MOST_SETS, 120, ["64 of 120 paths attacked"])
-    assert sets[:2] == [(0, 1), (14, 15)]
-    assert len(set(sets)) == MOST_SETS
+    assert (len(sets), found.possible, found.notes) == (tried, possible, [f"{tried} of {possible} paths attacked"])
+    assert sets[:2] == [tuple(range(k)), tuple(range(16 - k, 16))]
+    assert len(set(sets)) == tried
 
 
 class Lies(torch.autograd.Function):
