@@ -35,6 +35,11 @@ class Model:
     in_balls: tuple[Row, ...]  # this model on these examples in all balls of this norm, by ε
     history: pd.DataFrame | None = None  # the epochs of its training, where they lie beside its checkpoint
 
+    @property
+    def key(self) -> str:
+        """Whose row it is, whatever the images and the ball."""
+        return model_key(self.row.spec, self.row.info)
+
 
 def boards_with_models(
     stored: Stored, histories: Mapping[str, pd.DataFrame] | None = None
@@ -49,8 +54,7 @@ def boards_with_models(
     for board in made:
         models = []
         for row in board.rows:
-            key = model_key(row.spec, row.info)
-            own = [one for one in stored.certificates if one.result.model_key == key]
+            own = [one for one in stored.certificates if one.result.model_key == model_key(row.spec, row.info)]
             models.append(
                 Model(
                     board,

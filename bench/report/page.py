@@ -127,7 +127,8 @@ def _model(
 ) -> dict[str, Any]:
     row = model.row
     bar = bounds([row], names=False)
-    shown: Gallery = gallery(model, clean_images)
+    elsewhere = ranked_elsewhere(model, models)
+    shown = gallery(model, clean_images) if elsewhere is None else Gallery(())
     return {
         "id": _id(board, model, models),
         "name": model.row.name,
@@ -140,7 +141,8 @@ def _model(
         "flags": row.flags,
         "info": row.info,
         "row": row,
-        "figures": drawn.figures([model], "model", "balls"),
+        "figures": drawn.figures([model], "model", "balls") if elsewhere is None else [],
+        "elsewhere": elsewhere and {"id": _id(board, elsewhere, models), "n": elsewhere.row.n},
         "gallery": shown,
         "replays": [
             shlex.join([*command_words(), "replay", path])
@@ -148,6 +150,14 @@ def _model(
         ],
         "sources": _sources(board, model),
     }
+
+
+def ranked_elsewhere(model: Model, models: Sequence[Model]) -> Model | None:
+    """The same model's ranked row on other images of the board, for one without a rank: it has the figures of both."""
+    if model.row.ranked:
+        return None
+    same = (one for one in models if one.row.ranked and one.key == model.key)
+    return next(same, None)
 
 
 class _Drawn:

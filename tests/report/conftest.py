@@ -43,7 +43,7 @@ def save_run() -> Callable[..., Path]:
 
     Example i has the label i % 4 and goes to expert i % 2 of an MoE; the last one is wrong without an attack. An attack
     meets the examples that none before it in the suite has broken. `witnesses`: whether the images are kept; `failed`:
-    whether an example that is not robust is so by an error.
+    whether an example that is not robust is so by an error. `number`: of the first image.
     """
 
     def save(
@@ -55,6 +55,7 @@ def save_run() -> Callable[..., Path]:
         flags: tuple[str, ...] = (),
         witnesses: bool = False,
         failed: bool = False,
+        number: int = 0,
         **fields: Any,
     ) -> Path:
         routed = "num_experts" in info
@@ -68,8 +69,8 @@ def save_run() -> Callable[..., Path]:
                 clean_pred = (i % 4 + 1) % 4 if i == N - 1 else i % 4
                 distance = 0.0 if attack == "clean" else 0.1
                 rows.append((
-                    i, f"{i:016x}", i % 4, attack, "F", clean_pred, pred, i < N - 1, not hit, distance, 2 * distance,
-                    expert, adv_expert, "ok",
+                    i, f"{number + i:016x}", i % 4, attack, "F", clean_pred, pred, i < N - 1, not hit, distance,
+                    2 * distance, expert, adv_expert, "ok",
                 ))  # fmt: skip
                 kept += [(i, attack)] if hit and attack != "clean" else []
             standing -= own.keys()
@@ -77,13 +78,19 @@ def save_run() -> Callable[..., Path]:
         frame = pd.DataFrame(rows, columns=list(VERDICT_COLUMNS)).astype(VERDICT_COLUMNS)
         spec = spec_of(model, suite, **fields)
         result = Result.from_rows(
-            spec, info_of(model, **info), "f" * 64, frame, ["clean", *(broken or {})], flags=flags, **PROVENANCE
+            spec,
+            info_of(model, **info),
+            "e" * 64 if number else "f" * 64,
+            frame,
+            ["clean", *(broken or {})],
+            flags=flags,
+            **PROVENANCE,
         )
         folder = RunFolder(run_folder(results, spec, result.run))
-        images = np.stack([np.full((1, 2, 2), 0.1 * idx, dtype=np.float32) for idx, _ in kept]) if kept else None
         stored = None
-        if witnesses and images is not None:
-            stored = Witnesses(np.array([idx for idx, _ in kept]), tuple(attack for _, attack in kept), images)
+        if witnesses and kept:
+            x_adv = np.stack([np.full((1, 2, 2), 0.1 * idx, dtype=np.float32) for idx, _ in kept])
+            stored = Witnesses(np.array([idx for idx, _ in kept]), tuple(attack for _, attack in kept), x_adv)
         folder.finish(result, frame, stored)
         return folder.path
 

@@ -142,6 +142,19 @@ def test_what_does_not_apply_is_left_out(save_run: Any, tmp_path: Path):
         assert title not in said
 
 
+def test_a_row_without_a_rank_has_no_figures_where_another_on_its_board_has_them(save_run: Any, tmp_path: Path):
+    for model in ("dense", "other"):
+        info = {"checkpoint_sha256": "d" * 64}
+        save_run(tmp_path, model, "pgd", {"pgd": {0: 0}}, info, number=100, witnesses=True)
+    before = page_of(tmp_path)
+    save_run(tmp_path, "dense", "autoattack", {"apgd-ce": {0: 0}}, info)
+    text = page_of(tmp_path)
+    assert text.count("Attack by attack") == before.count("Attack by attack")  # of the other, and of the ranked row
+    assert Elements(text).said.count("Its figures are those of its row on 8 images , where it has a rank.") == 1
+    assert [page.count("<h4>Adversarial examples</h4>") for page in (before, text)] == [2, 1]
+    assert '<a href="#digits_Linf-0.2-1">' in text
+
+
 def test_what_is_no_certificate_is_no_source_of_a_share(save_run: Any, certify_run: Any, tmp_path: Path):
     save_run(tmp_path, "m", "pgd", {"pgd": {0: 1}})
     certify_run(tmp_path, "m", "certify-bounds", "paper-formula", [0.1] * 8)
@@ -192,7 +205,7 @@ def test_a_users_words_are_escaped_everywhere(save_run: Any, certify_run: Any, t
     assert html.unescape(command).startswith("bench replay '")
 
 
-@pytest.mark.slow  # 200 figures
+@pytest.mark.slow  # 400 figures
 def test_the_report_on_the_shipped_results_is_small_and_whole(tmp_path: Path):
     shipped = Path(__file__).parents[2] / "results"
     text = page(Stored.read(shipped), {}, clean_images(tmp_path))
