@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn
 
 from forked import forked
 
-from bench import cli, progress
+from bench import cli, cluster, progress
 from bench.evaluation import probes
 from bench.training import loop, state
 
@@ -59,6 +59,20 @@ def writing(module: ModuleType, name: str, ending: str, number: int, how: Litera
     setattr(module, name, killing)
 
 
+def after_tasks(number: int) -> None:
+    """Die when so many tasks are done on a Ray cluster."""
+    done: list[object] = []
+    finished = cluster.Queue.finished
+
+    def finish(queue: cluster.Queue, *task: Any) -> None:
+        finished(queue, *task)
+        done.append(task)
+        if len(done) == number:
+            die()
+
+    cluster.Queue.finished = finish  # type: ignore[method-assign]
+
+
 KILLS: dict[str | None, Callable[[], None]] = {
     None: lambda: None,
     "in the first epoch": lambda: at_step(0, 1),
@@ -66,6 +80,7 @@ KILLS: dict[str | None, Callable[[], None]] = {
     "between two states": lambda: writing(state, "write_atomically", ".state.pt", 2, "before"),
     "in the middle of a state": lambda: writing(state, "write_atomically", ".state.pt", 2, "half"),
     "after the last state": lambda: writing(state, "write_atomically", ".state.pt", 3, "after"),
+    "after three tasks": lambda: after_tasks(3),
     "in the middle of the checkpoint": lambda: writing(loop, "save_checkpoint", ".safetensors", 1, "half"),
 }
 

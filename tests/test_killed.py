@@ -1,6 +1,7 @@
 """Commands that are killed at random moments, again and again, and then left alone: nothing is lost or half-written.
 
-BENCH_KILLS sets how often each is killed; by default three times, on Ray once, since a cluster takes seconds to start.
+BENCH_KILLS sets how often each is killed; by default three times. On Ray, whose cluster takes seconds to start, it
+is by default once, after three blocks.
 """
 
 import os
@@ -19,9 +20,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("served")]  # one server
 
 @pytest.fixture(scope="module")
 def bench(serve: Callable[..., Any]) -> Callable[..., tuple[int, str]]:
-    """bench("run", …, kill=0.3): a command's exit status (−14: killed after so many seconds) and what it printed."""
+    """bench("run", …, kill=0.3): a command's exit status (−14: killed after so many seconds) and what it printed.
 
-    def call(*words: str, kill: float | None = None) -> tuple[int, str]:
+    kill: as `served` takes it; −9 is then the status of what was killed at a point.
+    """
+
+    def call(*words: str, kill: str | float | None = None) -> tuple[int, str]:
         (status,), said = serve(words, kill=kill)
         return status, said
 
@@ -38,6 +42,8 @@ WORDS = {
     "check": ["check", "--format", "json"],
 }
 WORDS["run on Ray"] = [*WORDS["run"], "--on", "ray"]
+KILLS = os.environ.get("BENCH_KILLS")
+NO_RAY = "Ray is not installed: pip install 'bench[ray]'"
 #: Commands that read results, of which `check` writes nothing but what it prints.
 READERS = ("leaderboard", "check")
 
@@ -54,10 +60,10 @@ def command(name: str, folder: Path, results: Path) -> list[str]:
     return [*WORDS[name], *SUBJECT, "--results", str(folder)]
 
 
-@pytest.mark.parametrize("name", list(WORDS))
+@pytest.mark.parametrize("name", [name for name in WORDS if name != "run on Ray" or KILLS])
 def test_what_was_killed_ends_as_the_undisturbed(name: str, bench: Callable[..., Any], tmp_path: Path):
     if name == "run on Ray":
-        pytest.importorskip("ray", reason="Ray is not installed: pip install 'bench[ray]'")
+        pytest.importorskip("ray", reason=NO_RAY)
     results = tmp_path / "results"
     if name in READERS:
         assert bench(*command("run", results, results))[0] == 0
@@ -67,9 +73,8 @@ def test_what_was_killed_ends_as_the_undisturbed(name: str, bench: Callable[...,
     status, whole = bench(*command(name, tmp_path / "whole", results))
     assert status == 0, whole
     seconds = time.perf_counter() - started
-    kills = int(os.environ.get("BENCH_KILLS", "1" if name == "run on Ray" else "3"))
     killed, draws = 0, random.Random(name)
-    while killed < kills:
+    while killed < int(KILLS or 3):
         status, said = bench(*command(name, tmp_path / "killed", results), kill=draws.uniform(0.02, seconds))
         assert status in (0, -14), said
         if status:
@@ -83,3 +88,15 @@ def test_what_was_killed_ends_as_the_undisturbed(name: str, bench: Callable[...,
     assert settled(results) == read
     if name == "check":
         assert said == whole
+
+
+def test_what_was_killed_on_a_cluster_ends_as_one_process_does(bench: Callable[..., Any], tmp_path: Path):
+    pytest.importorskip("ray", reason=NO_RAY)
+    on_ray = command("run on Ray", tmp_path / "killed", tmp_path)
+    status, said = bench(*on_ray, kill="after three tasks")
+    assert status == -9, said
+    assert len(list((tmp_path / "killed").rglob("block*"))) >= 3
+    for words in (on_ray, command("run", tmp_path / "whole", tmp_path)):
+        status, said = bench(*words)
+        assert status == 0, said
+    assert settled(tmp_path / "killed") == settled(tmp_path / "whole")

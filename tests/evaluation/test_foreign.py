@@ -110,8 +110,9 @@ def test_parts_that_reach_outside_change_no_attack_on_routes(
         return moe.eval()
 
     options = {"eps": 0.03, "settings": {"budget": "small"} if suite == "adaptive" else {"steps": 3}, "foreign": True}
-    honest, rows = score(model(nothing), suite, **options)
-    result, same = score(model(does), suite, results=tmp_path / "other", **options)
+    data = planted.data(8)
+    honest, rows = score(model(nothing), suite, data, **options)
+    result, same = score(model(does), suite, data, results=tmp_path / "other", **options)
     pd.testing.assert_frame_equal(rows, same)
     assert (honest.errors, result.errors) == (0, 0)
     assert result.passes == honest.passes

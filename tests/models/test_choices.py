@@ -436,11 +436,11 @@ def test_no_dense_network_of_torchvision_has_choices():
 
 @pytest.mark.slow
 def test_no_dense_network_of_timm_has_choices():
-    """The smallest by its name of every eighth of timm's families."""
+    """The smallest by its name of every twelfth of timm's families."""
     import timm
 
     found = {}
-    for family in sorted(timm.list_modules())[::8]:
+    for family in sorted(timm.list_modules())[::12]:
         names = sorted(timm.list_models(module=family), key=_size)
         for name in names[:3]:
             try:
@@ -448,7 +448,7 @@ def test_no_dense_network_of_timm_has_choices():
                 break
             except Exception:  # needs another size, or weights
                 continue
-    assert len(found) > 6
+    assert len(found) > 4
     assert {name: choices for name, choices in found.items() if choices} == {}
 
 

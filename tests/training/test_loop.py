@@ -646,7 +646,6 @@ def test_a_rate_of_zero_leaves_the_router_where_it_was(
     ("dataset", "name", "variant", "settings"),
     [
         ("cifar10", "paper-cifar10", "moe-rt_er", {}),
-        ("cifar10", "released-code-cifar10", "moe-rt_er-argmax", {}),
         ("cifar10", "released-code-cifar10", "dual-jtdmoe-argmax", {}),
         ("tinyimagenet", "paper-tinyimagenet", "moe-rt_er", {"pretrained": False}),
     ],
