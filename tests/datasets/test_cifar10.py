@@ -208,6 +208,7 @@ def test_foreign_content(tmp_path: Path, content: bytes) -> None:
     assert str(path) in str(error.value)
 
 
+@pytest.mark.slow
 def test_truncated_anywhere(tmp_path: Path) -> None:
     for content in (python2(pixels(0), [1, 2]), python3(pixels(0), [1, 2])):
         for length in [*range(200), *range(200, len(content), 97), len(content) - 1]:
@@ -244,6 +245,7 @@ def test_what_an_error_quotes_is_short(tmp_path: Path) -> None:
     assert len(str(error.value)) < 600
 
 
+@pytest.mark.slow
 def test_damaged_anywhere(tmp_path: Path) -> None:
     """Whatever single byte of the structure is wrong, the answer is a value or UnusableInput, never a traceback."""
     content = python2(pixels(0, n=1), [1])

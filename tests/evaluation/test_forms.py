@@ -64,7 +64,9 @@ FORMS: dict[str, tuple[Callable[[], Any], str | None]] = {
 }
 
 
-@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] * form.startswith("torch.")) for form in FORMS]
+)
 def test_every_form_is_scored(form: str, unprobed: None):
     build, flag = FORMS[form]
     with warnings.catch_warnings():
