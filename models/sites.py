@@ -195,6 +195,11 @@ def selected(scores: Tensor, k: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
 
 
+def first_of(scores: Tensor, counts: Tensor) -> Tensor:
+    """Which experts (m, T, E) have the largest scores, as many as are counted (m, T, 1)."""
+    return scores.argsort(-1, descending=True).argsort(-1) < counts
+
+
 class SinglePath(nn.Module):
     """A model in which one expert of a site is among the selected ones at every token."""
 
@@ -205,7 +210,7 @@ class SinglePath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         def change(scores: Tensor) -> Tensor:
             mine = torch.arange(self.site.num_experts, device=scores.device) == self.expert
-            return lifted(scores, mine.expand(*scores.shape[:2], -1), self.site.k)
+            return lifted(scores, mine.expand(*scores.shape[:2], -1), self.site.k, closes=True)
 
         with intercepted(self.site, change):
             return self.model(x)
@@ -296,7 +301,7 @@ def forced(scores: Tensor, chosen: Tensor) -> Tensor:
 
     Rows whose choice is -1 are left as they are. The shift has no gradient, so that of the scores stays.
     """
-    return lifted(scores, wanted(chosen, scores.shape[-1])[:, None], 1)
+    return lifted(scores, wanted(chosen, scores.shape[-1])[:, None], 1, closes=True)
 
 
 def gap(scores: Tensor, chosen: Tensor) -> Tensor:
@@ -315,11 +320,27 @@ def _best_others(values: Tensor, mine: Tensor, k: int) -> Tensor:
     return others.gather(-1, (k - mine.sum(-1, keepdim=True)).clamp(0, k - 1).expand(*others.shape[:-1], 1))
 
 
-def lifted(scores: Tensor, mine: Tensor, k: int) -> Tensor:
+def opened(scores: Tensor) -> Tensor:
+    """The scores (…, E) with experts that the gate has closed, at −∞, behind all others by their range and 1 more."""
+    closed = scores.isneginf()
+    lowest = scores.masked_fill(closed, torch.inf).amin(-1, keepdim=True)
+    return torch.where(closed, 2 * lowest - scores.amax(-1, keepdim=True) - 1, scores)
+
+
+def lifted(scores: Tensor, mine: Tensor, k: int, closes: bool = False) -> Tensor:
     """The scores (m, T, E) with the least shift that puts the experts `mine` (m or 1, T or 1, E) among the K selected.
 
     With k = 1 they all come first, however many they are. The shift has no gradient, so that of the scores stays.
+    closes: the gate gives −∞ to experts that it closes. Where it leaves no more open than are selected, others are
+    closed for those that are opened.
     """
+    if closes:
+        mine, closed = mine.expand_as(scores), scores.isneginf()
+        found = lifted(torch.where(closed, opened(scores).detach(), scores), mine, k)
+        room = mine.sum(-1, keepdim=True).clamp_min(k)
+        full = (~closed).sum(-1, keepdim=True) <= room
+        kept = first_of(found, room)
+        return found.masked_fill(torch.where(full, ~kept, closed & ~mine), -torch.inf)
     values = scores.detach()
     slack = 1e-4 * values.abs().amax(-1, keepdim=True) + 1e-6
     lift = (_best_others(values, mine, k) + slack - values).clamp_min(0)

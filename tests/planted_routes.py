@@ -299,6 +299,17 @@ def _one_hot_scores(gate: Gate, honest: bool) -> nn.Module:
     return MoE([Loud(), Loud(5), Quiet()], Turned(router), 1, gate)
 
 
+def _masked_scores(gate: Gate, honest: bool) -> nn.Module:
+    """What code of sparse gates gives: all scores but the largest at −∞; or those far behind at a large negative one."""
+
+    def mask(z: Tensor) -> Tensor:
+        if gate == "softmax":
+            return torch.full_like(z, -torch.inf).scatter(1, z.argmax(1, keepdim=True), z.amax(1, keepdim=True))
+        return z.masked_fill(z < z.amax(1, keepdim=True) - 0.5, -1e9)
+
+    return MoE([Loud(), Loud(5), Quiet()], Mapped(Router(2, CLOSED if honest else 1.6), mask), 1, gate)
+
+
 def _decoy(gate: Gate, honest: bool) -> nn.Module:
     return MoE([Loud(), Loud(5), Decoy()], Router(2, CLOSED if honest else 2.0), 1, gate)
 
@@ -349,6 +360,7 @@ VICTIMS = {
     "gate noise": Victim(_noisy),
     "a region towards other images": Victim(_by_others, towards=_towards_another),
     "a pair of sixteen experts": Victim(_pair_of_sixteen),
+    "masked scores": Victim(_masked_scores),
     "one-hot scores": Victim(_one_hot_scores, towards=_turned),
     "a decoy class": Victim(_decoy),
     "experts that are routed, by class": Victim(_routed_experts),

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from bench.models.sites import opened
+
 #: Directions tried for each pixel, so that the sign of most of an affine router's weights is found, and at most.
 DIRECTIONS, AT_MOST = 4, 20_000
 #: The slope of a ReLU on its dead side, in the backward pass alone.
@@ -92,12 +94,15 @@ class StraightThrough(TorchFunctionMode):
 def logarithms(scores: Tensor) -> Tensor:
     """The logarithms of scores (…, E) that are probabilities by their look, which have the same order; else themselves.
 
-    A softmax that decides clearly has next to no gradient; its logarithm has.
+    A softmax that decides clearly has next to no gradient; its logarithm has. −∞, the score of an expert that the gate
+    has closed, is a finite one (`bench.models.sites.opened`).
     """
     with torch.no_grad():
-        if bool((scores < 0).any() | ((scores.sum(-1) - 1).abs() > 1e-3).any()):  # one wait for a GPU, not two
-            return scores
-    return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+        others = (scores < 0).any() | ((scores.sum(-1) - 1).abs() > 1e-3).any()
+        known, closes = torch.stack([others, scores.isneginf().any()]).tolist()  # one wait for a GPU, not two
+    if closes:
+        return opened(scores)
+    return scores if known else scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
 
 @torch.no_grad()

@@ -39,6 +39,8 @@ Gradient = Literal["own", "gates", "slopes", "local", "through", "neighbours"]
 MOST_SETS, COMPARED = 64, 5000
 #: How far slopes are measured, in ε, in turn.
 DISTANCES = (1.0, 0.25)
+#: From which score on the lowest one can be a mask's: that of code for half precision is the largest in use.
+CLOSED = -1e4
 #: Passes that a model which answers by chance is averaged over on a path.
 EXPECTED = 5
 
@@ -94,7 +96,9 @@ class Paths:
             for number, site in enumerate(self.sites)
             if (host := hosts[site.name]) is not None
         }
-        self._scores = {name: logarithms(scores) for name, scores in found.items()}
+        #: by site: the score of experts that the gate closes, where it closes any
+        self._closed = {name: at for name, scores in found.items() if (at := closed_score(scores)) is not None}
+        self._scores = {name: self._readable(name, scores) for name, scores in found.items()}
         shows = {site.name: site.call is None for site in self.sites}
         #: gates of whole images that see them as they are, so that they can be asked alone
         self._direct = {
@@ -180,6 +184,12 @@ class Paths:
         forced = (path for count in (1, 2) for path in product(*some) if sum(one[0] >= 0 for one in path) == count)
         fitting = (path for path in forced if all(path[n][0] < 0 or i in path[o] for n, (o, i) in self._inside.items()))
         return torch.tensor(list(islice(fitting, self.limit)))
+
+    def _readable(self, name: str, scores: Tensor) -> Tensor:
+        """A site's scores as leads are measured in: of probabilities the logarithms, of closed experts finite ones."""
+        if (at := self._closed.get(name)) is not None:
+            scores = scores.masked_fill(scores <= at, -torch.inf)
+        return logarithms(scores)
 
     def clean(self, site: Site) -> Tensor:
         """The site's scores on the clean images of the block, (B, T, E)."""
@@ -310,7 +320,7 @@ class Paths:
             site = self.sites[number]
             if len(scores) != len(z):  # some rows of a path that does not lead here
                 return routing.forced(scores, chosen[:1, number].expand(len(scores), -1))
-            known = logarithms(scores)
+            known = self._readable(site.name, scores)
             if (line := lines.get(site.name)) is not None:
                 known = line + (known - line).detach()
             if self.deviations is None:
@@ -319,7 +329,10 @@ class Paths:
                 assert rows is not None
                 mine, k = self.deviations.forced(number, chosen[:, number], rows), site.k
             leads.append(routing.ahead(known, mine, k) / self._scales[site.name])
-            return routing.lifted(scores, mine, k)
+            if (at := self._closed.get(site.name)) is None:
+                return routing.lifted(scores, mine, k)
+            led = routing.lifted(scores.masked_fill(scores <= at, -torch.inf), mine, k, closes=True)
+            return led.masked_fill(led.isneginf(), at)
 
         around: Callable[[], AbstractContextManager[object]] = StraightThrough if gradient == "gates" else nullcontext
         with ExitStack() as stack:
@@ -351,7 +364,7 @@ class Paths:
         gate = behind(self.search.block.model, site.gate, scores=True)
         found = routing.scores_of(gate(x), len(x), site.num_experts)
         assert found is not None  # it was read before
-        return logarithms(found)[:, 0]
+        return self._readable(site.name, found)[:, 0]
 
     def takers(self, chosen: Tensor) -> Tensor:
         """Which clean images of the block (B, B) take each of the paths chosen (B, N, K); of deviations none."""
@@ -362,6 +375,15 @@ class Paths:
             lead = [routing.gap(scores, one.expand(len(scores), -1)) for one in chosen[:, number]]
             takes &= torch.stack(lead) > 0
         return takes
+
+
+def closed_score(scores: Tensor) -> float | None:
+    """The score that a gate gives to all experts that it closes, -∞ or a large negative one; None where none is seen.
+
+    A mask gives the same number wherever it closes: the lowest, more than once among the scores (B, T, E).
+    """
+    lowest = scores.min()
+    return float(lowest) if lowest <= CLOSED and (scores == lowest).sum() > 1 else None
 
 
 def _sent(expert: int, scores: Tensor) -> Tensor:

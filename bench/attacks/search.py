@@ -54,7 +54,7 @@ def standardised(logits: Tensor) -> Tensor:
 
     Two logits have no shape but their difference, and stay as they are.
     """
-    if logits.shape[1] < 3:
+    if logits.shape[1] < 3 or not len(logits):
         return logits
     return logits / logits.detach().std(1, correction=0, keepdim=True).clamp_min(1e-12)
 

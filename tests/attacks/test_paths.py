@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from two_pixels import ROUTER, SAME, Stepped, X, paths
 
-from bench.attacks.paths import MOST_SETS
+from bench.attacks.paths import MOST_SETS, closed_score
 from bench.attacks.restarts import kinds
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
@@ -159,3 +159,16 @@ def test_a_router_that_is_asked_about_some_images_alone_is_told_and_no_error(lin
 
     found = paths(Cascade(), X)
     assert (found.sites, found.notes) == ([], ["moe.router: its scores cannot be forced"])
+
+
+@pytest.mark.parametrize(
+    ("scores", "at"),
+    [
+        ([[0.0, -torch.inf], [-torch.inf, 1.0]], -torch.inf),
+        ([[0.0, -1e9], [-1e9, 1.0]], -1e9),
+        ([[0.0, -2e5], [-1e5, 1.0]], None),  # far behind, but by no mask
+        ([[0.0, -5.0], [-5.0, 1.0]], None),
+    ],
+)
+def test_a_mask_is_told_by_one_very_low_score_that_comes_again(scores: list[list[float]], at: float | None):
+    assert closed_score(torch.tensor(scores)[:, None]) == at

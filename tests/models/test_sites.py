@@ -12,7 +12,7 @@ from bench.datasets.base import open_dataset
 from bench.models import sites as routing
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
-from bench.models.sites import Site, forced, gap, intercepted, read, scores_of, sites
+from bench.models.sites import Site, forced, gap, intercepted, lifted, opened, read, scores_of, sites
 
 
 def moe(linear_moe: Any, count: int = 3, k: int = 1, gate: str = "argmax") -> MoE:
@@ -55,6 +55,21 @@ def test_the_shift_is_the_least_that_wins_and_none_where_the_path_is_natural():
     assert found[1, 0].tolist() == pytest.approx([2.0, 2.0, 1.0], abs=1e-3)
     two = forced(scores, torch.tensor([[1, 2], [0, 2], [1, 2]]))
     assert two.topk(2, dim=-1).indices[:, 0].sort(1).values.tolist() == [[1, 2], [0, 2], [1, 2]]
+
+
+def test_experts_that_a_gate_closes_are_opened_and_as_many_closed():
+    inf = torch.inf
+    scores = torch.tensor([[[3.0, 1.0, -inf, -inf]], [[0.0, -inf, -inf, -inf]], [[2.0, 1.0, -inf, -inf]]])
+    assert opened(scores)[:, 0].tolist() == [[3, 1, -2, -2], [0, -1, -1, -1], [2, 1, -1, -1]]
+    one = forced(scores, torch.tensor([[2], [3], [-1]]))[:, 0]
+    assert one[0].tolist() == pytest.approx([3.0, 1.0, 3.0, -inf], abs=1e-3)  # more than one are open by themselves
+    assert one[1].tolist() == pytest.approx([-inf, -inf, -inf, 0.0], abs=1e-3)
+    assert torch.equal(one[2], scores[2, 0])
+    two = forced(scores, torch.tensor([[0, 3], [-1, -1], [0, 1]]))[:, 0]
+    assert two[0].tolist() == pytest.approx([3.0, -inf, -inf, 1.0], abs=1e-3)
+    assert torch.equal(two[1:], scores[1:, 0])
+    one_of_two = lifted(scores, torch.tensor([False, False, True, False]).view(1, 1, 4), 2, closes=True)[:, 0]
+    assert one_of_two[0].tolist() == pytest.approx([3.0, -inf, 1.0, -inf], abs=1e-3)
 
 
 def test_a_shift_leaves_the_scores_their_gradient():
