@@ -300,7 +300,7 @@ def _one_hot_scores(gate: Gate, honest: bool) -> nn.Module:
 
 
 def _masked_scores(gate: Gate, honest: bool) -> nn.Module:
-    """What code of sparse gates gives: all scores but the largest at −∞; or those far behind at a large negative one."""
+    """What code of sparse gates gives: all scores but the largest at −∞; or those far behind at −10⁹."""
 
     def mask(z: Tensor) -> Tensor:
         if gate == "softmax":
@@ -308,6 +308,19 @@ def _masked_scores(gate: Gate, honest: bool) -> nn.Module:
         return z.masked_fill(z < z.amax(1, keepdim=True) - 0.5, -1e9)
 
     return MoE([Loud(), Loud(5), Quiet()], Mapped(Router(2, CLOSED if honest else 1.6), mask), 1, gate)
+
+
+class Labels(MoE):
+    """Says nothing but the class, as 1 among 0s."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.one_hot(super().forward(x).argmax(1), CLASSES).to(x)
+
+
+def _labels(gate: Gate, honest: bool) -> nn.Module:
+    router = Router(2, CLOSED if honest else 1.5)
+    steps = Mapped(router, lambda z: (2 * z).floor() / 2) if gate == "argmax" else router
+    return Labels([Loud(), Loud(5), Quiet()], steps, 1, gate)
 
 
 def _decoy(gate: Gate, honest: bool) -> nn.Module:
@@ -361,6 +374,7 @@ VICTIMS = {
     "a region towards other images": Victim(_by_others, towards=_towards_another),
     "a pair of sixteen experts": Victim(_pair_of_sixteen),
     "masked scores": Victim(_masked_scores),
+    "labels alone": Victim(_labels),
     "one-hot scores": Victim(_one_hot_scores, towards=_turned),
     "a decoy class": Victim(_decoy),
     "experts that are routed, by class": Victim(_routed_experts),

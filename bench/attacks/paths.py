@@ -31,8 +31,8 @@ from bench.spec import NOT_FORCED
 
 #: Whose gradient is followed: the model's own; that of a smooth stand-in (`StraightThrough`) for what has none, in the
 #: gates alone or in the whole model; the slopes of the scores, their mean over the block or each image's own; the mean
-#: over Gaussian neighbours.
-Gradient = Literal["own", "gates", "slopes", "local", "through", "neighbours"]
+#: over Gaussian neighbours; that of the path's experts, whatever the model makes of what they say.
+Gradient = Literal["own", "gates", "slopes", "local", "through", "neighbours", "experts"]
 
 #: How many sets of experts are tried at one site with more: the likeliest by the router and the weakest by the experts'
 #: margins, in turn; and how many are compared for that.
@@ -341,7 +341,18 @@ class Paths:
             for number, site in enumerate(self.sites):
                 stack.enter_context(routing.intercepted(site, partial(change, number), around))
             logits = self._pass(z)
-        return logits, torch.stack(leads).amin(0)
+        return self.of_experts(z, chosen) if gradient == "experts" else logits, torch.stack(leads).amin(0)
+
+    def of_experts(self, z: Tensor, chosen: Tensor) -> Tensor:
+        """The mean logits (m, C) of the experts of each path chosen (m, N, K), of all sites of whole networks."""
+        found = []
+        for number, site in enumerate(self.sites):
+            if site.whole:
+                experts = [behind(self.search.block.model, expert) for expert in site.owner.experts]
+                mine = routing.wanted(chosen[:, number], site.num_experts).to(z)
+                logits = torch.stack([standardised(expert(z)) for expert in experts], 1)
+                found.append((logits * mine[..., None]).sum(1) / mine.sum(1, keepdim=True).clamp_min(1))
+        return torch.stack(found).sum(0)
 
     def _slopes_of(self, site: Site, turn: int) -> Tensor:
         distance = DISTANCES[turn % len(DISTANCES)] * self.search.block.threat_model.eps

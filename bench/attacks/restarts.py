@@ -78,7 +78,15 @@ def kinds(paths: Paths) -> list[tuple[Gradient, bool]]:
         turns += [("gates", False), ("slopes", False), ("local", False), ("own", True)]
     if paths.blind:
         turns += [("through", False), ("neighbours", False)]
+        if all(site.whole for site in paths.sites):
+            turns += [("experts", False)]
     return turns
+
+
+def by_local_slopes(paths: Paths, kind: Gradient) -> bool:
+    """Whether a path's lead is raised by each image's own slopes: where the experts' gradients are taken for what the
+    model hides, the gates' may be hidden, too."""
+    return kind == "local" or (kind == "experts" and not paths.affine)
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ class Restart:
         ahead, push = (10 ** torch.empty(count).uniform_(*bounds).to(device) for bounds in (AHEAD, PUSH))
         if route_first:
             push = torch.full_like(push, ROUTE_FIRST)
-        local = local_slopes(paths, chosen) if kind == "local" else None
+        local = local_slopes(paths, chosen) if by_local_slopes(paths, kind) else None
         return cls(paths, kind, turn, chosen, which, target, push, ahead, turn < many, local)
 
     def on_path(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +254,7 @@ def past_decoys(
                 break
             drawn = Restart.drawn(paths, ranking, "own", turn, route_first=turn == PAST - 1)
             chosen, which = choice.expand_as(drawn.chosen), torch.full_like(drawn.which, 3)
-            local = local_slopes(paths, chosen) if kind == "local" else None
+            local = local_slopes(paths, chosen) if by_local_slopes(paths, kind) else None
             yield unbroken, replace(drawn, kind=kind, chosen=chosen, which=which, target=target, local=local)
 
 

@@ -58,7 +58,7 @@ def test_the_witness_breaks_every_image_and_spares_the_twin(kind: str, gate: Gat
 #: Those that take several seconds under the small budget, too: under one gate each.
 DEAR = (
     "gate noise", "a decoy class", "probabilities given as logits", "rounded logits", "a region towards other images",
-    "one-hot scores", "a decided mixture of all experts",
+    "one-hot scores", "a decided mixture of all experts", "labels alone",
 )  # fmt: skip
 #: Of these, those whose routes need no slopes of an image's own, which take another third.
 WITHOUT_SLOPES = ("a decoy class", "probabilities given as logits", "rounded logits")
