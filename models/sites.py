@@ -210,7 +210,7 @@ class SinglePath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         def change(scores: Tensor) -> Tensor:
             mine = torch.arange(self.site.num_experts, device=scores.device) == self.expert
-            return lifted(scores, mine.expand(*scores.shape[:2], -1), self.site.k, closes=True)
+            return lifted(scores, mine.expand(*scores.shape[:2], -1), self.site.k, at=-torch.inf)
 
         with intercepted(self.site, change):
             return self.model(x)
@@ -301,7 +301,7 @@ def forced(scores: Tensor, chosen: Tensor) -> Tensor:
 
     Rows whose choice is -1 are left as they are. The shift has no gradient, so that of the scores stays.
     """
-    return lifted(scores, wanted(chosen, scores.shape[-1])[:, None], 1, closes=True)
+    return lifted(scores, wanted(chosen, scores.shape[-1])[:, None], 1, at=-torch.inf)
 
 
 def gap(scores: Tensor, chosen: Tensor) -> Tensor:
@@ -320,27 +320,27 @@ def _best_others(values: Tensor, mine: Tensor, k: int) -> Tensor:
     return others.gather(-1, (k - mine.sum(-1, keepdim=True)).clamp(0, k - 1).expand(*others.shape[:-1], 1))
 
 
-def opened(scores: Tensor) -> Tensor:
-    """The scores (…, E) with experts that the gate has closed, at −∞, behind all others by their range and 1 more."""
-    closed = scores.isneginf()
+def opened(scores: Tensor, at: float = -torch.inf) -> Tensor:
+    """The scores (…, E) with experts that the gate closes, `at` or below, behind all others by their range and 1."""
+    closed = scores <= at
     lowest = scores.masked_fill(closed, torch.inf).amin(-1, keepdim=True)
     return torch.where(closed, 2 * lowest - scores.amax(-1, keepdim=True) - 1, scores)
 
 
-def lifted(scores: Tensor, mine: Tensor, k: int, closes: bool = False) -> Tensor:
+def lifted(scores: Tensor, mine: Tensor, k: int, at: float | None = None) -> Tensor:
     """The scores (m, T, E) with the least shift that puts the experts `mine` (m or 1, T or 1, E) among the K selected.
 
     With k = 1 they all come first, however many they are. The shift has no gradient, so that of the scores stays.
-    closes: the gate gives −∞ to experts that it closes. Where it leaves no more open than are selected, others are
-    closed for those that are opened.
+    at: the score of experts that the gate closes, if it does. Where it leaves no more open than are selected, others
+    are closed for those that are opened.
     """
-    if closes:
-        mine, closed = mine.expand_as(scores), scores.isneginf()
-        found = lifted(torch.where(closed, opened(scores).detach(), scores), mine, k)
+    if at is not None:
+        mine, closed = mine.expand_as(scores), scores <= at
+        found = lifted(torch.where(closed, opened(scores, at).detach(), scores), mine, k)
         room = mine.sum(-1, keepdim=True).clamp_min(k)
         full = (~closed).sum(-1, keepdim=True) <= room
         kept = first_of(found, room)
-        return found.masked_fill(torch.where(full, ~kept, closed & ~mine), -torch.inf)
+        return found.masked_fill(torch.where(full, ~kept, closed & ~mine), at)
     values = scores.detach()
     slack = 1e-4 * values.abs().amax(-1, keepdim=True) + 1e-6
     lift = (_best_others(values, mine, k) + slack - values).clamp_min(0)

@@ -305,7 +305,7 @@ MUTATIONS = [
     # models
     Mutation(
         "models/sites.py",
-        "return lifted(scores, wanted(chosen, scores.shape[-1])[:, None], 1, closes=True)",
+        "return lifted(scores, wanted(chosen, scores.shape[-1])[:, None], 1, at=-torch.inf)",
         "return scores",
         "tests/models/test_sites.py",
     ),

@@ -139,6 +139,30 @@ class SoftTokens(ByToken):
         return (weights[..., :1] * y - weights[..., 1:] * 9 * y).sum(1)
 
 
+class Mask(nn.Module):
+    """All scores but the largest at −10⁹: a gate without a gradient."""
+
+    def __init__(self, score: nn.Module) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.score(x)
+        return scores.masked_fill(scores < scores.amax(-1, keepdim=True), -1e9)
+
+
+class MaskedTokens(ByToken):
+    """The same tokens behind a mask."""
+
+    def __init__(self, asked: float) -> None:
+        super().__init__(asked)
+        self.gate = Mask(self.score)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.loud(x)[:, None]
+        return either(self.gate(self.tokens(x)), y, -9 * y).sum(1)
+
+
 #: By name: the network, what it asks for, and how its gates are named.
 KINDS: dict[str, tuple[Callable[[float], nn.Module], float, str]] = {
     "a linear gate": (ByImage, 4.0, "score"),
@@ -148,6 +172,7 @@ KINDS: dict[str, tuple[Callable[[float], nn.Module], float, str]] = {
     "two gates at once": (ByTwo, 1.4, "blocks.*.score"),
     "a soft mixture": (Soft, 4.0, "score"),
     "a soft mixture of tokens": (SoftTokens, 1.0, "score"),
+    "tokens behind a mask": (MaskedTokens, 1.0, "gate"),
 }
 assert CLASSES == 5
 assert len(CODES) == 64

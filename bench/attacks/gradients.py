@@ -45,7 +45,7 @@ SMOOTH: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((torch.relu_, Tensor.relu_, torch.nn.functional.hardtanh), _leaky),
     **dict.fromkeys((torch.round, Tensor.round, torch.floor, Tensor.floor, torch.ceil, Tensor.ceil), _identity),
     **dict.fromkeys((torch.trunc, Tensor.trunc, Tensor.detach, Tensor.clamp, torch.clamp), _identity),
-    **dict.fromkeys((Tensor.clip, torch.clip, _DATA), _identity),
+    **dict.fromkeys((Tensor.clip, torch.clip, Tensor.masked_fill, torch.masked_fill, _DATA), _identity),
     **dict.fromkeys((torch.sign, Tensor.sign, torch.tanh, Tensor.tanh, torch.nn.functional.tanh), _softsign),
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, torch.nn.functional.sigmoid), _softsign),
     **dict.fromkeys((torch.softmax, Tensor.softmax, torch.nn.functional.softmax), _tempered),
@@ -61,6 +61,22 @@ HARD = {
 
 #: What leaves torch, which a tensor that has a gradient cannot; it has one where a `detach` before it was kept from it.
 LEAVES: set[Any] = {Tensor.numpy, Tensor.__array__}
+
+
+#: Where the two are that `where` takes its values from: one of them may be a mask's constant.
+EITHER: dict[Any, tuple[int, int]] = {torch.where: (1, 2), Tensor.where: (0, 2)}
+
+
+class _Told(torch.autograd.Function):
+    """Values in place of others of the same shape, which get their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, others: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class StraightThrough(TorchFunctionMode):
@@ -81,6 +97,10 @@ class StraightThrough(TorchFunctionMode):
         with torch.enable_grad():
             first = args[0] if args else None
             smooth = SMOOTH.get(func)
+            if func in EITHER and len(args) == 3:
+                graded = [one for place in EITHER[func] if isinstance(one := args[place], Tensor) and one.requires_grad]
+                value = func(*args)
+                return _Told.apply(graded[0].expand_as(value), value.detach()) if len(graded) == 1 else value
             if func in LEAVES and isinstance(first, Tensor):
                 return func(first.detach(), *args[1:], **kwargs)
             if smooth is None or not (isinstance(first, Tensor) and first.requires_grad):
@@ -88,21 +108,26 @@ class StraightThrough(TorchFunctionMode):
             self.hard += func in HARD
             stand_in = smooth(*args, **kwargs)
             value = func(first.detach().clone(), *args[1:], **kwargs)  # some work in place
-            return value.detach() + (stand_in - stand_in.detach())
+            return _Told.apply(stand_in.expand_as(value), value.detach())
 
 
 def logarithms(scores: Tensor) -> Tensor:
     """The logarithms of scores (…, E) that are probabilities by their look, which have the same order; else themselves.
 
     A softmax that decides clearly has next to no gradient; its logarithm has. −∞, the score of an expert that the gate
-    has closed, is a finite one (`bench.models.sites.opened`).
+    has closed, is a finite one (`readable`).
     """
     with torch.no_grad():
         others = (scores < 0).any() | ((scores.sum(-1) - 1).abs() > 1e-3).any()
         known, closes = torch.stack([others, scores.isneginf().any()]).tolist()  # one wait for a GPU, not two
     if closes:
-        return opened(scores)
+        return readable(scores)
     return scores if known else scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+
+
+def readable(scores: Tensor, at: float = -torch.inf) -> Tensor:
+    """Finite scores (…, E) for those of experts that the gate closes, `at` or below, which keep their gradient."""
+    return _Told.apply(scores, opened(scores.detach(), at))
 
 
 @torch.no_grad()

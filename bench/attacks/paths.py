@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.attacks.affine import affine_map, reachable_pairs
 from bench.attacks.deviations import Deviations, combined
-from bench.attacks.gradients import StraightThrough, logarithms, slopes
+from bench.attacks.gradients import StraightThrough, logarithms, readable, slopes
 from bench.attacks.search import RAISED, Search, margin, raised, standardised
 from bench.models import sites as routing
 from bench.models.foreign import Guarded, behind
@@ -187,9 +187,8 @@ class Paths:
 
     def _readable(self, name: str, scores: Tensor) -> Tensor:
         """A site's scores as leads are measured in: of probabilities the logarithms, of closed experts finite ones."""
-        if (at := self._closed.get(name)) is not None:
-            scores = scores.masked_fill(scores <= at, -torch.inf)
-        return logarithms(scores)
+        at = self._closed.get(name)
+        return logarithms(scores) if at is None else readable(scores, at)
 
     def clean(self, site: Site) -> Tensor:
         """The site's scores on the clean images of the block, (B, T, E)."""
@@ -329,10 +328,7 @@ class Paths:
                 assert rows is not None
                 mine, k = self.deviations.forced(number, chosen[:, number], rows), site.k
             leads.append(routing.ahead(known, mine, k) / self._scales[site.name])
-            if (at := self._closed.get(site.name)) is None:
-                return routing.lifted(scores, mine, k)
-            led = routing.lifted(scores.masked_fill(scores <= at, -torch.inf), mine, k, closes=True)
-            return led.masked_fill(led.isneginf(), at)
+            return routing.lifted(scores, mine, k, self._closed.get(site.name))
 
         around: Callable[[], AbstractContextManager[object]] = StraightThrough if gradient == "gates" else nullcontext
         with ExitStack() as stack:

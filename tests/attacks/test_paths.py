@@ -90,7 +90,7 @@ def test_a_lead_is_that_of_the_site_that_is_farthest_behind(linear_moe: Any):
 
 def test_experts_without_a_gradient_are_seen_as_such(linear_moe: Any):
     blind = MoE([Stepped(), Stepped()], linear_moe(SAME, ROUTER[:2]).router, 1, "argmax")
-    assert [kind for kind, _ in kinds(paths(blind, X))] == ["own", "through", "neighbours"]
+    assert [kind for kind, _ in kinds(paths(blind, X))] == ["own", "through", "neighbours", "experts"]
     # a flat expert has a zero gradient on its path
     assert paths(linear_moe([SAME[0], [[0.0, 0], [0, 0]]], ROUTER[:2], 1, "argmax"), X).blind
 

@@ -68,7 +68,7 @@ def test_experts_that_a_gate_closes_are_opened_and_as_many_closed():
     two = forced(scores, torch.tensor([[0, 3], [-1, -1], [0, 1]]))[:, 0]
     assert two[0].tolist() == pytest.approx([3.0, -inf, -inf, 1.0], abs=1e-3)
     assert torch.equal(two[1:], scores[1:, 0])
-    one_of_two = lifted(scores, torch.tensor([False, False, True, False]).view(1, 1, 4), 2, closes=True)[:, 0]
+    one_of_two = lifted(scores, torch.tensor([False, False, True, False]).view(1, 1, 4), 2, at=-inf)[:, 0]
     assert one_of_two[0].tolist() == pytest.approx([3.0, -inf, 1.0, -inf], abs=1e-3)
 
 
