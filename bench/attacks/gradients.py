@@ -117,9 +117,12 @@ def logarithms(scores: Tensor) -> Tensor:
     A softmax that decides clearly has next to no gradient; its logarithm has. −∞, the score of an expert that the gate
     has closed, is a finite one (`readable`).
     """
+    if not scores.numel():
+        return scores
     with torch.no_grad():
-        others = (scores < 0).any() | ((scores.sum(-1) - 1).abs() > 1e-3).any()
-        known, closes = torch.stack([others, scores.isneginf().any()]).tolist()  # one wait for a GPU, not two
+        lowest = scores.amin()
+        others = (lowest < 0) | ((scores.sum(-1) - 1).abs() > 1e-3).any()
+        known, closes = torch.stack([others, lowest.isneginf()]).tolist()  # one wait for a GPU, not two
     if closes:
         return readable(scores)
     return scores if known else scores.clamp_min(torch.finfo(scores.dtype).tiny).log()

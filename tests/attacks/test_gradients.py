@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.attacks.gradients import StraightThrough, differentiable, has_gradient, logarithms, slopes
+from bench.attacks.gradients import StraightThrough, differentiable, has_gradient, logarithms, readable, slopes
 
 WEIGHT = torch.tensor([[1.0, -2.0, 0.5, 0.0], [-0.5, 0.5, 1.0, 3.0]])
 
@@ -112,6 +112,17 @@ def test_probabilities_are_taken_by_their_logarithms():
     gaps = ascent(lambda x: logarithms((20 * affine(x)).softmax(1)).diff(dim=1), images(3))
     assert (gaps != 0).flatten(1).any(1).all()
     assert logarithms(scores) is scores
+    assert logarithms(scores[:0]).shape == (0, 2)
+
+
+def test_a_closed_experts_score_is_finite_and_keeps_its_gradient():
+    scores = torch.tensor([[1.0, -torch.inf, 0.5]], requires_grad=True)
+    known = logarithms(scores)
+    assert known.tolist() == [[1.0, -1.0, 0.5]]
+    known.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [[1.0, 1.0, 1.0]]
+    assert readable(torch.tensor([[0.0, -1e9, -2.0]]), -1e9).tolist() == [[0.0, -5.0, -2.0]]
 
 
 def test_the_slopes_of_an_affine_router_are_its_weights():
