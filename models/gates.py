@@ -327,7 +327,15 @@ class _Follow(TorchFunctionMode):
                 self.of[id(one)] = set(alone)
             if depending:
                 self._choice(name, args, kwargs, depending[0], outputs, inside, alone)
+            if inside is not None and name in _COMPARES and len(depending) == 2:
+                self._mask(depending, outputs[0], inside)
         return output
+
+    def _mask(self, both: list[Tensor], mask: Tensor, inside: _Look) -> None:
+        """A gate that compares scores with one of their own, the least that is kept, chooses by its mask."""
+        least, scores = sorted(both, key=Tensor.numel)
+        if scores.is_floating_point() and scores.dim() > 1 and least.shape == (*scores.shape[:-1], 1):
+            self.pending[id(mask)] = (inside, inside, scores, scores.dim() - 1, None)
 
     def _outputs(self) -> None:
         """What gates have given since the last call is scores."""

@@ -367,7 +367,7 @@ def read(
     inputs: dict[str, list[Tensor]] = {}
 
     def note(name: str, scores: Tensor) -> Tensor:
-        seen[name] = scores
+        seen[name] = scores.clone()  # the model may work on them in place
         return scores
 
     with ExitStack() as stack:

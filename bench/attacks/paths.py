@@ -204,7 +204,7 @@ class Paths:
 
         def keep(name: str, scores: Tensor) -> Tensor:
             seen[name] = scores if scores.requires_grad else scores.requires_grad_()
-            return seen[name]
+            return seen[name].clone()  # the model may work on them in place
 
         with torch.enable_grad(), ExitStack() as stack:
             for site in self.sites:

@@ -1,6 +1,7 @@
 """Gates that a user names: what is found out about them, in models of the shapes that public code has."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -218,6 +219,41 @@ def test_what_cannot_be_a_gate_is_refused_in_one_line():
     assert "no scores of 2 experts" in refused(third_party.build("gate rounded"), "fc")
     assert refused(model, "none", "embed") == "--gates none says that there are no gates: drop embed"
     assert named(model, "none") == Gates(("none",), ())
+
+
+class Masking(nn.Module):
+    """A gate that leaves the two largest of its scores."""
+
+    def __init__(self, mask: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.mask = nn.Linear(6, 3), mask
+
+    def forward(self, z: Tensor) -> Tensor:
+        scores = self.linear(z)
+        return self.mask(scores, scores.topk(2, -1).values[..., [-1]])
+
+
+def in_place(scores: Tensor, least: Tensor) -> Tensor:
+    scores[scores < least] = -torch.inf
+    return scores
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda scores, least: scores.masked_fill(scores < least, -torch.inf),
+        lambda scores, least: torch.where(least > scores, -1e9, scores),
+        in_place,
+    ],
+)
+def test_a_gate_that_masks_by_its_own_scores_is_forced_at_these(mask: Callable[[Tensor, Tensor], Tensor]):
+    torch.manual_seed(0)
+    model = Block(Masking(mask), lambda gate, x: gate(tokens(x)).softmax(-1))
+    (site,) = (found := named(model, "score")).sites
+    assert (site.k, site.num_experts, site.call) == (2, 3, 0)
+    assert not find_choices(model, X, found.sites)
+    scores = read(model, [site], X)[1]["score"]
+    assert scores.isfinite().all()
 
 
 def test_a_threshold_is_no_gate():
