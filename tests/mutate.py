@@ -76,6 +76,40 @@ MUTATIONS = [
         "bench/attacks/gradients.py", "self.hard += func in HARD", "self.hard += 0", "tests/attacks/test_gradients.py"
     ),
     Mutation(
+        "bench/attacks/paths.py",
+        "routing.lifted(scores, mine, k, self._closed.get(site.name))",
+        "routing.lifted(scores, mine, k)",
+        "tests/suites/test_planted_routes.py -k masked",
+    ),
+    Mutation(
+        "bench/attacks/paths.py",
+        "min(MOST_SETS, self.limit)",
+        "MOST_SETS",
+        "tests/attacks/test_paths.py",
+    ),
+    Mutation(
+        "bench/attacks/paths.py",
+        "every += [replace(site, k=1) for site in asked]",
+        "every += [replace(site, k=1) for site in asked if site.whole]",
+        "tests/attacks/test_gates.py -k mixture",
+    ),
+    Mutation(
+        "bench/attacks/restarts.py",
+        'turns += [("experts", False)]',
+        "turns += []",
+        "tests/suites/test_planted_routes.py -k labels",
+    ),
+    Mutation("models/sites.py", "closed & ~mine), at)", "closed & ~mine), 0)", "tests/models/test_sites.py"),
+    Mutation(
+        "models/gates.py",
+        "name in _COMPARES and len(depending) == 2",
+        "name in _COMPARES and len(depending) == 3",
+        "tests/models/test_gates.py -k masks",
+    ),
+    Mutation(
+        "bench/report/page.py", "if elsewhere is None else []", "if True else []", "tests/report/test_page.py -k rank"
+    ),
+    Mutation(
         "bench/attacks/block.py",
         "self.backwards += len(gradient)",
         "self.backwards += 1",

@@ -300,12 +300,11 @@ def _one_hot_scores(gate: Gate, honest: bool) -> nn.Module:
 
 
 def _masked_scores(gate: Gate, honest: bool) -> nn.Module:
-    """What code of sparse gates gives: all scores but the largest at −∞; or those far behind at −10⁹."""
+    """What code of sparse gates gives: all scores but the largest at −∞, or at the least number there is."""
+    closed = torch.finfo(torch.float32).min if gate == "softmax" else -torch.inf
 
     def mask(z: Tensor) -> Tensor:
-        if gate == "softmax":
-            return torch.full_like(z, -torch.inf).scatter(1, z.argmax(1, keepdim=True), z.amax(1, keepdim=True))
-        return z.masked_fill(z < z.amax(1, keepdim=True) - 0.5, -1e9)
+        return torch.full_like(z, closed).scatter(1, z.argmax(1, keepdim=True), z.amax(1, keepdim=True))
 
     return MoE([Loud(), Loud(5), Quiet()], Mapped(Router(2, CLOSED if honest else 1.6), mask), 1, gate)
 
