@@ -79,7 +79,7 @@ MUTATIONS = [
         "bench/attacks/paths.py",
         "routing.lifted(scores, mine, k, self._closed.get(site.name))",
         "routing.lifted(scores, mine, k)",
-        "tests/suites/test_planted_routes.py -k masked",
+        "tests/attacks/test_paths.py -k closed",
     ),
     Mutation(
         "bench/attacks/paths.py",

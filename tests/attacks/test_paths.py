@@ -78,6 +78,32 @@ def test_on_its_path_a_model_answers_as_it_would_there(linear_moe: Any, gate: st
     assert (behind < 0).all()
 
 
+@pytest.mark.parametrize("closed", [-torch.inf, -1e9])
+def test_on_its_path_a_closed_expert_answers_alone(linear_moe: Any, closed: float):
+    """Of a softmax over masked scores, whose other experts count for nothing."""
+
+    class Masked(nn.Module):
+        def __init__(self, router: nn.Module) -> None:
+            super().__init__()
+            self.router = router
+
+        def forward(self, x: Tensor) -> Tensor:
+            best = (scores := self.router(x)).topk(1, 1)
+            return torch.full_like(scores, closed).scatter(1, best.indices, best.values)
+
+    class Weighed(MoE):
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.router(x).softmax(1)[..., None] * torch.stack([e(x) for e in self.experts], 1)).sum(1)
+
+    plainly = linear_moe([[[i + 1.0, 0], [0, i]] for i in range(3)], ROUTER, 1, "softmax")
+    found = paths(Weighed(list(plainly.experts), Masked(plainly.router), 1, "softmax"), X)
+    with torch.no_grad():
+        for path in range(3):
+            logits, lead = found.on_path(X, torch.full((2, 1, 1), path))
+            torch.testing.assert_close(logits, plainly.experts[path](X))
+            assert lead.isfinite().all()
+
+
 def test_a_lead_is_that_of_the_site_that_is_farthest_behind(linear_moe: Any):
     dual = DualModel(linear_moe(SAME, ROUTER, 1, "argmax"), linear_moe(SAME, [[0, 0], [0.1, 0], [0, 0]], 1, "argmax"))
     found = paths(dual, X[:1])
