@@ -67,7 +67,7 @@ LEAVES: set[Any] = {Tensor.numpy, Tensor.__array__}
 EITHER: dict[Any, tuple[int, int]] = {torch.where: (1, 2), Tensor.where: (0, 2)}
 
 
-class _Told(torch.autograd.Function):
+class _WithGradientOf(torch.autograd.Function):
     """Values in place of others of the same shape, which get their gradient."""
 
     @staticmethod
@@ -100,7 +100,7 @@ class StraightThrough(TorchFunctionMode):
             if func in EITHER and len(args) == 3:
                 graded = [one for place in EITHER[func] if isinstance(one := args[place], Tensor) and one.requires_grad]
                 value = func(*args)
-                return _Told.apply(graded[0].expand_as(value), value.detach()) if len(graded) == 1 else value
+                return _WithGradientOf.apply(graded[0].expand_as(value), value.detach()) if len(graded) == 1 else value
             if func in LEAVES and isinstance(first, Tensor):
                 return func(first.detach(), *args[1:], **kwargs)
             if smooth is None or not (isinstance(first, Tensor) and first.requires_grad):
@@ -108,7 +108,7 @@ class StraightThrough(TorchFunctionMode):
             self.hard += func in HARD
             stand_in = smooth(*args, **kwargs)
             value = func(first.detach().clone(), *args[1:], **kwargs)  # some work in place
-            return _Told.apply(stand_in.expand_as(value), value.detach())
+            return _WithGradientOf.apply(stand_in.expand_as(value), value.detach())
 
 
 def logarithms(scores: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def logarithms(scores: Tensor) -> Tensor:
 
 def readable(scores: Tensor, at: float = -torch.inf) -> Tensor:
     """Finite scores (…, E) for those of experts that the gate closes, `at` or below, which keep their gradient."""
-    return _Told.apply(scores, opened(scores.detach(), at))
+    return _WithGradientOf.apply(scores, opened(scores.detach(), at))
 
 
 @torch.no_grad()

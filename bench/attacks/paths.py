@@ -140,7 +140,7 @@ class Paths:
         if comb(site.num_experts, site.k) <= min(MOST_SETS, self.limit):
             return list(combinations(range(site.num_experts), site.k))
         ranked = [self._best_sets(likely, site.k)]
-        if site.whole:
+        if site in self.among_classifiers:
             ranked.append(self._best_sets(self._weakness(site), site.k))
         mixed = dict.fromkeys(chosen for several in zip(*ranked, strict=True) for chosen in several)
         return list(islice(mixed, MOST_SETS))
@@ -337,17 +337,22 @@ class Paths:
             for number, site in enumerate(self.sites):
                 stack.enter_context(routing.intercepted(site, partial(change, number), around))
             logits = self._pass(z)
-        return self.of_experts(z, chosen) if gradient == "experts" else logits, torch.stack(leads).amin(0)
+        return self._of_experts(z, chosen) if gradient == "experts" else logits, torch.stack(leads).amin(0)
 
-    def of_experts(self, z: Tensor, chosen: Tensor) -> Tensor:
-        """The mean logits (m, C) of the experts of each path chosen (m, N, K), of all sites of whole networks."""
+    @property
+    def among_classifiers(self) -> list[Site]:
+        """The sites whose experts are classifiers of the images: a model's own, or those of a dual's branches."""
+        outer = ("router", "standard.router", "robust.router") if parts(self.search.block.model) else ()
+        return [site for site in self.sites if site.name in outer]
+
+    def _of_experts(self, z: Tensor, chosen: Tensor) -> Tensor:
+        """The mean logits (m, C) of the classifiers of each path chosen (m, N, K)."""
         found = []
-        for number, site in enumerate(self.sites):
-            if site.whole:
-                experts = [behind(self.search.block.model, expert) for expert in site.owner.experts]
-                mine = routing.wanted(chosen[:, number], site.num_experts).to(z)
-                logits = torch.stack([standardised(expert(z)) for expert in experts], 1)
-                found.append((logits * mine[..., None]).sum(1) / mine.sum(1, keepdim=True).clamp_min(1))
+        for site in self.among_classifiers:
+            experts = [behind(self.search.block.model, expert) for expert in site.owner.experts]
+            mine = routing.wanted(chosen[:, self.sites.index(site)], site.num_experts).to(z)
+            logits = torch.stack([standardised(expert(z)) for expert in experts], 1)
+            found.append((logits * mine[..., None]).sum(1) / mine.sum(1, keepdim=True).clamp_min(1))
         return torch.stack(found).sum(0)
 
     def _slopes_of(self, site: Site, turn: int) -> Tensor:

@@ -78,7 +78,7 @@ def kinds(paths: Paths) -> list[tuple[Gradient, bool]]:
         turns += [("gates", False), ("slopes", False), ("local", False), ("own", True)]
     if paths.blind:
         turns += [("through", False), ("neighbours", False)]
-        if all(site.whole for site in paths.sites):
+        if paths.among_classifiers:
             turns += [("experts", False)]
     return turns
 

@@ -117,6 +117,9 @@ def test_a_lead_is_that_of_the_site_that_is_farthest_behind(linear_moe: Any):
 def test_experts_without_a_gradient_are_seen_as_such(linear_moe: Any):
     blind = MoE([Stepped(), Stepped()], linear_moe(SAME, ROUTER[:2]).router, 1, "argmax")
     assert [kind for kind, _ in kinds(paths(blind, X))] == ["own", "through", "neighbours", "experts"]
+    assert [site.name for site in paths(blind, X).among_classifiers] == ["router"]
+    inside = nn.Sequential(nn.Identity(), blind)  # whose experts see what a layer makes of an image
+    assert [kind for kind, _ in kinds(paths(inside, X))] == ["own", "through", "neighbours"]
     # a flat expert has a zero gradient on its path
     assert paths(linear_moe([SAME[0], [[0.0, 0], [0, 0]]], ROUTER[:2], 1, "argmax"), X).blind
 
@@ -143,6 +146,14 @@ def test_of_many_sets_the_likeliest_and_the_weakest_are_tried(k: int, limit: int
     assert (len(sets), found.possible, found.notes) == (tried, possible, [f"{tried} of {possible} paths attacked"])
     assert sets[:2] == [tuple(range(k)), tuple(range(16 - k, 16))]
     assert len(set(sets)) == tried
+
+
+def test_experts_of_a_layer_are_not_asked_about_images():
+    """It shows `router` and `experts`, which take what other layers make of an image."""
+    torch.manual_seed(0)
+    layer = MoE([nn.Linear(5, 2) for _ in range(16)], nn.Linear(5, 16), 2, "argmax")
+    found = paths(nn.Sequential(nn.Flatten(), nn.Linear(2, 5), layer), X)
+    assert (len(found.choices), found.among_classifiers) == (MOST_SETS, [])
 
 
 class Lies(torch.autograd.Function):
