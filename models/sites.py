@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from bench.models.foreign import Guarded, bare
-from bench.models.parts import is_moe
+from bench.models.parts import is_dual, is_moe
 
 #: From a gate's scores (m, T, E) to those that the model goes on with.
 Change = Callable[[Tensor], Tensor]
@@ -102,8 +102,19 @@ def shown_sites(model: nn.Module) -> list[Site]:
             owner: Any = module
             count, k = len(owner.experts), int(getattr(owner, "num_selected_experts", 1))
             where = f"{name}.{attribute}".removeprefix(".")
-            found.append(Site(where, owner, attribute, count, min(k, count), whole=attribute == "router"))
+            found.append(Site(where, owner, attribute, count, min(k, count), whole=_classifies(bare(model), name)))
     return found
+
+
+def _classifies(model: nn.Module, name: str) -> bool:
+    """Whether a part is given images, as an MoE's experts and a dual's branches are; a layer is given features."""
+    inside = ("standard", "robust") if is_dual(model) else ("experts",) if is_moe(model) else ()
+    while name and name.partition(".")[0] in inside:
+        first, _, name = name.partition(".")
+        number, _, name = name.partition(".") if first == "experts" else ("", "", name)
+        model = getattr(model, first)[int(number)] if number else getattr(model, first)
+        inside = ("experts",) if is_moe(model) else ()
+    return not name and is_moe(model)
 
 
 def is_block(module: nn.Module) -> bool:

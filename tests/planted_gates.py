@@ -163,6 +163,38 @@ class MaskedTokens(ByToken):
         return either(self.gate(self.tokens(x)), y, -9 * y).sum(1)
 
 
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+class Layer(nn.Module):
+    """The tokens of `ByToken` in a layer that shows its router and its experts."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router, self.experts, self.num_selected_experts = router, nn.ModuleList([Times(1), Times(-9)]), 1
+
+    def forward(self, tokens: Tensor, y: Tensor) -> Tensor:
+        return either(self.router(tokens), *(expert(y) for expert in self.experts))
+
+
+class ByLayer(ByToken):
+    """Such a layer inside a network: nobody has to name its gate."""
+
+    def __init__(self, asked: float) -> None:
+        super().__init__(asked)
+        self.moe = Layer(self.score)
+        del self.score
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.moe(self.tokens(x), self.loud(x)[:, None]).sum(1)
+
+
 #: By name: the network, what it asks for, and how its gates are named.
 KINDS: dict[str, tuple[Callable[[float], nn.Module], float, str]] = {
     "a linear gate": (ByImage, 4.0, "score"),

@@ -37,6 +37,13 @@ def test_adaptive_breaks_what_a_named_gate_leads_to(kind: str):
 
 
 @pytest.mark.slow
+def test_a_layer_that_shows_its_router_routes_tokens_apart():
+    model = planted_gates.ByLayer(1.0).eval()
+    x_adv = AdaptiveAttack(model, "Linf", EPS, "small")(X[:5], Y[:5])
+    assert (model(x_adv).argmax(1) != Y[:5]).all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_spares_the_honest_twin(kind: str, monkeypatch: pytest.MonkeyPatch):
     """By few steps of each attack: what none has broken all attack, and more steps prove no more."""

@@ -32,6 +32,10 @@ def test_sites_are_the_routers_of_several_experts(linear_moe: Any):
     nested = MoE([inner, nn.Identity()], outer.router, 1, "argmax")
     assert [site.name for site in sites(nested)] == ["router", "experts.0.router"]
     assert [site.name for site in sites(nn.Sequential(nn.Identity(), inner))] == ["1.router"]
+    assert all(site.whole for site in (*sites(dual), *sites(nested)))
+    layer = nn.Sequential(nn.Identity(), inner)  # of which only the network knows what it is given
+    assert not sites(layer)[0].whole
+    assert not sites(DualModel(layer, outer))[0].whole
     (mixture,) = sites(moe(linear_moe, 3, 3))
     assert mixture.soft
     assert sites(moe(linear_moe, 1)) == []
