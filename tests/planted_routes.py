@@ -10,6 +10,7 @@ and the other half can raise ⟨route, x − ½⟩ by 3.2 for one route code and
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -135,6 +136,13 @@ class ReluRouter(nn.Module):
         return self.linear(self.conv(x).relu().flatten(1))
 
 
+class GeluRouter(ReluRouter):
+    """The same with a GELU: just before it opens its slope is negative, and further off it has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(nn.functional.gelu(8 * self.conv(x)).flatten(1) / 8)
+
+
 class Noisy(nn.Module):
     """Scores with Gaussian noise, drawn at every call."""
 
@@ -230,8 +238,8 @@ def _pair(gate: Gate, honest: bool) -> nn.Module:
     return MoE(experts, Router(4, 1.4, CLOSED if honest else 1.4, scale=0.3), 2, gate)
 
 
-def _relu(gate: Gate, honest: bool) -> nn.Module:
-    return MoE([Loud(), Loud(5), Quiet()], ReluRouter(CLOSED if honest else 2.4), 1, gate)
+def _relu(gate: Gate, honest: bool, router: type[ReluRouter] = ReluRouter) -> nn.Module:
+    return MoE([Loud(), Loud(5), Quiet()], router(CLOSED if honest else 2.4), 1, gate)
 
 
 def _saturated(gate: Gate, honest: bool) -> nn.Module:
@@ -363,6 +371,7 @@ def _routed_experts(gate: Gate, honest: bool) -> nn.Module:
 VICTIMS = {
     "a pair of experts": Victim(_pair, routes=2),
     "a ReLU that opens inside the ball": Victim(_relu),
+    "a GELU that opens inside the ball": Victim(partial(_relu, router=GeluRouter)),
     "saturated scores": Victim(_saturated, towards=_turned),
     "rounded scores": Victim(_rounded_scores, towards=_turned),
     "rounded logits": Victim(_rounded_logits),

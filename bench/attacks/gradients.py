@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bench.models.sites import opened
@@ -23,7 +24,7 @@ def _identity(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _leaky(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.nn.functional.leaky_relu(x, LEAK)
+    return F.leaky_relu(x, LEAK)
 
 
 def _softsign(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -41,14 +42,18 @@ def _tempered(x: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
 _DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 #: A function → one with nearly the same shape whose gradient is nowhere zero.
 SMOOTH: dict[Any, Callable[..., Tensor]] = {
-    **dict.fromkeys((torch.relu, Tensor.relu, torch.nn.functional.relu, torch.nn.functional.relu6), _leaky),
-    **dict.fromkeys((torch.relu_, Tensor.relu_, torch.nn.functional.hardtanh), _leaky),
+    **dict.fromkeys((torch.relu, Tensor.relu, F.relu, F.relu6), _leaky),
+    **dict.fromkeys((torch.relu_, Tensor.relu_, F.hardtanh), _leaky),
+    # left of their minimum the slope of some is negative, and further off none at all
+    **dict.fromkeys((F.gelu, F.silu, F.mish, F.hardswish, F.softplus, F.elu, F.selu, F.celu, F.threshold), _leaky),
+    **dict.fromkeys((torch.selu, torch.celu, torch.clamp_min, Tensor.clamp_min), _leaky),
+    **dict.fromkeys((torch.exp, Tensor.exp), _identity),
     **dict.fromkeys((torch.round, Tensor.round, torch.floor, Tensor.floor, torch.ceil, Tensor.ceil), _identity),
     **dict.fromkeys((torch.trunc, Tensor.trunc, Tensor.detach, Tensor.clamp, torch.clamp), _identity),
     **dict.fromkeys((Tensor.clip, torch.clip, Tensor.masked_fill, torch.masked_fill, _DATA), _identity),
-    **dict.fromkeys((torch.sign, Tensor.sign, torch.tanh, Tensor.tanh, torch.nn.functional.tanh), _softsign),
-    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, torch.nn.functional.sigmoid), _softsign),
-    **dict.fromkeys((torch.softmax, Tensor.softmax, torch.nn.functional.softmax), _tempered),
+    **dict.fromkeys((torch.sign, Tensor.sign, torch.tanh, Tensor.tanh, F.tanh), _softsign),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid), _softsign),
+    **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax), _tempered),
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bench.attacks.gradients import StraightThrough, differentiable, has_gradient, logarithms, readable, slopes
 
@@ -69,6 +70,19 @@ def test_a_dead_relu_has_a_tenth_of_the_slope():
     x = torch.tensor([-1.0, 2.0])
     with StraightThrough():
         assert ascent(torch.relu, x).tolist() == pytest.approx([0.1, 1.0])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.gelu, F.silu, F.mish, F.hardswish, F.softplus, F.elu, F.celu, F.selu, lambda x: F.threshold(x, 0.0, 0.0),
+     lambda x: x.clamp_min(0)],
+)  # fmt: skip
+def test_an_activation_that_is_off_leads_to_where_it_opens(function: Callable[[Tensor], Tensor]):
+    x = torch.tensor([-40.0, -2.0, 2.0])
+    with StraightThrough():
+        value = function(x.clone().requires_grad_())
+        assert (ascent(function, x) > 0).all()
+    assert torch.equal(value, function(x))
 
 
 def test_what_has_no_gradient_anywhere_is_counted():
