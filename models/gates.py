@@ -462,13 +462,31 @@ class _Exchanges:
 
     def jumps_between(self, rank: int, spread: float) -> bool:
         """Whether the answer jumps somewhere else than at equal scores: a bias may be added for the choice alone."""
-        low, high = -spread * self.far, spread * self.far
-        effect = self.changed(rank, low, high, spread)
-        for _ in range(_HALVED if effect > _ROUNDING else 0):
-            middle = (low + high) / 2
-            lower = self.changed(rank, low, middle, spread) > self.changed(rank, middle, high, spread)
-            low, high = (low, middle) if lower else (middle, high)
-        return effect > _ROUNDING and self.changed(rank, low, high, spread) > effect / 8
+        return _jumps(partial(self.changed, rank, spread=spread), spread * self.far)
+
+    def jumps_by_level(self) -> bool:
+        """Whether the answer jumps as all scores rise together: they are compared with something else."""
+
+        def changed(low: float, high: float) -> float:
+            at = (partial(self._raised, level) for level in (low, high))
+            first, second = (_answer(self.guard, self.x, [(self.site, change)]) for change in at)
+            self.largest = max(self.largest, float(first.abs().max()))
+            return float((first - second).abs().max()) / self.largest
+
+        return _jumps(changed, max(_SPREADS))
+
+    def _raised(self, level: float, scores: Tensor) -> Tensor:
+        return self._ranked(1, self.far, 1.0, scores) + level
+
+
+def _jumps(changed: Callable[[float, float], float], far: float) -> bool:
+    """Whether what changes between −far and far does so at one place."""
+    low, high = -far, far
+    effect = changed(low, high)
+    for _ in range(_HALVED if effect > _ROUNDING else 0):
+        middle = (low + high) / 2
+        low, high = (low, middle) if changed(low, middle) > changed(middle, high) else (middle, high)
+    return effect > _ROUNDING and changed(low, high) > effect / 8
 
 
 def _selects(guard: Guarded, site: Site, sites: list[Site], x: Tensor, look: _Look) -> Site:
@@ -522,6 +540,27 @@ def fewer(guard: Guarded, site: Site, x: Tensor) -> int:
     with torch.no_grad():
         jumps = exchanges.jumps(exchanges.effects(), 0.0)
     return min(site.k, max(jumps, default=site.k))
+
+
+def misshown(guard: Guarded, site: Site, x: Tensor) -> str:
+    """What is not as a model's attributes show it of a site, and what to do; nothing where all is.
+
+    What is forced is the order of the scores: experts that are chosen by anything beside it are led to by nothing.
+    """
+    exchanges = _Exchanges(guard, site, x)
+    with torch.no_grad():
+        effects = exchanges.effects()
+        if jumps := exchanges.jumps(effects, 0.0):
+            if (count := max(jumps)) != site.k:
+                known = f"selects {count} of {site.num_experts}, where num_selected_experts is {site.k}"
+                return f"{site.name} {known}: correct num_selected_experts"
+        elif site.soft:
+            return ""
+        elif any(exchanges.jumps_between(rank, spread) for spread in _SPREADS for rank in effects):
+            return f"{site.name}: the choice adds something to its scores: let it give what is compared"
+        if exchanges.jumps_by_level():
+            return f"{site.name}: the choice compares its scores with a threshold: show what is taken then as an expert"
+    return ""
 
 
 def _probabilities(scores: Tensor) -> bool:

@@ -25,7 +25,7 @@ from bench.job import Job, Subject
 from bench.models.choices import find_choices
 from bench.models.deployed import Prediction, dependence, predict, same_logits, validate_outputs
 from bench.models.foreign import DRAWS, Guarded, settings_kept
-from bench.models.gates import NONE, fewer
+from bench.models.gates import NONE, misshown
 from bench.models.parts import parts
 from bench.models.sites import shown_sites, single_paths, sites
 from bench.randomness import block_seed, seeded
@@ -136,14 +136,13 @@ class Examiner:
             with seeded(0), settings_kept():
                 shown = shown_sites(self.model)
                 choices = find_choices(self.model.model, x.clone(), [*shown, *self.model.gates])
-                overstated = [(site, n) for site in shown if (n := fewer(Guarded(self.model.model), site, x)) < site.k]
+                wrong = [words for site in shown if (words := misshown(Guarded(self.model.model), site, x))]
         except Exception as error:  # what cannot be watched may choose
             return [f"{HIDDEN_ROUTES}the forward pass cannot be watched ({type(error).__name__})"]
         if choices:
             return [f"{HIDDEN_ROUTES}{choices.words}"]
-        for site, count in overstated:
-            what = f"{site.name} selects {count} of {site.num_experts}, where num_selected_experts is {site.k}"
-            return [f"{HIDDEN_ROUTES}{what}: correct num_selected_experts"]
+        if wrong:
+            return [f"{HIDDEN_ROUTES}{'; '.join(wrong)}"]
         found = [site.words if site in self.model.gates else site.name for site in sites(self.model)]
         return [f"{ROUTES_INSIDE}{', '.join(found)}"] if found and not self.info.routing_visible else []
 

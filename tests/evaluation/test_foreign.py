@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bench.attacks.adaptive import BUDGETS
 from bench.datasets.base import EvalSet, fingerprint
 from bench.models.foreign import DRAWS
+from bench.models.sites import selected
 from bench.results.flags import BY_CHANCE, HIDDEN_ROUTES, ROUTES_INSIDE, UNRANKED
 from bench.results.store import read_runs
 
@@ -291,6 +292,51 @@ def test_how_many_experts_a_model_says_it_selects_is_not_believed(says: int, sco
     assert hidden == [
         f"routes not named: router selects 1 of 3, where num_selected_experts is {says}: correct num_selected_experts"
     ] * (says > 1)
+
+
+class ByTwo(Chosen):
+    """Two experts, and no word of how many."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        del self.num_selected_experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = selected(self.router(x), 2).to(x)
+        return (chosen[..., None] * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
+
+
+class Biased(Chosen):
+    """The third expert is ahead by what the router does not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (self.router(x) + torch.tensor([0.0, 0.0, 2.0])).argmax(1)
+        weights = nn.functional.one_hot(chosen, 3).to(x)
+        return (weights[..., None] * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
+
+
+class Fallback(Chosen):
+    """The class 0 where no expert's score is above 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        none = nn.functional.one_hot(torch.zeros(len(x), dtype=torch.long), 10).to(x)
+        return torch.where(self.router(x).amax(1, keepdim=True) > 0, super().forward(x), none)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (ByTwo, "router selects 2 of 3, where num_selected_experts is 1: correct num_selected_experts"),
+        (lambda: Biased(1), "router: the choice adds something to its scores: let it give what is compared"),
+        (
+            lambda: Fallback(1),
+            "router: the choice compares its scores with a threshold: show what is taken then as an expert",
+        ),
+    ],
+)
+def test_a_choice_by_more_than_the_order_of_the_scores_has_no_rank(model: Any, said: str, score: Any):
+    result, _ = score(model().eval(), "clean", _judged(), foreign=True, num_classes=10)
+    assert f"routes not named: {said}" in result.model_flags
 
 
 @dataclass
