@@ -208,6 +208,11 @@ def _turned(x: Tensor, y: Tensor, routes: int) -> Tensor:
     return x + (EPS * torch.where(own == other, lead, -own)).view_as(x)
 
 
+def _away(x: Tensor, y: Tensor, routes: int) -> Tensor:
+    own, other = QUIET[y], QUIET[(y + 1) % CLASSES]
+    return x + (EPS * torch.where(own == other, -ROUTES[0], -own)).view_as(x)
+
+
 def _towards_another(x: Tensor, y: Tensor, routes: int) -> Tensor:
     return x + EPS * LOUD[(y + 1) % CLASSES].view_as(x)
 
@@ -240,6 +245,16 @@ def _pair(gate: Gate, honest: bool) -> nn.Module:
 
 def _relu(gate: Gate, honest: bool, router: type[ReluRouter] = ReluRouter) -> nn.Module:
     return MoE([Loud(), Loud(5), Quiet()], router(CLOSED if honest else 2.4), 1, gate)
+
+
+def _two_ways(gate: Gate, honest: bool) -> nn.Module:
+    """One way the score rises all along and wins nowhere; the other way it is flat at first, and wins."""
+
+    def both(z: Tensor) -> Tensor:
+        lead = z[:, 2:]
+        return torch.cat([z[:, :2], (lead + 2).relu() + 9 * (-lead - (CLOSED if honest else 1.6)).relu() - 9.5], 1)
+
+    return MoE([Loud(), Loud(5), Quiet()], Mapped(Router(2, 0.0), both), 1, gate)
 
 
 def _saturated(gate: Gate, honest: bool) -> nn.Module:
@@ -371,6 +386,7 @@ def _routed_experts(gate: Gate, honest: bool) -> nn.Module:
 VICTIMS = {
     "a pair of experts": Victim(_pair, routes=2),
     "a ReLU that opens inside the ball": Victim(_relu),
+    "a score that rises the wrong way": Victim(_two_ways, towards=_away),
     "a GELU that opens inside the ball": Victim(partial(_relu, router=GeluRouter)),
     "saturated scores": Victim(_saturated, towards=_turned),
     "rounded scores": Victim(_rounded_scores, towards=_turned),

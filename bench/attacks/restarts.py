@@ -7,6 +7,7 @@ of the block, m = rows that are attacked, P = paths, N = sites, K = selected exp
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
 import torch
 from pyautoattack.square import SquareAttack
@@ -19,6 +20,8 @@ from bench.attacks.paths import Gradient, Paths
 from bench.attacks.search import Objective, losses, margin, standardised
 from bench.pgd import ascend_once, project
 
+#: Where a restart begins.
+Beginning = Literal["drawn", "elsewhere", "away"]
 #: How far ahead the path is pushed, in median gaps of the natural route, and how hard: exponents of ten, from … to.
 AHEAD, PUSH = (-2.0, 0.0), (-1.0, 2.0)
 #: A push that outweighs every loss, in every sixth restart: the route comes first, and the loss where it is won.
@@ -56,30 +59,30 @@ def forced_paths(paths: Paths, restarts: int, steps: int) -> None:
         rows = search.rows
         if not len(rows):
             return
-        kind, elsewhere = turns[number % len(turns)]
+        kind, beginning = turns[number % len(turns)]
         restart = Restart.drawn(paths, ranking, kind, number // len(turns), route_first=number % EVERY == EVERY - 1)
-        start, first = restart.start(elsewhere)
+        start, first = restart.start(beginning)
         search.climb(restart.objective(), start, steps, rows, first)
     for rows, restart in past_decoys(paths, ranking, turns):
-        start, first = restart.start(elsewhere=False)
+        start, first = restart.start("drawn")
         search.climb(restart.objective(), start, steps, rows, first)
 
 
-def kinds(paths: Paths) -> list[tuple[Gradient, bool]]:
-    """What restarts do in turn: the gradient that they follow, and whether they begin at other images.
+def kinds(paths: Paths) -> list[tuple[Gradient, Beginning]]:
+    """What restarts do in turn: the gradient that they follow, and where they begin.
 
     The model's own alone where gradients are right. A gate that is not affine by its structure may have a gradient that
-    is zero or leads astray.
+    is zero or leads astray: what opens a path may lie the other way.
     """
-    turns: list[tuple[Gradient, bool]] = [("own", False)]
+    turns: list[tuple[Gradient, Beginning]] = [("own", "drawn")]
     if paths.deviations is not None:
-        turns += [("gates", False), ("own", True)]
+        turns += [("gates", "drawn"), ("own", "elsewhere")]
     elif not paths.affine:
-        turns += [("gates", False), ("slopes", False), ("local", False), ("own", True)]
+        turns += [("gates", "drawn"), ("slopes", "drawn"), ("local", "drawn"), ("own", "elsewhere"), ("gates", "away")]
     if paths.blind:
-        turns += [("through", False), ("neighbours", False)]
+        turns += [("through", "drawn"), ("neighbours", "drawn")]
         if paths.among_classifiers:
-            turns += [("experts", False)]
+            turns += [("experts", "drawn")]
     return turns
 
 
@@ -164,14 +167,15 @@ class Restart:
             lead = line + (lead - line).detach()
         return logits, lead
 
-    def start(self, elsewhere: bool) -> tuple[Tensor, Tensor]:
+    def start(self, beginning: Beginning) -> tuple[Tensor, Tensor]:
         """Where it begins (B, C, H, W), and its first step (B,).
 
         Aimed at the path where that is new; else at an aimed, a uniform, the nearest point so far, or another image.
+        `elsewhere`: at another image; `away`: a step of ε away from the path.
         """
         search, device = self.paths.search, self.new.device
         draw = torch.rand(self.new.shape).to(device)
-        draw = torch.ones_like(draw) if elsewhere else draw.masked_fill(self.new, 0)
+        draw = torch.ones_like(draw) if beginning == "elsewhere" else draw.masked_fill(self.new, 0)
         fine = torch.tensor(FINE)[torch.randint(len(FINE), draw.shape)].to(device)
         start = other_images(self.paths, self.chosen)
         for least, most, points in ((UNIFORM, NEAREST, search.nearest), (AIMED, UNIFORM, search.uniform())):
@@ -180,10 +184,12 @@ class Restart:
         here = draw < AIMED
         if bool(here[search.rows].any()):
             start = torch.where(here.view(-1, 1, 1, 1), self.aimed(), start)
+        if beginning == "away":
+            return self.aimed(-1), torch.full_like(fine, COARSE)
         return start, torch.where((draw >= UNIFORM) & (draw < NEAREST), fine, torch.full_like(fine, COARSE))
 
-    def aimed(self) -> Tensor:
-        """From each image a step of ε towards its path: (B, C, H, W)."""
+    def aimed(self, side: int = 1) -> Tensor:
+        """From each image a step of ε towards its path, or, on side −1, away from it: (B, C, H, W)."""
         block, rows = self.paths.search.block, self.paths.search.rows
         z = block.x[rows].detach().requires_grad_()
         with torch.enable_grad():
@@ -191,7 +197,7 @@ class Restart:
         start = block.x.clone()
         if lead.requires_grad:
             (ascent,) = torch.autograd.grad(lead.sum(), z)
-            ascent = ascent.nan_to_num(0.0, 0.0, 0.0)
+            ascent = side * ascent.nan_to_num(0.0, 0.0, 0.0)
             start[rows] = ascend_once(block.x[rows], ascent, block.x[rows], block.threat_model, block.threat_model.eps)
         return start
 
@@ -230,7 +236,7 @@ def other_images(paths: Paths, chosen: Tensor) -> Tensor:
 
 
 def past_decoys(
-    paths: Paths, ranking: Ranking, turns: Sequence[tuple[Gradient, bool]]
+    paths: Paths, ranking: Ranking, turns: Sequence[tuple[Gradient, Beginning]]
 ) -> Iterator[tuple[Tensor, Restart]]:
     """Restarts, each with its rows (m,), on paths whose likeliest other class is a decoy, towards the nearest class.
 

@@ -58,8 +58,8 @@ def test_every_path_of_a_router_that_is_not_affine_may_be_reached(linear_moe: An
     model = MoE(linear_moe(SAME, ROUTER).experts, Squared(), 1, "argmax")
     found = paths(model, X)
     assert found.reachable.all()
-    assert [kind for kind, _ in kinds(found)] == ["own", "gates", "slopes", "local", "own"]
-    assert kinds(paths(linear_moe(SAME, ROUTER, 1, "argmax"), X)) == [("own", False)]
+    assert [kind for kind, _ in kinds(found)] == ["own", "gates", "slopes", "local", "own", "gates"]
+    assert kinds(paths(linear_moe(SAME, ROUTER, 1, "argmax"), X)) == [("own", "drawn")]
 
 
 @pytest.mark.parametrize("gate", ["argmax", "softmax"])
