@@ -139,11 +139,19 @@ class Paths:
         likely = self._scores[site.name].mean((0, 1))
         if comb(site.num_experts, site.k) <= min(MOST_SETS, self.limit):
             return list(combinations(range(site.num_experts), site.k))
-        ranked = [self._best_sets(likely, site.k)]
+        by, never = [likely], self._never_first(site)
         if site in self.among_classifiers:
-            ranked.append(self._best_sets(self._weakness(site), site.k))
+            by.append(self._weakness(site))
+        ranked = [self._best_sets(values.masked_fill(never, -torch.inf), site.k) for values in by]
         mixed = dict.fromkeys(chosen for several in zip(*ranked, strict=True) for chosen in several)
         return list(islice(mixed, MOST_SETS))
+
+    def _never_first(self, site: Site) -> Tensor:
+        """Which experts (E,) no image of the block can be led to alone: known of an affine gate that selects one."""
+        if site.k > 1 or (found := self._maps[site.name]) is None:
+            return torch.zeros(site.num_experts, dtype=torch.bool, device=self.search.block.x.device)
+        ahead = reachable_pairs(*found, self.search.block.x, self.search.block.threat_model)
+        return ~ahead.all(2).any(0)
 
     def _best_sets(self, values: Tensor, k: int) -> list[tuple[int, ...]]:
         """The sets of k experts with the largest sums of values (E,): of the best that can be compared."""

@@ -148,6 +148,17 @@ def test_of_many_sets_the_likeliest_and_the_weakest_are_tried(k: int, limit: int
     assert len(set(sets)) == tried
 
 
+def test_experts_that_no_image_can_be_led_to_take_no_path_away():
+    torch.manual_seed(0)
+    router = nn.Sequential(nn.Flatten(), nn.Linear(2, 12))
+    with torch.no_grad():
+        router[1].weight.copy_(torch.tensor([[0.0, 0.0]] * 10 + [[1.0, 0.0], [2.0, 0.0]]))
+        router[1].bias.copy_(torch.tensor([0.6] + [0.5] * 9 + [0.12, -0.45]))  # those between are behind the first
+    experts = [nn.Sequential(nn.Flatten(), nn.Linear(2, 2)) for _ in range(12)]
+    found = paths(MoE(experts, router, 1, "argmax"), X, limit=3)
+    assert sorted(found.choices.flatten().tolist()) == [0, 10, 11]
+
+
 def test_experts_of_a_layer_are_not_asked_about_images():
     """It shows `router` and `experts`, which take what other layers make of an image."""
     torch.manual_seed(0)
