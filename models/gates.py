@@ -549,8 +549,10 @@ def misshown(guard: Guarded, site: Site, x: Tensor) -> str:
     """
     exchanges = _Exchanges(guard, site, x)
     with torch.no_grad():
+        if (scores := read(guard, [site], x)[1].get(site.name)) is None:
+            return ""  # it cannot be forced, which is told elsewhere
         effects = exchanges.effects()
-        if jumps := exchanges.jumps(effects, 0.0):
+        if jumps := exchanges.jumps(effects, 2 * torch.finfo(scores.dtype).eps):
             if (count := max(jumps)) != site.k:
                 known = f"selects {count} of {site.num_experts}, where num_selected_experts is {site.k}"
                 return f"{site.name} {known}: correct num_selected_experts"

@@ -9,8 +9,9 @@ change places: for each of E experts, K of T tokens are selected.
 Axes: m = images, T = tokens of an image (1 where whole images are routed), E = experts, K = selected experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -134,34 +135,55 @@ def host(site: Site, others: Sequence[Site]) -> tuple[Site, int] | None:
 
 
 def scores_of(output: Any, images: int, num_experts: int, layers: int = 1, axis: int = -1) -> Tensor | None:
-    """The scores (m, T, E) in a gate's output: a tensor, or the first that fits in a tuple; None where none does.
+    """The scores (m, T, E) in a gate's output: a tensor, or the first that fits of what it holds; None where none does.
 
-    Chosen indices alone, whole numbers (m,) or (m, K), count as scores of 1 for the chosen experts, 0 for the others.
+    It may be a tuple, a list, a dict, or an object with attributes. Chosen indices alone, whole numbers (m,) or (m, K),
+    count as scores of 1 for the chosen experts, 0 for the others.
     """
-    for tensor in output if isinstance(output, tuple | list) else (output,):
-        if not isinstance(tensor, Tensor) or not tensor.dim():
-            continue
-        if not tensor.is_floating_point():
-            if len(tensor) == images and tensor.numel() < images * num_experts:
-                return nn.functional.one_hot(tensor.view(images, -1), num_experts).sum(1, keepdim=True).float()
-        elif tensor.shape[axis] == num_experts * layers and tensor.numel() % (images * num_experts) == 0:
-            return tensor.movedim(axis, -1).reshape(images, -1, num_experts)
+    if not isinstance(output, Tensor):
+        found = (scores_of(part, images, num_experts, layers, axis) for part in _entries(output).values())
+        return next((scores for scores in found if scores is not None), None)
+    if not output.dim():
+        return None
+    if not output.is_floating_point():
+        if len(output) == images and output.numel() < images * num_experts:
+            return nn.functional.one_hot(output.view(images, -1), num_experts).sum(1, keepdim=True).float()
+    elif output.shape[axis] == num_experts * layers and output.numel() % (images * num_experts) == 0:
+        return output.movedim(axis, -1).reshape(images, -1, num_experts)
     return None
 
 
-def _with_scores(output: Any, scores: Tensor, images: int, layers: int, axis: int) -> Any:
-    """The same output with other scores (m, T, E)."""
+def _entries(output: Any) -> Mapping[Any, Any]:
+    """What a gate's output holds: the items of a tuple or list by number, of a dict by key, an object's by name."""
     if isinstance(output, tuple | list):
-        parts = list(output)
-        for number, part in enumerate(parts):
-            if isinstance(part, Tensor) and scores_of(part, images, scores.shape[-1], layers, axis) is not None:
-                parts[number] = _with_scores(part, scores, images, layers, axis)
-                break
-        return type(output)(parts) if type(output) in (tuple, list) else type(output)(*parts)
+        return dict(enumerate(output))
+    return output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+
+
+def with_scores(output: Any, scores: Tensor, images: int, layers: int, axis: int) -> Any:
+    """The same output with other scores (m, T, E)."""
+    if not isinstance(output, Tensor):
+        for key, part in _entries(output).items():
+            if scores_of(part, images, scores.shape[-1], layers, axis) is not None:
+                return _with_entry(output, key, with_scores(part, scores, images, layers, axis))
+        return output
     if not output.is_floating_point():
         chosen = scores[:, 0].topk(max(1, output.numel() // images), dim=-1).indices
         return chosen.view(output.shape).to(output.dtype)
     return scores.reshape(output.movedim(axis, -1).shape).movedim(-1, axis)
+
+
+def _with_entry(output: Any, key: Any, value: Any) -> Any:
+    """A copy with another entry."""
+    if isinstance(output, tuple | list):
+        items = [*output[:key], value, *output[key + 1 :]]
+        return type(output)(items) if type(output) in (tuple, list) else type(output)(*items)
+    changed = copy(output)
+    if isinstance(output, Mapping):
+        changed[key] = value
+    else:
+        object.__setattr__(changed, key, value)  # also of a frozen dataclass
+    return changed
 
 
 def _by_experts(scores: Tensor, change: Change, shared: bool) -> Tensor:
@@ -255,7 +277,7 @@ def intercepted(
         if scores is None or (site.choosers and scores.shape[1] != site.num_experts):
             return output
         after = _by_experts(scores, change, site.shared) if site.choosers else change(scores)
-        return _with_scores(output, after, images, *layout)
+        return with_scores(output, after, images, *layout)
 
     gate = site.gate
     if isinstance(gate, nn.Module):

@@ -319,8 +319,11 @@ class Fallback(Chosen):
     """The class 0 where no expert's score is above 0."""
 
     def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x)
+        weights = selected(scores, 1).to(x)
+        found = (weights[..., None] * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
         none = nn.functional.one_hot(torch.zeros(len(x), dtype=torch.long), 10).to(x)
-        return torch.where(self.router(x).amax(1, keepdim=True) > 0, super().forward(x), none)
+        return torch.where(scores.amax(1, keepdim=True) > 0, found, none)
 
 
 @pytest.mark.parametrize(

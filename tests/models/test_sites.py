@@ -1,6 +1,8 @@
 """Routing sites: a gate's scores are read, and forced by the least shift, whatever class the gate is of."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from bench.datasets.base import open_dataset
 from bench.models import sites as routing
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
-from bench.models.sites import Site, forced, gap, intercepted, lifted, opened, read, scores_of, sites
+from bench.models.sites import Site, forced, gap, intercepted, lifted, opened, read, scores_of, sites, with_scores
 
 
 def moe(linear_moe: Any, count: int = 3, k: int = 1, gate: str = "argmax") -> MoE:
@@ -39,6 +41,31 @@ def test_sites_are_the_routers_of_several_experts(linear_moe: Any):
     (mixture,) = sites(moe(linear_moe, 3, 3))
     assert mixture.soft
     assert sites(moe(linear_moe, 1)) == []
+
+
+@dataclass(frozen=True)
+class Output:
+    aux: Tensor
+    logits: Tensor
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda z: {"aux": z.mean(), "logits": z},
+        lambda z: Output(z.mean(), z),
+        lambda z: SimpleNamespace(logits=z),
+        lambda z: (z.mean(), {"scores": [z]}),
+    ],
+)
+def test_scores_are_read_and_changed_in_whatever_holds_them(given: Any):
+    z = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    output = given(z)
+    assert torch.equal(scores_of(output, 2, 3)[:, 0], z)  # type: ignore[index]
+    changed = with_scores(output, 10 * z[:, None], 2, 1, -1)
+    assert torch.equal(scores_of(changed, 2, 3)[:, 0], 10 * z)  # type: ignore[index]
+    assert torch.equal(scores_of(output, 2, 3)[:, 0], z)  # type: ignore[index]
+    assert type(changed) is type(output)
 
 
 def test_the_gap_of_a_path_is_that_of_its_weakest_expert_at_the_worst_token():
