@@ -95,7 +95,25 @@ MUTATIONS = [
     ),
     Mutation(
         "bench/attacks/restarts.py",
-        'turns += [("experts", False)]',
+        "return self.aimed(-1)",
+        "return self.aimed()",
+        "tests/suites/test_planted_routes.py -k wrong",
+    ),
+    Mutation(
+        "models/gates.py",
+        "if exchanges.jumps_by_level():",
+        "if False:",
+        "tests/evaluation/test_foreign.py -k more_than_the_order",
+    ),
+    Mutation(
+        "bench/attacks/gradients.py",
+        "dict.fromkeys((F.gelu, F.silu,",
+        "dict.fromkeys((F.silu,",
+        "tests/attacks/test_gradients.py -k opens",
+    ),
+    Mutation(
+        "bench/attacks/restarts.py",
+        'turns += [("experts", "drawn")]',
         "turns += []",
         "tests/suites/test_planted_routes.py -k labels",
     ),
