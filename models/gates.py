@@ -547,6 +547,8 @@ def misshown(guard: Guarded, site: Site, x: Tensor) -> str:
 
     What is forced is the order of the scores: experts that are chosen by anything beside it are led to by nothing.
     """
+    if site.num_experts < 2:
+        return ""
     exchanges = _Exchanges(guard, site, x)
     with torch.no_grad():
         if (scores := read(guard, [site], x)[1].get(site.name)) is None:

@@ -342,6 +342,14 @@ def test_a_choice_by_more_than_the_order_of_the_scores_has_no_rank(model: Any, s
     assert f"routes not named: {said}" in result.model_flags
 
 
+def test_an_moe_of_one_expert_chooses_nothing(score: Any):
+    model = Chosen(1)
+    model.experts, model.router = model.experts[:1], nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
+    model.forward = lambda x: model.experts[0](x)  # type: ignore[method-assign]
+    result, _ = score(model.eval(), "clean", _judged(), foreign=True, num_classes=10)
+    assert not [flag for flag in result.model_flags if flag.startswith(HIDDEN_ROUTES)]
+
+
 @dataclass
 class Output:
     """As libraries of language models give it."""
