@@ -54,7 +54,8 @@ def boards_with_models(
     for board in made:
         models = []
         for row in board.rows:
-            own = [one for one in stored.certificates if one.result.model_key == model_key(row.spec, row.info)]
+            key = model_key(row.spec, row.info)
+            own = [one for one in stored.certificates if one.result.model_key == key]
             models.append(
                 Model(
                     board,
