@@ -425,8 +425,8 @@ class _Exchanges:
         self.largest = 1e-12  # of all logits so far
         self.far = 0.8 / (site.num_experts - 1)
 
-    def _ranked(self, rank: int, apart: float, spread: float, scores: Tensor) -> Tensor:
-        """Scores in the order; that of `rank` is ahead of the next by `apart`."""
+    def _ranked(self, rank: int, apart: float, spread: float, level: float, scores: Tensor) -> Tensor:
+        """Scores in the order, raised by `level`; that of `rank` is ahead of the next by `apart`."""
         if self.order is None:
             self.order = _drawn(scores, 0).argsort(-1)
         values = 0.6 + spread * torch.linspace(0.4, -0.4, self.site.num_experts)
@@ -434,17 +434,19 @@ class _Exchanges:
         values[rank - 1], values[rank] = middle + apart / 2, middle - apart / 2
         if _probabilities(scores):
             values = values / values.sum()
-        return torch.empty_like(scores).scatter_(-1, self.order, values.to(scores).expand_as(scores))
+        return torch.empty_like(scores).scatter_(-1, self.order, (values + level).to(scores).expand_as(scores))
 
-    def _answer(self, rank: int, apart: float, spread: float) -> Tensor:
+    def _answer(self, rank: int, apart: float, spread: float = 1.0, level: float = 0.0) -> Tensor:
         drawn = [(other, partial(_drawn, seed=1 + number)) for number, other in enumerate(self.others)]
-        found = _answer(self.guard, self.x, [(self.site, partial(self._ranked, rank, apart, spread)), *drawn])
+        found = _answer(self.guard, self.x, [(self.site, partial(self._ranked, rank, apart, spread, level)), *drawn])
         self.largest = max(self.largest, float(found.abs().max()))
         return found
 
     def changed(self, rank: int, low: float, high: float, spread: float = 1.0) -> float:
         """How much the answer changes between two leads of the expert of `rank`, as a share of the largest logit."""
-        first, second = self._answer(rank, high, spread), self._answer(rank, low, spread)
+        return self._share(self._answer(rank, high, spread), self._answer(rank, low, spread))
+
+    def _share(self, first: Tensor, second: Tensor) -> float:
         return float((first - second).abs().max()) / self.largest
 
     def effects(self) -> dict[int, float]:
@@ -468,15 +470,9 @@ class _Exchanges:
         """Whether the answer jumps as all scores rise together: they are compared with something else."""
 
         def changed(low: float, high: float) -> float:
-            at = (partial(self._raised, level) for level in (low, high))
-            first, second = (_answer(self.guard, self.x, [(self.site, change)]) for change in at)
-            self.largest = max(self.largest, float(first.abs().max()))
-            return float((first - second).abs().max()) / self.largest
+            return self._share(*(self._answer(1, self.far, level=level) for level in (high, low)))
 
         return _jumps(changed, max(_SPREADS))
-
-    def _raised(self, level: float, scores: Tensor) -> Tensor:
-        return self._ranked(1, self.far, 1.0, scores) + level
 
 
 def _jumps(changed: Callable[[float, float], float], far: float) -> bool:
