@@ -350,8 +350,7 @@ class Paths:
     @property
     def among_classifiers(self) -> list[Site]:
         """The sites whose experts are classifiers of the images: a model's own, or those of a dual's branches."""
-        outer = ("router", "standard.router", "robust.router") if parts(self.search.block.model) else ()
-        return [site for site in self.sites if site.name in outer]
+        return [site for number, site in enumerate(self.sites) if site.whole and number not in self._inside]
 
     def _of_experts(self, z: Tensor, chosen: Tensor) -> Tensor:
         """The mean logits (m, C) of the classifiers of each path chosen (m, N, K)."""
