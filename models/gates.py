@@ -401,7 +401,7 @@ def _axis(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Non
 def _of_images(guard: Guarded, sites: list[Site], x: Tensor) -> None:
     """UnusableInput where the rows of a gate's scores are those of all images' first tokens, then the second ones …"""
     other = torch.cat([1 - x[:1], x[1:]])
-    before, after = (read(guard, [site.plain for site in sites], images)[1] for images in (x, other))
+    before, after = (read(guard, [site.plain for site in sites], images).scores for images in (x, other))
     for site in sites:
         if site.name in before and site.name in after:
             moved = (before[site.name] - after[site.name]).abs().amax(-1)  # (m, T)
@@ -547,7 +547,7 @@ def misshown(guard: Guarded, site: Site, x: Tensor) -> str:
         return ""
     exchanges = _Exchanges(guard, site, x)
     with torch.no_grad():
-        if (scores := read(guard, [site], x)[1].get(site.name)) is None:
+        if (scores := read(guard, [site], x).scores.get(site.name)) is None:
             return ""  # it cannot be forced, which is told elsewhere
         effects = exchanges.effects()
         if jumps := exchanges.jumps(effects, 2 * torch.finfo(scores.dtype).eps):

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -389,13 +389,21 @@ def ahead(scores: Tensor, mine: Tensor, k: int) -> Tensor:
     return torch.where(mine.any(-1), lead, torch.inf).amin(1)
 
 
-def read(
-    model: Callable[[Tensor], Tensor], found: Sequence[Site], x: Tensor
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """The model's logits for x (m, …), and of each site the scores (m, T, E) and the gate's input.
+class Reading(NamedTuple):
+    """The model's logits for x (m, …), and by site the scores (m, T, E) and the gate's input (m, …).
 
-    A site whose gate the model does not call once in a way that can be seen has no entry.
+    A site whose gate the model does not call once in a way that can be seen has no entry. apart: it calls a gate once
+    for each image, in a loop; sites among layers have no entry then.
     """
+
+    logits: Tensor
+    scores: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    apart: bool = False
+
+
+def read(model: Callable[[Tensor], Tensor], found: Sequence[Site], x: Tensor) -> Reading:
+    """What the gates of sites are given and give for images x (m, …)."""
     seen: dict[str, Tensor] = {}
     inputs: dict[str, list[Tensor]] = {}
 
@@ -407,5 +415,14 @@ def read(
         for site in found:
             inputs[site.name] = stack.enter_context(intercepted(site, partial(note, site.name)))
         logits = model(x)
+    whole = [site for site in found if site.whole]
+    if len(x) > 1 and any(len(inputs[site.name]) == len(x) for site in whole):
+        ones = [read(model, whole, one) for one in torch.split(x, 1)]
+        shown = [site.name for site in whole if all(site.name in one.scores for one in ones)]
+        scores, inputs_of = (
+            {name: torch.cat([getattr(one, what)[name] for one in ones]) for name in shown}
+            for what in ("scores", "inputs")
+        )
+        return Reading(logits, scores, inputs_of, apart=True)
     once = {name: calls[0] for name, calls in inputs.items() if len(calls) == 1 and name in seen}
-    return logits, {name: seen[name] for name in once}, once
+    return Reading(logits, {name: seen[name] for name in once}, once)

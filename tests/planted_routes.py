@@ -345,6 +345,26 @@ def _labels(gate: Gate, honest: bool) -> nn.Module:
     return Labels([Loud(), Loud(5), Quiet()], steps, 1, gate)
 
 
+class OneByOne(nn.Module):
+    """Each image is sent to its expert in a loop over the batch."""
+
+    def __init__(self, honest: bool, scale: float) -> None:
+        super().__init__()
+        self.experts, self.scale = nn.ModuleList([Loud(), Loud(5), Quiet()]), scale
+        self.router = Router(2, CLOSED if honest else 1.6, scale=scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = []
+        for one in x.split(1):
+            scores = self.router(one)
+            logits.append(self.experts[int(scores.argmax())](one) * scores.softmax(1).amax())
+        return torch.cat(logits)
+
+
+def _one_by_one(gate: Gate, honest: bool) -> nn.Module:
+    return OneByOne(honest, 1 if gate == "softmax" else 100)
+
+
 def _decoy(gate: Gate, honest: bool) -> nn.Module:
     return MoE([Loud(), Loud(5), Decoy()], Router(2, CLOSED if honest else 2.0), 1, gate)
 
@@ -399,6 +419,7 @@ VICTIMS = {
     "a pair of sixteen experts": Victim(_pair_of_sixteen),
     "masked scores": Victim(_masked_scores),
     "labels alone": Victim(_labels),
+    "images one by one": Victim(_one_by_one),
     "one-hot scores": Victim(_one_hot_scores, towards=_turned),
     "a decoy class": Victim(_decoy),
     "experts that are routed, by class": Victim(_routed_experts),

@@ -77,13 +77,15 @@ class Paths:
         if isinstance(block.model, Guarded) and block.model.draws > 1:
             self._pass, self._passes = block.model.once, EXPECTED
         with torch.no_grad():
-            _, found, inputs = routing.read(self._pass, every, block.x) if every else (None, {}, {})
-            found = {name: scores for name, scores in found.items() if len(scores) == len(block.x)}
+            nothing = routing.Reading(block.x, {}, {})
+            seen = routing.read(self._pass, every, block.x) if every else nothing
+            self._apart, inputs = seen.apart, seen.inputs
+            found = {name: scores for name, scores in seen.scores.items() if len(scores) == len(block.x)}
             for site in every:  # an expert that is routed itself may not be asked about every image
                 if site.name not in found and (host := routing.host(site, every)) and host[0].name in found:
                     with routing.intercepted(host[0], partial(_sent, host[1])):
-                        _, more, seen = routing.read(self._pass, [site], block.x)
-                    found, inputs = found | more, inputs | seen
+                        seen = routing.read(self._pass, [site], block.x)
+                    found, inputs = found | seen.scores, inputs | seen.inputs
             found = {name: scores for name, scores in found.items() if len(scores) == len(block.x)}
         self.sites = [site for site in every if site.name in found]
         if self.mixed and not any(site.name in found for site in asked):
@@ -297,11 +299,13 @@ class Paths:
         A path's lead is the least over its sites, each in median gaps of the site's natural route; above 0 the model
         takes the path by itself, and the logits are its own.
         """
-        if not self._inside:
+        if not self._inside and not self._apart:
             return self._along(z, chosen, gradient, turn, rows)
-        # an expert is not asked about all rows, so that its own site can be forced on rows of one path alone
-        different, which = torch.unique(chosen.flatten(1), dim=0, return_inverse=True)
-        groups = [(which == number).nonzero()[:, 0] for number in range(len(different))]
+        if self._apart:
+            groups = list(torch.split(torch.arange(len(z), device=z.device), 1))
+        else:  # an expert is not asked about all rows, so that its own site can be forced on rows of one path alone
+            different, which = torch.unique(chosen.flatten(1), dim=0, return_inverse=True)
+            groups = [(which == number).nonzero()[:, 0] for number in range(len(different))]
         found = [self._along(z[group], chosen[group], gradient, turn) for group in groups]
         back = torch.cat(groups).argsort()
         return torch.cat([logits for logits, _ in found])[back], torch.cat([lead for _, lead in found])[back]

@@ -68,7 +68,7 @@ def test_its_scores_are_read_and_forced(name: str):
     found = named(model := third_party.build(name), third_party.GATES[name]).sites
     guard = guarded(model, found)
     with torch.no_grad():
-        logits, scores, _ = read(guard, found, X)
+        logits, scores, *_ = read(guard, found, X)
         for site in found:
             assert scores[site.name].shape == (4, TOKENS[name], site.num_experts)
             answers = []
@@ -186,7 +186,7 @@ def test_how_a_gate_selects_is_found_out(way: str):
     torch.manual_seed(0)
     (site,) = named(model := Block(gate, weigh), "score").sites
     assert site.words == words
-    assert read(model, [site], X)[1]["score"].shape == ((4, 3, 4) if site.choosers else (4, 4, 3))
+    assert read(model, [site], X).scores["score"].shape == ((4, 3, 4) if site.choosers else (4, 4, 3))
 
 
 def test_k_and_e_can_be_given():
@@ -252,7 +252,7 @@ def test_a_gate_that_masks_by_its_own_scores_is_forced_at_these(mask: Callable[[
     (site,) = (found := named(model, "score")).sites
     assert (site.k, site.num_experts, site.call) == (2, 3, 0)
     assert not find_choices(model, X, found.sites)
-    scores = read(model, [site], X)[1]["score"]
+    scores = read(model, [site], X).scores["score"]
     assert scores.isfinite().all()
 
 
@@ -352,7 +352,7 @@ def test_an_expert_that_chooses_is_made_to_take_a_token_or_to_lose_it(shared: bo
         assert now[:, expert, token].all()
         assert torch.equal(now[clean[:, expert, token], expert], clean[clean[:, expert, token], expert])
 
-    scores = read(model, [site], X)[1]["score"]
+    scores = read(model, [site], X).scores["score"]
     lost = Deviations([site], [scores], [torch.zeros(4, 3)]).forced(
         0, torch.full((4, 1), LOST * SCOPE + 1), torch.arange(4)
     )

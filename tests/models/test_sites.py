@@ -126,7 +126,7 @@ def test_a_model_is_led_along_any_path(linear_moe: Any, gate: str):
 
 def test_reading_gives_the_scores_and_changes_nothing(linear_moe: Any):
     model = moe(linear_moe)
-    logits, scores, inputs = read(model, sites(model), X)
+    logits, scores, inputs, _ = read(model, sites(model), X)
     assert torch.equal(logits, model(X))
     torch.testing.assert_close(scores["router"][:, 0], X.flatten(1))
     assert torch.equal(inputs["router"], X)
@@ -174,7 +174,7 @@ class Tuple(Method):
 def test_routers_of_other_shapes_are_read_and_forced(kind: type[Own]):
     model = kind()
     (site,) = sites(model)
-    _, scores, _ = read(model, [site], X)
+    scores = read(model, [site], X).scores
     assert scores["router"].argmax(-1).flatten().tolist() == [0, 2]
     chosen = torch.tensor([[1], [0]])
     with intercepted(site, lambda found: forced(found, chosen)):
@@ -225,7 +225,7 @@ def test_gates_inside_a_network_are_read_and_forced(name: str, tokens: int):
     found = sites(model)
     assert found
     assert not any(site.whole for site in found)
-    logits, scores, _ = read(model, found, x)
+    logits, scores, *_ = read(model, found, x)
     assert torch.equal(logits, model(x))
     for site in found:
         assert scores[site.name].shape == (5, tokens, site.num_experts)
