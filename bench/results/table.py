@@ -6,7 +6,7 @@ has to be imported, is made for those who ask for one.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,6 +30,7 @@ class Text:
 
     values: NDArray[np.object_]
     codes: NDArray[np.int64]
+    _asked: dict[tuple[str, ...], NDArray[np.bool_]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, rows: Any) -> NDArray[np.object_]:
         """The texts of some rows."""
@@ -37,8 +38,11 @@ class Text:
         return found
 
     def are(self, words: Sequence[str]) -> NDArray[np.bool_]:
-        """Of each row whether its text is one of these."""
-        return np.array([value in words for value in self.values], dtype=bool)[self.codes]
+        """Of each row whether its text is one of these; read-only, since what was asked once is kept."""
+        if (found := self._asked.get(key := tuple(words))) is None:
+            self._asked[key] = found = np.array([value in words for value in self.values], dtype=bool)[self.codes]
+            found.flags.writeable = False
+        return found
 
     def distinct(self) -> list[str]:
         """The texts that rows have, each once, in the order of their first rows."""
@@ -88,7 +92,7 @@ class Table:
         """Of what a Parquet file holds; ValueError for damage. A float that is missing is no number (NaN)."""
         types, numbers, texts = dict[str, str](), dict[str, NDArray[Any]](), dict[str, Text]()
         for name, chunks in zip(rows.column_names, rows.columns, strict=True):
-            column = chunks.combine_chunks()
+            column = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()
             column.validate(full=True)  # of codes as well
             if str(column.type) in _ARROW_TEXTS:
                 column = column.dictionary_encode()
