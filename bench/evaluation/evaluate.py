@@ -98,7 +98,7 @@ def evaluate(
     first = int(folder.path.name, 16)  # not always the same process has the run with a block more
     for number, chosen in enumerate(job.blocks):
         mine = (number + first) % world.processes == world.rank if only is None else number == only
-        if not mine or number in blocks.unbroken:
+        if not mine or number in blocks.unbroken or folder.finished() is not None:  # by another, without blocks now
             continue
         x, y = data.x[chosen].to(device), data.y[chosen].to(device)
         with eval_frozen(model), full_float32(), seeded(block_seed(spec.seed, number)):

@@ -553,6 +553,22 @@ def test_two_processes_that_finish_the_same_run_agree(run: Any, tmp_path: Path, 
     pd.testing.assert_frame_equal(rows, same)
 
 
+def test_what_another_process_has_finished_meanwhile_is_not_attacked(run: Any, tmp_path: Path):
+    data = images([0.45, 0.55, 0.4])
+    first, rows = run(push(0.12), data, batch_size=1)
+    folder = run_folder(tmp_path / "results", first.spec, first.run)
+    result = (folder / "result.json").read_bytes()
+    (folder / "result.json").unlink()
+    again, same = run(
+        lambda _: pytest.fail("it is finished"),
+        data,
+        batch_size=1,
+        on_block=lambda *_: (folder / "result.json").write_bytes(result),
+    )
+    assert again == first
+    pd.testing.assert_frame_equal(rows, same)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_waiting_for_a_process_that_is_gone_ends_and_names_the_block(
     rank: int, run: Any, monkeypatch: pytest.MonkeyPatch
