@@ -142,7 +142,8 @@ class Guarded(nn.Module):
     draws: above 1 for a model that answers by chance. A call then gives the mean logits of D = draws passes, whose
     random numbers are the same in every call, so that an attack climbs an expectation (Athalye et al., ICML 2018);
     `once` is a single pass with new ones. counted: a module that the logits of each single pass go through. gates: the
-    routing sites that a user named (`bench.models.gates`).
+    routing sites that a user named, and inside: those that the model's attributes show and whose gates choose
+    themselves (`bench.models.gates`).
     """
 
     def __init__(self, model: Any, draws: int = 1, shared: _Shared | None = None, scores: bool = False) -> None:
@@ -151,6 +152,7 @@ class Guarded(nn.Module):
         super().__init__()
         self.model = model
         self.gates: tuple[Any, ...] = ()
+        self.inside: tuple[Any, ...] = ()
         self.counted = nn.Identity()
         self.dtype = torch.float32  # of its logits
         self.connected: bool | None = None  # logits and images, in the graph of gradients

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from bench.errors import UnusableInput, did_you_mean
 from bench.models.choices import plain
 from bench.models.deployed import eval_frozen
 from bench.models.foreign import Guarded
-from bench.models.sites import Site, counts, intercepted, read, scores_of, selected
+from bench.models.sites import Site, counts, forced, intercepted, read, scores_of, selected, shown_sites
 
 #: A user's word for a model that makes no choices.
 NONE = "none"
@@ -123,19 +124,70 @@ def find_gates(model: nn.Module, words: Sequence[str], x: Tensor) -> Gates:
             raise UnusableInput(f"--gates {word}: the model has no such module: {_nearest(named.pattern, modules)}")
         found |= dict.fromkeys(matched, named)
     guard = Guarded(model)
-    with eval_frozen(guard), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        looked = {name: _Look(name, modules[name], named) for name, named in found.items() if name in found}
-        with ExitStack() as stack:
-            for look in looked.values():
-                stack.enter_context(look.hooked())
-            stack.enter_context(_Follow(list(looked.values()), x))
-            guard(x)
+    with _looking(guard):
+        looked = {name: _Look(name, modules[name], named) for name, named in found.items()}
+        _look(guard, list(looked.values()), x)
         sites = [look.site(model, len(x)) for look in looked.values()]
         _of_images(guard, sites, x)
         sites = [_selects(guard, site, sites, x, looked[site.name]) for site in sites]
     order = [name for name in modules if name in found]
     sites.sort(key=lambda site: order.index(site.name))
     return Gates(tuple(found[name].word(name) for name in order), tuple(sites))
+
+
+def choosing_inside(model: nn.Module, x: Tensor) -> tuple[Site, ...]:
+    """The sites that a model's attributes show and whose gates choose themselves, with the scores that they choose by.
+
+    A mask or a one-hot of the choice tells nothing of the experts that are not chosen, and has no gradient that leads
+    to them. The scores are those of the gate's first function by which every expert can be led to. None of a model that
+    cannot be looked at, on images x (m, c, H, W).
+    """
+    guard = Guarded(plain(model))
+    shown = [site for site in shown_sites(guard) if site.num_experts > 1 and isinstance(site.gate, nn.Module)]
+    looks = [_Look(site.name, site.gate, Named(site.name)) for site in shown]
+    found: list[Site] = []
+    try:
+        with _looking(guard):
+            if looks:
+                _look(guard, looks, x)
+            for site, look in zip(shown, looks, strict=True):
+                inner = (replace(site, call=call, axis=axis) for call in dict.fromkeys(look.chose) for axis in (-1, 1))
+                found += islice((one for one in inner if _leads(guard, one, site, x)), 1)
+    except Exception:  # of a user's own model: whoever attacks it tells of it
+        return ()
+    return tuple(found)
+
+
+def _leads(guard: Guarded, inner: Site, shown: Site, x: Tensor) -> bool:
+    """Whether each expert wins at the gate where it is forced by the scores inside."""
+    for expert in range(shown.num_experts):
+        seen: list[Tensor] = []
+
+        def note(scores: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(scores.clone())
+            return scores
+
+        chosen = torch.full((len(x), 1), expert, device=x.device)
+        with intercepted(shown, note), intercepted(inner, partial(forced, chosen=chosen)):
+            guard(x)
+        if len(seen) != 1 or not bool((seen[0].argmax(-1) == expert).all()):
+            return False
+    return True
+
+
+@contextmanager
+def _looking(guard: Guarded) -> Iterator[None]:
+    with eval_frozen(guard), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _look(guard: Guarded, looks: list["_Look"], x: Tensor) -> None:
+    """One pass in which the gates are watched."""
+    with ExitStack() as stack:
+        for look in looks:
+            stack.enter_context(look.hooked())
+        stack.enter_context(_Follow(looks, x))
+        guard(x)
 
 
 def _nearest(pattern: str, modules: dict[str, nn.Module]) -> str:
@@ -153,7 +205,8 @@ class _Look:
 
     chosen: what the first function chose by, and along which axis; None where nothing chose by the scores. took: how
     many, where it was a top-k. compared, normalised: whether the scores are compared, or made weights. call: which of
-    the gate's own calls gave the scores, where it chooses itself. own: what it gave, once that is known.
+    the gate's own calls gave the scores, where it chooses itself. chose: all calls that gave what it chose by itself.
+    own: what it gave, once that is known.
     """
 
     name: str
@@ -170,6 +223,7 @@ class _Look:
     normalised: bool = False
     call: int | None = None
     scores: Tensor | None = None
+    chose: list[int] = field(default_factory=list)
     own: list[Tensor] = field(default_factory=list)
 
     @contextmanager
@@ -374,19 +428,26 @@ class _Follow(TorchFunctionMode):
         if id(tensor) not in self.pending:
             return
         look, inside, chosen, axis, took = self.pending.pop(id(tensor))
+        source = self._source(chosen) if inside is look else None
+        look.chose += [source[0]] if source is not None else []
         if look.chosen is not None:
             return
         look.chosen, look.took = (chosen, axis), took
         if inside is not look:
             return  # its output is what is forced
-        while True:  # back to what gave the scores, inside the gate
+        if source is None:
+            look.chosen = None  # of what the gate was given: no score of its own
+        else:
+            look.call, look.scores = source
+
+    def _source(self, chosen: Tensor) -> tuple[int, Tensor] | None:
+        """Back to what gave the scores that were chosen by, inside a gate: which of its calls, and its output."""
+        while True:
             function, source, number = self.made.get(id(chosen), ("", None, None))
             if number is None:
-                look.chosen = None  # of what the gate was given: no score of its own
-                return
+                return None
             if function not in _MONOTONE or source is None or not self._depends(source):
-                look.call, look.scores = number, chosen
-                return
+                return number, chosen
             chosen = source
 
 

@@ -96,6 +96,7 @@ def forced_inside(model: nn.Module) -> bool:
 def shown_sites(model: nn.Module) -> list[Site]:
     """The sites that attributes show, but for those that the user named: those that choose, and soft mixtures."""
     gates = [site.gate for site in model.gates] if isinstance(model, Guarded) else []
+    inside = {site.name: site for site in model.inside} if isinstance(model, Guarded) else {}
     found = []
     for name, module in bare(model).named_modules():
         attribute = "router" if is_moe(module) else "gate" if is_block(module) else None
@@ -103,7 +104,8 @@ def shown_sites(model: nn.Module) -> list[Site]:
             owner: Any = module
             count, k = len(owner.experts), int(getattr(owner, "num_selected_experts", 1))
             where = f"{name}.{attribute}".removeprefix(".")
-            found.append(Site(where, owner, attribute, count, min(k, count), whole=_classifies(bare(model), name)))
+            site = Site(where, owner, attribute, count, min(k, count), whole=_classifies(bare(model), name))
+            found.append(inside.get(where, site))
     return found
 
 

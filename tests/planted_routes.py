@@ -217,6 +217,29 @@ def _towards_another(x: Tensor, y: Tensor, routes: int) -> Tensor:
     return x + EPS * LOUD[(y + 1) % CLASSES].view_as(x)
 
 
+class Coarse(nn.Module):
+    """A part that sees 3×32×32 images as 8×8 ones, by the mean of each 48 values."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(nn.functional.avg_pool2d(x.mean(1, keepdim=True), 4))
+
+    @staticmethod
+    def images(x: Tensor) -> Tensor:
+        """Images (B, 3, 32, 32) that are seen as these, (B, 1, 8, 8)."""
+        return nn.functional.interpolate(x, scale_factor=4).repeat(1, 3, 1, 1)
+
+    @classmethod
+    def parts_of(cls, moe: Any) -> nn.Module:
+        """An MoE whose router and experts see images so."""
+        moe.router = cls(moe.router)
+        moe.experts = nn.ModuleList(cls(expert) for expert in moe.experts)
+        return moe
+
+
 @dataclass(frozen=True)
 class Victim:
     """`build(gate, honest)`: the broken model, or its honest twin.
@@ -419,10 +442,10 @@ VICTIMS = {
     "a pair of sixteen experts": Victim(_pair_of_sixteen),
     "masked scores": Victim(_masked_scores),
     "labels alone": Victim(_labels),
-    "images one by one": Victim(_one_by_one),
     "one-hot scores": Victim(_one_hot_scores, towards=_turned),
     "a decoy class": Victim(_decoy),
     "experts that are routed, by class": Victim(_routed_experts),
     "a decided mixture of all experts": Victim(_mixture),
     "routed experts that are mixed": Victim(_mixture_of_routed, routes=2),
+    "images one by one": Victim(_one_by_one),
 }

@@ -31,8 +31,9 @@ from bench.spec import NOT_FORCED
 
 #: Whose gradient is followed: the model's own; that of a smooth stand-in (`StraightThrough`) for what has none, in the
 #: gates alone or in the whole model; the slopes of the scores, their mean over the block or each image's own; the mean
-#: over Gaussian neighbours; that of the path's experts, whatever the model makes of what they say.
-Gradient = Literal["own", "gates", "slopes", "local", "through", "neighbours", "experts"]
+#: over Gaussian neighbours; that of the path's experts, whatever the model makes of what they say, beside that of the
+#: gates' stand-ins or each image's own slopes.
+Gradient = Literal["own", "gates", "slopes", "local", "through", "neighbours", "experts", "experts-local"]
 
 #: How many sets of experts are tried at one site with more: the likeliest by the router and the weakest by the experts'
 #: margins, in turn; and how many are compared for that.
@@ -101,14 +102,12 @@ class Paths:
         #: by site: the score of experts that the gate closes, where it closes any
         self._closed = {name: at for name, scores in found.items() if (at := closed_score(scores)) is not None}
         self._scores = {name: self._readable(name, scores) for name, scores in found.items()}
-        shows = {site.name: site.call is None for site in self.sites}
         #: gates of whole images that see them as they are, so that they can be asked alone
         self._direct = {
             name
             for name, seen in inputs.items()
             if name in found
             and found[name].shape[1] == 1
-            and shows[name]
             and seen.shape == block.x.shape
             and torch.equal(seen, block.x)
         }
@@ -127,7 +126,8 @@ class Paths:
             self.notes.append(f"{len(self.choices):,} of {possible} paths attacked")
 
     def _affine(self, site: Site) -> tuple[Tensor, Tensor] | None:
-        return affine_map(site.gate, self.search.block.x) if site.name in self._direct else None
+        alone = site.name in self._direct and site.call is None
+        return affine_map(site.gate, self.search.block.x) if alone else None
 
     def _scale(self, site: Site) -> Tensor:
         """The median gap of the site's natural route on the clean images."""
@@ -342,14 +342,16 @@ class Paths:
             leads.append(routing.ahead(known, mine, k) / self._scales[site.name])
             return routing.lifted(scores, mine, k, self._closed.get(site.name))
 
-        around: Callable[[], AbstractContextManager[object]] = StraightThrough if gradient == "gates" else nullcontext
+        smooth = gradient in ("gates", "experts")
+        around: Callable[[], AbstractContextManager[object]] = StraightThrough if smooth else nullcontext
         with ExitStack() as stack:
             if gradient == "through":
                 stack.enter_context(StraightThrough())
             for number, site in enumerate(self.sites):
                 stack.enter_context(routing.intercepted(site, partial(change, number), around))
             logits = self._pass(z)
-        return self._of_experts(z, chosen) if gradient == "experts" else logits, torch.stack(leads).amin(0)
+        logits = self._of_experts(z, chosen) if gradient.startswith("experts") else logits
+        return logits, torch.stack(leads).amin(0)
 
     @property
     def among_classifiers(self) -> list[Site]:
@@ -385,8 +387,11 @@ class Paths:
     def _asked(self, site: Site, x: Tensor) -> Tensor:
         """The scores (m, E) of a gate that sees the images as they are."""
         gate = behind(self.search.block.model, site.gate, scores=True)
-        found = routing.scores_of(gate(x), len(x), site.num_experts)
-        assert found is not None  # it was read before
+        if site.call is None:
+            found = routing.scores_of(gate(x), len(x), site.num_experts)
+            assert found is not None  # it was read before
+        else:
+            found = routing.read(gate, [site], x).scores[site.name]
         return self._readable(site.name, found)[:, 0]
 
     def takers(self, chosen: Tensor) -> Tensor:

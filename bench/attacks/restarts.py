@@ -83,13 +83,12 @@ def kinds(paths: Paths) -> list[tuple[Gradient, Beginning]]:
         turns += [("through", "drawn"), ("neighbours", "drawn")]
         if paths.among_classifiers:
             turns += [("experts", "drawn")]
+            turns += [("experts-local", "drawn")] * (not paths.affine)  # what hides the experts' may hide the gates'
     return turns
 
 
-def by_local_slopes(paths: Paths, kind: Gradient) -> bool:
-    """Whether a path's lead is raised by each image's own slopes: where the experts' gradients are taken for what the
-    model hides, the gates' may be hidden, too."""
-    return kind == "local" or (kind == "experts" and not paths.affine)
+#: Kinds that raise a path's lead by each image's own slopes.
+BY_LOCAL_SLOPES = ("local", "experts-local")
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ class Restart:
         ahead, push = (10 ** torch.empty(count).uniform_(*bounds).to(device) for bounds in (AHEAD, PUSH))
         if route_first:
             push = torch.full_like(push, ROUTE_FIRST)
-        local = local_slopes(paths, chosen) if by_local_slopes(paths, kind) else None
+        local = local_slopes(paths, chosen) if kind in BY_LOCAL_SLOPES else None
         return cls(paths, kind, turn, chosen, which, target, push, ahead, turn < many, local)
 
     def on_path(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,7 +259,7 @@ def past_decoys(
                 break
             drawn = Restart.drawn(paths, ranking, "own", turn, route_first=turn == PAST - 1)
             chosen, which = choice.expand_as(drawn.chosen), torch.full_like(drawn.which, 3)
-            local = local_slopes(paths, chosen) if by_local_slopes(paths, kind) else None
+            local = local_slopes(paths, chosen) if kind in BY_LOCAL_SLOPES else None
             yield unbroken, replace(drawn, kind=kind, chosen=chosen, which=which, target=target, local=local)
 
 

@@ -13,8 +13,8 @@ from bench.attacks.deviations import LOST, SCOPE, Deviations
 from bench.errors import UnusableInput
 from bench.models.choices import find_choices
 from bench.models.foreign import Guarded
-from bench.models.gates import Gates, declared, find_gates
-from bench.models.sites import Site, forced, intercepted, lifted, read, selected
+from bench.models.gates import Gates, choosing_inside, declared, find_gates
+from bench.models.sites import Site, forced, intercepted, lifted, read, selected, sites
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -254,6 +254,60 @@ def test_a_gate_that_masks_by_its_own_scores_is_forced_at_these(mask: Callable[[
     assert not find_choices(model, X, found.sites)
     scores = read(model, [site], X).scores["score"]
     assert scores.isfinite().all()
+
+
+class Sparse(nn.Module):
+    """A router that gives what `made` makes of its scores, after a choice by something else; and its experts."""
+
+    def __init__(self, made: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.router, self.made = nn.Module(), made
+        self.router.linear = nn.Linear(192, 3)
+        self.router.forward = self.route
+        self.experts = nn.ModuleList(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)) for _ in range(3))
+
+    def route(self, x: Tensor) -> Any:
+        turned = torch.where(x.flatten(1)[:, :2].argmax(1).view(-1, 1, 1, 1) > 0, -x, x)
+        return self.made(self.router.linear(turned.flatten(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x)
+        best = (scores[0] if isinstance(scores, tuple) else scores).argmax(1)
+        return torch.stack([expert(x) for expert in self.experts], 1)[torch.arange(len(x)), best]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda z: nn.functional.one_hot(z.argmax(1), 3).float(),
+        lambda z: torch.full_like(z, -torch.inf).scatter(1, z.topk(1).indices, z.topk(1).values).softmax(1),
+        lambda z: (torch.zeros_like(z).scatter(1, z.topk(1).indices, 1.0), z.sum()),
+        lambda z: z.masked_fill(z < z.topk(1).values, -1e9),
+    ],
+    ids=["one-hot", "masked softmax", "zeros", "masked by comparison"],
+)
+def test_a_shown_router_that_chooses_itself_is_read_where_it_chooses(made: Callable[[Tensor], Any]):
+    torch.manual_seed(0)
+    model = Sparse(made).eval()
+    (site,) = choosing_inside(model, X)
+    assert (site.name, site.whole, site.k) == ("router", True, 1)
+    guard = Guarded(model)
+    guard.inside = (site,)
+    assert sites(guard) == [site]
+    z = X.clone().requires_grad_()
+    scores = read(guard, [site], z).scores["router"]
+    assert scores.unique().numel() == scores.numel()
+    assert (torch.autograd.grad(scores[:, 0, 2].sum(), z)[0] != 0).any()
+    for expert in range(3):
+        with intercepted(site, lambda scores, e=expert: forced(scores, torch.full((4, 1), e))):  # type: ignore[misc]
+            assert torch.equal(guard(X), model.experts[expert](X))
+
+
+def test_a_shown_router_that_gives_its_scores_is_read_by_its_output():
+    assert choosing_inside(Sparse(lambda z: z).eval(), X) == ()
+    chooses_for_its_loss = Sparse(lambda z: (z, nn.functional.one_hot(z.detach().flip(1).argmax(1), 3).sum()))
+    assert choosing_inside(chooses_for_its_loss.eval(), X) == ()
+    assert choosing_inside(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), X) == ()
 
 
 def test_a_threshold_is_no_gate():

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from planted_routes import EPS, VICTIMS, Gate, Mixture, Victim, images, majority
+from planted_routes import EPS, VICTIMS, Coarse, Gate, Mixture, Victim, images, majority
 from torch import nn
 
 from bench import benchmark
-from bench.attacks import adaptive, restarts
+from bench.attacks import adaptive, gradients, restarts
+from bench.attacks.adaptive import AdaptiveAttack
 from bench.datasets.base import EvalSet, fingerprint
 from bench.results.flags import ROUTES_INSIDE
 from bench.spec import NOT_FORCED
@@ -96,6 +97,23 @@ def test_adaptive_spares_the_honest_twin(kind: str, gate: Gate, verdict: Any, mo
     monkeypatch.setattr(restarts, "CORNERS", restarts.FEW_CORNERS)
     result = verdict(VICTIMS[kind].model(gate, honest=True), "small", 5)
     assert result.robust_accuracy.value == result.clean_accuracy.value  # of a model of chance some answers are wrong
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("masked scores", 5), ("one-hot scores", 5), pytest.param("labels alone", 2, marks=pytest.mark.slow)],
+)
+def test_adaptive_breaks_it_where_so_many_pixels_tell_little_by_chance(
+    kind: str, count: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(restarts, "CORNERS", restarts.FEW_CORNERS)  # many more would not do either
+    monkeypatch.setattr(gradients, "AT_MOST", 100)
+    monkeypatch.setitem(adaptive.BUDGETS, "small", replace(adaptive.BUDGETS["small"], path_steps=15))
+    x, y = images(count)
+    model = Coarse.parts_of(VICTIMS[kind].model("softmax"))
+    x_adv = AdaptiveAttack(model, eps=EPS, budget="small")(Coarse.images(x), y)
+    with torch.no_grad():
+        assert (model(x_adv).argmax(1) != y).all()
 
 
 class Named(nn.Module):
