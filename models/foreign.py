@@ -126,6 +126,7 @@ class _Shared:
     largest: int | None = None
     seed: int = 0
     states: _Randomness = field(default_factory=lambda: _Randomness.of(0))
+    inside: tuple[Any, ...] = ()
     seen: set[str] = field(default_factory=set)
     parts: "list[Guarded]" = field(default_factory=list)
 
@@ -142,17 +143,15 @@ class Guarded(nn.Module):
     draws: above 1 for a model that answers by chance. A call then gives the mean logits of D = draws passes, whose
     random numbers are the same in every call, so that an attack climbs an expectation (Athalye et al., ICML 2018);
     `once` is a single pass with new ones. counted: a module that the logits of each single pass go through. gates: the
-    routing sites that a user named, and inside: those that the model's attributes show and whose gates choose
-    themselves (`bench.models.gates`).
+    routing sites that a user named (`bench.models.gates`).
     """
 
     def __init__(self, model: Any, draws: int = 1, shared: _Shared | None = None, scores: bool = False) -> None:
         """`shared` is that of the whole model where this is a part of it; `scores`: a router, whose answer is given as
-        it is."""
+        it is, or the scores inside it where it chooses itself."""
         super().__init__()
         self.model = model
         self.gates: tuple[Any, ...] = ()
-        self.inside: tuple[Any, ...] = ()
         self.counted = nn.Identity()
         self.dtype = torch.float32  # of its logits
         self.connected: bool | None = None  # logits and images, in the graph of gradients
@@ -179,6 +178,15 @@ class Guarded(nn.Module):
         self._shared.largest = largest
 
     @property
+    def inside(self) -> tuple[Any, ...]:
+        """The sites that the model's attributes show and whose gates choose themselves (`bench.models.gates`)."""
+        return self._shared.inside
+
+    @inside.setter
+    def inside(self, inside: tuple[Any, ...]) -> None:
+        self._shared.inside = inside
+
+    @property
     def seen(self) -> set[str]:
         """What the model or a part of it did, in words."""
         return self._shared.seen
@@ -199,7 +207,8 @@ class Guarded(nn.Module):
 
     def once(self, x: Tensor) -> Any:
         """The logits (B, C) of one pass."""
-        answer = self._call(self.model, x)
+        inside = [site for site in self.inside if self._scores and site.gate is self.model]
+        answer = self._call(inside[0].ask if inside else self.model, x)
         answer = answer if self._scores else self._cast(answer, x)
         return self.counted(answer) if isinstance(answer, Tensor) else answer
 

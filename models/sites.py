@@ -77,6 +77,10 @@ class Site:
         """The module or callable whose output holds the scores."""
         return getattr(self.owner, self.attribute)
 
+    def ask(self, x: Tensor) -> Tensor:
+        """The scores (m, E) of the gate by itself, of images x (m, …) that it sees as they are."""
+        return read(self.gate, [self], x).scores[self.name][:, 0]
+
 
 def sites(model: nn.Module) -> list[Site]:
     """The sites of a model, in the order of its modules, then those that the user named; not where there is one expert.
@@ -96,7 +100,7 @@ def forced_inside(model: nn.Module) -> bool:
 def shown_sites(model: nn.Module) -> list[Site]:
     """The sites that attributes show, but for those that the user named: those that choose, and soft mixtures."""
     gates = [site.gate for site in model.gates] if isinstance(model, Guarded) else []
-    inside = {site.name: site for site in model.inside} if isinstance(model, Guarded) else {}
+    inside = model.inside if isinstance(model, Guarded) else ()
     found = []
     for name, module in bare(model).named_modules():
         attribute = "router" if is_moe(module) else "gate" if is_block(module) else None
@@ -105,7 +109,8 @@ def shown_sites(model: nn.Module) -> list[Site]:
             count, k = len(owner.experts), int(getattr(owner, "num_selected_experts", 1))
             where = f"{name}.{attribute}".removeprefix(".")
             site = Site(where, owner, attribute, count, min(k, count), whole=_classifies(bare(model), name))
-            found.append(inside.get(where, site))
+            more = [{"call": one.call, "axis": one.axis} for one in inside if one.gate is site.gate]
+            found.append(replace(site, **more[0]) if more else site)
     return found
 
 

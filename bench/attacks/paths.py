@@ -102,12 +102,14 @@ class Paths:
         #: by site: the score of experts that the gate closes, where it closes any
         self._closed = {name: at for name, scores in found.items() if (at := closed_score(scores)) is not None}
         self._scores = {name: self._readable(name, scores) for name, scores in found.items()}
+        alone = {site.name for site in self.sites if site.whole or site.call is None}
         #: gates of whole images that see them as they are, so that they can be asked alone
         self._direct = {
             name
             for name, seen in inputs.items()
             if name in found
             and found[name].shape[1] == 1
+            and name in alone
             and seen.shape == block.x.shape
             and torch.equal(seen, block.x)
         }
@@ -126,8 +128,8 @@ class Paths:
             self.notes.append(f"{len(self.choices):,} of {possible} paths attacked")
 
     def _affine(self, site: Site) -> tuple[Tensor, Tensor] | None:
-        alone = site.name in self._direct and site.call is None
-        return affine_map(site.gate, self.search.block.x) if alone else None
+        shown = site.name in self._direct and site.call is None
+        return affine_map(site.gate, self.search.block.x) if shown else None
 
     def _scale(self, site: Site) -> Tensor:
         """The median gap of the site's natural route on the clean images."""
@@ -387,11 +389,8 @@ class Paths:
     def _asked(self, site: Site, x: Tensor) -> Tensor:
         """The scores (m, E) of a gate that sees the images as they are."""
         gate = behind(self.search.block.model, site.gate, scores=True)
-        if site.call is None:
-            found = routing.scores_of(gate(x), len(x), site.num_experts)
-            assert found is not None  # it was read before
-        else:
-            found = routing.read(gate, [site], x).scores[site.name]
+        found = routing.scores_of(gate(x), len(x), site.num_experts)
+        assert found is not None  # it was read before
         return self._readable(site.name, found)[:, 0]
 
     def takers(self, chosen: Tensor) -> Tensor:

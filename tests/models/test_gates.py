@@ -297,6 +297,7 @@ def test_a_shown_router_that_chooses_itself_is_read_where_it_chooses(made: Calla
     z = X.clone().requires_grad_()
     scores = read(guard, [site], z).scores["router"]
     assert scores.unique().numel() == scores.numel()
+    assert torch.equal(guard.router(z), scores[:, 0])
     assert (torch.autograd.grad(scores[:, 0, 2].sum(), z)[0] != 0).any()
     for expert in range(3):
         with intercepted(site, lambda scores, e=expert: forced(scores, torch.full((4, 1), e))):  # type: ignore[misc]
