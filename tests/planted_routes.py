@@ -345,6 +345,13 @@ def _one_hot_scores(gate: Gate, honest: bool) -> nn.Module:
     return MoE([Loud(), Loud(5), Quiet()], Turned(router), 1, gate)
 
 
+def _step(gate: Gate, honest: bool) -> nn.Module:
+    """Units that are on or off, by a comparison."""
+    hidden = Router(2, CLOSED if honest else 1.6)
+    on = Mapped(hidden, lambda z: (z > torch.tensor([-99.0, 99.0, 0.0])).float())
+    return MoE([Loud(), Loud(5), Quiet()], Mapped(on, lambda z: z * torch.tensor([1.0, 2.0, 2.0])), 1, gate)
+
+
 def _masked_scores(gate: Gate, honest: bool) -> nn.Module:
     """What code of sparse gates gives: all scores but the largest at −∞, or at the least number there is."""
     closed = torch.finfo(torch.float32).min if gate == "softmax" else -torch.inf
@@ -448,4 +455,5 @@ VICTIMS = {
     "a decided mixture of all experts": Victim(_mixture),
     "routed experts that are mixed": Victim(_mixture_of_routed, routes=2),
     "images one by one": Victim(_one_by_one),
+    "a step that opens inside the ball": Victim(_step),
 }

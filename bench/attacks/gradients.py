@@ -68,6 +68,27 @@ HARD = {
 LEAVES: set[Any] = {Tensor.numpy, Tensor.__array__}
 
 
+def _both(function: str) -> tuple[Any, ...]:
+    return getattr(torch, function), getattr(Tensor, function)
+
+
+#: Comparisons, by the sign of their first input's part in them.
+COMPARES = {
+    **dict.fromkeys((*_both("gt"), *_both("ge"), *_both("greater"), *_both("greater_equal")), 1),
+    **dict.fromkeys((Tensor.__gt__, Tensor.__ge__), 1),
+    **dict.fromkeys((*_both("lt"), *_both("le"), *_both("less"), *_both("less_equal")), -1),
+    **dict.fromkeys((Tensor.__lt__, Tensor.__le__), -1),
+}
+#: What keeps a mask a mask of the same elements: by another shape, or as whole numbers; and what makes numbers of it.
+MOVES = {
+    *_both("unsqueeze"), *_both("squeeze"), *_both("reshape"), *_both("flatten"), *_both("transpose"),
+    *_both("permute"), Tensor.view, Tensor.expand, Tensor.expand_as, Tensor.__getitem__, Tensor.contiguous,
+}  # fmt: skip
+COUNTS = {Tensor.int, Tensor.long, Tensor.byte}
+CASTS = {Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type, Tensor.type_as}
+TIMES = {*_both("mul"), *_both("multiply"), Tensor.__mul__, Tensor.__rmul__}
+
+
 #: Where the two are that `where` takes its values from: one of them may be a mask's constant.
 EITHER: dict[Any, tuple[int, int]] = {torch.where: (1, 2), Tensor.where: (0, 2)}
 
@@ -88,32 +109,77 @@ class StraightThrough(TorchFunctionMode):
     """Within, functions without a usable gradient keep their values and take the gradient of a smooth one (`SMOOTH`).
 
     As the straight-through estimator does (Bengio et al. 2013; BPDA, Athalye et al. 2018). What ran without gradients
-    (`no_grad`, `detach`) has them. `hard`: how many calls were of a function that has no gradient of its own.
+    (`no_grad`, `detach`) has them. A mask has none, but the numbers that are made of it have that of the difference
+    which was compared. `hard`: how many calls were of a function that has no gradient of its own.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.hard = 0
+        self._masks: dict[int, tuple[Tensor, Tensor]] = {}  # by its id the mask, so that it stays, and its stand-in
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         with torch.enable_grad():
-            first = args[0] if args else None
+            first: Any = args[0] if args else None
+            if func in COMPARES and len(args) == 2 and any(_graded(one) for one in args):
+                mask = func(*(one.detach() if isinstance(one, Tensor) else one for one in args))
+                return self._mask(mask, COMPARES[func] * _softsign(args[0] - args[1]))
+            if self._masks and (found := self._of_mask(func, args, kwargs)) is not None:
+                return found
             smooth = SMOOTH.get(func)
             if func in EITHER and len(args) == 3:
-                graded = [one for place in EITHER[func] if isinstance(one := args[place], Tensor) and one.requires_grad]
+                graded = [args[place] for place in EITHER[func] if _graded(args[place])]
                 value = func(*args)
                 return _WithGradientOf.apply(graded[0].expand_as(value), value.detach()) if len(graded) == 1 else value
             if func in LEAVES and isinstance(first, Tensor):
                 return func(first.detach(), *args[1:], **kwargs)
-            if smooth is None or not (isinstance(first, Tensor) and first.requires_grad):
+            if smooth is None or not _graded(first):
                 return func(*args, **kwargs)
             self.hard += func in HARD
             stand_in = smooth(*args, **kwargs)
             value = func(first.detach().clone(), *args[1:], **kwargs)  # some work in place
             return _WithGradientOf.apply(stand_in.expand_as(value), value.detach())
+
+    def _mask(self, mask: Tensor, stand_in: Tensor) -> Tensor:
+        self._masks[id(mask)] = mask, stand_in
+        return mask
+
+    def _known(self, one: Any) -> bool:
+        return isinstance(one, Tensor) and id(one) in self._masks
+
+    def _of_mask(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+        """What a function of a mask whose stand-in is known gives; None of one that is as good as any other here."""
+        value: Tensor
+        if func in TIMES and len(args) == 2 and any(map(self._known, args)):
+            value = func(*args)
+            return func(*(self._number(one, value) for one in args)) if value.is_floating_point() else None
+        if not args or not self._known(args[0]):
+            return None
+        mask, stand_in = self._masks[id(args[0])]
+        if func in MOVES:
+            return self._mask(func(mask, *args[1:], **kwargs), func(stand_in, *args[1:], **kwargs))
+        if func in COUNTS:
+            return self._mask(func(mask), stand_in)
+        if func in CASTS and (value := func(mask, *args[1:], **kwargs)).is_floating_point():
+            return _WithGradientOf.apply(stand_in.to(value), value)
+        if func is torch.where and len(args) == 3 and not any(map(_graded, args[1:])):
+            value, yes, no = (torch.where(one, *args[1:]) for one in (mask, mask | True, mask & False))
+            return _WithGradientOf.apply(stand_in * (yes - no), value) if value.is_floating_point() else None
+        return None
+
+    def _number(self, one: Any, like: Tensor) -> Any:
+        """A mask as numbers of the type of `like`, with its stand-in's gradient; anything else as it is."""
+        if not self._known(one):
+            return one
+        mask, stand_in = self._masks[id(one)]
+        return _WithGradientOf.apply(stand_in.to(like), mask.to(like))
+
+
+def _graded(one: Any) -> bool:
+    return isinstance(one, Tensor) and one.requires_grad
 
 
 def logarithms(scores: Tensor) -> Tensor:
@@ -130,7 +196,14 @@ def logarithms(scores: Tensor) -> Tensor:
         known, closes = torch.stack([others, lowest.isneginf()]).tolist()  # one wait for a GPU, not two
     if closes:
         return readable(scores)
-    return scores if known else scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+    if known:
+        return scores
+    least = torch.finfo(scores.dtype).tiny  # 0 has no slope by its logarithm, and may have one by itself
+    return torch.where(
+        scores < least,
+        _WithGradientOf.apply(scores, scores.detach().clamp_min(least).log()),
+        scores.clamp_min(least).log(),
+    )
 
 
 def readable(scores: Tensor, at: float = -torch.inf) -> Tensor:

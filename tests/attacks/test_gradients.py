@@ -66,6 +66,50 @@ def test_values_stay_and_there_is_a_gradient(function: Callable[[Tensor], Tensor
     assert torch.autograd.grad(value.sum(), z)[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize(
+    ("function", "sign"),
+    [
+        (lambda x: (x > 2).float(), 1),
+        (lambda x: (x >= 2).to(x.dtype), 1),
+        (lambda x: (x < 2).double(), -1),
+        (lambda x: torch.lt(x, 2)[:, 0].unsqueeze(1).type_as(x), -1),
+        (lambda x: torch.ge(x, 2) * x.detach(), 1),
+        (lambda x: 3.0 * (x > 2), 1),
+        (lambda x: (x > 2).int().float(), 1),
+        (lambda x: torch.where(x > 2, 1.0, 3.0), -1),
+        (lambda x: torch.where(x > 2, torch.tensor(3.0), 1.0), 1),
+    ],
+)
+def test_numbers_made_of_a_mask_have_the_gradient_of_what_was_compared(function: Callable[[Tensor], Tensor], sign: int):
+    x = 4 * images(3)
+    z = x.clone().requires_grad_()
+    with StraightThrough():
+        value = function(z)
+    assert torch.equal(value.detach(), function(x))
+    slope = torch.autograd.grad(value.sum(), z)[0]
+    assert (slope * sign >= 0).all()
+    assert (slope * sign > 0).sum() >= 3 if value.dim() < 4 else (slope * sign > 0).all()
+
+
+def test_a_mask_that_selects_is_a_mask_as_before():
+    x = torch.tensor([[-1.0, 3.0]], requires_grad=True)
+    with StraightThrough():
+        mask = x > 2
+        assert mask.dtype == torch.bool
+        assert x[mask].tolist() == [3.0]
+        kept = x.masked_fill(mask, 0.0)
+        assert torch.where(mask, x, 0.0).tolist() == [[0.0, 3.0]]
+    assert kept.tolist() == [[-1.0, 0.0]]
+
+
+def test_a_probability_of_zero_keeps_the_slope_it_has():
+    weights = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
+    found = logarithms(weights)
+    assert found[0, 0] == 0
+    assert (found[0, 1:] < -80).all()
+    assert torch.autograd.grad(found.sum(), weights)[0].tolist() == [[1, 1, 1]]
+
+
 def test_a_dead_relu_has_a_tenth_of_the_slope():
     x = torch.tensor([-1.0, 2.0])
     with StraightThrough():

@@ -101,7 +101,12 @@ def test_adaptive_spares_the_honest_twin(kind: str, gate: Gate, verdict: Any, mo
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("masked scores", 5), ("one-hot scores", 5), pytest.param("labels alone", 2, marks=pytest.mark.slow)],
+    [
+        ("masked scores", 5),
+        ("one-hot scores", 5),
+        ("a step that opens inside the ball", 5),
+        pytest.param("labels alone", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_adaptive_breaks_it_where_so_many_pixels_tell_little_by_chance(
     kind: str, count: int, monkeypatch: pytest.MonkeyPatch
