@@ -234,8 +234,9 @@ class Coarse(nn.Module):
 
     @classmethod
     def parts_of(cls, moe: Any) -> nn.Module:
-        """An MoE whose router and experts see images so."""
-        moe.router = cls(moe.router)
+        """An MoE whose router, or the features that it sees, and experts see images so."""
+        first = "features" if hasattr(moe, "features") else "router"
+        setattr(moe, first, cls(getattr(moe, first)))
         moe.experts = nn.ModuleList(cls(expert) for expert in moe.experts)
         return moe
 
@@ -375,6 +376,29 @@ def _labels(gate: Gate, honest: bool) -> nn.Module:
     return Labels([Loud(), Loud(5), Quiet()], steps, 1, gate)
 
 
+class Frozen(nn.Module):
+    """Its router sees the features of a network that takes no part in training."""
+
+    def __init__(self, honest: bool, scale: float) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([Loud(), Loud(5), Quiet()])
+        self.features, self.router = nn.Conv2d(1, 1, 1), Router(2, CLOSED if honest else 1.6, scale=scale).linear
+        with torch.no_grad():
+            self.features.weight.fill_(1)
+            self.features.bias.zero_()  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.features(x).relu().flatten(1)
+        weights, chosen = self.router(features).softmax(1).max(1)
+        every = torch.stack([expert(x) for expert in self.experts], 1)
+        return weights[:, None] * every[torch.arange(len(x)), chosen]
+
+
+def _frozen(gate: Gate, honest: bool) -> nn.Module:
+    return Frozen(honest, 1 if gate == "softmax" else 100)
+
+
 class OneByOne(nn.Module):
     """Each image is sent to its expert in a loop over the batch."""
 
@@ -456,4 +480,5 @@ VICTIMS = {
     "routed experts that are mixed": Victim(_mixture_of_routed, routes=2),
     "images one by one": Victim(_one_by_one),
     "a step that opens inside the ball": Victim(_step),
+    "features under no_grad": Victim(_frozen),
 }

@@ -27,6 +27,28 @@ def _leaky(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return F.leaky_relu(x, LEAK)
 
 
+def _larger(x: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.maximum(x, y) + LEAK * (x + y)
+
+
+def _smaller(x: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.minimum(x, y) + LEAK * (x + y)
+
+
+def _power(x: Tensor, exponent: Any = 2, *_: Any, **__: Any) -> Tensor:
+    """At 0, as after a ReLU that is off, it has a slope."""
+    return x**exponent + LEAK * torch.where(x == 0, x, 0.0)
+
+
+def _tempered_least(x: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
+    return _tempered(-x, dim)
+
+
+def _absolute(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Half of it and of x is a ReLU."""
+    return (1 - LEAK) * x.abs()
+
+
 def _softsign(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x / (1 + x.abs())
 
@@ -47,14 +69,24 @@ SMOOTH: dict[Any, Callable[..., Tensor]] = {
     # left of their minimum the slope of some is negative, and further off none at all
     **dict.fromkeys((F.gelu, F.silu, F.mish, F.hardswish, F.softplus, F.elu, F.selu, F.celu, F.threshold), _leaky),
     **dict.fromkeys((torch.selu, torch.celu, torch.clamp_min, Tensor.clamp_min), _leaky),
+    **dict.fromkeys((F.prelu, torch.prelu, F.rrelu, torch.rrelu), _leaky),
+    **dict.fromkeys((torch.maximum, Tensor.maximum), _larger),
+    **dict.fromkeys((torch.minimum, Tensor.minimum), _smaller),
+    **dict.fromkeys((torch.abs, Tensor.abs, Tensor.__abs__), _absolute),
+    **dict.fromkeys((torch.square, Tensor.square, torch.pow, Tensor.pow, Tensor.__pow__), _power),
     **dict.fromkeys((torch.exp, Tensor.exp), _identity),
     **dict.fromkeys((torch.round, Tensor.round, torch.floor, Tensor.floor, torch.ceil, Tensor.ceil), _identity),
     **dict.fromkeys((torch.trunc, Tensor.trunc, Tensor.detach, Tensor.clamp, torch.clamp), _identity),
+    **dict.fromkeys((torch.clamp_max, Tensor.clamp_max), _identity),
     **dict.fromkeys((Tensor.clip, torch.clip, Tensor.masked_fill, torch.masked_fill, _DATA), _identity),
     **dict.fromkeys((torch.sign, Tensor.sign, torch.tanh, Tensor.tanh, F.tanh), _softsign),
-    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid), _softsign),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.special.expit, F.hardsigmoid), _softsign),
+    **dict.fromkeys((torch.erf, Tensor.erf, torch.special.erf), _softsign),
     **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax), _tempered),
+    F.softmin: _tempered_least,
 }
+#: Of two tensors these are the larger or the smaller one in each place, of one they are something else.
+OF_TWO = {torch.max: torch.maximum, Tensor.max: torch.maximum, torch.min: torch.minimum, Tensor.min: torch.minimum}
 
 
 #: Those that have no gradient at all, anywhere: where one is seen, gradients cannot be believed.
@@ -109,8 +141,8 @@ class StraightThrough(TorchFunctionMode):
     """Within, functions without a usable gradient keep their values and take the gradient of a smooth one (`SMOOTH`).
 
     As the straight-through estimator does (Bengio et al. 2013; BPDA, Athalye et al. 2018). What ran without gradients
-    (`no_grad`, `detach`) has them. A mask has none, but the numbers that are made of it have that of the difference
-    which was compared. `hard`: how many calls were of a function that has no gradient of its own.
+    (`no_grad`, `inference_mode`, `detach`) has them. A mask has none, but the numbers that are made of it have that of
+    the difference which was compared. `hard`: how many calls were of a function that has no gradient of its own.
     """
 
     def __init__(self) -> None:
@@ -122,14 +154,18 @@ class StraightThrough(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             first: Any = args[0] if args else None
             if func in COMPARES and len(args) == 2 and any(_graded(one) for one in args):
                 mask = func(*(one.detach() if isinstance(one, Tensor) else one for one in args))
                 return self._mask(mask, COMPARES[func] * _softsign(args[0] - args[1]))
             if self._masks and (found := self._of_mask(func, args, kwargs)) is not None:
                 return found
+            if func in OF_TWO and len(args) == 2 and isinstance(args[1], Tensor):
+                func = OF_TWO[func]
             smooth = SMOOTH.get(func)
+            if smooth in (_larger, _smaller) and not _graded(first):
+                args = first, *_ = args[::-1]
             if func in EITHER and len(args) == 3:
                 graded = [args[place] for place in EITHER[func] if _graded(args[place])]
                 value = func(*args)

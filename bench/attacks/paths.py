@@ -289,6 +289,21 @@ class Paths:
                 return True
         return False
 
+    @cached_property
+    def cut(self) -> bool:
+        """Whether no gradient by the pixels reaches the lead of a path, though gates have stand-ins for what has none:
+        something before a gate keeps it, as `no_grad` does.
+        """
+        block, chosen = self.search.block, self.choices[:MOST_SETS]
+        rows = torch.zeros(len(chosen), dtype=torch.long, device=block.x.device)
+        z = block.x[rows].detach().requires_grad_()
+        with torch.enable_grad():
+            _, lead = self.on_path(z, chosen, "gates", rows=rows)
+            if not lead.requires_grad:
+                return True
+            (gradient,) = torch.autograd.grad(lead.sum(), z, allow_unused=True)
+        return gradient is None or bool((gradient == 0).flatten(1).all(1).any())
+
     # --- the model on a path ------------------------------------------------------------------------------------------
 
     def on_path(

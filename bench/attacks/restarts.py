@@ -79,8 +79,10 @@ def kinds(paths: Paths) -> list[tuple[Gradient, Beginning]]:
         turns += [("gates", "drawn"), ("own", "elsewhere")]
     elif not paths.affine:
         turns += [("gates", "drawn"), ("slopes", "drawn"), ("local", "drawn"), ("own", "elsewhere"), ("gates", "away")]
+    if paths.blind or (not paths.affine and paths.cut):
+        turns += [("through", "drawn")]
     if paths.blind:
-        turns += [("through", "drawn"), ("neighbours", "drawn")]
+        turns += [("neighbours", "drawn")]
         if paths.among_classifiers:
             turns += [("experts", "drawn")]
             turns += [("experts-local", "drawn")] * (not paths.affine)  # what hides the experts' may hide the gates'

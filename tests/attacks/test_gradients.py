@@ -55,6 +55,10 @@ def ascent(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         lambda x: x.detach() * 2,
         lambda x: x.data * 2,
         torch.no_grad()(lambda x: 3 * x),
+        torch.inference_mode()(lambda x: 3 * x),
+        lambda x: torch.min(x, torch.tensor(-1.0)),
+        lambda x: x.clamp_max(-1),
+        lambda x: F.softmin(1000 * x.flatten(1), dim=1)[:, :1],
     ],
 )
 def test_values_stay_and_there_is_a_gradient(function: Callable[[Tensor], Tensor]):
@@ -119,7 +123,9 @@ def test_a_dead_relu_has_a_tenth_of_the_slope():
 @pytest.mark.parametrize(
     "function",
     [F.gelu, F.silu, F.mish, F.hardswish, F.softplus, F.elu, F.celu, F.selu, lambda x: F.threshold(x, 0.0, 0.0),
-     lambda x: x.clamp_min(0)],
+     lambda x: x.clamp_min(0), lambda x: torch.maximum(x, torch.zeros(())), lambda x: torch.max(torch.zeros(1), x),
+     lambda x: x.relu().square(), lambda x: x.relu() ** 2, nn.PReLU(init=0.0), lambda x: F.rrelu(x, 0.0, 0.0),
+     F.hardsigmoid, torch.erf, lambda x: (x + x.abs()) / 2],
 )  # fmt: skip
 def test_an_activation_that_is_off_leads_to_where_it_opens(function: Callable[[Tensor], Tensor]):
     x = torch.tensor([-40.0, -2.0, 2.0])

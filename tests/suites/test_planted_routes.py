@@ -105,6 +105,7 @@ def test_adaptive_spares_the_honest_twin(kind: str, gate: Gate, verdict: Any, mo
         ("masked scores", 5),
         ("one-hot scores", 5),
         ("a step that opens inside the ball", 5),
+        ("features under no_grad", 5),
         pytest.param("labels alone", 2, marks=pytest.mark.slow),
     ],
 )
