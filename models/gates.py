@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
+from math import exp, log
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ _LAYERS = {
 }  # fmt: skip
 #: How far logits may differ from rounding, as a share of the largest one.
 _ROUNDING = 1e-5
+#: How far the logarithm of the scores' spread goes to either side.
+_WIDEST = 4.0
 #: Where a bias decides, the scores are spread so many times as widely, and the place of a jump is halved so often.
 _SPREADS, _HALVED = (1.0, 12.0), 10
 
@@ -535,6 +538,15 @@ class _Exchanges:
 
         return _jumps(changed, max(_SPREADS))
 
+    def jumps_by_spread(self, dtype: torch.dtype) -> bool:
+        """Whether it jumps as the scores grow apart in the same order: how sure they are is compared with something."""
+
+        def changed(low: float, high: float) -> float:
+            return self._share(*(self._answer(1, self.far * exp(at), exp(at)) for at in (high, low)))
+
+        finest = self.far / (16 * torch.finfo(dtype).eps)  # where scores differ by little more than rounding
+        return _jumps(changed, min(_WIDEST, log(finest)))
+
 
 def _jumps(changed: Callable[[float, float], float], far: float) -> bool:
     """Whether what changes between −far and far does so at one place."""
@@ -619,7 +631,21 @@ def misshown(guard: Guarded, site: Site, x: Tensor) -> str:
             return ""
         elif any(exchanges.jumps_between(rank, spread) for spread in _SPREADS for rank in effects):
             return f"{site.name}: the choice adds something to its scores: let it give what is compared"
-        if exchanges.jumps_by_level():
+    return thresholded(guard, site, x)
+
+
+def thresholded(guard: Guarded, site: Site, x: Tensor) -> str:
+    """That a choice among some of the experts is by more than the order of their scores, and what to do; else nothing.
+
+    What is taken where no score is high enough, or none stands out, is an expert that no path leads to.
+    """
+    if site.soft or not site.k or site.choosers or site.num_experts < 2:
+        return ""
+    exchanges = _Exchanges(guard, site, x)
+    with torch.no_grad():
+        if (scores := read(guard, [site], x).scores.get(site.name)) is None:
+            return ""
+        if exchanges.jumps_by_level() or exchanges.jumps_by_spread(scores.dtype):
             return f"{site.name}: the choice compares its scores with a threshold: show what is taken then as an expert"
     return ""
 

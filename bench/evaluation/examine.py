@@ -25,7 +25,7 @@ from bench.job import Job, Subject
 from bench.models.choices import find_choices
 from bench.models.deployed import Prediction, dependence, predict, same_logits, validate_outputs
 from bench.models.foreign import DRAWS, Guarded, settings_kept
-from bench.models.gates import NONE, misshown
+from bench.models.gates import NONE, misshown, thresholded
 from bench.models.parts import parts
 from bench.models.sites import shown_sites, single_paths, sites
 from bench.randomness import block_seed, seeded
@@ -136,7 +136,9 @@ class Examiner:
             with seeded(0), settings_kept():
                 shown = shown_sites(self.model)
                 choices = find_choices(self.model.model, x.clone(), [*shown, *self.model.gates])
-                wrong = [words for site in shown if (words := misshown(Guarded(self.model.model), site, x))]
+                guard = Guarded(self.model.model)
+                wrong = [words for site in shown if (words := misshown(guard, site, x))]
+                wrong += [words for site in self.model.gates if (words := thresholded(guard, site, x))]
         except Exception as error:  # what cannot be watched may choose
             return [f"{HIDDEN_ROUTES}the forward pass cannot be watched ({type(error).__name__})"]
         if choices:

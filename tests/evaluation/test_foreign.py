@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench import benchmark
 from bench.attacks.adaptive import BUDGETS
 from bench.datasets.base import EvalSet, fingerprint
 from bench.models.foreign import DRAWS
@@ -326,6 +328,17 @@ class Fallback(Chosen):
         return torch.where(scores.amax(1, keepdim=True) > 0, found, none)
 
 
+class Unsure(Chosen):
+    """The class 0 where no expert stands out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(1).max(1, keepdim=True)
+        every = torch.stack([expert(x) for expert in self.experts], 1)
+        found = every.gather(1, chosen[..., None].expand(-1, -1, 10))[:, 0]
+        none = nn.functional.one_hot(torch.zeros(len(x), dtype=torch.long), 10).to(x)
+        return torch.where(weights < 0.35, none, found)
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [
@@ -335,11 +348,36 @@ class Fallback(Chosen):
             lambda: Fallback(1),
             "router: the choice compares its scores with a threshold: show what is taken then as an expert",
         ),
+        (
+            lambda: Unsure(1),
+            "router: the choice compares its scores with a threshold: show what is taken then as an expert",
+        ),
     ],
 )
 def test_a_choice_by_more_than_the_order_of_the_scores_has_no_rank(model: Any, said: str, score: Any):
     result, _ = score(model().eval(), "clean", _judged(), foreign=True, num_classes=10)
     assert f"routes not named: {said}" in result.model_flags
+
+
+@pytest.mark.parametrize("model", [Fallback, Unsure])
+def test_nor_has_a_gate_that_the_user_names(model: type[Chosen]):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model(1)
+            self.inner.nets, self.inner.gate = self.inner.experts, self.inner.router
+            del self.inner.experts, self.inner.router
+
+        def forward(self, x: Tensor) -> Tensor:
+            shown = SimpleNamespace(experts=self.inner.nets, router=self.inner.gate)
+            return model.forward(shown, x)  # type: ignore[arg-type]
+
+    data = _judged()
+    scored = benchmark(
+        Named().eval(), "digits", x=data.x, y=data.y, eps=0.1, suites=["clean"], gates=["inner.gate"], device="cpu",
+        progress=False,
+    )  # fmt: skip
+    assert [flag for flag in scored.flags if flag.startswith(f"{HIDDEN_ROUTES}inner.gate: the choice compares")]
 
 
 def test_an_moe_of_one_expert_chooses_nothing(score: Any):
