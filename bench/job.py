@@ -21,8 +21,8 @@ class Subject:
     expert_scores: sa and ra of an MoE's experts on held-out images. foreign: not built from a checkpoint of ours, so
     its forward pass may do anything, and is called behind a guard. identity: the file by which such a model is
     recognised (`bench.evaluation.identity`), to be kept with its runs. gates: those that the user named, as words of
-    `--gates`, and sites: what they are (`bench.models.sites`). inside: those shown by attributes whose gates choose
-    themselves.
+    `--gates`, and sites: what they are (`bench.models.sites`). shown: what a pass tells of the MoEs that its
+    attributes show (`bench.models.sites.Shown`).
     """
 
     model: nn.Module
@@ -33,7 +33,7 @@ class Subject:
     identity: bytes = b""
     gates: tuple[str, ...] = ()
     sites: tuple[Any, ...] = ()
-    inside: tuple[Any, ...] = ()
+    shown: Any = None
 
 
 @dataclass(frozen=True)

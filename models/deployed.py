@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot
 
 from bench.errors import UnusableInput
 from bench.models.foreign import Guarded, switch_mode
-from bench.models.parts import is_dual, is_moe, is_traced
+from bench.models.parts import is_dual, is_moe, is_traced, takes_images
 from bench.models.state import numbers, sizes
 from bench.spec import ModelInfo
 
@@ -78,7 +78,9 @@ def first_expert(model: object, x: Tensor) -> Tensor:
     routed: object = model.robust if is_dual(model) else model
     if is_traced(routed):
         return routed.trace(x)[1].selected_experts[:, 0]
-    return routed.router(x).argmax(1) if is_moe(routed) else torch.full((len(x),), -1, device=x.device)
+    if is_moe(routed) and takes_images(routed, routed.router):
+        return routed.router(x).argmax(1)
+    return torch.full((len(x),), -1, device=x.device)
 
 
 @torch.no_grad()

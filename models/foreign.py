@@ -126,7 +126,7 @@ class _Shared:
     largest: int | None = None
     seed: int = 0
     states: _Randomness = field(default_factory=lambda: _Randomness.of(0))
-    inside: tuple[Any, ...] = ()
+    shown: Any = None
     seen: set[str] = field(default_factory=set)
     parts: "list[Guarded]" = field(default_factory=list)
 
@@ -178,13 +178,13 @@ class Guarded(nn.Module):
         self._shared.largest = largest
 
     @property
-    def inside(self) -> tuple[Any, ...]:
-        """The sites that the model's attributes show and whose gates choose themselves (`bench.models.gates`)."""
-        return self._shared.inside
+    def shown(self) -> Any:
+        """What a pass has told of the MoEs inside (`bench.models.sites.Shown`); None before."""
+        return self._shared.shown
 
-    @inside.setter
-    def inside(self, inside: tuple[Any, ...]) -> None:
-        self._shared.inside = inside
+    @shown.setter
+    def shown(self, shown: Any) -> None:
+        self._shared.shown = shown
 
     @property
     def seen(self) -> set[str]:
@@ -207,7 +207,8 @@ class Guarded(nn.Module):
 
     def once(self, x: Tensor) -> Any:
         """The logits (B, C) of one pass."""
-        inside = [site for site in self.inside if self._scores and site.gate is self.model]
+        known = self.shown.inside if self._scores and self.shown is not None else ()
+        inside = [site for site in known if site.gate is self.model]
         answer = self._call(inside[0].ask if inside else self.model, x)
         answer = answer if self._scores else self._cast(answer, x)
         return self.counted(answer) if isinstance(answer, Tensor) else answer

@@ -26,7 +26,7 @@ from bench.errors import UnusableInput, did_you_mean
 from bench.models.choices import plain
 from bench.models.deployed import eval_frozen
 from bench.models.foreign import Guarded
-from bench.models.sites import Site, counts, forced, intercepted, read, scores_of, selected, shown_sites
+from bench.models.sites import Shown, Site, counts, forced, intercepted, read, scores_of, selected, shown_sites
 
 #: A user's word for a model that makes no choices.
 NONE = "none"
@@ -138,27 +138,46 @@ def find_gates(model: nn.Module, words: Sequence[str], x: Tensor) -> Gates:
     return Gates(tuple(found[name].word(name) for name in order), tuple(sites))
 
 
-def choosing_inside(model: nn.Module, x: Tensor) -> tuple[Site, ...]:
-    """The sites that a model's attributes show and whose gates choose themselves, with the scores that they choose by.
+def look_at_shown(model: nn.Module, x: Tensor) -> Shown:
+    """What a pass on images x (m, c, H, W) tells of the MoEs that a model's attributes show; of one that fails nothing.
 
     A mask or a one-hot of the choice tells nothing of the experts that are not chosen, and has no gradient that leads
-    to them. The scores are those of the gate's first function by which every expert can be led to. None of a model that
-    cannot be looked at, on images x (m, c, H, W).
+    to them. The scores are those of the gate's first function by which every expert can be led to.
     """
     guard = Guarded(plain(model))
-    shown = [site for site in shown_sites(guard) if site.num_experts > 1 and isinstance(site.gate, nn.Module)]
-    looks = [_Look(site.name, site.gate, Named(site.name)) for site in shown]
-    found: list[Site] = []
+    shown = [site for site in shown_sites(guard) if site.num_experts > 1]
+    if not shown:
+        return Shown()
+    looks = [_Look(site.name, site.gate, Named(site.name)) for site in shown if isinstance(site.gate, nn.Module)]
+    inside: list[Site] = []
     try:
         with _looking(guard):
-            if looks:
+            with _inputs([part for site in shown for part in (site.gate, *site.owner.experts)]) as given:
                 _look(guard, looks, x)
-            for site, look in zip(shown, looks, strict=True):
+            for look in looks:
+                (site,) = (one for one in shown if one.name == look.name)
                 inner = (replace(site, call=call, axis=axis) for call in dict.fromkeys(look.chose) for axis in (-1, 1))
-                found += islice((one for one in inner if _leads(guard, one, site, x)), 1)
+                inside += islice((one for one in inner if _leads(guard, one, site, x)), 1)
     except Exception:  # of a user's own model: whoever attacks it tells of it
-        return ()
-    return tuple(found)
+        return Shown()
+    return Shown(tuple(inside), tuple(part for part, tensor in given if tensor.shape[1:] != x.shape[1:]))
+
+
+@contextmanager
+def _inputs(parts: Sequence[Any]) -> Iterator[list[tuple[Any, Tensor]]]:
+    """What modules are given within, each with the tensor of a call."""
+    given: list[tuple[Any, Tensor]] = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any]) -> None:
+        given.extend((module, leaf) for leaf in tree_leaves((inputs, more))[:1] if isinstance(leaf, Tensor))
+
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _leads(guard: Guarded, inner: Site, shown: Site, x: Tensor) -> bool:

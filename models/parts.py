@@ -3,11 +3,13 @@
 An MoE has `router` (x → (B, E)) and `experts` (a ModuleList); a dual has branches `standard` (S) and `robust` (R).
 """
 
+from numbers import Real
 from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput
+from bench.models.foreign import Guarded, bare
 from bench.models.routing import RoutingTrace
 
 
@@ -38,8 +40,10 @@ class Dual(Protocol):
 
 
 def is_dual(model: object) -> TypeGuard[Dual]:
-    """Whether the model shows its branches and α."""
-    return all(hasattr(model, name) for name in ("standard", "robust", "alpha"))
+    """Whether the model shows its branches and α, one number: what is worked out for each image or class is another."""
+    alpha = getattr(model, "alpha", None)
+    number = isinstance(alpha, Real) or (isinstance(alpha, Tensor) and alpha.numel() == 1)
+    return number and hasattr(model, "standard") and hasattr(model, "robust")
 
 
 def is_moe(model: object) -> TypeGuard[RoutedModel]:
@@ -52,10 +56,20 @@ def is_traced(model: object) -> TypeGuard[Traced]:
     return hasattr(model, "trace")
 
 
+def takes_images(model: object, part: object) -> bool:
+    """Whether a router or expert of a model can be asked about images by itself; of a user's own, a pass has told."""
+    given = model.shown.features if isinstance(model, Guarded) and model.shown is not None else ()
+    return not any(bare(part) is one for one in given)
+
+
 def routed_branches(model: object) -> dict[str, RoutedModel]:
-    """The MoEs inside a model whose images can go to more than one expert: `R` and `S` of a dual, `""` for itself."""
+    """The MoEs inside a model whose images can go to more than one expert: `R` and `S` of a dual, `""` for itself.
+
+    Those whose routers can be asked about images.
+    """
     branches = {"R": model.robust, "S": model.standard} if is_dual(model) else {"": model}
-    return {name: branch for name, branch in branches.items() if is_moe(branch) and len(branch.experts) > 1}
+    several = {name: branch for name, branch in branches.items() if is_moe(branch) and len(branch.experts) > 1}
+    return {name: branch for name, branch in several.items() if takes_images(branch, branch.router)}
 
 
 def routed_branch(model: object) -> RoutedModel | None:
@@ -64,12 +78,14 @@ def routed_branch(model: object) -> RoutedModel | None:
 
 
 def parts(model: object) -> dict[str, nn.Module]:
-    """The classifiers inside a model by name: `expert:i` of an MoE; `S`, `R`, and `R.expert:i` … of a dual."""
+    """The classifiers of images in a model by name: `expert:i` of an MoE; `S`, `R`, and `R.expert:i` … of a dual."""
     if is_dual(model):
         branches = {"S": model.standard, "R": model.robust}
         inner = {f"{name}.{key}": part for name, branch in branches.items() for key, part in parts(branch).items()}
         return branches | inner
-    return {f"expert:{i}": expert for i, expert in enumerate(model.experts)} if is_moe(model) else {}
+    if not is_moe(model) or not all(takes_images(model, expert) for expert in model.experts):
+        return {}
+    return {f"expert:{i}": expert for i, expert in enumerate(model.experts)}
 
 
 def set_alpha(model: Any, alpha: float) -> None:

@@ -82,6 +82,18 @@ class Site:
         return read(self.gate, [self], x).scores[self.name][:, 0]
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What one pass tells of the MoEs that a user's model shows by its attributes.
+
+    inside: the sites whose gates choose themselves, with the scores inside. features: the routers and experts that are
+    given something else than the model's images, so that they cannot be asked by themselves.
+    """
+
+    inside: tuple[Site, ...] = ()
+    features: tuple[Any, ...] = ()
+
+
 def sites(model: nn.Module) -> list[Site]:
     """The sites of a model, in the order of its modules, then those that the user named; not where there is one expert.
 
@@ -100,7 +112,7 @@ def forced_inside(model: nn.Module) -> bool:
 def shown_sites(model: nn.Module) -> list[Site]:
     """The sites that attributes show, but for those that the user named: those that choose, and soft mixtures."""
     gates = [site.gate for site in model.gates] if isinstance(model, Guarded) else []
-    inside = model.inside if isinstance(model, Guarded) else ()
+    known = model.shown if isinstance(model, Guarded) and model.shown is not None else Shown()
     found = []
     for name, module in bare(model).named_modules():
         attribute = "router" if is_moe(module) else "gate" if is_block(module) else None
@@ -108,9 +120,11 @@ def shown_sites(model: nn.Module) -> list[Site]:
             owner: Any = module
             count, k = len(owner.experts), int(getattr(owner, "num_selected_experts", 1))
             where = f"{name}.{attribute}".removeprefix(".")
-            site = Site(where, owner, attribute, count, min(k, count), whole=_classifies(bare(model), name))
-            more = [{"call": one.call, "axis": one.axis} for one in inside if one.gate is site.gate]
-            found.append(replace(site, **more[0]) if more else site)
+            layer = any(expert is one for expert in owner.experts for one in known.features)
+            whole = not layer and _classifies(bare(model), name)
+            site = Site(where, owner, attribute, count, min(k, count), whole=whole)
+            inside = next((one for one in known.inside if one.gate is site.gate), site)
+            found.append(replace(site, call=inside.call, axis=inside.axis))
     return found
 
 

@@ -395,6 +395,29 @@ class Frozen(nn.Module):
         return weights[:, None] * every[torch.arange(len(x)), chosen]
 
 
+class Heads(Frozen):
+    """Experts as well are heads on these features, which keep no gradient back."""
+
+    def __init__(self, honest: bool, scale: float) -> None:
+        super().__init__(honest, scale)
+        heads = [nn.Linear(64, CLASSES) for _ in self.experts]
+        with torch.no_grad():
+            for head, code in zip(heads, (10 * LOUD, 5 * LOUD, QUIET), strict=True):
+                head.weight.copy_(code)
+                head.bias.copy_(-code.sum(1) / 2)
+        self.experts = nn.ModuleList(heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x).relu().flatten(1)
+        weights, chosen = self.router(features).softmax(1).max(1)
+        every = torch.stack([head(features) for head in self.experts], 1)
+        return weights[:, None] * every[torch.arange(len(x)), chosen]
+
+
+def _heads(gate: Gate, honest: bool) -> nn.Module:
+    return Heads(honest, 1 if gate == "softmax" else 100)
+
+
 def _frozen(gate: Gate, honest: bool) -> nn.Module:
     return Frozen(honest, 1 if gate == "softmax" else 100)
 
@@ -481,4 +504,5 @@ VICTIMS = {
     "images one by one": Victim(_one_by_one),
     "a step that opens inside the ball": Victim(_step),
     "features under no_grad": Victim(_frozen),
+    "heads on features": Victim(_heads),
 }

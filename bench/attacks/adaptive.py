@@ -24,7 +24,7 @@ from bench.errors import UnusableInput, did_you_mean
 from bench.models.choices import plain
 from bench.models.deployed import eval_frozen, full_float32
 from bench.models.foreign import DRAWS, Guarded
-from bench.models.gates import LOOKED_AT, choosing_inside, declared, find_gates
+from bench.models.gates import LOOKED_AT, declared, find_gates, look_at_shown
 from bench.models.parts import is_dual, parts
 from bench.models.sites import sites
 from bench.spec import Norm, ThreatModel
@@ -173,7 +173,7 @@ class AdaptiveAttack:
         Modes, parameters' flags and torch's random state are as before, after it.
         """
         model = Guarded(self.model)
-        model.inside = choosing_inside(self.model, x[:LOOKED_AT])
+        model.shown = look_at_shown(self.model, x[:LOOKED_AT])
         with eval_frozen(model), full_float32(), torch.random.fork_rng(), PassCounter(model) as passes:
             if self.gates:
                 model.gates = find_gates(self.model, self.gates, x[:LOOKED_AT]).sites

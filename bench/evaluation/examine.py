@@ -74,7 +74,7 @@ def guarded(subject: Subject) -> nn.Module:
     if not subject.foreign:
         return subject.model
     guard = Guarded(subject.model)
-    guard.gates, guard.inside = subject.sites, subject.inside
+    guard.gates, guard.shown = subject.sites, subject.shown
     return guard
 
 

@@ -19,7 +19,7 @@ from bench.job import Subject
 from bench.models.checkpoints import available, checkpoint_path, find_checkpoint, load_checkpoint
 from bench.models.choices import plain
 from bench.models.foreign import settings_kept, switch_mode
-from bench.models.gates import Gates, choosing_inside, declared, find_gates
+from bench.models.gates import Gates, declared, find_gates, look_at_shown
 from bench.models.parts import is_dual, is_moe, is_traced
 from bench.models.variants import get_variant
 from bench.randomness import seeded
@@ -123,8 +123,8 @@ def with_gates(subject: Subject, words: Sequence[str], x: Tensor) -> Subject:
     words = words or declared(subject.model)
     found = find_gates(subject.model, words, x) if words else Gates((), ())
     flags = tuple(flag for flag in subject.flags if not found.sites or flag != HIDDEN)
-    inside = choosing_inside(subject.model, x)
-    return replace(subject, gates=found.words, sites=found.sites, inside=inside, flags=flags)
+    shown = look_at_shown(subject.model, x)
+    return replace(subject, gates=found.words, sites=found.sites, shown=shown, flags=flags)
 
 
 def _call_factory(word: str, dataset: Dataset) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from bench.attacks.deviations import LOST, SCOPE, Deviations
 from bench.errors import UnusableInput
 from bench.models.choices import find_choices
 from bench.models.foreign import Guarded
-from bench.models.gates import Gates, choosing_inside, declared, find_gates
-from bench.models.sites import Site, forced, intercepted, lifted, read, selected, sites
+from bench.models.gates import Gates, declared, find_gates, look_at_shown
+from bench.models.parts import parts, routed_branches
+from bench.models.sites import Shown, Site, forced, intercepted, lifted, read, selected, sites
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -289,10 +291,10 @@ class Sparse(nn.Module):
 def test_a_shown_router_that_chooses_itself_is_read_where_it_chooses(made: Callable[[Tensor], Any]):
     torch.manual_seed(0)
     model = Sparse(made).eval()
-    (site,) = choosing_inside(model, X)
+    (site,) = (shown := look_at_shown(model, X)).inside
     assert (site.name, site.whole, site.k) == ("router", True, 1)
     guard = Guarded(model)
-    guard.inside = (site,)
+    guard.shown = shown
     assert sites(guard) == [site]
     z = X.clone().requires_grad_()
     scores = read(guard, [site], z).scores["router"]
@@ -305,10 +307,37 @@ def test_a_shown_router_that_chooses_itself_is_read_where_it_chooses(made: Calla
 
 
 def test_a_shown_router_that_gives_its_scores_is_read_by_its_output():
-    assert choosing_inside(Sparse(lambda z: z).eval(), X) == ()
+    assert look_at_shown(Sparse(lambda z: z).eval(), X) == Shown()
     chooses_for_its_loss = Sparse(lambda z: (z, nn.functional.one_hot(z.detach().flip(1).argmax(1), 3).sum()))
-    assert choosing_inside(chooses_for_its_loss.eval(), X) == ()
-    assert choosing_inside(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), X) == ()
+    assert look_at_shown(chooses_for_its_loss.eval(), X) == Shown()
+    assert look_at_shown(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), X) == Shown()
+
+
+class Heads(nn.Module):
+    """Router and experts on the features of one network; or experts on images."""
+
+    def __init__(self, on_images: bool) -> None:
+        super().__init__()
+        self.features, self.on_images = nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), on_images
+        self.router = nn.Linear(7, 2)
+        expert = partial(nn.Linear, 192, 5) if on_images else partial(nn.Linear, 7, 5)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Flatten(), expert()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        every = torch.stack([expert(x if self.on_images else features) for expert in self.experts], 1)
+        return every[torch.arange(len(x)), self.router(features).argmax(1)]
+
+
+@pytest.mark.parametrize("on_images", [False, True])
+def test_what_is_given_features_is_not_asked_about_images(on_images: bool):
+    torch.manual_seed(0)
+    guard = Guarded(Heads(on_images).eval())
+    guard.shown = look_at_shown(guard.model, X)
+    assert list(parts(guard)) == ["expert:0", "expert:1"] * on_images
+    assert routed_branches(guard) == {}
+    (site,) = sites(guard)
+    assert (site.name, site.whole) == ("router", on_images)
 
 
 def test_a_threshold_is_no_gate():

@@ -36,6 +36,9 @@ def test_what_a_model_is_goes_by_what_it_shows(linear_moe: Any):
     assert not is_moe(Own(list(nets(2))))  # experts that nn.Module does not know of
     assert not is_moe(nn.Linear(2, 2))
     assert not is_dual(SimpleNamespace(standard=moe, robust=moe))  # no α
+    assert is_dual(SimpleNamespace(standard=moe, robust=moe, alpha=torch.tensor([0.5])))
+    for of_the_image in (nn.Linear(2, 1), torch.ones(3)):
+        assert not is_dual(SimpleNamespace(standard=moe, robust=moe, alpha=of_the_image))
 
 
 def test_only_a_branch_that_can_choose_is_routed(linear_moe: Any):
