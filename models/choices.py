@@ -43,6 +43,8 @@ _WEIGHS, _DECIDED = {"mul", "bmm", "lerp", "addcmul", "mm", "addmm", "linear"}, 
 _BEST = {"amax", "max", "logsumexp", "maximum", "logaddexp"}
 #: So many values of an image at least show by chance hardly ever that all come from the same of several.
 _WHOLE = 8
+#: Channels of an image.
+_COLOURS = 3
 #: What hands a value, or a number of rows, to Python.
 _READS = {"nonzero", "masked_select", "_local_scalar_dense", "equal", "is_nonzero", "item"}
 #: What moves an index or a mask and does not act on it.
@@ -149,11 +151,13 @@ def _names(model: nn.Module, shapes: dict[str, list[tuple[int, ...]]], gates: li
     modules = {name: m for name, m in model.named_modules() if not any(_within(name, outer) for outer in known)}
     if "" in holders:
         modules = {name: m for name, m in modules.items() if "." in name}
-    found: list[str] = []
+    found, others = list[str](), list[str]()  # chains called gate that score no experts: nor do their links
     for name, module in modules.items():
         last = _last(name)
-        speaks = _ROUTES.search(last) or (_GATE.search(last) and _scores(module, shapes.get(name, ())))
-        if speaks and not any(_within(name, seen) for seen in found):
+        gate = bool(_GATE.search(last)) and not any(_within(name, outer) for outer in others)
+        scores = gate and _scores(module, shapes.get(name, ()))
+        others += [name] * (gate and not scores and isinstance(module, nn.Sequential))
+        if (_ROUTES.search(last) or scores) and not any(_within(name, seen) for seen in found):
             found.append(name)
     for name, module in modules.items():
         if any(_within(other, name) or _within(name, other) for other in found):
@@ -178,14 +182,22 @@ def _within(name: str, outer: str) -> bool:
 def _scores(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether a module called gate gives scores of experts: it has weights, and few values where its input has more.
 
-    `shapes`: of its first input, then of its outputs, in one call; nothing where it was not called.
+    `shapes`: of its first input, then of its outputs, in one call; nothing where it was not called. Attention to
+    channels gives one value for each, attention to places a map of its own, and a gated layer more than it is given.
     """
     if not any(True for _ in module.parameters()):
         return False
     if not shapes:
         return True
     given, *outputs = shapes
-    return any(shape and shape != given and 2 <= shape[-1] <= _MOST_EXPERTS for shape in outputs)
+    for shape in outputs:
+        maps = len(shape) == 4
+        values = shape[1] if maps else shape[-1] if shape else 0
+        features = given[1] if len(given) == 4 else given[-1] if given else 0
+        each = values == features > _COLOURS if len(given) == 4 else values >= features
+        if shape != given and 2 <= values <= _MOST_EXPERTS and not each:
+            return True
+    return False
 
 
 def _last(name: str) -> str:

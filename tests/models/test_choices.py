@@ -302,6 +302,54 @@ def test_names_count_on_modules_attributes_parameters_and_classes():
     assert named(moment=1, remote=2, exported=True, investigate=3, model_expertise=1) == ()
 
 
+class Attends(nn.Module):
+    """Features weighted by a gate's output, which is made to fit."""
+
+    def __init__(self, gate: nn.Module, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.gate, self.made = nn.Conv2d(3, 16, 1), gate, made
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.stem(x)
+        return (features * self.made(self.gate(features)).sigmoid()).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("gate", "made", "seen"),
+    [
+        (
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 16)),
+            lambda weights: weights[:, :, None, None],
+            (),
+        ),  # attention to channels
+        (nn.Conv2d(16, 1, 1), lambda weights: weights, ()),  # to places
+        (nn.Conv2d(16, 4, 1), lambda scores: scores[:, :1], ("gate",)),
+        (
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
+            lambda scores: scores[:, :1, None, None],
+            ("gate",),
+        ),
+    ],
+)
+def test_a_gate_that_attends_scores_no_experts(
+    gate: nn.Module, made: Callable[[Tensor], Tensor], seen: tuple[str, ...]
+):
+    assert find_choices(Attends(gate, made).eval(), torch.rand(4, 3, 8, 8)).names == seen
+
+
+def test_a_gated_layer_scores_no_experts():
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up, self.down = nn.Linear(12, 40), nn.Linear(12, 40), nn.Linear(40, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.flatten(1).unflatten(1, (-1, 12))
+            return self.down(nn.functional.silu(self.gate_proj(tokens)) * self.up(tokens)).mean(1)
+
+    assert find_choices(Gated().eval(), torch.rand(4, 3, 8, 8)).names == ()
+
+
 def test_a_gate_that_is_an_activation_is_none():
     class Squeeze(nn.Module):
         def __init__(self) -> None:
