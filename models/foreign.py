@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import ismethod
 from typing import Any, Self
 
@@ -23,6 +24,8 @@ DRAWS = 20
 
 #: Attributes by which a model shows parts that are called by themselves, beside its experts.
 _PARTS = ("router", "standard", "robust")
+#: And what else it shows of itself as an MoE or a dual.
+_SHOWN = (*_PARTS, "experts", "alpha", "num_selected_experts")
 _CUDNN = ("allow_tf32", "deterministic", "benchmark")
 
 
@@ -118,6 +121,33 @@ class _Randomness:
         return made
 
 
+class Through(nn.Module):
+    """A part of what a model wraps, asked as the model is: what the wrapper does to images comes before it.
+
+    The model is run with the part in place of `core`, whose answer it gives as its own.
+    """
+
+    def __init__(self, outer: nn.Module, core: nn.Module, part: Any) -> None:
+        super().__init__()
+        self.outer, self.core, self.part = outer, core, part
+
+    def forward(self, x: Tensor) -> Any:
+        own = vars(self.core)  # a module that is set as an attribute would be a module of it
+        before = {"forward": own["forward"]} if "forward" in own else {}
+        own["forward"] = self.part
+        try:
+            return self.outer(x)
+        finally:
+            del own["forward"]
+            own.update(before)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("part"), name)
+
+
 @dataclass
 class _Shared:
     """What a model and its parts have in common behind their guards."""
@@ -208,17 +238,19 @@ class Guarded(nn.Module):
     def once(self, x: Tensor) -> Any:
         """The logits (B, C) of one pass."""
         known = self.shown.inside if self._scores and self.shown is not None else ()
-        inside = [site for site in known if site.gate is self.model]
-        answer = self._call(inside[0].ask if inside else self.model, x)
+        inside = [partial(site.ask, self.model) for site in known if site.gate is bare(self)]
+        answer = self._call(inside[0] if inside else self.model, x)
         answer = answer if self._scores else self._cast(answer, x)
         return self.counted(answer) if isinstance(answer, Tensor) else answer
 
     def part(self, inner: Any, scores: bool = False) -> "Guarded":
         """A part of the model behind the same guard: always the same one. `scores`: a router."""
         for known in self._shared.parts:
-            if known.model is inner or (ismethod(inner) and known.model == inner):
+            if bare(known) is inner or (ismethod(inner) and bare(known) == inner):
                 return known
-        self._shared.parts.append(Guarded(inner, shared=self._shared, scores=scores))
+        wrapped = self.shown.wrapped if self.shown is not None else None
+        asked = inner if wrapped is None else Through(wrapped[0], wrapped[1], inner)
+        self._shared.parts.append(Guarded(asked, shared=self._shared, scores=scores))
         return self._shared.parts[-1]
 
     def _call(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
@@ -275,12 +307,23 @@ class Guarded(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            value = getattr(super().__getattr__("model"), name)
+            value = self._of_model(name)
         if name == "trace":
             return self._trace
         if name == "experts" and isinstance(value, nn.ModuleList):
             return nn.ModuleList(self.part(expert) for expert in value)
         return self.part(value, scores=name == "router") if name in _PARTS and callable(value) else value
+
+    def _of_model(self, name: str) -> Any:
+        """An attribute of the model, or of what it wraps."""
+        model = super().__getattr__("model")
+        try:
+            return getattr(model, name)
+        except AttributeError:
+            shown = self.__dict__["_shared"].shown
+            if shown is None or shown.wrapped is None or model is not shown.wrapped[0] or name not in _SHOWN:
+                raise
+            return getattr(shown.wrapped[1], name)
 
     def _trace(self, x: Tensor) -> Any:
         model: Any = self.model
@@ -296,7 +339,9 @@ class Guarded(nn.Module):
 
 def bare(model: Any) -> Any:
     """The model or the part itself, whose modules are to be looked through, without its guard."""
-    return model.model if isinstance(model, Guarded) else model
+    if not isinstance(model, Guarded):
+        return model
+    return model.model.part if isinstance(model.model, Through) else model.model
 
 
 def behind(model: nn.Module, part: Any, scores: bool = False) -> Any:

@@ -26,6 +26,7 @@ from bench.errors import UnusableInput, did_you_mean
 from bench.models.choices import plain
 from bench.models.deployed import eval_frozen
 from bench.models.foreign import Guarded
+from bench.models.parts import is_dual, is_moe
 from bench.models.sites import Shown, Site, counts, forced, intercepted, read, scores_of, selected, shown_sites
 
 #: A user's word for a model that makes no choices.
@@ -152,29 +153,45 @@ def look_at_shown(model: nn.Module, x: Tensor) -> Shown:
     inside: list[Site] = []
     try:
         with _looking(guard):
-            with _inputs([part for site in shown for part in (site.gate, *site.owner.experts)]) as given:
-                _look(guard, looks, x)
+            routed: list[nn.Module] = [part for part in guard.model.modules() if _is_routed(part)]
+            asked = [part for site in shown for part in (site.gate, *site.owner.experts)]
+            with _called([*asked, *routed]) as calls:
+                logits = _look(guard, looks, x)
             for look in looks:
                 (site,) = (one for one in shown if one.name == look.name)
                 inner = (replace(site, call=call, axis=axis) for call in dict.fromkeys(look.chose) for axis in (-1, 1))
                 inside += islice((one for one in inner if _leads(guard, one, site, x)), 1)
     except Exception:  # of a user's own model: whoever attacks it tells of it
         return Shown()
-    return Shown(tuple(inside), tuple(part for part, tensor in given if tensor.shape[1:] != x.shape[1:]))
+    features = [part for part, given, _ in calls if part in asked and given.shape[1:] != x.shape[1:]]
+    cores = [part for part, given, answer in calls if part in routed and _wraps(given, answer, x, logits)]
+    core = cores[-1] if cores and guard.model not in routed else None  # the outermost, which is the last to answer
+    once = sum(part is core for part, *_ in calls) == 1
+    return Shown(tuple(inside), tuple(features), (guard.model, core) if core is not None and once else None)
+
+
+def _is_routed(module: nn.Module) -> bool:
+    return is_moe(module) or is_dual(module)
+
+
+def _wraps(given: Tensor, answer: Any, x: Tensor, logits: Tensor) -> bool:
+    """Whether a module is given images, and its answer is the model's."""
+    same = isinstance(answer, Tensor) and answer.shape == logits.shape and given.shape == x.shape
+    return same and torch.equal(answer.float(), logits)
 
 
 @contextmanager
-def _inputs(parts: Sequence[Any]) -> Iterator[list[tuple[Any, Tensor]]]:
-    """What modules are given within, each with the tensor of a call."""
-    given: list[tuple[Any, Tensor]] = []
+def _called(modules: Sequence[Any]) -> Iterator[list[tuple[nn.Module, Tensor, Any]]]:
+    """The calls of modules within, in the order in which they answer: each with the tensor given, and the answer."""
+    calls: list[tuple[nn.Module, Tensor, Any]] = []
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any]) -> None:
-        given.extend((module, leaf) for leaf in tree_leaves((inputs, more))[:1] if isinstance(leaf, Tensor))
+    def note(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any], answer: Any) -> None:
+        calls.extend((module, leaf, answer) for leaf in tree_leaves((inputs, more))[:1] if isinstance(leaf, Tensor))
 
-    modules = [part for part in parts if isinstance(part, nn.Module)]
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    different = {id(one): one for one in modules if isinstance(one, nn.Module)}.values()
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in different]
     try:
-        yield given
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
@@ -203,13 +220,14 @@ def _looking(guard: Guarded) -> Iterator[None]:
         yield
 
 
-def _look(guard: Guarded, looks: list["_Look"], x: Tensor) -> None:
-    """One pass in which the gates are watched."""
+def _look(guard: Guarded, looks: list["_Look"], x: Tensor) -> Tensor:
+    """The logits of one pass in which the gates are watched."""
     with ExitStack() as stack:
         for look in looks:
             stack.enter_context(look.hooked())
         stack.enter_context(_Follow(looks, x))
-        guard(x)
+        logits: Tensor = guard(x)
+    return logits
 
 
 def _nearest(pattern: str, modules: dict[str, nn.Module]) -> str:

@@ -77,9 +77,9 @@ class Site:
         """The module or callable whose output holds the scores."""
         return getattr(self.owner, self.attribute)
 
-    def ask(self, x: Tensor) -> Tensor:
-        """The scores (m, E) of the gate by itself, of images x (m, …) that it sees as they are."""
-        return read(self.gate, [self], x).scores[self.name][:, 0]
+    def ask(self, gate: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+        """The scores (m, E) of the gate by itself, of images x (m, …), behind what `gate` does to them."""
+        return read(gate, [self], x).scores[self.name][:, 0]
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,13 @@ class Shown:
     """What one pass tells of the MoEs that a user's model shows by its attributes.
 
     inside: the sites whose gates choose themselves, with the scores inside. features: the routers and experts that are
-    given something else than the model's images, so that they cannot be asked by themselves.
+    given something else than images, so that they cannot be asked by themselves. wrapped: the model, and the MoE or
+    dual in it whose answer it gives as its own, such as behind a normalisation.
     """
 
     inside: tuple[Site, ...] = ()
     features: tuple[Any, ...] = ()
+    wrapped: tuple[nn.Module, nn.Module] | None = None
 
 
 def sites(model: nn.Module) -> list[Site]:
@@ -121,11 +123,21 @@ def shown_sites(model: nn.Module) -> list[Site]:
             count, k = len(owner.experts), int(getattr(owner, "num_selected_experts", 1))
             where = f"{name}.{attribute}".removeprefix(".")
             layer = any(expert is one for expert in owner.experts for one in known.features)
-            whole = not layer and _classifies(bare(model), name)
+            whole = not layer and _classifies(*_below(known, bare(model), name))
             site = Site(where, owner, attribute, count, min(k, count), whole=whole)
             inside = next((one for one in known.inside if one.gate is site.gate), site)
             found.append(replace(site, call=inside.call, axis=inside.axis))
     return found
+
+
+def _below(known: Shown, model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """What a model wraps, and the name in it of a module that the model calls `name`."""
+    if known.wrapped is None or known.wrapped[0] is not model:
+        return model, name
+    core = known.wrapped[1]
+    (outer,) = (one for one, module in model.named_modules() if module is core)
+    inside = name == outer or name.startswith(f"{outer}.")
+    return (core, name[len(outer) + 1 :]) if inside else (model, name)
 
 
 def _classifies(model: nn.Module, name: str) -> bool:

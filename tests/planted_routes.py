@@ -217,6 +217,23 @@ def _towards_another(x: Tensor, y: Tensor, routes: int) -> Tensor:
     return x + EPS * LOUD[(y + 1) % CLASSES].view_as(x)
 
 
+class Normalised(nn.Module):
+    """A part that is given normalised images, and undoes that."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(0.25 * x + 0.5)
+
+    @classmethod
+    def behind(cls, moe: Any) -> nn.Module:
+        """An MoE whose parts are such, behind the normalisation."""
+        moe.router, moe.experts = cls(moe.router), nn.ModuleList(cls(expert) for expert in moe.experts)
+        return nn.Sequential(Mapped(nn.Identity(), lambda x: (x - 0.5) / 0.25), moe)
+
+
 class Coarse(nn.Module):
     """A part that sees 3×32×32 images as 8×8 ones, by the mean of each 48 values."""
 

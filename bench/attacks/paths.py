@@ -17,7 +17,7 @@ from math import comb, prod
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.attacks.affine import affine_map, reachable_pairs
 from bench.attacks.deviations import Deviations, combined
@@ -103,7 +103,8 @@ class Paths:
         self._closed = {name: at for name, scores in found.items() if (at := closed_score(scores)) is not None}
         self._scores = {name: self._readable(name, scores) for name, scores in found.items()}
         alone = {site.name for site in self.sites if site.whole or site.call is None}
-        #: gates of whole images that see them as they are, so that they can be asked alone
+        given = self._given()
+        #: gates of whole images that see them as the model, or what it wraps, does, so that they can be asked alone
         self._direct = {
             name
             for name, seen in inputs.items()
@@ -111,7 +112,7 @@ class Paths:
             and found[name].shape[1] == 1
             and name in alone
             and seen.shape == block.x.shape
-            and torch.equal(seen, block.x)
+            and torch.equal(seen, given)
         }
         self._maps = {site.name: self._affine(site) for site in self.sites}
         self._scales = {site.name: self._scale(site) for site in self.sites}
@@ -128,8 +129,18 @@ class Paths:
             self.notes.append(f"{len(self.choices):,} of {possible} paths attacked")
 
     def _affine(self, site: Site) -> tuple[Tensor, Tensor] | None:
-        shown = site.name in self._direct and site.call is None
-        return affine_map(site.gate, self.search.block.x) if shown else None
+        x = self.search.block.x
+        shown = site.name in self._direct and site.call is None and self._given() is x
+        return affine_map(site.gate, x) if shown else None
+
+    def _given(self) -> Tensor:
+        """The block's images (B, …) as an MoE or dual is given them: behind what wraps it, if anything does."""
+        model, x = self.search.block.model, self.search.block.x
+        if not isinstance(model, Guarded) or model.shown is None or model.shown.wrapped is None:
+            return x
+        with torch.no_grad():
+            found: Tensor = behind(model, nn.Identity(), scores=True)(x)
+        return found
 
     def _scale(self, site: Site) -> Tensor:
         """The median gap of the site's natural route on the clean images."""

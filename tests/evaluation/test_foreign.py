@@ -66,7 +66,7 @@ def test_what_a_forward_pass_does_changes_no_verdict_and_is_a_flag(
     compared = [column for column in rows.columns if column != "linf" or suite == "pgd"]
     if flag != "the forward pass changes grad mode":  # without a gradient PGD ends elsewhere
         assert rows[compared].equals(same[compared])
-    assert honest.model_flags == ("routes inside: model.router",)
+    assert honest.model_flags == ("routes inside: model.router", "routes flip within the ball for 100% of images")
     assert flag in result.model_flags
     assert torch.is_grad_enabled()
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from bench.attacks.deviations import LOST, SCOPE, Deviations
 from bench.errors import UnusableInput
 from bench.models.choices import find_choices
-from bench.models.foreign import Guarded
+from bench.models.dual import DualModel
+from bench.models.foreign import Guarded, bare
 from bench.models.gates import Gates, declared, find_gates, look_at_shown
-from bench.models.parts import parts, routed_branches
+from bench.models.parts import is_dual, parts, routed_branches
 from bench.models.sites import Shown, Site, forced, intercepted, lifted, read, selected, sites
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -338,6 +339,53 @@ def test_what_is_given_features_is_not_asked_about_images(on_images: bool):
     assert routed_branches(guard) == {}
     (site,) = sites(guard)
     assert (site.name, site.whole) == ("router", on_images)
+
+
+class Normalised(nn.Module):
+    """A model behind what brings images to its scale, or behind what changes its answer."""
+
+    def __init__(self, inner: nn.Module, scale: float = 1.0) -> None:
+        super().__init__()
+        self.inner, self.scale = inner, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.inner((x - 0.5) / 0.25)
+
+
+def test_a_wrappers_moe_is_asked_as_the_wrapper_is():
+    torch.manual_seed(0)
+    moe = Heads(on_images=True)
+    moe.router, moe.features = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), nn.Identity()
+    guard = Guarded(Normalised(moe).eval())
+    assert parts(guard) == {}
+    guard.shown = look_at_shown(guard.model, X)
+    assert guard.shown.wrapped == (guard.model, moe)
+    z = (X - 0.5) / 0.25
+    assert torch.equal(guard(X), moe(z))
+    for expert, part in zip(moe.experts, parts(guard).values(), strict=True):
+        assert torch.equal(part(X), expert(z))
+        assert bare(part) is expert
+    (branch,) = routed_branches(guard).values()
+    assert torch.equal(branch.router(X), moe.router(z))
+    (site,) = sites(guard)
+    assert (site.name, site.whole) == ("inner.router", True)
+    assert torch.equal(guard(X), moe(z))  # nothing is left of a part in its place
+
+
+def test_a_wrappers_dual_shows_its_branches():
+    torch.manual_seed(0)
+    dual = DualModel(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), Heads(on_images=False), alpha=0.7)
+    guard = Guarded(nn.Sequential(Normalised(nn.Identity()), dual).eval())
+    guard.shown = look_at_shown(guard.model, X)
+    assert is_dual(guard)
+    assert list(parts(guard)) == ["S", "R"]
+    assert torch.equal(guard.robust(X), dual.robust((X - 0.5) / 0.25))
+
+
+def test_a_wrapper_that_changes_the_answer_keeps_its_parts():
+    torch.manual_seed(0)
+    model = Normalised(Heads(on_images=True), scale=2).eval()
+    assert look_at_shown(model, X).wrapped is None
 
 
 def test_a_threshold_is_no_gate():

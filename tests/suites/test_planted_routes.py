@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted_routes import EPS, VICTIMS, Coarse, Gate, Mixture, Victim, images, majority
+from planted_routes import EPS, VICTIMS, Coarse, Gate, Mixture, Normalised, Victim, images, majority
 from torch import nn
 
 from bench import benchmark
@@ -120,6 +120,12 @@ def test_adaptive_breaks_it_where_so_many_pixels_tell_little_by_chance(
     x_adv = AdaptiveAttack(model, eps=EPS, budget="small")(Coarse.images(x), y)
     with torch.no_grad():
         assert (model(x_adv).argmax(1) != y).all()
+
+
+@pytest.mark.slow
+def test_adaptive_breaks_it_behind_a_normalisation(verdict: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(restarts, "CORNERS", restarts.FEW_CORNERS)
+    assert verdict(Normalised.behind(VICTIMS["rounded logits"].model("softmax")), "small", 2).robust_accuracy.value == 0
 
 
 class Named(nn.Module):
