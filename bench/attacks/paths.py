@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bench.attacks.affine import affine_map, reachable_pairs
 from bench.attacks.deviations import Deviations, combined
 from bench.attacks.gradients import StraightThrough, logarithms, readable, slopes
-from bench.attacks.search import RAISED, Search, margin, raised, standardised
+from bench.attacks.search import RAISED, Search, climbs, margin, raised, standardised
 from bench.models import sites as routing
 from bench.models.foreign import Guarded, behind
 from bench.models.parts import parts
@@ -314,6 +314,17 @@ class Paths:
                 return True
             (gradient,) = torch.autograd.grad(lead.sum(), z, allow_unused=True)
         return gradient is None or bool((gradient == 0).flatten(1).all(1).any())
+
+    @cached_property
+    def led(self) -> bool:
+        """Whether a small step along the model's own gradient raises the leads of paths, of nearly all images."""
+        block, rows = self.search.block, self.search.rows
+
+        def lead(chosen: Tensor, z: Tensor) -> Tensor:
+            return self.on_path(z, chosen.expand(len(rows), -1, -1), rows=rows)[1]
+
+        every = (climbs(partial(lead, path), block.x[rows], block.threat_model) for path in self.choices[:MOST_SETS])
+        return len(rows) > 0 and min(every) >= RAISED
 
     # --- the model on a path ------------------------------------------------------------------------------------------
 

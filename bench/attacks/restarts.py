@@ -6,7 +6,7 @@ of the block, m = rows that are attacked, P = paths, N = sites, K = selected exp
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import count, islice, product
 from typing import Literal
 
 import torch
@@ -53,14 +53,13 @@ def forced_paths(paths: Paths, restarts: int, steps: int) -> None:
     """
     search, ranking = paths.search, Ranking.of(paths)
     turns = kinds(paths)
-    if search.rows.numel():
-        restarts = max(restarts, len(turns) * int(ranking.reachable[search.rows].max()))
-    for number in range(restarts):
+    most = int(ranking.reachable[search.rows].max()) if search.rows.numel() else 0
+    restarts = max(restarts, len(turns) * most)
+    for number, (kind, beginning, turn) in enumerate(islice(in_turn(paths, turns, most), restarts)):
         rows = search.rows
         if not len(rows):
             return
-        kind, beginning = turns[number % len(turns)]
-        restart = Restart.drawn(paths, ranking, kind, number // len(turns), route_first=number % EVERY == EVERY - 1)
+        restart = Restart.drawn(paths, ranking, kind, turn, route_first=number % EVERY == EVERY - 1)
         start, first = restart.start(beginning)
         search.climb(restart.objective(), start, steps, rows, first)
     for rows, restart in past_decoys(paths, ranking, turns):
@@ -87,6 +86,21 @@ def kinds(paths: Paths) -> list[tuple[Gradient, Beginning]]:
             turns += [("experts", "drawn")]
             turns += [("experts-local", "drawn")] * (not paths.affine)  # what hides the experts' may hide the gates'
     return turns
+
+
+def in_turn(
+    paths: Paths, turns: Sequence[tuple[Gradient, Beginning]], most: int
+) -> Iterator[tuple[Gradient, Beginning, int]]:
+    """The kinds of restarts, each with the number of its turn, in which all are made once on one of an image's paths.
+
+    Once all paths, `most` at least, have had their turn, half of the restarts follow the model's own gradient where
+    that leads to the paths of a gate that is not affine.
+    """
+    later = turns
+    if not paths.affine and paths.deviations is None and paths.led:
+        later = [each for other in turns[1:] for each in (turns[0], other)]
+    for turn in count():
+        yield from ((*each, turn) for each in (turns if turn < most else later))
 
 
 #: Kinds that raise a path's lead by each image's own slopes.

@@ -1,5 +1,6 @@
 """Paths: which there are, which can be reached, and the model led along them."""
 
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from two_pixels import ROUTER, SAME, Stepped, X, paths
 
 from bench.attacks.paths import MOST_SETS, closed_score
-from bench.attacks.restarts import kinds
+from bench.attacks.restarts import in_turn, kinds
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
 
@@ -60,6 +61,27 @@ def test_every_path_of_a_router_that_is_not_affine_may_be_reached(linear_moe: An
     assert found.reachable.all()
     assert [kind for kind, _ in kinds(found)] == ["own", "gates", "slopes", "local", "own", "gates"]
     assert kinds(paths(linear_moe(SAME, ROUTER, 1, "argmax"), X)) == [("own", "drawn")]
+
+
+class Curved(nn.Module):
+    """Scores a, 1 − a² and b³."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.flatten(1).T
+        return torch.stack([a, 1 - a.square(), b**3], 1)
+
+
+def test_half_of_the_later_restarts_follow_a_gradient_that_leads(linear_moe: Any):
+    def order(router: nn.Module, most: int, count: int) -> list[tuple[str, int]]:
+        found = paths(MoE(linear_moe(SAME, ROUTER).experts, router, 1, "argmax"), X)
+        turns = kinds(found)
+        return [(kind, turn) for kind, _, turn in islice(in_turn(found, turns, most), count)]
+
+    first = [(kind, 0) for kind in ("own", "gates", "slopes", "local", "own", "gates")]
+    later = [(kind, 1) for kind in ("own", "gates", "own", "slopes", "own", "local", "own", "own", "own", "gates")]
+    assert order(Curved(), 1, 17) == [*first, *later, ("own", 2)]
+    assert order(Squared(), 1, 12) == [*first, *((kind, 1) for kind, _ in first)]  # a constant score leads nowhere
+    assert order(linear_moe(SAME, ROUTER, 1, "argmax").router, 1, 3) == [("own", 0), ("own", 1), ("own", 2)]
 
 
 @pytest.mark.parametrize("gate", ["argmax", "softmax"])
