@@ -314,6 +314,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             return
         chosen = [self.decided[key] for key in keys if key in self.decided]
         of_data = any(key in self.data for key in keys)
+        if name == "where" and _is_activation(args):
+            self.data |= {_key(tensor) for tensor in outputs}
+            return
         if torch.Tag.nondeterministic_seeded in func.tags and not _NO_DRAW.search(name):
             self.report(f"random draw ({name})")
         if chosen and not (name in _CARRIES and not any(tensor.is_floating_point() for tensor in outputs)):
@@ -371,6 +374,19 @@ def _tests_finiteness(name: str, keys: list[object], args: tuple[Any, ...]) -> b
         infinite = isinstance(args[1], int | float) and abs(args[1]) == float("inf")
         return (len(keys) == 2 and keys[0] == keys[1]) or infinite
     return name in ("isnan", "isinf", "isfinite", "isposinf", "isneginf")
+
+
+def _is_activation(args: tuple[Any, ...]) -> bool:
+    """Whether `where` is a ReLU or a leaky one: a value where it is above 0, and a multiple of it elsewhere."""
+    if len(args) != 3 or not all(isinstance(one, Tensor) and one.is_floating_point() for one in args[1:]):
+        return False
+    one, other = (torch.where(side, *args[1:]) for side in (args[0] | True, args[0] & False))
+    mask = args[0].expand_as(one)
+    for kept, value, rest in ((mask, one, other), (~mask, other, one)):
+        if torch.equal(kept, value > 0) or torch.equal(kept, value >= 0):
+            ratio = (rest / value)[value != 0]
+            return bool(ratio.numel()) and bool((ratio - ratio[0]).abs().amax() <= _DECIDED)
+    return False
 
 
 def _decides(factor: Tensor, *, alone: bool = False) -> bool:

@@ -302,6 +302,24 @@ def test_names_count_on_modules_attributes_parameters_and_classes():
     assert named(moment=1, remote=2, exported=True, investigate=3, model_expertise=1) == ()
 
 
+@pytest.mark.parametrize(
+    ("function", "chooses"),
+    [
+        (lambda x: torch.where(x > 0.5, x - 0.5, 0.1 * (x - 0.5)), False),
+        (lambda x: torch.where(x - 0.5 < 0, torch.zeros_like(x), x - 0.5), False),
+        (lambda x: torch.where(x > 0.5, x - 0.5, (x - 0.5).sin()), True),
+        (lambda x: torch.where(x > 0.4, x - 0.5, 0.1 * (x - 0.5)), True),
+        (lambda x: torch.where(x[:, :1] > 0.5, x, 0.1 * x), True),
+    ],
+)
+def test_a_leaky_relu_by_hand_is_no_choice(function: Callable[[Tensor], Tensor], chooses: bool):
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x).mean((2, 3))
+
+    assert bool(find_choices(Own(), torch.rand(4, 3, 8, 8))) == chooses
+
+
 class Attends(nn.Module):
     """Features weighted by a gate's output, which is made to fit."""
 
