@@ -392,6 +392,70 @@ MUTATIONS = [
         "models/checkpoints.py", "if part_sha256 != entry.sha256:", "if False:", "tests/models/test_checkpoints.py"
     ),
     Mutation("models/foreign.py", "given, outside = x.clone(),", "given, outside = x,", "tests/models/test_foreign.py"),
+    # models that show themselves otherwise
+    Mutation(
+        "models/sites.py",
+        "len(inputs[site.name]) == len(x) for site",
+        "len(inputs[site.name]) < 0 for site",
+        "tests/suites/test_planted_routes.py -k by",
+    ),
+    Mutation("models/sites.py", "call=inside.call, axis=inside.axis", "call=None", "tests/models/test_gates.py"),
+    Mutation(
+        "models/gates.py",
+        "look.chose += [source[0]] if source is not None else []",
+        "look.chose += []",
+        "tests/models/test_gates.py",
+    ),
+    Mutation(
+        "models/gates.py",
+        "if len(seen) != 1 or not bool((seen[0].argmax(-1) == expert).all()):",
+        "if False:",
+        "tests/models/test_gates.py",
+    ),
+    Mutation("models/gates.py", "given.shape[1:] != x.shape[1:]]", "False]", "tests/models/test_gates.py"),
+    Mutation(
+        "models/gates.py",
+        "return same and torch.equal(answer.float(), logits)",
+        "return same",
+        "tests/models/test_gates.py",
+    ),
+    Mutation("models/gates.py", "or exchanges.jumps_by_spread(scores.dtype)", "", "tests/evaluation/test_foreign.py"),
+    Mutation("models/foreign.py", 'own["forward"] = self.part\n', "pass\n", "tests/models/test_gates.py"),
+    Mutation("models/foreign.py", 'del own["forward"]\n', "pass\n", "tests/models/test_gates.py"),
+    Mutation("models/parts.py", "number and hasattr", "hasattr", "tests/models/test_parts.py"),
+    Mutation("models/choices.py", "values == features > _COLOURS", "False", "tests/models/test_choices.py"),
+    Mutation("models/choices.py", "values >= features", "False", "tests/models/test_choices.py"),
+    Mutation(
+        "models/choices.py", "(ratio - ratio[0]).abs().amax() <= _DECIDED", "True", "tests/models/test_choices.py"
+    ),
+    Mutation(
+        "bench/attacks/gradients.py", "COMPARES[func] * _softsign", "_softsign", "tests/attacks/test_gradients.py"
+    ),
+    Mutation(
+        "bench/attacks/gradients.py",
+        "torch.inference_mode(False), torch.enable_grad()",
+        "torch.enable_grad()",
+        "tests/attacks/test_gradients.py",
+    ),
+    Mutation(
+        "bench/attacks/gradients.py",
+        "_WithGradientOf.apply(scores, scores.detach().clamp_min(least).log())",
+        "scores.detach().clamp_min(least).log()",
+        "tests/attacks/test_gradients.py",
+    ),
+    Mutation(
+        "bench/attacks/restarts.py",
+        "if paths.blind or (not paths.affine and paths.cut):",
+        "if paths.blind:",
+        "tests/suites/test_planted_routes.py -k so_many",
+    ),
+    Mutation("bench/attacks/restarts.py", "turns if turn < most else later", "turns", "tests/attacks/test_paths.py"),
+    Mutation(
+        "bench/evaluation/evaluate.py",
+        "or folder.finished() is not None:  # by",
+        "or False:  # by",
+        "tests/evaluation/test_evaluate.py",
+    ),
     # data sets
     Mutation(
         "bench/datasets/cifar10.py",

@@ -361,7 +361,8 @@ def test_a_wrappers_moe_is_asked_as_the_wrapper_is():
     guard.shown = look_at_shown(guard.model, X)
     assert guard.shown.wrapped == (guard.model, moe)
     z = (X - 0.5) / 0.25
-    assert torch.equal(guard(X), moe(z))
+    answer = moe(z)
+    assert torch.equal(guard(X), answer)
     for expert, part in zip(moe.experts, parts(guard).values(), strict=True):
         assert torch.equal(part(X), expert(z))
         assert bare(part) is expert
@@ -369,7 +370,7 @@ def test_a_wrappers_moe_is_asked_as_the_wrapper_is():
     assert torch.equal(branch.router(X), moe.router(z))
     (site,) = sites(guard)
     assert (site.name, site.whole) == ("inner.router", True)
-    assert torch.equal(guard(X), moe(z))  # nothing is left of a part in its place
+    assert torch.equal(guard(X), answer)  # nothing is left of a part in its place
 
 
 def test_a_wrappers_dual_shows_its_branches():
