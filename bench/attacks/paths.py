@@ -315,13 +315,12 @@ class Paths:
             (gradient,) = torch.autograd.grad(lead.sum(), z, allow_unused=True)
         return gradient is None or bool((gradient == 0).flatten(1).all(1).any())
 
-    @cached_property
-    def led(self) -> bool:
-        """Whether a small step along the model's own gradient raises the leads of paths, of nearly all images."""
+    def led_by(self, gradient: Gradient) -> bool:
+        """Whether a small step along a gradient raises the leads of paths, each of nearly all images."""
         block, rows = self.search.block, self.search.rows
 
         def lead(chosen: Tensor, z: Tensor) -> Tensor:
-            return self.on_path(z, chosen.expand(len(rows), -1, -1), rows=rows)[1]
+            return self.on_path(z, chosen.expand(len(rows), -1, -1), gradient, rows=rows)[1]
 
         every = (climbs(partial(lead, path), block.x[rows], block.threat_model) for path in self.choices[:MOST_SETS])
         return len(rows) > 0 and min(every) >= RAISED

@@ -41,6 +41,8 @@ LEANING = 0.5
 DECOY, PAST = 10.0, 3
 #: A path's other classes that a restart may aim at, the likeliest first.
 TARGETS = 5
+#: Restarts that follow one gradient from a drawn start, which may be the right one throughout.
+RIGHT: tuple[tuple[Gradient, Beginning], ...] = (("own", "drawn"), ("gates", "drawn"), ("through", "drawn"))
 #: The share of Square's queries that paths get where gradients can be believed.
 SOME_QUERIES = 1 / 4
 
@@ -93,12 +95,13 @@ def in_turn(
 ) -> Iterator[tuple[Gradient, Beginning, int]]:
     """The kinds of restarts, each with the number of its turn, in which all are made once on one of an image's paths.
 
-    Once all paths, `most` at least, have had their turn, half of the restarts follow the model's own gradient where
-    that leads to the paths of a gate that is not affine.
+    Once all paths, `most` at least, have had their turn, half of the restarts follow a gradient that leads to the paths
+    of a gate that is not affine, where one does.
     """
     later = turns
-    if not paths.affine and paths.deviations is None and paths.led:
-        later = [each for other in turns[1:] for each in (turns[0], other)]
+    if not paths.affine and paths.deviations is None:
+        right = [each for each in turns if each in RIGHT and paths.led_by(each[0])][:1]
+        later = [each for other in turns if other not in right for each in (*right, other)]
     for turn in count():
         yield from ((*each, turn) for each in (turns if turn < most else later))
 

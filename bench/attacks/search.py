@@ -38,9 +38,9 @@ def climbs(value: Callable[[Tensor], Tensor], x: Tensor, threat_model: ThreatMod
     z = x.detach().requires_grad_()
     with torch.enable_grad():
         before = value(z)
-    if not before.requires_grad:
+    gradient = torch.autograd.grad(before.sum(), z, allow_unused=True)[0] if before.requires_grad else None
+    if gradient is None:
         return 0.0
-    (gradient,) = torch.autograd.grad(before.sum(), z)
     with torch.no_grad():
         after = value(ascend_once(x, gradient, x, threat_model, TRIED * threat_model.eps))
     return float((after > before).float().mean())

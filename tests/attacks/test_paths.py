@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from planted_routes import Frozen, images
 from torch import Tensor, nn
 from two_pixels import ROUTER, SAME, Stepped, X, paths
 
@@ -82,6 +83,15 @@ def test_half_of_the_later_restarts_follow_a_gradient_that_leads(linear_moe: Any
     assert order(Curved(), 1, 17) == [*first, *later, ("own", 2)]
     assert order(Squared(), 1, 12) == [*first, *((kind, 1) for kind, _ in first)]  # a constant score leads nowhere
     assert order(linear_moe(SAME, ROUTER, 1, "argmax").router, 1, 3) == [("own", 0), ("own", 1), ("own", 2)]
+
+
+def test_what_opens_a_cut_gradient_is_followed_as_often():
+    found = paths(Frozen(False, 1).eval(), images(3)[0])
+    turns = kinds(found)
+    assert turns[-1] == ("through", "drawn")
+    later = [kind for kind, _, _ in islice(in_turn(found, turns, 0), 2 * len(turns) - 2)]
+    assert later[::2] == ["through"] * (len(turns) - 1)
+    assert later[1::2] == [kind for kind, _ in turns[:-1]]
 
 
 @pytest.mark.parametrize("gate", ["argmax", "softmax"])
