@@ -1,11 +1,12 @@
 """One run to be made: who is scored, and by which suite or way to certify."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from torch import nn
 
 from bench.datasets.base import EvalSet
+from bench.models.foreign import Shown
 from bench.spec import Method, ModelInfo, RunSpec
 
 M = TypeVar("M", bound=Method)
@@ -22,7 +23,7 @@ class Subject:
     its forward pass may do anything, and is called behind a guard. identity: the file by which such a model is
     recognised (`bench.evaluation.identity`), to be kept with its runs. gates: those that the user named, as words of
     `--gates`, and sites: what they are (`bench.models.sites`). shown: what a pass tells of the MoEs that its
-    attributes show (`bench.models.sites.Shown`).
+    attributes show.
     """
 
     model: nn.Module
@@ -33,7 +34,7 @@ class Subject:
     identity: bytes = b""
     gates: tuple[str, ...] = ()
     sites: tuple[Any, ...] = ()
-    shown: Any = None
+    shown: Shown = field(default_factory=Shown)
 
 
 @dataclass(frozen=True)

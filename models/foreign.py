@@ -121,6 +121,20 @@ class _Randomness:
         return made
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What one pass tells of the MoEs that a user's model shows by its attributes (`bench.models.gates`).
+
+    inside: the routing sites whose gates choose themselves, with the scores inside. features: the routers and experts
+    that are given something else than images, so that they cannot be asked by themselves. wrapped: the model, and the
+    MoE or dual in it whose answer it gives as its own, such as behind a normalisation.
+    """
+
+    inside: tuple[Any, ...] = ()
+    features: tuple[Any, ...] = ()
+    wrapped: tuple[nn.Module, nn.Module] | None = None
+
+
 class Through(nn.Module):
     """A part of what a model wraps, asked as the model is: what the wrapper does to images comes before it.
 
@@ -156,7 +170,7 @@ class _Shared:
     largest: int | None = None
     seed: int = 0
     states: _Randomness = field(default_factory=lambda: _Randomness.of(0))
-    shown: Any = None
+    shown: Shown = field(default_factory=Shown)
     seen: set[str] = field(default_factory=set)
     parts: "list[Guarded]" = field(default_factory=list)
 
@@ -208,12 +222,12 @@ class Guarded(nn.Module):
         self._shared.largest = largest
 
     @property
-    def shown(self) -> Any:
-        """What a pass has told of the MoEs inside (`bench.models.sites.Shown`); None before."""
+    def shown(self) -> Shown:
+        """What a pass has told of the MoEs inside; nothing before."""
         return self._shared.shown
 
     @shown.setter
-    def shown(self, shown: Any) -> None:
+    def shown(self, shown: Shown) -> None:
         self._shared.shown = shown
 
     @property
@@ -237,7 +251,7 @@ class Guarded(nn.Module):
 
     def once(self, x: Tensor) -> Any:
         """The logits (B, C) of one pass."""
-        known = self.shown.inside if self._scores and self.shown is not None else ()
+        known = self.shown.inside if self._scores else ()
         inside = [partial(site.ask, self.model) for site in known if site.gate is bare(self)]
         answer = self._call(inside[0] if inside else self.model, x)
         answer = answer if self._scores else self._cast(answer, x)
@@ -248,8 +262,8 @@ class Guarded(nn.Module):
         for known in self._shared.parts:
             if bare(known) is inner or (ismethod(inner) and bare(known) == inner):
                 return known
-        wrapped = self.shown.wrapped if self.shown is not None else None
-        asked = inner if wrapped is None else Through(wrapped[0], wrapped[1], inner)
+        wrapped = self.shown.wrapped
+        asked = inner if wrapped is None else Through(*wrapped, inner)
         self._shared.parts.append(Guarded(asked, shared=self._shared, scores=scores))
         return self._shared.parts[-1]
 
@@ -320,10 +334,10 @@ class Guarded(nn.Module):
         try:
             return getattr(model, name)
         except AttributeError:
-            shown = self.__dict__["_shared"].shown
-            if shown is None or shown.wrapped is None or model is not shown.wrapped[0] or name not in _SHOWN:
+            wrapped = self.__dict__["_shared"].shown.wrapped
+            if wrapped is None or model is not wrapped[0] or name not in _SHOWN:
                 raise
-            return getattr(shown.wrapped[1], name)
+            return getattr(wrapped[1], name)
 
     def _trace(self, x: Tensor) -> Any:
         model: Any = self.model

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 from bench.errors import UnusableInput, did_you_mean
 from bench.models.choices import plain
 from bench.models.deployed import eval_frozen
-from bench.models.foreign import Guarded
+from bench.models.foreign import Guarded, Shown
 from bench.models.parts import is_dual, is_moe
-from bench.models.sites import Shown, Site, counts, forced, intercepted, read, scores_of, selected, shown_sites
+from bench.models.sites import Site, counts, forced, intercepted, read, scores_of, selected, shown_sites
 
 #: A user's word for a model that makes no choices.
 NONE = "none"

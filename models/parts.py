@@ -58,7 +58,7 @@ def is_traced(model: object) -> TypeGuard[Traced]:
 
 def takes_images(model: object, part: object) -> bool:
     """Whether a router or expert of a model can be asked about images by itself; of a user's own, a pass has told."""
-    given = model.shown.features if isinstance(model, Guarded) and model.shown is not None else ()
+    given = model.shown.features if isinstance(model, Guarded) else ()
     return not any(bare(part) is one for one in given)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from bench.models.foreign import Guarded, bare
+from bench.models.foreign import Guarded, Shown, bare
 from bench.models.parts import is_dual, is_moe
 
 #: From a gate's scores (m, T, E) to those that the model goes on with.
@@ -82,20 +82,6 @@ class Site:
         return read(gate, [self], x).scores[self.name][:, 0]
 
 
-@dataclass(frozen=True)
-class Shown:
-    """What one pass tells of the MoEs that a user's model shows by its attributes.
-
-    inside: the sites whose gates choose themselves, with the scores inside. features: the routers and experts that are
-    given something else than images, so that they cannot be asked by themselves. wrapped: the model, and the MoE or
-    dual in it whose answer it gives as its own, such as behind a normalisation.
-    """
-
-    inside: tuple[Site, ...] = ()
-    features: tuple[Any, ...] = ()
-    wrapped: tuple[nn.Module, nn.Module] | None = None
-
-
 def sites(model: nn.Module) -> list[Site]:
     """The sites of a model, in the order of its modules, then those that the user named; not where there is one expert.
 
@@ -114,7 +100,7 @@ def forced_inside(model: nn.Module) -> bool:
 def shown_sites(model: nn.Module) -> list[Site]:
     """The sites that attributes show, but for those that the user named: those that choose, and soft mixtures."""
     gates = [site.gate for site in model.gates] if isinstance(model, Guarded) else []
-    known = model.shown if isinstance(model, Guarded) and model.shown is not None else Shown()
+    known = model.shown if isinstance(model, Guarded) else Shown()
     found = []
     for name, module in bare(model).named_modules():
         attribute = "router" if is_moe(module) else "gate" if is_block(module) else None

@@ -156,6 +156,7 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
     from bench.evaluation.identity import weights_sha256
     from bench.evaluation.subjects import routing_visible
     from bench.job import Job, Subject
+    from bench.models.foreign import Shown
     from bench.models.gates import LOOKED_AT, look_at_shown
     from bench.results.store import Run, run_folder
     from bench.spec import ModelInfo, RunSpec, ThreatModel
@@ -197,7 +198,7 @@ def score(tmp_path: Path, planted: Any) -> Callable[..., Any]:
             **fields,
         )
         opened.check(name, dataset, spec.threat_model)
-        shown = look_at_shown(model, data.x[:LOOKED_AT]) if foreign else None
+        shown = look_at_shown(model, data.x[:LOOKED_AT]) if foreign else Shown()
         subject = Subject(model, info, foreign=foreign, shown=shown)
         known = earlier_witnesses(results, spec, subject, data) if warm_start else known
         result = evaluate(Job(spec, subject, opened, data, num_classes), results, on_block=on_block, known=known)

@@ -136,7 +136,7 @@ class Paths:
     def _given(self) -> Tensor:
         """The block's images (B, …) as an MoE or dual is given them: behind what wraps it, if anything does."""
         model, x = self.search.block.model, self.search.block.x
-        if not isinstance(model, Guarded) or model.shown is None or model.shown.wrapped is None:
+        if not isinstance(model, Guarded) or model.shown.wrapped is None:
             return x
         with torch.no_grad():
             found: Tensor = behind(model, nn.Identity(), scores=True)(x)

@@ -14,10 +14,10 @@ from bench.attacks.deviations import LOST, SCOPE, Deviations
 from bench.errors import UnusableInput
 from bench.models.choices import find_choices
 from bench.models.dual import DualModel
-from bench.models.foreign import Guarded, bare
+from bench.models.foreign import Guarded, Shown, bare
 from bench.models.gates import Gates, declared, find_gates, look_at_shown
 from bench.models.parts import is_dual, parts, routed_branches
-from bench.models.sites import Shown, Site, forced, intercepted, lifted, read, selected, sites
+from bench.models.sites import Site, forced, intercepted, lifted, read, selected, sites
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
