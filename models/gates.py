@@ -582,7 +582,7 @@ class _Exchanges:
             return self._share(*(self._answer(1, self.far * exp(at), exp(at)) for at in (high, low)))
 
         finest = self.far / (16 * torch.finfo(dtype).eps)  # where scores differ by little more than rounding
-        return _jumps(changed, min(_WIDEST, log(finest)))
+        return _jumps(changed, min(_WIDEST, max(0.0, log(finest))))
 
 
 def _jumps(changed: Callable[[float, float], float], far: float) -> bool:

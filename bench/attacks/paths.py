@@ -103,7 +103,6 @@ class Paths:
         self._closed = {name: at for name, scores in found.items() if (at := closed_score(scores)) is not None}
         self._scores = {name: self._readable(name, scores) for name, scores in found.items()}
         alone = {site.name for site in self.sites if site.whole or site.call is None}
-        given = self._given()
         #: gates of whole images that see them as the model, or what it wraps, does, so that they can be asked alone
         self._direct = {
             name
@@ -112,7 +111,7 @@ class Paths:
             and found[name].shape[1] == 1
             and name in alone
             and seen.shape == block.x.shape
-            and torch.equal(seen, given)
+            and torch.equal(seen, self._given)
         }
         self._maps = {site.name: self._affine(site) for site in self.sites}
         self._scales = {site.name: self._scale(site) for site in self.sites}
@@ -130,9 +129,10 @@ class Paths:
 
     def _affine(self, site: Site) -> tuple[Tensor, Tensor] | None:
         x = self.search.block.x
-        shown = site.name in self._direct and site.call is None and self._given() is x
+        shown = site.name in self._direct and site.call is None and self._given is x
         return affine_map(site.gate, x) if shown else None
 
+    @cached_property
     def _given(self) -> Tensor:
         """The block's images (B, …) as an MoE or dual is given them: behind what wraps it, if anything does."""
         model, x = self.search.block.model, self.search.block.x
