@@ -96,10 +96,10 @@ def in_turn(
     """The kinds of restarts, each with the number of its turn, in which all are made once on one of an image's paths.
 
     Once all paths, `most` at least, have had their turn, half of the restarts follow a gradient that leads to the paths
-    of a gate that is not affine, where one does.
+    of a gate of whole networks that is not affine, where one does.
     """
     later = turns
-    if not paths.affine and paths.deviations is None:
+    if not paths.affine and paths.among_classifiers:
         right = [each for each in turns if each in RIGHT and paths.led_by(each[0])][:1]
         later = [each for other in turns if other not in right for each in (*right, other)]
     for turn in count():
