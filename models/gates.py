@@ -149,7 +149,8 @@ def look_at_shown(model: nn.Module, x: Tensor) -> Shown:
     shown = [site for site in shown_sites(guard) if site.num_experts > 1]
     if not shown:
         return Shown()
-    looks = [_Look(site.name, site.gate, Named(site.name)) for site in shown if isinstance(site.gate, nn.Module)]
+    modules = [site for site in shown if isinstance(site.gate, nn.Module)]
+    looks = [_Look(site.name, site.gate, Named(site.name)) for site in modules]
     inside: list[Site] = []
     try:
         with _looking(guard):
@@ -157,8 +158,7 @@ def look_at_shown(model: nn.Module, x: Tensor) -> Shown:
             asked = [part for site in shown for part in (site.gate, *site.owner.experts)]
             with _called([*asked, *routed]) as calls:
                 logits = _look(guard, looks, x)
-            for look in looks:
-                (site,) = (one for one in shown if one.name == look.name)
+            for site, look in zip(modules, looks, strict=True):
                 inner = (replace(site, call=call, axis=axis) for call in dict.fromkeys(look.chose) for axis in (-1, 1))
                 inside += islice((one for one in inner if _leads(guard, one, site, x)), 1)
     except Exception:  # of a user's own model: whoever attacks it tells of it

@@ -200,7 +200,7 @@ class StraightThrough(TorchFunctionMode):
         if func in COUNTS:
             return self._mask(func(mask), stand_in)
         if func in CASTS and (value := func(mask, *args[1:], **kwargs)).is_floating_point():
-            return _WithGradientOf.apply(stand_in.to(value), value)
+            return self._number(args[0], value)
         if func is torch.where and len(args) == 3 and not any(map(_graded, args[1:])):
             value, yes, no = (torch.where(one, *args[1:]) for one in (mask, mask | True, mask & False))
             return _WithGradientOf.apply(stand_in * (yes - no), value) if value.is_floating_point() else None
