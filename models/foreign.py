@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 
 from bench.models.fit import in_parts
@@ -83,6 +84,25 @@ def settings_kept(changed: Callable[[str], object] = lambda _: None) -> Iterator
             if read() != before[name]:
                 changed(name)
                 put(before[name])
+
+
+def _at_once(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **_: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+@contextmanager
+def _no_checkpoints() -> Iterator[None]:
+    """`torch.utils.checkpoint` keeps what a backward pass needs, rather than compute it again.
+
+    The second computation would be outside of the guard, without the attack's hooks on gates and its stand-ins for
+    gradients; the reentrant kind gives `torch.autograd.grad`, by which all attacks ask, no gradient at all.
+    """
+    before = checkpointing._checkpoint_impl
+    checkpointing._checkpoint_impl = _at_once
+    try:
+        yield
+    finally:
+        checkpointing._checkpoint_impl = before
 
 
 def _gpus() -> range:
@@ -271,7 +291,7 @@ class Guarded(nn.Module):
         """What a function of the model's gives for images, behind the guard."""
         given, outside = x.clone(), _Randomness()
         version = given._version
-        with settings_kept(lambda name: self.seen.add(f"the forward pass changes {name}")):
+        with _no_checkpoints(), settings_kept(lambda name: self.seen.add(f"the forward pass changes {name}")):
             self._shared.states.put()
             seed = torch.initial_seed()
             try:

@@ -70,6 +70,12 @@ def load_subject(word: str, dataset: Dataset, threat_model: ThreatModel, folders
             " loads them, and pass --model package.module:function (docs/your-own-model.md has one)"
         )
     if ":" in word:
+        file, _, function = word.partition(":")
+        if file.endswith(".py"):
+            raise UnusableInput(
+                f"--model '{word}' names a file: name the module, as Python imports it in its folder: --model"
+                f" {Path(file).stem}:{function}"
+            )
         with users_code(f"--model '{word}' cannot be made"):
             return foreign_subject(_call_factory(word, dataset), word)
     places = [(norm, folder) for norm in _norms(dataset, threat_model) for folder in folders]

@@ -241,6 +241,11 @@ def test_factory_that_fails_is_the_users_to_mend(word: str, reason: str, user_mo
     assert refused(word, digits) == f"--model '{word}' cannot be made: {reason}"
 
 
+def test_a_file_in_place_of_its_module_is_told_what_to_write(digits: Dataset):
+    told = refused("nets/mymoe.py:build", digits)
+    assert told.endswith("name the module, as Python imports it in its folder: --model mymoe:build")
+
+
 def test_factory_of_something_else_is_refused(user_module: Any, digits: Dataset):
     user_module("planted_other", "def text():\n    return 'a model'\n\ndef nothing(): ...")
     assert refused("planted_other:text", digits).startswith("--model 'planted_other:text' gave a str: it must return")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bench.models.deployed import Dependence, dependence, eval_frozen, predict
 from bench.models.dual import DualModel
@@ -45,6 +46,33 @@ def test_the_images_are_the_models_own_copy_also_where_they_have_a_gradient():
     (gradient,) = torch.autograd.grad(logits.sum(), x)
     assert torch.equal(gradient, torch.ones_like(X))
     assert guard.seen == {"the forward pass writes into its input"}
+
+
+class Checkpointed(nn.Module):
+    """Computes its layer again for the backward pass, to save memory; `calls` counts how often."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.layer, self.reentrant, self.calls = nn.Linear(4, 2), reentrant, 0
+
+    def own(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x.flatten(1)).square()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.own, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints_are_passed_over(reentrant: bool):
+    """The second computation would be outside of the guard; the reentrant kind refuses torch.autograd.grad."""
+    model, x = Checkpointed(reentrant), X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(Guarded(model)(x).sum(), x)
+    assert model.calls == 1
+    (expected,) = torch.autograd.grad(model.own(x).sum(), x)
+    assert torch.equal(gradient, expected)
+    model(x).sum().backward()
+    assert model.calls == 4  # behind no guard it does as it is told
 
 
 def draws() -> list[Any]:
