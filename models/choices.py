@@ -41,8 +41,8 @@ _ROUNDING = {
 _WEIGHS, _DECIDED = {"mul", "bmm", "lerp", "addcmul", "mm", "addmm", "linear"}, 1e-6
 #: What passes on the largest of several, exactly or softly: of two tensors, or along an axis.
 _BEST = {"amax", "max", "logsumexp", "maximum", "logaddexp"}
-#: So many values of an image at least show by chance hardly ever that all come from the same of several.
-_WHOLE = 8
+#: So many values of the images, beyond the first of each, hardly ever come from where that does by chance.
+_BY_CHANCE = 7
 #: Channels of an image.
 _COLOURS = 3
 #: What hands a value, or a number of rows, to Python.
@@ -438,7 +438,8 @@ def _one_wins(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if not _may_weigh(values) or values.dim() < 3 or not dim or not 2 <= values.shape[dim] <= _MOST_EXPERTS:
         return False
     best, where = values.movedim(dim, 1).flatten(2).topk(2, dim=1)
-    clear = best.shape[2] >= _WHOLE and bool((best[:, 0] > best[:, 1]).all())
+    enough = len(best) * (best.shape[2] - 1) >= _BY_CHANCE
+    clear = enough and bool((best[:, 0] > best[:, 1]).all())
     return clear and bool((where[:, 0] == where[:, 0, :1]).all())
 
 

@@ -244,9 +244,9 @@ class _Look:
     """What one forward pass shows of a gate.
 
     chosen: what the first function chose by, and along which axis; None where nothing chose by the scores. took: how
-    many, where it was a top-k. compared, normalised: whether the scores are compared, or made weights. call: which of
-    the gate's own calls gave the scores, where it chooses itself. chose: all calls that gave what it chose by itself.
-    own: what it gave, once that is known.
+    many, where it was a top-k, and how many each one after it. compared, normalised: whether the scores are compared,
+    or made weights. call: which of the gate's own calls gave the scores, where it chooses itself. chose: all calls that
+    gave what it chose by itself. own: what it gave, once that is known.
     """
 
     name: str
@@ -258,7 +258,7 @@ class _Look:
     inside: bool = False
     count: int = 0
     chosen: tuple[Tensor, int] | None = None
-    took: int | None = None
+    took: tuple[int | None, ...] = ()
     compared: bool = False
     normalised: bool = False
     call: int | None = None
@@ -342,12 +342,12 @@ class _Look:
         assert known is not None
         site = replace(site, num_experts=known.shape[1], k=0, choosers=site.num_experts)
         ranked = tensor.movedim(axis, -1)
-        if self.took is None or ranked.shape != known.transpose(1, 2).shape:
+        if self.took[0] is None or ranked.shape != known.transpose(1, 2).shape:
             return site
         for shared in (False, True):
             values = known.log_softmax(-1) if shared else known
-            if torch.equal(selected(values.transpose(1, 2), self.took), selected(ranked, self.took)):
-                return replace(site, k=self.took, shared=shared)
+            if torch.equal(selected(values.transpose(1, 2), self.took[0]), selected(ranked, self.took[0])):
+                return replace(site, k=self.took[0], shared=shared)
         return site
 
     @staticmethod
@@ -470,9 +470,10 @@ class _Follow(TorchFunctionMode):
         look, inside, chosen, axis, took = self.pending.pop(id(tensor))
         source = self._source(chosen) if inside is look else None
         look.chose += [source[0]] if source is not None else []
+        look.took += (took,)
         if look.chosen is not None:
             return
-        look.chosen, look.took = (chosen, axis), took
+        look.chosen = (chosen, axis)
         if inside is not look:
             return  # its output is what is forced
         if source is None:
@@ -617,11 +618,11 @@ def _selects(guard: Guarded, site: Site, sites: list[Site], x: Tensor, look: _Lo
     if max(effects.values()) <= _ROUNDING:
         raise look.refuse("the model answers alike whatever the order of its scores")
     jumps = exchanges.jumps(effects, 2 * torch.finfo(look.scores.dtype).eps if look.scores is not None else 0.0)
-    took = look.took if look.chosen is not None and look.chosen[0].shape[look.chosen[1]] == count else None
-    if jumps:  # code that also wants the runner-up takes one more than it selects
-        return replace(site, k=min(max(jumps), took or count))
-    if took:
-        return replace(site, k=took)
+    took = look.took if look.chosen is not None and look.chosen[0].shape[look.chosen[1]] == count else (None,)
+    if jumps:  # code that also wants the runner-up takes one more than it selects; some takes one after the other
+        return replace(site, k=min(max(jumps), sum(one or count for one in took)))
+    if took[0]:
+        return replace(site, k=took[0])
     for spread in _SPREADS if look.compared or look.chosen is not None else ():
         if jumps := [rank for rank in effects if exchanges.jumps_between(rank, spread)]:
             return replace(site, k=min(jumps))  # a bias may reorder them; what is too few forces each alone

@@ -4,7 +4,7 @@ Axes: B = images, E = experts, D = pixels.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -137,6 +137,18 @@ class _WithGradientOf(torch.autograd.Function):
         return gradient, None
 
 
+def _same(saved: Tensor) -> Tensor:
+    return saved
+
+
+def in_place_allowed() -> torch.autograd.graph.saved_tensors_hooks:
+    """Within, what is worked on in place may be what a gradient needs, which then is that of the new values.
+
+    Masks and what `detach` gives have a gradient through their stand-ins alone: a model may well work on them in place.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)  # of what hooks keep, no version is compared
+
+
 class StraightThrough(TorchFunctionMode):
     """Within, functions without a usable gradient keep their values and take the gradient of a smooth one (`SMOOTH`).
 
@@ -149,6 +161,16 @@ class StraightThrough(TorchFunctionMode):
         super().__init__()
         self.hard = 0
         self._masks: dict[int, tuple[Tensor, Tensor]] = {}  # by its id the mask, so that it stays, and its stand-in
+        self._in_place = in_place_allowed()
+
+    def __enter__(self) -> Self:
+        self._in_place.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._in_place.__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bench.attacks.affine import affine_map, reachable_pairs
 from bench.attacks.deviations import Deviations, combined
-from bench.attacks.gradients import StraightThrough, logarithms, readable, slopes
+from bench.attacks.gradients import StraightThrough, in_place_allowed, logarithms, readable, slopes
 from bench.attacks.search import RAISED, Search, climbs, margin, raised, standardised
 from bench.models import sites as routing
 from bench.models.foreign import Guarded, behind
@@ -383,8 +383,8 @@ class Paths:
         smooth = gradient in ("gates", "experts")
         around: Callable[[], AbstractContextManager[object]] = StraightThrough if smooth else nullcontext
         with ExitStack() as stack:
-            if gradient == "through":
-                stack.enter_context(StraightThrough())
+            if gradient != "own":  # what a model works on in place may have a gradient through a gate's stand-in
+                stack.enter_context(StraightThrough() if gradient == "through" else in_place_allowed())
             for number, site in enumerate(self.sites):
                 stack.enter_context(routing.intercepted(site, partial(change, number), around))
             logits = self._pass(z)

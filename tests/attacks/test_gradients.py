@@ -106,6 +106,17 @@ def test_a_mask_that_selects_is_a_mask_as_before():
     assert kept.tolist() == [[-1.0, 0.0]]
 
 
+def test_a_mask_may_be_worked_on_in_place():
+    """As where what exceeds an expert's capacity is dropped: a mask has no gradient but by its stand-in."""
+    x = torch.tensor([[-1.0, 3.0]], requires_grad=True)
+    with StraightThrough():
+        mask = (x > 0).float()
+        place = mask.cumsum(1) * mask
+        mask *= place < 2
+    (gradient,) = torch.autograd.grad((place + mask).sum(), x)
+    assert (gradient > 0).all()
+
+
 def test_a_probability_of_zero_keeps_the_slope_it_has():
     weights = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
     found = logarithms(weights)

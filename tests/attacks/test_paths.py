@@ -94,6 +94,38 @@ def test_what_opens_a_cut_gradient_is_followed_as_often():
     assert later[1::2] == [kind for kind, _ in turns[:-1]]
 
 
+class Dropping(nn.Module):
+    """An MoE whose mask comes from its gate, and is worked on in place outside of it."""
+
+    def __init__(self, model: MoE) -> None:
+        super().__init__()
+        self.router, self.experts, self.num_selected_experts = Masking(model.router), model.experts, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.router(x)
+        place = mask.cumsum(1) * mask
+        mask *= place < 2
+        return (torch.stack([expert(x) for expert in self.experts], 1) * (place * mask)[..., None]).sum(1)
+
+
+class Masking(nn.Module):
+    def __init__(self, scores: nn.Module) -> None:
+        super().__init__()
+        self.scores = scores
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(x)
+        return (scores >= scores.amax(1, keepdim=True)).float()
+
+
+def test_a_gates_mask_may_be_worked_on_in_place(linear_moe: Any):
+    found = paths(Dropping(linear_moe(SAME, ROUTER, 1, "argmax")).eval(), X)
+    z = X.clone().requires_grad_()
+    logits, lead = found.on_path(z, torch.tensor([[[1]], [[0]]]), "gates")
+    (gradient,) = torch.autograd.grad(logits.sum() + lead.sum(), z)
+    assert gradient.any()
+
+
 @pytest.mark.parametrize("gate", ["argmax", "softmax"])
 def test_on_its_path_a_model_answers_as_it_would_there(linear_moe: Any, gate: str):
     experts = [[[1.0, 0], [0, 0]], [[0.0, 0], [1.0, 0]], [[0.0, 0], [2.0, 0]]]

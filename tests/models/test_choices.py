@@ -202,9 +202,9 @@ def test_routed_networks_of_other_styles_are_noticed_by_what_they_compute(kind: 
 class Wins(nn.Module):
     """One of two networks answers, whichever has the higher score, and no index or weight shows it."""
 
-    def __init__(self, join: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, join: Callable[[Tensor], Tensor], classes: int = 10) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(192, 10), nn.Linear(192, 10), nn.Linear(192, 2)
+        self.a, self.b, self.c = nn.Linear(192, classes), nn.Linear(192, classes), nn.Linear(192, 2)
         self.join = join
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,8 +225,8 @@ class Wins(nn.Module):
 def test_the_whole_output_of_the_best_of_several_is_a_choice(join: Callable[[Tensor], Tensor], operation: str):
     torch.manual_seed(0)
     x = torch.rand(4, 3, 8, 8)
-    seen = find_choices(Wins(join).eval(), x).operations
-    assert seen == (f"one of several wins as a whole ({operation}) in Wins",)
+    seen = [find_choices(Wins(join, classes).eval(), x).operations for classes in (10, 3)]
+    assert seen == 2 * [(f"one of several wins as a whole ({operation}) in Wins",)]
 
 
 @pytest.mark.parametrize(

@@ -119,11 +119,15 @@ def hot(scores: Tensor, k: int) -> Tensor:
     return p * torch.zeros_like(p).scatter(-1, p.topk(k, -1).indices, 1.0)
 
 
-def twice(scores: Tensor) -> Tensor:
-    """Top-2 by two argmaxes, as GShard has it."""
+def best(scores: Tensor) -> Tensor:
+    return scores.topk(1, -1).indices[..., 0]
+
+
+def twice(scores: Tensor, chosen: Callable[[Tensor], Tensor]) -> Tensor:
+    """Top-2 by two choices of one, as GShard has it."""
     p = scores.softmax(-1)
-    first = nn.functional.one_hot(p.argmax(-1), 3).to(p)
-    return p * (first + nn.functional.one_hot((p * (1 - first)).argmax(-1), 3))
+    first = nn.functional.one_hot(chosen(p), 3).to(p)
+    return p * (first + nn.functional.one_hot(chosen(p * (1 - first)), 3))
 
 
 def biased(scores: Tensor, most: float) -> Tensor:
@@ -141,7 +145,12 @@ def tokens(x: Tensor) -> Tensor:
 WAYS = {
     "top-1 by token": (nn.Linear(6, 3), lambda gate, x: hot(gate(tokens(x)), 1), "score (top-1 of 3)"),
     "top-2 by token": (nn.Linear(6, 3), lambda gate, x: hot(gate(tokens(x)), 2), "score (top-2 of 3)"),
-    "two argmaxes": (nn.Linear(6, 3), lambda gate, x: twice(gate(tokens(x))), "score (top-2 of 3)"),
+    "two argmaxes": (
+        nn.Linear(6, 3),
+        lambda gate, x: twice(gate(tokens(x)), lambda p: p.argmax(-1)),
+        "score (top-2 of 3)",
+    ),
+    "two top-1": (nn.Linear(6, 3), lambda gate, x: twice(gate(tokens(x)), best), "score (top-2 of 3)"),
     "softmax": (nn.Linear(6, 3), lambda gate, x: gate(tokens(x)).softmax(-1), "score (soft, of 3)"),
     "sigmoid, top-2": (
         nn.Linear(6, 3),
