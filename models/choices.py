@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.models.foreign import scored
 from bench.models.sites import Site, intercepted
 
 #: What names a route wherever it stands; a `gate` may be a squeeze-and-excitation's sigmoid as well.
@@ -41,8 +43,10 @@ _ROUNDING = {
 _WEIGHS, _DECIDED = {"mul", "bmm", "lerp", "addcmul", "mm", "addmm", "linear"}, 1e-6
 #: What passes on the largest of several, exactly or softly: of two tensors, or along an axis.
 _BEST = {"amax", "max", "logsumexp", "maximum", "logaddexp"}
-#: So many values of the images, beyond the first of each, hardly ever come from where that does by chance.
-_BY_CHANCE = 7
+#: What gives an index along an axis; along one of length 1 all are 0, and nothing is chosen.
+_BEST_OF = {"topk", "sort", "argsort", "max", "min", "argmax", "argmin", "kthvalue"}
+#: So many values of an image at least show by chance hardly ever that all come from the same of several.
+_WHOLE = 8
 #: Channels of an image.
 _COLOURS = 3
 #: What hands a value, or a number of rows, to Python.
@@ -66,11 +70,12 @@ _MAKES = re.compile(r"^new_|_like$")
 class Choices:
     """Signs of routes. `names`: modules and attributes as globs over block numbers, such as `blocks.*.mlp.gate`;
     `operations`: what was chosen by, each with the module (as a glob) that did it, such as `topk in blocks.*.mlp`;
-    `gates`: shown ones that choose inside, by what they do not show."""
+    `gates`: known ones that choose inside, by what their scores do not show; `read`: whether they are read inside."""
 
     names: tuple[str, ...] = ()
     operations: tuple[str, ...] = ()
     gates: tuple[str, ...] = ()
+    read: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.names or self.operations)
@@ -83,6 +88,8 @@ class Choices:
             seen.append(f"choices that depend on the image ({_few(self.operations)})")
         if self.names:
             seen.append(f"names that speak of routes ({_few(self.names)})")
+        if self.read:
+            return f"{' and '.join(seen)}: beside the scores of '{self.gates[0]}', so that they cannot be forced alone"
         named = (name for name in self.names if _GATE.search(_last(name)) or "router" in _last(name))
         gate = next(iter((*self.gates, *named)), None)
         example = f"'{gate}'" if gate else "GLOB"
@@ -92,10 +99,10 @@ class Choices:
 def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Choices:
     """The signs of routes in a model in eval mode, from its code and from one forward pass on images x (B, c, H, W).
 
-    What is chosen by the scores of the sites `known` alone is no sign, since those are attacked; nor is a name beside
-    one of their gates. A choice by anything else is one wherever it is made, inside an expert and inside a gate as
-    well. The model must be able to take x; what it raises is raised. A compiled model is watched uncompiled. Draws
-    random numbers where the model does.
+    What is chosen by the scores of the sites `known` alone is no sign, since those are attacked; nor is what decides
+    nothing of the answer, nor a name beside one of their gates. A choice by anything else is one wherever it is made,
+    inside an expert and inside a gate as well. The model must be able to take x; what it raises is raised. A compiled
+    model is watched uncompiled. Draws random numbers where the model does.
     """
     model, watch = plain(model), _Watch(x)
     named = {module: name for name, module in reversed(list(model.named_modules()))}
@@ -108,14 +115,19 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
         stack.enter_context(_Reads(watch))
         stack.enter_context(watch)
         output = model(x)
-    output = getattr(output, "logits", output)  # of an object, whose entries a tree of tensors does not have
-    if not any(watch.depends(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
+    leaves = [leaf for leaf in tree_leaves(scored(output)[0]) if isinstance(leaf, Tensor)]
+    if not any(map(watch.depends, leaves)):
         watch.report("a computation outside torch", "")
-    found = watch.found or watch.weighed
+    found = watch.reaching(leaves) or watch.weighed
     operations = dict.fromkeys(f"{operation} in {_glob(where) or type(model).__name__}" for operation, where in found)
     gates = [site.name for site in known]
-    inside = dict.fromkeys(_glob(gate) for gate in gates for _, where in found if _within(where, gate))
-    return Choices(tuple(_names(model, watch.shapes, gates)), tuple(operations), tuple(inside))
+    inside = [site for site in known for _, where in found if _within(where, site.name)]
+    return Choices(
+        tuple(_names(model, watch.shapes, gates)),
+        tuple(operations),
+        tuple(dict.fromkeys(_glob(site.name) for site in inside)),
+        bool(inside) and all(site.call is not None for site in inside),
+    )
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -245,8 +257,9 @@ def _inside(named: dict[nn.Module, str], watch: "_Watch") -> Iterator[None]:
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Follows what depends on the images through all operations, and which of it are choices.
 
-    An integer or a truth value computed from images is a choice once another operation uses it. Storages are followed,
-    not tensors, so that views and what is written in place count too.
+    An integer or a truth value computed from images is a choice once another operation uses it, and what comes of that
+    reaches the answer, or Python. Storages are followed, not tensors, so that views and what is written in place count
+    too.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -255,20 +268,27 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self.data = {_key(x)}
         self.two_valued = _decides(x)  # black and white
         self.decided: dict[object, tuple[str, str]] = {}  # storage → the operation and the module that chose
+        self.by: defaultdict[object, dict[tuple[str, str], None]] = defaultdict(dict)  # storage → choices it comes of
         self.found: dict[tuple[str, str], None] = {}
         self.weighed: dict[tuple[str, str], None] = {}  # what acts like a choice, which may follow from a found one
         self.where: list[str] = [""]
+        self.checking = False  # whether what is read now decides nothing
         self.shapes: defaultdict[str, list[tuple[int, ...]]] = defaultdict(list)
 
     def depends(self, tensor: Tensor) -> bool:
         """Whether the tensor depends on the images."""
         return _key(tensor) in self.data or _key(tensor) in self.decided
 
+    def reaching(self, answer: Iterable[Tensor]) -> dict[tuple[str, str], None]:
+        """The choices that Python has read, and those of which an answer comes."""
+        return self.found | {choice: None for tensor in answer for choice in self.by[_key(tensor)]}
+
     def report(self, operation: str, where: str | None = None) -> None:
         self.found[operation, self.where[-1] if where is None else where] = None
 
     def known(self, scores: Tensor) -> Tensor:
-        """A copy of scores of a known site: what is chosen by it is no sign of other routes."""
+        """A copy of scores of a known site: what is chosen by it is no sign of other routes, what it comes of is."""
+        self.found |= self.by[_key(scores)]
         scores = scores.clone()
         self.scores.add(_key(scores))
         return scores
@@ -313,18 +333,23 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
                 self.data.add(_key(tensor))
             return
         chosen = [self.decided[key] for key in keys if key in self.decided]
+        by = {choice: None for key in keys for choice in self.by[key]}
         of_data = any(key in self.data for key in keys)
         if name == "where" and _is_activation(args):
             self.data |= {_key(tensor) for tensor in outputs}
+            self._comes(outputs, by)
             return
         if torch.Tag.nondeterministic_seeded in func.tags and not _NO_DRAW.search(name):
             self.report(f"random draw ({name})")
         if chosen and not (name in _CARRIES and not any(tensor.is_floating_point() for tensor in outputs)):
-            self.found |= dict.fromkeys(chosen)
-        if of_data and name in _READS:
+            by |= dict.fromkeys(chosen)
+        reads = name in _READS and not self.checking
+        if reads:
+            self.found |= by
+        if of_data and reads:
             self.report("values read by Python" if name in ("_local_scalar_dense", "item", "is_nonzero") else name)
         if of_data and (name in _ROUNDING or (name == "div" and kwargs.get("rounding_mode"))):
-            self.report("rounding" if name == "div" else name)
+            by["rounding" if name == "div" else name, self.where[-1]] = None
         if name in _WEIGHS and not self.two_valued:
             factors = {key: tensor for key, tensor in pairs if key in self.data}
             several = len(factors) > 1 or name in _LAYERS
@@ -340,21 +365,29 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         if of_data and name in _BEST and self.scores.isdisjoint(depending) and _one_wins(args, kwargs):
             self.weighed[f"one of several wins as a whole ({name})", self.where[-1]] = None
         if of_data and name.startswith("grid_sampler") and keys[1:] and keys[1] in self.data and args[2] == _NEAREST:
-            self.report("nearest sample")
+            by["nearest sample", self.where[-1]] = None
         if not (of_data or chosen) or _MAKES.search(name) or _tests_finiteness(name, keys, args):
             return
+        self._comes(outputs, by)
         origin = chosen[0] if chosen else ("rounding to integers" if name == "_to_copy" else name, self.where[-1])
         for tensor in outputs:
             if tensor.is_floating_point() or tensor.is_complex():
                 self.data.add(_key(tensor))
-            else:
+            elif name not in _BEST_OF or tensor.numel() != inputs[0].numel() or tensor.any():
                 self.decided[_key(tensor)] = origin
+
+    def _comes(self, outputs: Iterable[Tensor], by: dict[tuple[str, str], None]) -> None:
+        """Outputs come of these choices; what scores were written into is no score of a known site any more."""
+        for tensor in outputs:
+            self.by[_key(tensor)] |= by
+            self.scores.discard(_key(tensor))
 
 
 class _Reads(TorchFunctionMode):
     """Sees what leaves torch without an operation: `numpy`, `tolist`."""
 
     _LEAVING: tuple[Callable[..., Any], ...] = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+    _CHECKING: tuple[Callable[..., Any], ...] = (F.one_hot,)  # it reads whether classes are in their range
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
@@ -365,7 +398,11 @@ class _Reads(TorchFunctionMode):
     ) -> Any:
         if func in self._LEAVING:
             self.watch.read(args[0])
-        return func(*args, **(kwargs or {}))
+        self.watch.checking = func in self._CHECKING
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.watch.checking = False
 
 
 def _tests_finiteness(name: str, keys: list[object], args: tuple[Any, ...]) -> bool:
@@ -438,8 +475,7 @@ def _one_wins(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if not _may_weigh(values) or values.dim() < 3 or not dim or not 2 <= values.shape[dim] <= _MOST_EXPERTS:
         return False
     best, where = values.movedim(dim, 1).flatten(2).topk(2, dim=1)
-    enough = len(best) * (best.shape[2] - 1) >= _BY_CHANCE
-    clear = enough and bool((best[:, 0] > best[:, 1]).all())
+    clear = best.shape[2] >= _WHOLE and bool((best[:, 0] > best[:, 1]).all())
     return clear and bool((where[:, 0] == where[:, 0, :1]).all())
 
 

@@ -306,19 +306,9 @@ class Guarded(nn.Module):
         return answer
 
     def _cast(self, logits: Any, x: Tensor) -> Any:
-        """Logits in float32, with a gradient, though it be zero; anything but a tensor of numbers is given as it is.
-
-        Of a dict or an object they are its `logits`, of a tuple its first entry.
-        """
-        if isinstance(logits, Mapping) and isinstance(logits.get("logits"), Tensor):
-            self.seen.add("outputs are a dict, whose `logits` are scored")
-            logits = logits["logits"]
-        elif not isinstance(logits, Tensor) and isinstance(getattr(logits, "logits", None), Tensor):
-            self.seen.add("outputs are an object, whose `logits` are scored")
-            logits = logits.logits
-        elif isinstance(logits, tuple | list) and logits and isinstance(logits[0], Tensor):
-            self.seen.add("outputs are a tuple, whose first entry is scored")
-            logits = logits[0]
+        """Logits in float32, with a gradient, though it be zero; anything but a tensor of numbers is given as it is."""
+        logits, form = scored(logits)
+        self.seen.update({form} - {""})
         if not isinstance(logits, Tensor) or logits.is_complex():
             return logits
         if logits.dtype != torch.float32:
@@ -369,6 +359,17 @@ class Guarded(nn.Module):
         self.training = mode
         switch_mode(self.model, mode)
         return self
+
+
+def scored(output: Any) -> tuple[Any, str]:
+    """What is scored of a model's output, its `logits` or a tuple's first entry, and in words where that is a part."""
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return output["logits"], "outputs are a dict, whose `logits` are scored"
+    if not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits, "outputs are an object, whose `logits` are scored"
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0], "outputs are a tuple, whose first entry is scored"
+    return output, ""
 
 
 def bare(model: Any) -> Any:

@@ -416,8 +416,10 @@ class _Follow(TorchFunctionMode):
             self.data |= {id(one) for one in outputs} if depending else set()
             known = [self.of.get(id(one), set()) for one in depending if name not in _LAYERS]
             alone = set.intersection(*known) if known else set()
+            source = depending[0] if depending else None
             for one in outputs:
-                self.made[id(one)] = (name, depending[0] if depending else None, number)
+                if one is not source or name not in _MONOTONE:  # `to` and the like may give their input back
+                    self.made[id(one)] = (name, source, number)
                 self.of[id(one)] = set(alone)
             if depending:
                 self._choice(name, args, kwargs, depending[0], outputs, inside, alone)
@@ -470,6 +472,8 @@ class _Follow(TorchFunctionMode):
         look, inside, chosen, axis, took = self.pending.pop(id(tensor))
         source = self._source(chosen) if inside is look else None
         look.chose += [source[0]] if source is not None else []
+        if look.chosen is not None and source is not None and _among_groups(look.chosen, (chosen, axis)):
+            look.chosen, look.took = None, ()
         look.took += (took,)
         if look.chosen is not None:
             return
@@ -490,6 +494,13 @@ class _Follow(TorchFunctionMode):
             if function not in _MONOTONE or source is None or not self._depends(source):
                 return number, chosen
             chosen = source
+
+
+def _among_groups(first: tuple[Tensor, int], then: tuple[Tensor, int]) -> bool:
+    """Whether a choice was one among groups of what is chosen among afterwards, for the same tokens."""
+    (groups, axis), (members, later) = first, then
+    last = groups.dim() - 1 == axis and members.dim() - 1 == later and groups.shape[:-1] == members.shape[:-1]
+    return last and members.shape[-1] > groups.shape[-1] and members.shape[-1] % groups.shape[-1] == 0
 
 
 def _axis(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

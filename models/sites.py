@@ -196,7 +196,9 @@ def _with_entry(output: Any, key: Any, value: Any) -> Any:
     """A copy with another entry."""
     if isinstance(output, tuple | list):
         items = [*output[:key], value, *output[key + 1 :]]
-        return type(output)(items) if type(output) in (tuple, list) else type(output)(*items)
+        return getattr(type(output), "_make", type(output))(
+            items
+        )  # of a namedtuple; torch's own take them as a list does
     changed = copy(output)
     if isinstance(output, Mapping):
         changed[key] = value

@@ -98,13 +98,13 @@ def test_a_feature_layer_explains_no_choice():
 
 
 class Block(nn.Module):
-    """An MoE block of three linear experts whose weights for each token come from `weigh`."""
+    """An MoE block of linear experts whose weights for each token come from `weigh`."""
 
-    def __init__(self, gate: nn.Module, weigh: Any, width: int = 6) -> None:
+    def __init__(self, gate: nn.Module, weigh: Any, width: int = 6, experts: int = 3) -> None:
         super().__init__()
         self.embed = nn.Conv2d(3, width, 4, 4)
         self.score, self.weigh = gate, weigh
-        self.mlps = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.mlps = nn.ModuleList(nn.Linear(width, width) for _ in range(experts))
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,6 +190,33 @@ WAYS = {
         "score (each of 3 experts chooses 2 of 4 tokens)",
     ),
 }
+
+
+class Grouped(nn.Module):
+    """Two experts of the best group of them (DeepSeek-V2), chosen inside; a group is as good as its best expert."""
+
+    def __init__(self, experts: int, groups: int) -> None:
+        super().__init__()
+        self.fc, self.groups = nn.Linear(6, experts), groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.fc(x).softmax(-1).to(x.dtype)  # the same tensor
+        best = p.unflatten(-1, (self.groups, -1)).max(-1).values.topk(1, -1).indices
+        group = torch.zeros(*p.shape[:-1], self.groups).scatter(-1, best, 1.0)
+        closed = group.repeat_interleave(p.shape[-1] // self.groups, -1) == 0
+        chosen = p.masked_fill(closed, 0.0).topk(2, -1).indices
+        return p * torch.zeros_like(p).scatter(-1, chosen, 1.0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_choice_among_groups_of_experts_is_not_taken_for_that_among_experts(groups: int):
+    torch.manual_seed(0)
+    model = Block(Grouped(4, groups), lambda gate, x: gate(tokens(x)), experts=4)
+    (site,) = named(model, "score").sites
+    assert site.words == "score (top-2 of 4)"
+    left = find_choices(model, X, [site])
+    assert ("beside the scores of 'score'" in left.words) == (groups > 1)
+    assert bool(left) == (groups > 1)
 
 
 @pytest.mark.parametrize("way", list(WAYS))
