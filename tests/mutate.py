@@ -456,6 +456,46 @@ MUTATIONS = [
         "or False:  # by",
         "tests/evaluation/test_evaluate.py",
     ),
+    Mutation(
+        "models/foreign.py",
+        "with _no_checkpoints(), settings_kept",
+        "with settings_kept",
+        "tests/models/test_foreign.py",
+    ),
+    Mutation(
+        "bench/attacks/gradients.py",
+        "self._in_place.__enter__()",
+        "pass",
+        "tests/attacks/test_gradients.py -k in_place",
+    ),
+    Mutation(
+        "bench/attacks/paths.py",
+        'StraightThrough() if gradient == "through" else in_place_allowed()',
+        'StraightThrough() if gradient == "through" else nullcontext()',
+        "tests/attacks/test_paths.py -k in_place",
+    ),
+    Mutation("models/gates.py", "sum(one or count for one in took)", "took[0] or count", "tests/models/test_gates.py"),
+    Mutation(
+        "models/gates.py",
+        "return last and members.shape[-1] > groups.shape[-1] and",
+        "return False and",
+        "tests/models/test_gates.py -k groups",
+    ),
+    Mutation(
+        "models/choices.py", "self.scores.discard(_key(tensor))", "pass", "tests/models/test_choices.py -k in_place"
+    ),
+    Mutation(
+        "models/choices.py",
+        "self.found |= self.by[_key(scores)]",
+        "pass",
+        "tests/models/test_choices.py -k second_choice",
+    ),
+    Mutation(
+        "models/choices.py",
+        "for tensor in answer for choice in self.by[_key(tensor)]",
+        "for tensor in self.by for choice in self.by[tensor]",
+        "tests/models/test_choices.py -k answer",
+    ),
     # data sets
     Mutation(
         "bench/datasets/cifar10.py",
