@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
-from math import exp, log
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from bench.models.choices import plain
 from bench.models.deployed import eval_frozen
 from bench.models.foreign import Guarded, Shown
 from bench.models.parts import is_dual, is_moe
-from bench.models.sites import Site, counts, forced, intercepted, read, scores_of, selected, shown_sites
+from bench.models.sites import Site, counts, forced, intercepted, opened, read, scores_of, selected, shown_sites
 
 #: A user's word for a model that makes no choices.
 NONE = "none"
@@ -52,10 +51,10 @@ _LAYERS = {
 }  # fmt: skip
 #: How far logits may differ from rounding, as a share of the largest one.
 _ROUNDING = 1e-5
-#: How far the logarithm of the scores' spread goes to either side.
-_WIDEST = 4.0
 #: Where a bias decides, the scores are spread so many times as widely, and the place of a jump is halved so often.
 _SPREADS, _HALVED = (1.0, 12.0), 10
+#: Scores that are about alike differ by so much of what one is raised by, at most so many are, and halved so often.
+_SLOPE, _RAISED, _FINELY = 1e-4, 8, 16
 
 
 @dataclass(frozen=True)
@@ -459,6 +458,8 @@ class _Follow(TorchFunctionMode):
                 if axis is not None:
                     indices = [one for one in outputs if not one.is_floating_point()] or outputs
                     took = kwargs.get("k", args[1] if len(args) > 1 else None) if name == "topk" else None
+                    if took is not None and not kwargs.get("largest", args[3] if len(args) > 3 else True):
+                        took = tensor.shape[axis] - took  # those with the higher scores are the others
                     for one in indices:
                         self.pending[id(one)] = (look, inside, tensor, axis % tensor.dim(), took)
             elif look.name in alone:
@@ -472,7 +473,8 @@ class _Follow(TorchFunctionMode):
         look, inside, chosen, axis, took = self.pending.pop(id(tensor))
         source = self._source(chosen) if inside is look else None
         look.chose += [source[0]] if source is not None else []
-        if look.chosen is not None and source is not None and _among_groups(look.chosen, (chosen, axis)):
+        inner = inside is not look or source is not None
+        if look.chosen is not None and inner and _among_groups(look.chosen, (chosen, axis)):
             look.chosen, look.took = None, ()
         look.took += (took,)
         if look.chosen is not None:
@@ -529,35 +531,36 @@ def _of_images(guard: Guarded, sites: list[Site], x: Tensor) -> None:
 class _Exchanges:
     """A site's experts in a random order at each token, and the model's answer as neighbours of it are exchanged.
 
-    others: sites whose scores are drawn at random meanwhile.
+    others: sites whose scores are drawn at random meanwhile, so that they choose alike whatever this one does: those
+    of `sites` within the same network.
     """
 
-    def __init__(self, guard: Guarded, site: Site, x: Tensor) -> None:
-        self.guard, self.site, self.x, self.others = guard, site, x, list[Site]()
+    def __init__(self, guard: Guarded, site: Site, x: Tensor, sites: Sequence[Site] = ()) -> None:
+        self.guard, self.site, self.x = guard, site, x
+        self.others = [other for other in sites if other is not site and not other.whole]
         self.order: Tensor | None = None
         self.largest = 1e-12  # of all logits so far
         self.far = 0.8 / (site.num_experts - 1)
 
-    def _ranked(self, rank: int, apart: float, spread: float, level: float, scores: Tensor) -> Tensor:
-        """Scores in the order, raised by `level`; that of `rank` is ahead of the next by `apart`."""
-        if self.order is None:
-            self.order = _drawn(scores, 0).argsort(-1)
+    def _ranked(self, rank: int, apart: float, spread: float, scores: Tensor) -> Tensor:
+        """Scores in the order; that of `rank` is ahead of the next by `apart`."""
         values = 0.6 + spread * torch.linspace(0.4, -0.4, self.site.num_experts)
         middle = (values[rank - 1] + values[rank]) / 2
         values[rank - 1], values[rank] = middle + apart / 2, middle - apart / 2
-        if _probabilities(scores):
-            values = values / values.sum()
-        return torch.empty_like(scores).scatter_(-1, self.order, (values + level).to(scores).expand_as(scores))
+        if self.order is None:
+            self.order = _drawn(scores, 0).argsort(-1)
+        return torch.empty_like(scores).scatter_(-1, self.order, _instead(scores, values))
 
-    def _answer(self, rank: int, apart: float, spread: float = 1.0, level: float = 0.0) -> Tensor:
+    def _answer(self, change: Callable[[Tensor], Tensor]) -> Tensor:
         drawn = [(other, partial(_drawn, seed=1 + number)) for number, other in enumerate(self.others)]
-        found = _answer(self.guard, self.x, [(self.site, partial(self._ranked, rank, apart, spread, level)), *drawn])
+        found = _answer(self.guard, self.x, [(self.site, change), *drawn])
         self.largest = max(self.largest, float(found.abs().max()))
         return found
 
     def changed(self, rank: int, low: float, high: float, spread: float = 1.0) -> float:
         """How much the answer changes between two leads of the expert of `rank`, as a share of the largest logit."""
-        return self._share(self._answer(rank, high, spread), self._answer(rank, low, spread))
+        below, above = (self._answer(partial(self._ranked, rank, apart, spread)) for apart in (low, high))
+        return self._share(above, below)
 
     def _share(self, first: Tensor, second: Tensor) -> float:
         return float((first - second).abs().max()) / self.largest
@@ -577,31 +580,42 @@ class _Exchanges:
 
     def jumps_between(self, rank: int, spread: float) -> bool:
         """Whether the answer jumps somewhere else than at equal scores: a bias may be added for the choice alone."""
-        return _jumps(partial(self.changed, rank, spread=spread), spread * self.far)
+        return _jumps(partial(self.changed, rank, spread=spread), -spread * self.far, spread * self.far)
 
-    def jumps_by_level(self) -> bool:
-        """Whether the answer jumps as all scores rise together: they are compared with something else."""
+    def falls_back(self, scores: Tensor) -> bool:
+        """Whether something else than an expert is taken where all scores are about alike, low or high ones.
 
-        def changed(low: float, high: float) -> float:
-            return self._share(*(self._answer(1, self.far, level=level) for level in (high, low)))
+        Then the answer jumps as any of them rises. It does not where the expert that is taken anyway is raised: the
+        first, or the one that a bias for the selection favours. scores: the site's own.
+        """
+        if _probabilities(scores):
+            return self._falls_back(1 / self.site.num_experts, 1.0)
+        known = opened(scores)
+        low, middle, high = float(known.min()), float((known.min() + known.max()) / 2), float(known.max())
+        width = max(high - low, max(_SPREADS))
+        return any(self._falls_back(level, 3 * width) for level in (low - width, middle, high + width))
 
-        return _jumps(changed, max(_SPREADS))
+    def _falls_back(self, level: float, far: float) -> bool:
+        count = self.site.num_experts
 
-    def jumps_by_spread(self, dtype: torch.dtype) -> bool:
-        """Whether it jumps as the scores grow apart in the same order: how sure they are is compared with something."""
+        def raised(expert: int, by: float) -> Tensor:
+            values = level + _SLOPE * far * torch.linspace(1, 0, count)
+            values[expert] += by
+            return self._answer(partial(_instead, values=values))
 
-        def changed(low: float, high: float) -> float:
-            return self._share(*(self._answer(1, self.far * exp(at), exp(at)) for at in (high, low)))
+        flat = raised(0, 0.0)
+        taken = [expert for expert in range(count) if self._share(raised(expert, -far), flat) > _ROUNDING]
 
-        finest = self.far / (16 * torch.finfo(dtype).eps)  # where scores differ by little more than rounding
-        return _jumps(changed, min(_WIDEST, max(0.0, log(finest))))
+        def jumps(expert: int) -> bool:
+            return _jumps(lambda low, high: self._share(raised(expert, high), raised(expert, low)), 0.0, far, _FINELY)
+
+        return all(jumps(expert) for expert in (taken or range(count))[:_RAISED])
 
 
-def _jumps(changed: Callable[[float, float], float], far: float) -> bool:
-    """Whether what changes between −far and far does so at one place."""
-    low, high = -far, far
+def _jumps(changed: Callable[[float, float], float], low: float, high: float, halved: int = _HALVED) -> bool:
+    """Whether what changes between low and high does so at one place."""
     effect = changed(low, high)
-    for _ in range(_HALVED if effect > _ROUNDING else 0):
+    for _ in range(halved if effect > _ROUNDING else 0):
         middle = (low + high) / 2
         low, high = (low, middle) if changed(low, middle) > changed(middle, high) else (middle, high)
     return effect > _ROUNDING and changed(low, high) > effect / 8
@@ -660,14 +674,14 @@ def fewer(guard: Guarded, site: Site, x: Tensor) -> int:
     return min(site.k, max(jumps, default=site.k))
 
 
-def misshown(guard: Guarded, site: Site, x: Tensor) -> str:
-    """What is not as a model's attributes show it of a site, and what to do; nothing where all is.
+def misshown(guard: Guarded, site: Site, sites: Sequence[Site], x: Tensor) -> str:
+    """What is not as a model's attributes show it of one of its sites, and what to do; nothing where all is.
 
     What is forced is the order of the scores: experts that are chosen by anything beside it are led to by nothing.
     """
     if site.num_experts < 2:
         return ""
-    exchanges = _Exchanges(guard, site, x)
+    exchanges = _Exchanges(guard, site, x, sites)
     with torch.no_grad():
         if (scores := read(guard, [site], x).scores.get(site.name)) is None:
             return ""  # it cannot be forced, which is told elsewhere
@@ -680,27 +694,34 @@ def misshown(guard: Guarded, site: Site, x: Tensor) -> str:
             return ""
         elif any(exchanges.jumps_between(rank, spread) for spread in _SPREADS for rank in effects):
             return f"{site.name}: the choice adds something to its scores: let it give what is compared"
-    return thresholded(guard, site, x)
+    return thresholded(guard, site, sites, x)
 
 
-def thresholded(guard: Guarded, site: Site, x: Tensor) -> str:
+def thresholded(guard: Guarded, site: Site, sites: Sequence[Site], x: Tensor) -> str:
     """That a choice among some of the experts is by more than the order of their scores, and what to do; else nothing.
 
     What is taken where no score is high enough, or none stands out, is an expert that no path leads to.
     """
     if site.soft or not site.k or site.choosers or site.num_experts < 2:
         return ""
-    exchanges = _Exchanges(guard, site, x)
+    exchanges = _Exchanges(guard, site, x, sites)
     with torch.no_grad():
         if (scores := read(guard, [site], x).scores.get(site.name)) is None:
             return ""
-        if exchanges.jumps_by_level() or exchanges.jumps_by_spread(scores.dtype):
+        if exchanges.falls_back(scores):
             return f"{site.name}: the choice compares its scores with a threshold: show what is taken then as an expert"
     return ""
 
 
 def _probabilities(scores: Tensor) -> bool:
     return bool((scores >= 0).all()) and bool(((scores.sum(-1) - 1).abs() < 1e-3).all())
+
+
+def _instead(scores: Tensor, values: Tensor) -> Tensor:
+    """Values (E,) at each token in place of scores (m, T, E); of probabilities as probabilities."""
+    if _probabilities(scores):
+        values = values.clamp_min(0) / values.clamp_min(0).sum()
+    return values.to(scores).expand_as(scores)
 
 
 def _drawn(scores: Tensor, seed: int) -> Tensor:

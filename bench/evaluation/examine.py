@@ -135,10 +135,11 @@ class Examiner:
         try:
             with seeded(0), settings_kept():
                 shown = shown_sites(self.model)
-                choices = find_choices(self.model.model, x.clone(), [*shown, *self.model.gates])
+                known = [*shown, *self.model.gates]
+                choices = find_choices(self.model.model, x.clone(), known)
                 guard = Guarded(self.model.model)
-                wrong = [words for site in shown if (words := misshown(guard, site, x))]
-                wrong += [words for site in self.model.gates if (words := thresholded(guard, site, x))]
+                wrong = [words for site in shown if (words := misshown(guard, site, known, x))]
+                wrong += [words for site in self.model.gates if (words := thresholded(guard, site, known, x))]
         except Exception as error:  # what cannot be watched may choose
             return [f"{HIDDEN_ROUTES}the forward pass cannot be watched ({type(error).__name__})"]
         if choices:

@@ -200,12 +200,12 @@ def test_batch_dependence_and_state_are_seen_at_any_batch_size(batch_size: int, 
 
 
 class Tiring(Planted):
-    """Counts where nobody looks, and answers otherwise from the 200th call on."""
+    """Counts where nobody looks, and answers otherwise from the 500th call on."""
 
     def forward(self, x: Tensor) -> Tensor:
         torch.planted_calls = getattr(torch, "planted_calls", 0) + 1  # type: ignore[attr-defined]
         logits: Tensor = super().forward(x)
-        return logits if torch.planted_calls < 200 else 2 * logits  # type: ignore[attr-defined]
+        return logits if torch.planted_calls < 500 else 2 * logits  # type: ignore[attr-defined]
 
 
 def test_answers_that_change_under_attack_are_state_wherever_it_is_kept(
@@ -213,7 +213,7 @@ def test_answers_that_change_under_attack_are_state_wherever_it_is_kept(
 ):
     monkeypatch.setattr(torch, "planted_calls", 0, raising=False)
     model = Tiring(planted, nothing)
-    result, _ = score(model, "pgd", settings={"steps": 300}, foreign=True, eps=0.001)
+    result, _ = score(model, "pgd", settings={"steps": 600}, foreign=True, eps=0.001)
     assert "forward passes change the model's state" in result.model_flags
     assert (
         "forward passes change the model's state"
