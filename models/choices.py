@@ -53,6 +53,8 @@ _COLOURS = 3
 _READS = {"nonzero", "masked_select", "_local_scalar_dense", "equal", "is_nonzero", "item"}
 #: What moves an index or a mask and does not act on it.
 _CARRIES = {"clone", "_to_copy", "detach", "contiguous", "copy", "cat", "stack", "lift_fresh", "alias"}
+#: What puts a number where there is none.
+_REPLACES = {"where", "masked_fill"}
 #: How `grid_sample` calls its mode that takes the nearest value.
 _NEAREST = 1
 #: Draws in name alone: attention without dropout, dropout that is off.
@@ -62,6 +64,8 @@ _LAYERS = {
     "mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "native_layer_norm", "native_group_norm",
     "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training",
 }  # fmt: skip
+#: Where operations come from that are what they are called; what one of a user's own does inside is not seen.
+_KNOWN = {"aten", "prim", "prims", "quantized", "torchvision", "mkldnn", "mkl", "_caffe2", "onednn", "rngprims"}
 #: What takes a tensor's shape and device alone.
 _MAKES = re.compile(r"^new_|_like$")
 
@@ -269,6 +273,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self.two_valued = _decides(x)  # black and white
         self.decided: dict[object, tuple[str, str]] = {}  # storage → the operation and the module that chose
         self.by: defaultdict[object, dict[tuple[str, str], None]] = defaultdict(dict)  # storage → choices it comes of
+        self.finite: set[object] = set()  # masks of what is a number, and what is computed from such alone
         self.found: dict[tuple[str, str], None] = {}
         self.weighed: dict[tuple[str, str], None] = {}  # what acts like a choice, which may follow from a found one
         self.where: list[str] = [""]
@@ -332,6 +337,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
                 self.scores.add(_key(tensor))
                 self.data.add(_key(tensor))
             return
+        if name == "_softmax" and inputs[0].dim() and inputs[0].shape[args[1]] == 1:
+            return  # attention to a single token: 1, whatever the images
+        if finite := self.finite.intersection(keys):
+            others = [key for key in depending if key not in finite]
+            if not others:  # still what is finite, and read by whoever looks out for errors
+                self.finite |= {_key(tensor) for tensor in outputs}
+                return
         chosen = [self.decided[key] for key in keys if key in self.decided]
         by = {choice: None for key in keys for choice in self.by[key]}
         of_data = any(key in self.data for key in keys)
@@ -339,6 +351,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self.data |= {_key(tensor) for tensor in outputs}
             self._comes(outputs, by)
             return
+        if of_data and func.namespace not in _KNOWN:
+            by[f"an operation of its own ({func.namespace}::{name})", self.where[-1]] = None
         if torch.Tag.nondeterministic_seeded in func.tags and not _NO_DRAW.search(name):
             self.report(f"random draw ({name})")
         if chosen and not (name in _CARRIES and not any(tensor.is_floating_point() for tensor in outputs)):
@@ -350,6 +364,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self.report("values read by Python" if name in ("_local_scalar_dense", "item", "is_nonzero") else name)
         if of_data and (name in _ROUNDING or (name == "div" and kwargs.get("rounding_mode"))):
             by["rounding" if name == "div" else name, self.where[-1]] = None
+        if finite and not (name in _REPLACES and len(others) == 1):
+            by[f"what is finite ({name})", self.where[-1]] = None
         if name in _WEIGHS and not self.two_valued:
             factors = {key: tensor for key, tensor in pairs if key in self.data}
             several = len(factors) > 1 or name in _LAYERS
@@ -366,7 +382,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self.weighed[f"one of several wins as a whole ({name})", self.where[-1]] = None
         if of_data and name.startswith("grid_sampler") and keys[1:] and keys[1] in self.data and args[2] == _NEAREST:
             by["nearest sample", self.where[-1]] = None
-        if not (of_data or chosen) or _MAKES.search(name) or _tests_finiteness(name, keys, args):
+        if not (of_data or chosen) or _MAKES.search(name):
+            return
+        if _tests_finiteness(name, keys, args):
+            self.finite |= {_key(tensor) for tensor in outputs}
             return
         self._comes(outputs, by)
         origin = chosen[0] if chosen else ("rounding to integers" if name == "_to_copy" else name, self.where[-1])
@@ -386,7 +405,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 class _Reads(TorchFunctionMode):
     """Sees what leaves torch without an operation: `numpy`, `tolist`."""
 
-    _LEAVING: tuple[Callable[..., Any], ...] = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+    _LEAVING: tuple[Callable[..., Any], ...] = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__)
     _CHECKING: tuple[Callable[..., Any], ...] = (F.one_hot,)  # it reads whether classes are in their range
 
     def __init__(self, watch: _Watch) -> None:
@@ -414,8 +433,13 @@ def _tests_finiteness(name: str, keys: list[object], args: tuple[Any, ...]) -> b
 
 
 def _is_activation(args: tuple[Any, ...]) -> bool:
-    """Whether `where` is a ReLU or a leaky one: a value where it is above 0, and a multiple of it elsewhere."""
+    """Whether `where` is a ReLU or a leaky one: a value where it is above 0, and a multiple of it elsewhere.
+
+    Of a mask that is the same everywhere nothing is known.
+    """
     if len(args) != 3 or not all(isinstance(one, Tensor) and one.is_floating_point() for one in args[1:]):
+        return False
+    if bool(args[0].all()) or not bool(args[0].any()):
         return False
     one, other = (torch.where(side, *args[1:]) for side in (args[0] | True, args[0] & False))
     mask = args[0].expand_as(one)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import third_party
 import torch
@@ -656,6 +657,70 @@ def test_a_second_choice_beside_known_ones_is_noticed_under_whatever_name(
     found = find_choices(model, x, known)
     assert found.names == ()
     assert found.operations == (() if seen is None else (seen,))
+
+
+class Abstains(nn.Module):
+    """A network that gives no number for some images, and what is done with it and another's answer then."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.join = nn.Linear(192, 10), nn.Linear(192, 10), join
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.join(self.a(x).acos(), self.b(x))
+
+
+@pytest.mark.parametrize(
+    ("join", "seen"),
+    [
+        (lambda a, b: torch.where(a.isnan(), b, a), ["what is finite (where)"]),
+        (lambda a, b: torch.where(a.isfinite(), a, b), ["what is finite (where)"]),
+        (lambda a, b: torch.stack([a, b]).nanmean(0), ["what is finite (div)"]),
+        (lambda a, b: torch.where(a.isnan(), torch.zeros_like(a), a) + b, []),
+        (lambda a, b: a.nan_to_num(0.0) + b, []),
+        (lambda a, b: a.masked_fill(a.isnan(), 0.0) + b, []),
+    ],
+)
+def test_what_is_taken_where_there_is_no_number_is_a_choice(join: Callable[[Tensor, Tensor], Tensor], seen: list[str]):
+    torch.manual_seed(0)
+    found = find_choices(Abstains(join).eval(), torch.rand(4, 3, 8, 8)).operations
+    assert [operation.removesuffix(" in Abstains") for operation in found] == seen
+
+
+def test_one_of_two_by_a_mask_that_is_the_same_everywhere_is_no_leaky_relu():
+    def operations_of(function: Callable[[Tensor], Tensor]) -> list[str]:
+        torch.manual_seed(0)
+        return operations(function)
+
+    found = operations_of(lambda s: (p := s.softmax(1)) + torch.where(s.amax(1, keepdim=True) > 9, -p, p))
+    assert found == ["gt"]
+    assert operations_of(lambda s: torch.where(s > 0, s, 0.1 * s)) == []
+
+
+def test_a_softmax_of_one_alone_depends_on_nothing():
+    torch.manual_seed(0)
+    assert operations(lambda s: s[:, :1].softmax(1) * s) == []
+    assert operations(lambda s: (1e3 * s[:, :2]).softmax(1)[:, :1] * s) == ["weights of two values (mul)"]
+
+
+def _own_operation() -> Callable[[Tensor], Tensor]:
+    @torch.library.custom_op("bench_tests::first", mutates_args=())
+    def first(scores: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1]).float()
+
+    return first
+
+
+@pytest.mark.parametrize(
+    ("function", "seen"),
+    [
+        (_own_operation(), "an operation of its own (bench_tests::first)"),
+        (lambda s: s * float(np.from_dlpack(s.detach()).max()), "values read by Python"),
+    ],
+)
+def test_what_leaves_torch_is_seen(function: Callable[[Tensor], Tensor], seen: str):
+    assert operations(function) == [seen]
 
 
 class Counts(nn.Module):
