@@ -89,9 +89,9 @@ class Choices:
         """What was seen, and what to type, in one line."""
         seen = []
         if self.operations:
-            seen.append(f"choices that depend on the image ({_few(self.operations)})")
+            seen.append(f"choices that depend on the image ({few(self.operations)})")
         if self.names:
-            seen.append(f"names that speak of routes ({_few(self.names)})")
+            seen.append(f"names that speak of routes ({few(self.names)})")
         if self.read:
             return f"{' and '.join(seen)}: beside the scores of '{self.gates[0]}', so that they cannot be forced alone"
         named = (name for name in self.names if _GATE.search(_last(name)) or "router" in _last(name))
@@ -226,7 +226,8 @@ def _glob(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
-def _few(words: Iterable[str]) -> str:
+def few(words: Iterable[str]) -> str:
+    """The first three, and how many more there are."""
     first, more = list(words)[:3], len(list(words)) - 3
     return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
@@ -269,6 +270,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def __init__(self, x: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scores: set[object] = set()  # what is computed from the scores of known sites alone
+        self.explained: set[object] = set()  # what comes of these and of others, without a layer in between
         self.data = {_key(x)}
         self.two_valued = _decides(x)  # black and white
         self.decided: dict[object, tuple[str, str]] = {}  # storage → the operation and the module that chose
@@ -372,7 +374,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             most = max((_bytes(tensor) for tensor in factors.values()), default=0)
             for key, factor in factors.items():
                 alone = _bytes(factor) < most  # a feature map may be 0 before it is trained
-                if not several or key in self.scores:
+                if not several or key in self.scores or key in self.explained:
                     continue
                 if _decides(factor, alone=alone):
                     self.weighed[f"weights of two values ({name})", self.where[-1]] = None
@@ -387,6 +389,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         if _tests_finiteness(name, keys, args):
             self.finite |= {_key(tensor) for tensor in outputs}
             return
+        if name not in _LAYERS and any(key in self.scores or key in self.explained for key in keys):
+            self.explained |= {_key(tensor) for tensor in outputs}
         self._comes(outputs, by)
         origin = chosen[0] if chosen else ("rounding to integers" if name == "_to_copy" else name, self.where[-1])
         for tensor in outputs:
@@ -466,15 +470,16 @@ def _decides(factor: Tensor, *, alone: bool = False) -> bool:
 
 
 def _leaves_out(factor: Tensor, *, among_others: bool) -> bool:
-    """Whether weights (B, E) are nearly 0 for some expert on all images, and not for the others, as a softmax's are.
+    """Whether weights are nearly 0 for some expert on all images, and not for the others, as a softmax's are.
 
-    A ReLU's or a clamp's are exactly 0, which channels may be as well. `among_others`: another factor depends on the
-    images, too; else the rows have to sum to 1, as a layer's activations do not.
+    They are (B, E), or have axes of length 1 as well. A ReLU's or a clamp's are exactly 0, which channels may be, too.
+    `among_others`: another factor depends on the images as well; else the rows have to sum to 1, as a layer's
+    activations do not.
     """
     if not _may_weigh(factor):
         return False
     weights = factor.reshape(len(factor), -1)
-    if not 2 <= weights.shape[1] <= _MOST_EXPERTS or factor.dim() > 2 + (factor.shape[2:].count(1)):
+    if weights.shape[1] not in factor.shape[1:] or not 2 <= weights.shape[1] <= _MOST_EXPERTS:
         return False
     shares = bool(((weights.sum(1) - 1).abs() < 1e-3).all())
     if not bool((weights >= 0).all()) or not (shares or (among_others and bool((weights > 0).all()))):

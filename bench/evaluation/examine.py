@@ -22,14 +22,15 @@ from bench.evaluation.report import BlockReport
 from bench.evaluation.scales import accuracy_flags
 from bench.evaluation.verdicts import Judgement, judge, legal
 from bench.job import Job, Subject
-from bench.models.choices import find_choices
+from bench.models.choices import few, find_choices
 from bench.models.deployed import Prediction, dependence, predict, same_logits, validate_outputs
 from bench.models.foreign import DRAWS, Guarded, settings_kept
 from bench.models.gates import NONE, misshown, thresholded
 from bench.models.parts import parts
 from bench.models.sites import shown_sites, single_paths, sites
+from bench.models.unused import unused_parts
 from bench.randomness import block_seed, seeded
-from bench.results.flags import BY_CHANCE, DECLARED, HIDDEN_ROUTES, ROUTES_INSIDE, STATEFUL, WEAKER
+from bench.results.flags import BY_CHANCE, DECLARED, DOUBTFUL, HIDDEN_ROUTES, ROUTES_INSIDE, STATEFUL, WEAKER
 from bench.results.schema import VERDICT_COLUMNS
 from bench.results.witnesses import Witnesses
 from bench.suites.base import Suite
@@ -105,6 +106,7 @@ class Examiner:
         #: flags of what the model's answers depend on, of routes that it does not show, and of a doubtful accuracy
         self.found = [*self._depends(first[:PROBED]), *self._routes(first[:WATCHED])]
         self.found += self._accuracy(first, job.data.y[: len(first)].to(first.device))
+        self.found += self._unused(first[:PROBED])
 
     def _depends(self, x: Tensor) -> list[str]:
         """What the model's answers depend on beside the image, as flags."""
@@ -148,6 +150,22 @@ class Examiner:
             return [f"{HIDDEN_ROUTES}{'; '.join(wrong)}"]
         found = [site.words if site in self.model.gates else site.name for site in sites(self.model)]
         return [f"{ROUTES_INSIDE}{', '.join(found)}"] if found and not self.info.routing_visible else []
+
+    def _unused(self, x: Tensor) -> list[str]:
+        """Parts that images hardly use, as a flag of hidden routes where nothing else has shown any.
+
+        Of a network that knows nothing yet many a part is so.
+        """
+        told = any(flag.startswith((HIDDEN_ROUTES, DOUBTFUL, DECLARED)) for flag in self.found)
+        if told or not isinstance(self.model, Guarded):
+            return []
+        try:
+            with seeded(0), settings_kept():
+                found = unused_parts(Guarded(self.model.model), x, sites(self.model))
+        except Exception:  # of a user's own model, such as one without gradients: other flags tell of these
+            return []
+        advice = "name its gates with --gates GLOB, or declare --gates none"
+        return [f"{HIDDEN_ROUTES}parts that images hardly use ({few(found)}): {advice}"] if found else []
 
     def run(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> ExaminedBlock:
         """Attack and judge block `number`: images x (B, C, H, W), labels y (B,), their indices idx (B,) in the data.

@@ -10,6 +10,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from bench.results.flags import DOUBTFUL
+
 #: By how much (fraction) a model has to be better on images of another scale to be taken as made for that.
 BETTER = 0.15
 #: What is subtracted and divided by, per channel, of ImageNet.
@@ -60,7 +62,7 @@ def accuracy_flags(model: nn.Module, x: Tensor, y: Tensor, num_classes: int) -> 
     """Flags of a model whose clean accuracy on the first block, images x (B, c, H, W) with labels y, is doubtful."""
     found = accuracy(model, x, y)
     if better := better_scale(model, x, y, found):
-        return [f"SA is doubtful: {found:.1%} of the first {len(x)} images are right, but {better}"]
+        return [f"{DOUBTFUL}{found:.1%} of the first {len(x)} images are right, but {better}"]
     if by_chance(found, len(x), num_classes):
-        return [f"SA is doubtful: no better than chance on the first {len(x)} images"]
+        return [f"{DOUBTFUL}no better than chance on the first {len(x)} images"]
     return []

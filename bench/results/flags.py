@@ -15,5 +15,7 @@ WEAKER = "weaker than the default: "
 #: (`bench.models.choices`), and of one whose routes were found inside, which has to be attacked by `adaptive`.
 HIDDEN_ROUTES = "routes not named: "
 ROUTES_INSIDE = "routes inside: "
+#: How the flag of a model begins whose clean accuracy is low enough that something else may be wrong.
+DOUBTFUL = "SA is doubtful: "
 #: Of a model that the user says makes no choices (`--gates none`).
 DECLARED = "declared by the user to have no routes"

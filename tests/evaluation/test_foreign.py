@@ -296,6 +296,31 @@ def test_how_many_experts_a_model_says_it_selects_is_not_believed(says: int, sco
     ] * (says > 1)
 
 
+class Multiplied(nn.Module):
+    """A product of two experts, of which the second has no weight on images; no operation of it looks like a choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(192, 10), nn.Linear(192, 10), nn.Linear(192, 2)
+        self.a.load_state_dict(Chosen(1).experts[0][1].state_dict())
+        with torch.no_grad():
+            self.c.bias[1] -= 30
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        weights = self.c(x).softmax(1)
+        return self.a(x).softmax(1) ** weights[:, :1] * self.b(x).softmax(1) ** weights[:, 1:]
+
+
+def test_a_part_that_images_hardly_use_keeps_a_rank_away_until_it_is_declared(score: Any):
+    x, model = _judged().x, Multiplied().eval()
+    y = model(x).argmax(1)
+    data = EvalSet(x, y, torch.arange(8), fingerprint(x, y), "")
+    result, _ = score(model, "clean", data, foreign=True, num_classes=10)
+    advice = "name its gates with --gates GLOB, or declare --gates none"
+    assert f"routes not named: parts that images hardly use (b, c): {advice}" in result.model_flags
+
+
 class ByTwo(Chosen):
     """Two experts, and no word of how many."""
 

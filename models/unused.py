@@ -1,0 +1,106 @@
+"""Parts of a network that images hardly use, by the gradient of its answer: signs of routes that no operation shows.
+
+A mixture whose weights leave an expert out on natural images can be written in more ways than a list of operations
+holds. In all of them the expert's weights hardly matter to the answers, and may matter to those that an attack makes.
+
+Axes: m = images, T = tokens of an image, E = experts.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.models.foreign import Guarded
+from bench.models.sites import Site, intercepted, lifted
+
+#: A part is hardly used where its influence is below this share of the parts' mean; of a network's weights at least
+#: so many are in such parts where they may be experts, and not a layer's own.
+HARDLY, SHARE = 1e-3, 0.05
+#: Where more passes would be needed to send an image to every expert, nothing is said.
+MOST_PASSES = 32
+#: A module of a user's own that stacks weights of experts has at most so many.
+MOST_STACKED = 64
+
+
+def unused_parts(guard: Guarded, x: Tensor, known: Sequence[Site] = ()) -> list[str]:
+    """The modules, or `weight[2]` of stacked ones, that the answers for images x (m, c, H, W) hardly depend on.
+
+    Nothing where they are few of the weights. Of nested ones the outermost is named. A part's influence is
+    ‖θ‖ · ‖∂(a random sum of the logits)/∂θ‖ of its weights θ, at the most of several passes, in which the `known` sites
+    send images and tokens to each of their experts in turn. What the answer does not come of at all, such as a second
+    head, is not named. The model is in eval mode; its parameters are as before afterwards.
+    """
+    passes = max([1, *(-(-site.num_experts // len(x)) for site in known)])
+    if passes > MOST_PASSES or any(_inside(site, other) for site in known for other in known):
+        return []
+    weights = dict(guard.model.named_parameters())
+    required = {name: weight.requires_grad for name, weight in weights.items()}
+    influence, size = defaultdict[str, float](float), defaultdict[str, int](int)
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(weight.is_floating_point())
+        gradients = [_gradients(guard, x, known, number) for number in range(passes)]
+    finally:
+        for name, weight in weights.items():
+            weight.requires_grad_(required[name])
+    for owner, module in guard.model.named_modules():
+        for key, weight in module.named_parameters(recurse=False):
+            name = f"{owner}.{key}".lstrip(".")
+            found = [one[name] for one in gradients if name in one]
+            for part, own in _parts(module, owner, name, weight) if found else ():
+                size[part] += weight[own].numel()
+                strongest = max(float(one[own].norm()) for one in found) * float(weight[own].detach().norm())
+                influence[part] = max(influence[part], strongest)
+    mean = sum(influence.values()) / max(1, len(influence))  # of many experts most may be unused: no median
+    unused = {part for part, strength in influence.items() if strength < HARDLY * mean}
+    if sum(size[part] for part in unused) < SHARE * sum(size.values()):
+        return []
+    used = influence.keys() - unused
+    return list(dict.fromkeys(_outermost(part, used) for part in influence if part in unused))
+
+
+def _inside(site: Site, other: Site) -> bool:
+    """Whether a site is in an expert of another, where it sees some of the images alone."""
+    return other.whole and site.name.startswith(f"{other.name.rpartition('.')[0]}.experts.".lstrip("."))
+
+
+def _parts(module: nn.Module, owner: str, name: str, weight: Tensor) -> Iterator[tuple[str, Any]]:
+    """The parts that a module's weight belongs to, and which of it: its module, or what each expert has of a stack."""
+    stacked = not type(module).__module__.startswith("torch.") and weight.dim() >= 2 and len(weight) <= MOST_STACKED
+    yield from ((f"{name}[{n}]", n) for n in range(len(weight))) if stacked else [(owner, ...)]
+
+
+def _gradients(guard: Guarded, x: Tensor, known: Sequence[Site], number: int) -> dict[str, Tensor]:
+    """The gradient by each of the weights that a pass depends on."""
+    weights = {name: weight for name, weight in guard.model.named_parameters() if weight.requires_grad}
+    with torch.enable_grad(), ExitStack() as stack:
+        for site in known:
+            stack.enter_context(intercepted(site.plain, partial(_in_turn, site.plain, number)))
+        logits = guard(x)
+        if not logits.requires_grad:
+            return {}
+        drawn = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+        found = torch.autograd.grad((drawn * logits).sum(), list(weights.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(weights, found, strict=True) if gradient is not None}
+
+
+def _in_turn(site: Site, number: int, scores: Tensor) -> Tensor:
+    """Scores (m, T, E) by which each token goes to the next expert, and in the next pass to one further on."""
+    count = scores.shape[0] * scores.shape[1]
+    at = (torch.arange(count, device=scores.device) + number * scores.shape[0]) % site.num_experts
+    mine = nn.functional.one_hot(at, site.num_experts).bool().view(scores.shape)
+    return lifted(scores, mine, 1 if site.soft else site.k)
+
+
+def _outermost(name: str, used: set[str]) -> str:
+    """The outermost module that holds this one and nothing that is used."""
+    while outer := name.rpartition(".")[0]:
+        if any(other == outer or other.startswith(f"{outer}.") for other in used):
+            break
+        name = outer
+    return name

@@ -1,0 +1,134 @@
+"""Parts that images hardly use: an expert that a mixture leaves out is found however it is written, and no layer is."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.models.deployed import eval_frozen
+from bench.models.foreign import Guarded
+from bench.models.gates import find_gates
+from bench.models.sites import sites
+from bench.models.unused import unused_parts
+
+X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Mixture(nn.Module):
+    """Three linear experts, and scores by which the third is left out on images and not on all inputs."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scores, self.join = nn.Linear(64, 3), join
+        self.a, self.b, self.c = (nn.Linear(64, 10) for _ in range(3))
+        with torch.no_grad():
+            self.scores.bias[2] -= 30
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.join(self.scores(x), torch.stack([self.a(x), self.b(x), self.c(x)], 1))
+
+
+def attended(scores: Tensor, outputs: Tensor) -> Tensor:
+    """By attention with the scores as its bias."""
+    same = torch.zeros_like(outputs[:, :1])
+    return F.scaled_dot_product_attention(same, torch.zeros_like(outputs), outputs, scores[:, None])[:, 0]
+
+
+JOINS = {
+    "log-probabilities": lambda s, z: (s.log_softmax(1)[..., None] + z.log_softmax(2)).exp().sum(1).log(),
+    "a product of experts": lambda s, z: (z.softmax(2) ** s.softmax(1)[..., None]).prod(1),
+    "attention": attended,
+    "a matrix product an image": lambda s, z: torch.stack([w @ o for w, o in zip(s.softmax(1), z, strict=True)]),
+    "sigmoids": lambda s, z: (s.sigmoid()[..., None] * z).sum(1),
+    "ReLUs": lambda s, z: (s.relu()[..., None] * z).sum(1),
+    "the median": lambda s, z: (z + s[..., None]).median(1).values,
+    "the least": lambda s, z: torch.minimum(z[:, 0], z[:, 2] - s[:, 2:]),
+}
+
+
+def unused(model: nn.Module, *words: str) -> list[str]:
+    guard = Guarded(model.eval())
+    guard.gates = find_gates(model, words, X).sites if words else ()
+    with eval_frozen(guard):
+        found = unused_parts(guard, X, sites(guard))
+        assert not any(weight.requires_grad for weight in model.parameters())
+    return found
+
+
+@pytest.mark.parametrize("name", list(JOINS))
+def test_an_expert_that_images_do_not_reach_is_named_however_it_is_left_out(name: str):
+    found = unused(Mixture(JOINS[name]))
+    assert "c" in found
+    assert "scores" not in found or name in ("the median", "the least")
+
+
+def test_of_a_mixture_of_all_nothing_is():
+    model = Mixture(JOINS["sigmoids"])
+    with torch.no_grad():
+        model.scores.bias[2] += 30
+    assert unused(model) == []
+
+
+class Stacked(nn.Module):
+    """Experts in one tensor; `bias`: of the last one's score."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.weight = nn.Linear(64, 4), nn.Parameter(torch.randn(4, 64, 10))
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        scores = self.gate(x) + F.pad(torch.full((1,), self.bias), (3, 0))
+        return torch.einsum("be,bd,edc->bc", scores.softmax(1), x, self.weight)
+
+
+def test_of_stacked_experts_it_is_told_which():
+    assert unused(Stacked(0.0)) == []
+    assert unused(Stacked(-30.0)) == ["weight[3]"]
+
+
+class Routed(Stacked):
+    """One of the stacked experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.gate(x.flatten(1)).argmax(1)
+        return torch.stack([x.flatten(1)[n] @ self.weight[e] for n, e in enumerate(chosen.tolist())])
+
+
+def test_a_named_gates_experts_are_each_used():
+    model = Routed(0.0)
+    with torch.no_grad():
+        model.gate.bias[1] += 30
+    assert unused(model) == ["weight[0]", "weight[2]", "weight[3]"]
+    assert unused(model, "gate") == []
+
+
+class Small(nn.Module):
+    """A layer that is off: too little of the network to be an expert of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.off, self.b = nn.Linear(64, 64), nn.Linear(64, 1), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.b(self.a(x).relu() + (self.off(x) - 100).relu())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Small(),
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
+        nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)),
+    ],
+)
+def test_layers_of_one_network_are_used(model: nn.Module):
+    assert unused(model) == []
