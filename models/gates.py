@@ -1,14 +1,12 @@
 """Gates that a user names, by globs over module names: looked at in a forward pass, and made into routing sites.
 
-How many experts a gate selects is found out by exchanging neighbouring scores that are nearly alike: the model's answer
-jumps where one of them is selected and the other is not, and nowhere in a soft mixture. A bias for the selection alone
-moves the jump away from equal scores, so it is looked for between them as well. Along which axis is chosen, and
-whether the gate chooses itself, is read from the operations that act on the scores.
+Along which axis is chosen, and whether the gate chooses itself, is read from the operations that act on the scores; how
+many experts are selected, from answers as these are exchanged (`bench.models.exchanges`).
 
 Axes: m = images, T = tokens of an image, E = experts, K = selected experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -24,9 +22,10 @@ from torch.utils._pytree import tree_leaves
 from bench.errors import UnusableInput, did_you_mean
 from bench.models.choices import plain
 from bench.models.deployed import eval_frozen
+from bench.models.exchanges import ROUNDING, SPREADS, Exchanges, are_probabilities, fewer
 from bench.models.foreign import Guarded, Shown
 from bench.models.parts import is_dual, is_moe
-from bench.models.sites import Site, counts, forced, intercepted, opened, read, scores_of, selected, shown_sites
+from bench.models.sites import Site, counts, forced, intercepted, read, scores_of, selected, shown_sites
 
 #: A user's word for a model that makes no choices.
 NONE = "none"
@@ -49,12 +48,6 @@ _LAYERS = {
     "linear", "conv1d", "conv2d", "conv3d", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum",
     "layer_norm", "batch_norm", "group_norm", "multi_head_attention_forward", "scaled_dot_product_attention",
 }  # fmt: skip
-#: How far logits may differ from rounding, as a share of the largest one.
-_ROUNDING = 1e-5
-#: Where a bias decides, the scores are spread so many times as widely, and the place of a jump is halved so often.
-_SPREADS, _HALVED = (1.0, 12.0), 10
-#: Scores that are about alike differ by so much of what one is raised by, at most so many are, and halved so often.
-_SLOPE, _RAISED, _FINELY = 1e-4, 8, 16
 
 
 @dataclass(frozen=True)
@@ -318,7 +311,7 @@ class _Look:
         rows, left = divmod(len(self.inputs), images)
         if left or not rows:
             raise self.refuse(f"its input has {len(self.inputs)} rows for {images} images")
-        self.normalised |= _probabilities(scores)
+        self.normalised |= are_probabilities(scores)
         owner, _, attribute = self.name.rpartition(".")
         site = Site(
             self.name,
@@ -528,99 +521,6 @@ def _of_images(guard: Guarded, sites: list[Site], x: Tensor) -> None:
                 )
 
 
-class _Exchanges:
-    """A site's experts in a random order at each token, and the model's answer as neighbours of it are exchanged.
-
-    others: sites whose scores are drawn at random meanwhile, so that they choose alike whatever this one does: those
-    of `sites` within the same network.
-    """
-
-    def __init__(self, guard: Guarded, site: Site, x: Tensor, sites: Sequence[Site] = ()) -> None:
-        self.guard, self.site, self.x = guard, site, x
-        self.others = [other for other in sites if other is not site and not other.whole]
-        self.order: Tensor | None = None
-        self.largest = 1e-12  # of all logits so far
-        self.far = 0.8 / (site.num_experts - 1)
-
-    def _ranked(self, rank: int, apart: float, spread: float, scores: Tensor) -> Tensor:
-        """Scores in the order; that of `rank` is ahead of the next by `apart`."""
-        values = 0.6 + spread * torch.linspace(0.4, -0.4, self.site.num_experts)
-        middle = (values[rank - 1] + values[rank]) / 2
-        values[rank - 1], values[rank] = middle + apart / 2, middle - apart / 2
-        if self.order is None:
-            self.order = _drawn(scores, 0).argsort(-1)
-        return torch.empty_like(scores).scatter_(-1, self.order, _instead(scores, values))
-
-    def _answer(self, change: Callable[[Tensor], Tensor]) -> Tensor:
-        drawn = [(other, partial(_drawn, seed=1 + number)) for number, other in enumerate(self.others)]
-        found = _answer(self.guard, self.x, [(self.site, change), *drawn])
-        self.largest = max(self.largest, float(found.abs().max()))
-        return found
-
-    def changed(self, rank: int, low: float, high: float, spread: float = 1.0) -> float:
-        """How much the answer changes between two leads of the expert of `rank`, as a share of the largest logit."""
-        below, above = (self._answer(partial(self._ranked, rank, apart, spread)) for apart in (low, high))
-        return self._share(above, below)
-
-    def _share(self, first: Tensor, second: Tensor) -> float:
-        return float((first - second).abs().max()) / self.largest
-
-    def effects(self) -> dict[int, float]:
-        """The change by each rank's exchange with the next."""
-        return {rank: self.changed(rank, -self.far, self.far) for rank in range(1, self.site.num_experts)}
-
-    def jumps(self, effects: dict[int, float], near: float) -> list[int]:
-        """The ranks at which the answer jumps where the scores are equal."""
-        near = max(1e-3 * self.far, near)
-        return [
-            rank
-            for rank, effect in effects.items()
-            if effect > _ROUNDING and self.changed(rank, -near, near) > effect / 2
-        ]
-
-    def jumps_between(self, rank: int, spread: float) -> bool:
-        """Whether the answer jumps somewhere else than at equal scores: a bias may be added for the choice alone."""
-        return _jumps(partial(self.changed, rank, spread=spread), -spread * self.far, spread * self.far)
-
-    def falls_back(self, scores: Tensor) -> bool:
-        """Whether something else than an expert is taken where all scores are about alike, low or high ones.
-
-        Then the answer jumps as any of them rises. It does not where the expert that is taken anyway is raised: the
-        first, or the one that a bias for the selection favours. scores: the site's own.
-        """
-        if _probabilities(scores):
-            return self._falls_back(1 / self.site.num_experts, 1.0)
-        known = opened(scores)
-        low, middle, high = float(known.min()), float((known.min() + known.max()) / 2), float(known.max())
-        width = max(high - low, max(_SPREADS))
-        return any(self._falls_back(level, 3 * width) for level in (low - width, middle, high + width))
-
-    def _falls_back(self, level: float, far: float) -> bool:
-        count = self.site.num_experts
-
-        def raised(expert: int, by: float) -> Tensor:
-            values = level + _SLOPE * far * torch.linspace(1, 0, count)
-            values[expert] += by
-            return self._answer(partial(_instead, values=values))
-
-        flat = raised(0, 0.0)
-        taken = [expert for expert in range(count) if self._share(raised(expert, -far), flat) > _ROUNDING]
-
-        def jumps(expert: int) -> bool:
-            return _jumps(lambda low, high: self._share(raised(expert, high), raised(expert, low)), 0.0, far, _FINELY)
-
-        return all(jumps(expert) for expert in (taken or range(count))[:_RAISED])
-
-
-def _jumps(changed: Callable[[float, float], float], low: float, high: float, halved: int = _HALVED) -> bool:
-    """Whether what changes between low and high does so at one place."""
-    effect = changed(low, high)
-    for _ in range(halved if effect > _ROUNDING else 0):
-        middle = (low + high) / 2
-        low, high = (low, middle) if changed(low, middle) > changed(middle, high) else (middle, high)
-    return effect > _ROUNDING and changed(low, high) > effect / 8
-
-
 def _selects(guard: Guarded, site: Site, sites: list[Site], x: Tensor, look: _Look) -> Site:
     """The site with its K: the user's, or the last rank at which the model's answer jumps.
 
@@ -635,12 +535,12 @@ def _selects(guard: Guarded, site: Site, sites: list[Site], x: Tensor, look: _Lo
         return replace(site, k=k)
     if site.choosers:
         return site
-    count, exchanges = site.num_experts, _Exchanges(guard, site, x)
+    count, exchanges = site.num_experts, Exchanges(guard, site, x)
     effects = exchanges.effects()
-    if max(effects.values()) <= _ROUNDING:
+    if max(effects.values()) <= ROUNDING:
         exchanges.others += [other for other in sites if other is not site]
         effects = exchanges.effects()
-    if max(effects.values()) <= _ROUNDING:
+    if max(effects.values()) <= ROUNDING:
         raise look.refuse("the model answers alike whatever the order of its scores")
     jumps = exchanges.jumps(effects, 2 * torch.finfo(look.scores.dtype).eps if look.scores is not None else 0.0)
     took = look.took if look.chosen is not None and look.chosen[0].shape[look.chosen[1]] == count else (None,)
@@ -648,7 +548,7 @@ def _selects(guard: Guarded, site: Site, sites: list[Site], x: Tensor, look: _Lo
         return replace(site, k=min(max(jumps), sum(one or count for one in took)))
     if took[0]:
         return replace(site, k=took[0])
-    for spread in _SPREADS if look.compared or look.chosen is not None else ():
+    for spread in SPREADS if look.compared or look.chosen is not None else ():
         if jumps := [rank for rank in effects if exchanges.jumps_between(rank, spread)]:
             return replace(site, k=min(jumps))  # a bias may reorder them; what is too few forces each alone
     if look.compared:
@@ -659,80 +559,3 @@ def _selects(guard: Guarded, site: Site, sites: list[Site], x: Tensor, look: _Lo
     if not look.normalised:
         raise look.refuse("nothing is chosen by its output, and no softmax of it is taken")
     return replace(site, k=count)
-
-
-def fewer(guard: Guarded, site: Site, x: Tensor) -> int:
-    """How many experts a site that a model's attributes show selects, where these are fewer than it says; else its K.
-
-    More than are selected would be forced at a time, and of these the model would take the best.
-    """
-    if site.num_experts < 2:
-        return site.k
-    exchanges = _Exchanges(guard, site, x)
-    with torch.no_grad():
-        jumps = exchanges.jumps(exchanges.effects(), 0.0)
-    return min(site.k, max(jumps, default=site.k))
-
-
-def misshown(guard: Guarded, site: Site, sites: Sequence[Site], x: Tensor) -> str:
-    """What is not as a model's attributes show it of one of its sites, and what to do; nothing where all is.
-
-    What is forced is the order of the scores: experts that are chosen by anything beside it are led to by nothing.
-    """
-    if site.num_experts < 2:
-        return ""
-    exchanges = _Exchanges(guard, site, x, sites)
-    with torch.no_grad():
-        if (scores := read(guard, [site], x).scores.get(site.name)) is None:
-            return ""  # it cannot be forced, which is told elsewhere
-        effects = exchanges.effects()
-        if jumps := exchanges.jumps(effects, 2 * torch.finfo(scores.dtype).eps):
-            if (count := max(jumps)) != site.k:
-                known = f"selects {count} of {site.num_experts}, where num_selected_experts is {site.k}"
-                return f"{site.name} {known}: correct num_selected_experts"
-        elif site.soft:
-            return ""
-        elif any(exchanges.jumps_between(rank, spread) for spread in _SPREADS for rank in effects):
-            return f"{site.name}: the choice adds something to its scores: let it give what is compared"
-    return thresholded(guard, site, sites, x)
-
-
-def thresholded(guard: Guarded, site: Site, sites: Sequence[Site], x: Tensor) -> str:
-    """That a choice among some of the experts is by more than the order of their scores, and what to do; else nothing.
-
-    What is taken where no score is high enough, or none stands out, is an expert that no path leads to.
-    """
-    if site.soft or not site.k or site.choosers or site.num_experts < 2:
-        return ""
-    exchanges = _Exchanges(guard, site, x, sites)
-    with torch.no_grad():
-        if (scores := read(guard, [site], x).scores.get(site.name)) is None:
-            return ""
-        if exchanges.falls_back(scores):
-            return f"{site.name}: the choice compares its scores with a threshold: show what is taken then as an expert"
-    return ""
-
-
-def _probabilities(scores: Tensor) -> bool:
-    return bool((scores >= 0).all()) and bool(((scores.sum(-1) - 1).abs() < 1e-3).all())
-
-
-def _instead(scores: Tensor, values: Tensor) -> Tensor:
-    """Values (E,) at each token in place of scores (m, T, E); of probabilities as probabilities."""
-    if _probabilities(scores):
-        values = values.clamp_min(0) / values.clamp_min(0).sum()
-    return values.to(scores).expand_as(scores)
-
-
-def _drawn(scores: Tensor, seed: int) -> Tensor:
-    """Random scores in their place."""
-    return torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)).to(scores)
-
-
-def _answer(guard: Guarded, x: Tensor, changes: Sequence[tuple[Site, Callable[[Tensor], Tensor]]]) -> Tensor:
-    guard.reseed(0)  # a gate may draw
-    with ExitStack() as stack:
-        for site, change in changes:
-            stack.enter_context(intercepted(site, change))
-        logits = guard(x).nan_to_num(0.0)
-    return logits - logits.mean(1, keepdim=True)  # which a score may be added to

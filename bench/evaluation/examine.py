@@ -24,8 +24,9 @@ from bench.evaluation.verdicts import Judgement, judge, legal
 from bench.job import Job, Subject
 from bench.models.choices import few, find_choices
 from bench.models.deployed import Prediction, dependence, predict, same_logits, validate_outputs
+from bench.models.exchanges import misshown, thresholded
 from bench.models.foreign import DRAWS, Guarded, settings_kept
-from bench.models.gates import NONE, misshown, thresholded
+from bench.models.gates import NONE
 from bench.models.parts import parts
 from bench.models.sites import shown_sites, single_paths, sites
 from bench.models.unused import unused_parts
