@@ -17,6 +17,8 @@ from bench.results.table import Table, Text, firsts
 
 #: The standard normal's 97.5 % quantile.
 _Z = 1.959963984540054
+#: Up to so many coins, binomial coefficients are whole numbers.
+_EXACT = 1000
 
 
 @cache
@@ -42,15 +44,23 @@ def mcnemar(lost: int, gained: int, alternative: Literal["greater", "two-sided"]
 
 
 def _tail(least: int, n: int) -> float:
-    """P(Bin(n, ½) ≥ least) to twelve digits, from the largest term on; to import scipy's takes long."""
+    """P(Bin(n, ½) ≥ least) to nine digits, from the largest term on; to import scipy's takes long."""
     if 2 * least <= n:
         return 1.0 - _tail(n - least + 1, n)
-    total, term = 0.0, math.comb(n, least) / 2**n
+    total, term = 0.0, _chance(least, n)
     while term > 1e-17 * total:
         total += term
         term *= (n - least) / (least + 1)
         least += 1
     return total
+
+
+def _chance(successes: int, n: int) -> float:
+    """P(Bin(n, ½) = successes); of many, whose whole numbers take long, by logarithms."""
+    if n <= _EXACT:
+        return math.comb(n, successes) / 2**n
+    ways = math.lgamma(n + 1) - math.lgamma(successes + 1) - math.lgamma(n - successes + 1)
+    return math.exp(ways - n * math.log(2))
 
 
 def sign_flip(changes: NDArray[np.int64]) -> float:
