@@ -65,7 +65,9 @@ _LAYERS = {
     "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training",
 }  # fmt: skip
 #: Where operations come from that are what they are called; what one of a user's own does inside is not seen.
-_KNOWN = {"aten", "prim", "prims", "quantized", "torchvision", "mkldnn", "mkl", "_caffe2", "onednn", "rngprims"}
+_KNOWN = {
+    "aten", "prim", "prims", "quantized", "torchvision", "mkldnn", "mkl", "onednn", "rngprims", "xformers", "flash_attn",
+}  # fmt: skip
 #: What takes a tensor's shape and device alone.
 _MAKES = re.compile(r"^new_|_like$")
 
