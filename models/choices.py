@@ -66,7 +66,7 @@ _LAYERS = {
 }  # fmt: skip
 #: Where operations come from that are what they are called; what one of a user's own does inside is not seen.
 _KNOWN = {
-    "aten", "prim", "prims", "quantized", "torchvision", "mkldnn", "mkl", "onednn", "rngprims", "xformers", "flash_attn",
+    "aten", "prim", "prims", "quantized", "torchvision", "mkldnn", "mkl", "onednn", "xformers", "flash_attn",
 }  # fmt: skip
 #: What takes a tensor's shape and device alone.
 _MAKES = re.compile(r"^new_|_like$")
