@@ -468,6 +468,7 @@ class _Follow(TorchFunctionMode):
         look.chose += [source[0]] if source is not None else []
         inner = inside is not look or source is not None
         if look.chosen is not None and inner and _among_groups(look.chosen, (chosen, axis)):
+            source = self._source(self._before(look.chosen[0], chosen)) if inside is look else None
             look.chosen, look.took = None, ()
         look.took += (took,)
         if look.chosen is not None:
@@ -479,6 +480,21 @@ class _Follow(TorchFunctionMode):
             look.chosen = None  # of what the gate was given: no score of its own
         else:
             look.call, look.scores = source
+
+    def _before(self, groups: Tensor, members: Tensor) -> Tensor:
+        """The scores of which those of groups and those of their members come; the members' where there are none."""
+        known = {id(one) for one in self._line(groups)}
+        fitting = (one for one in self._line(members) if id(one) in known and one.shape == members.shape)
+        return next(fitting, members)
+
+    def _line(self, tensor: Tensor) -> Iterator[Tensor]:
+        """A tensor, what it was made of first of all, and so on."""
+        following: Tensor | None = tensor
+        seen = set[int]()  # what is written in place is made of itself
+        while following is not None and self._depends(following) and id(following) not in seen:
+            seen.add(id(following))
+            yield following
+            following = self.made.get(id(following), ("", None, None))[1]
 
     def _source(self, chosen: Tensor) -> tuple[int, Tensor] | None:
         """Back to what gave the scores that were chosen by, inside a gate: which of its calls, and its output."""

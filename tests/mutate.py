@@ -112,6 +112,9 @@ MUTATIONS = [
         "tests/models/test_exchanges.py -k bias",
     ),
     Mutation("models/gates.py", "took = tensor.shape[axis] - took", "pass", "tests/models/test_gates.py -k found_out"),
+    Mutation(
+        "models/gates.py", "return next(fitting, members)", "return members", "tests/models/test_gates.py -k groups"
+    ),
     Mutation("models/unused.py", "strength < HARDLY * mean", "False", "tests/models/test_unused.py"),
     Mutation("models/unused.py", "< SHARE * sum(size.values())", "< 0", "tests/models/test_unused.py"),
     Mutation(

@@ -110,6 +110,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "*.router",
         "top-1 of 4",
     ),
+    "DeepSeek V3": (partial(deepseek, n_group=4, topk_group=2), "*.gate", "top-2 of 8"),
     "DeepSeek V3, one group": (partial(deepseek, n_group=1, topk_group=1), "*.gate", "top-2 of 8"),
 }
 
@@ -126,13 +127,6 @@ def test_a_gate_that_is_named_is_found_and_attacked(name: str, monkeypatch: pyte
     y = model(X).argmax(1)
     x_adv = AdaptiveAttack(model, "Linf", 0.3, "small", gates=[gate])(X, y)
     assert float((x_adv - X).abs().max()) <= 0.3 + 1e-6
-
-
-def test_a_choice_of_groups_is_told():
-    model = deepseek(n_group=4, topk_group=2)
-    (site,) = find_gates(model, ["*.gate"], X).sites
-    assert site.words == "layer.gate (top-2 of 8)"
-    assert "beside the scores of 'layer.gate'" in find_choices(model, X, [site]).words
 
 
 def test_a_soft_moe_chooses_nothing_and_its_names_alone_tell():
