@@ -10,10 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bench.models.foreign import Guarded
 from bench.models.sites import Site, intercepted, lifted
@@ -30,7 +32,8 @@ MOST_STACKED = 64
 def unused_parts(guard: Guarded, x: Tensor, known: Sequence[Site] = ()) -> list[str]:
     """The modules, or `weight[2]` of stacked ones, that the answers for images x (m, c, H, W) hardly depend on.
 
-    Nothing where they are few of the weights. Of nested ones the outermost is named. A part's influence is
+    None where they are few of the weights. Of nested ones the outermost is named. What `torch.stack` puts together is
+    looked at as well, since experts may share weights. A part's influence is
     ‖θ‖ · ‖∂(a random sum of the logits)/∂θ‖ of its weights θ, at the most of several passes, in which the `known` sites
     send images and tokens to each of their experts in turn. What the answer does not come of at all, such as a second
     head, is not named. The model is in eval mode; its parameters are as before afterwards.
@@ -44,10 +47,11 @@ def unused_parts(guard: Guarded, x: Tensor, known: Sequence[Site] = ()) -> list[
     try:
         for weight in weights.values():
             weight.requires_grad_(weight.is_floating_point())
-        gradients = [_gradients(guard, x, known, number) for number in range(passes)]
+        found_by_pass = [_gradients(guard, x, known, number) for number in range(passes)]
     finally:
         for name, weight in weights.items():
             weight.requires_grad_(required[name])
+    gradients = [of_weights for of_weights, _ in found_by_pass]
     for owner, module in guard.model.named_modules():
         for key, weight in module.named_parameters(recurse=False):
             name = f"{owner}.{key}".lstrip(".")
@@ -58,10 +62,11 @@ def unused_parts(guard: Guarded, x: Tensor, known: Sequence[Site] = ()) -> list[
                 influence[part] = max(influence[part], strongest)
     mean = sum(influence.values()) / max(1, len(influence))  # of many experts most may be unused: no median
     unused = {part for part, strength in influence.items() if strength < HARDLY * mean}
+    stacked = _unused_answers([of_stacks for _, of_stacks in found_by_pass])
     if sum(size[part] for part in unused) < SHARE * sum(size.values()):
-        return []
+        return stacked
     used = influence.keys() - unused
-    return list(dict.fromkeys(_outermost(part, used) for part in influence if part in unused))
+    return [*dict.fromkeys(_outermost(part, used) for part in influence if part in unused), *stacked]
 
 
 def _inside(site: Site, other: Site) -> bool:
@@ -71,22 +76,63 @@ def _inside(site: Site, other: Site) -> bool:
 
 def _parts(module: nn.Module, owner: str, name: str, weight: Tensor) -> Iterator[tuple[str, Any]]:
     """The parts that a module's weight belongs to, and which of it: its module, or what each expert has of a stack."""
-    stacked = not type(module).__module__.startswith("torch.") and weight.dim() >= 2 and len(weight) <= MOST_STACKED
+    stacked = not type(module).__module__.startswith("torch.") and weight.dim() >= 3 and len(weight) <= MOST_STACKED
     yield from ((f"{name}[{n}]", n) for n in range(len(weight))) if stacked else [(owner, ...)]
 
 
-def _gradients(guard: Guarded, x: Tensor, known: Sequence[Site], number: int) -> dict[str, Tensor]:
-    """The gradient by each of the weights that a pass depends on."""
+class _Stacks(TorchFunctionMode):
+    """Keeps what is put into one tensor by `torch.stack`: the answers of experts, where they share their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[list[Tensor]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.stack and args and all(one.requires_grad and one.dim() > 1 for one in args[0]):
+            self.calls.append(list(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def _unused_answers(passes: list[list[list[float]]]) -> list[str]:
+    """Of each stack those that hardly matter in any pass; nothing where passes make other stacks."""
+    if any([*map(len, other)] != [*map(len, passes[0])] for other in passes):
+        return []
+    strongest = [[max(several) for several in zip(*calls, strict=True)] for calls in zip(*passes, strict=True)]
+    return [
+        f"{number + 1} of {len(strengths)} that are stacked"
+        for strengths in strongest
+        for number, strength in enumerate(strengths)
+        if strength < HARDLY * sum(strengths) / len(strengths)
+    ]
+
+
+def _gradients(
+    guard: Guarded, x: Tensor, known: Sequence[Site], number: int
+) -> tuple[dict[str, Tensor], list[list[float]]]:
+    """The gradient by each of the weights that a pass depends on, and the influence of what is stacked."""
     weights = {name: weight for name, weight in guard.model.named_parameters() if weight.requires_grad}
     with torch.enable_grad(), ExitStack() as stack:
         for site in known:
             stack.enter_context(intercepted(site.plain, partial(_in_turn, site.plain, number)))
+        stacks = stack.enter_context(_Stacks())
         logits = guard(x)
         if not logits.requires_grad:
-            return {}
+            return {}, []
         drawn = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-        found = torch.autograd.grad((drawn * logits).sum(), list(weights.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(weights, found, strict=True) if gradient is not None}
+        stacked = [one for call in stacks.calls for one in call]
+        found = torch.autograd.grad((drawn * logits).sum(), [*weights.values(), *stacked], allow_unused=True)
+    of_stacked = iter(zip(stacked, found[len(weights) :], strict=True))
+    influence = [
+        [
+            0.0 if gradient is None else float(one.detach().norm() * gradient.norm())
+            for one, gradient in islice(of_stacked, len(call))
+        ]
+        for call in stacks.calls
+    ]
+    own = zip(weights, found[: len(weights)], strict=True)
+    return {name: gradient for name, gradient in own if gradient is not None}, influence
 
 
 def _in_turn(site: Site, number: int, scores: Tensor) -> Tensor:

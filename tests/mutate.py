@@ -115,6 +115,12 @@ MUTATIONS = [
     Mutation(
         "models/gates.py", "return next(fitting, members)", "return members", "tests/models/test_gates.py -k groups"
     ),
+    Mutation(
+        "models/unused.py",
+        "if strength < HARDLY * sum(strengths)",
+        "if strength < 0 * sum(strengths)",
+        "tests/models/test_unused.py",
+    ),
     Mutation("models/unused.py", "strength < HARDLY * mean", "False", "tests/models/test_unused.py"),
     Mutation("models/unused.py", "< SHARE * sum(size.values())", "< 0", "tests/models/test_unused.py"),
     Mutation(

@@ -163,8 +163,8 @@ class Examiner:
         try:
             with seeded(0), settings_kept():
                 found = unused_parts(Guarded(self.model.model), x, sites(self.model))
-        except Exception:  # of a user's own model, such as one without gradients: other flags tell of these
-            return []
+        except Exception as error:  # of a user's own model, as where a derivative is not there
+            return [f"probe of unused parts failed: {type(error).__name__}"]
         advice = "name its gates with --gates GLOB, or declare --gates none"
         return [f"{HIDDEN_ROUTES}parts that images hardly use ({few(found)}): {advice}"] if found else []
 
