@@ -211,14 +211,10 @@ def _subject(run: Run) -> str:
 
 
 def _adaptive(run: Run) -> bool:
-    """Whether it is `adaptive` at no less than its standard budget, and could attack every gate that it saw.
-
-    Known adversarial examples to start from only add to it.
-    """
+    """Whether it is `adaptive` at no less than its standard budget; known adversarial examples only add to it."""
     spec = run.result.spec
-    strong = spec.suite_params in ({}, {"budget": "large"}) and spec.suite_version >= ADAPTIVE_VERSION
-    forced = not any(NOT_FORCED in flag for flag in run.result.flags)
-    return spec.suite == "adaptive" and strong and forced and run.result.attacked
+    standard = spec.suite_params in ({}, {"budget": "large"}) and spec.suite_version >= ADAPTIVE_VERSION
+    return spec.suite == "adaptive" and standard
 
 
 def _lacks(covering: Sequence[Run], info: ModelInfo, routed: bool) -> Iterator[Lack]:
@@ -227,15 +223,28 @@ def _lacks(covering: Sequence[Run], info: ModelInfo, routed: bool) -> Iterator[L
     if not any(run.result.attacked for run in default):
         nothing = "suite `autoattack` had nothing to attack" if default else "no autoattack with its default parameters"
         yield Lack(nothing, None if default else "autoattack")
-    if routed and not any(map(_adaptive, covering)):
-        hidden = any(run.result.spec.suite == "adaptive" and not run.result.attacked for run in covering)
-        why = "its routes are hidden from suite `adaptive`" if hidden else "no adaptive at its standard budget or more"
-        yield Lack(why, None if hidden else "adaptive")
+    if routed:
+        yield from _lacks_adaptive(covering)
     for flag in dict.fromkeys(flag for run in covering for flag in run.result.model_flags):
         if flag in UNRANKED:
             yield Lack(f"its {flag}")
         elif flag.startswith(HIDDEN_ROUTES):
             yield Lack("its routes are not named")
+
+
+def _lacks_adaptive(covering: Sequence[Run]) -> Iterator[Lack]:
+    """What a routed model lacks of suite `adaptive`, which has to attack every gate that it sees."""
+    runs = [run for run in covering if _adaptive(run)]
+    unforced = [[flag for flag in run.result.flags if NOT_FORCED in flag] for run in runs]
+    if any(run.result.attacked and not flags for run, flags in zip(runs, unforced, strict=True)):
+        return
+    if any(run.result.spec.suite == "adaptive" and not run.result.attacked for run in covering):
+        yield Lack("its routes are hidden from suite `adaptive`")
+    elif runs:
+        gates = dict.fromkeys(flag.removeprefix("adaptive: ") for flag in unforced[0])
+        yield Lack(f"suite `adaptive` did not attack every gate ({'; '.join(gates)})")
+    else:
+        yield Lack("no adaptive at its standard budget or more", "adaptive")
 
 
 #: The columns of verdict rows that attacks are compared by.

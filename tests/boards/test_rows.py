@@ -268,7 +268,6 @@ def test_a_warm_started_run_has_its_own_column_counts_in_the_worst_case_and_is_n
         ({"suite_params": {"budget": "small"}, "warm_start": True}, False),
         ({"suite_params": {"recipe": "trial"}}, False),
         ({"flags": ("adaptive: 120 of 4,096 paths attacked",)}, True),
-        ({"flags": (f"adaptive: moe.router: {NOT_FORCED}",)}, False),
     ],
 )
 def test_a_routed_row_is_ranked_for_an_adaptive_run_of_the_standard_budget_or_more(
@@ -279,6 +278,15 @@ def test_a_routed_row_is_ranked_for_an_adaptive_run_of_the_standard_budget_or_mo
     row = table(tmp_path).loc["dense-at"]
     assert (row["rank"], row["no_rank"]) == (("1", "") if ranked else ("", ADAPTIVE))
     assert row["ra_worst"] == "33.33"
+
+
+def test_a_routed_row_whose_gate_was_not_forced_is_told_so_and_not_to_run_the_same_again(tmp_path: Path):
+    save(tmp_path, "autoattack", {"clean": "111", "apgd-ce": "011"}, info=MOE)
+    flags = (f"adaptive: moe.router: {NOT_FORCED}",)
+    save(tmp_path, "adaptive", {"clean": "111", "route-aware": "00."}, info=MOE, flags=flags)
+    row = table(tmp_path).loc["dense-at"]
+    assert row["no_rank"] == "suite `adaptive` did not attack every gate (moe.router: its scores cannot be forced)"
+    assert "bench run" not in views.markdown(*boards(tmp_path))
 
 
 def test_what_one_attack_alone_broke_is_counted_by_hand(tmp_path: Path):
