@@ -10,6 +10,7 @@ Axes: B = images, E = experts.
 """
 
 import re
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -237,10 +238,12 @@ def few(words: Iterable[str]) -> str:
 @contextmanager
 def _inside(named: dict[nn.Module, str], watch: "_Watch") -> Iterator[None]:
     """The watch knows in which module it is, and what shapes modules called gate take and give."""
-    handles = []
+    handles, own = [], threading.current_thread()
 
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         watch.where.append(named[module])
+        if threading.current_thread() is not own:  # of whose operations torch shows the watch none
+            watch.report("a computation in another thread")
 
     def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         watch.where.pop()

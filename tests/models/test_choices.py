@@ -1,6 +1,7 @@
 """Signs of routes: each shape that routed models come in has them, dense networks have none."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -762,3 +763,18 @@ def test_what_is_added_to_known_scores_in_place_is_seen(mix: Callable[[Tensor, T
     torch.manual_seed(0)
     model, x = Mixing(mix).eval(), torch.rand(4, 3, 8, 8)
     assert find_choices(model, x, [Site("a", model, "a", 2, 1, whole=False)]).operations == ("argmax in Mixing",)
+
+
+class RoutedInAThread(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.which = (nn.Linear(4, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            weights = pool.submit(lambda: (self.which(x).amax(1, keepdim=True) > 0).float()).result()
+        return weights * self.first(x) + (1 - weights) * self.second(x)
+
+
+def test_what_another_thread_computes_is_a_sign_since_it_cannot_be_watched():
+    assert find_choices(RoutedInAThread(), torch.rand(8, 4)).operations == ("a computation in another thread in which",)
