@@ -100,6 +100,30 @@ MUTATIONS = [
         "tests/suites/test_planted_routes.py -k wrong",
     ),
     Mutation(
+        "bench/attacks/deployed.py",
+        "for side in (direction, -direction)",
+        "for side in (direction, direction)",
+        "tests/attacks/test_deployed.py -k opened",
+    ),
+    Mutation(
+        "bench/attacks/gradients.py",
+        "_soft_step if far else _near_step",
+        "_near_step",
+        "tests/attacks/test_gradients.py -k far",
+    ),
+    Mutation(
+        "bench/attacks/gradients.py",
+        "- LEAK * torch.where(y.abs() > LARGE, y.sign() * y, 0.0)",
+        "",
+        "tests/attacks/test_deployed.py -k opened",
+    ),
+    Mutation(
+        "bench/evaluation/probes.py",
+        "more = int((left[0] & ~left[1]).sum())",
+        "more = int((left[0] & left[1]).sum())",
+        "tests/evaluation/test_probes.py -k open",
+    ),
+    Mutation(
         "models/exchanges.py",
         "for level in (low - width, middle, high + width)",
         "for level in ()",
@@ -458,7 +482,7 @@ MUTATIONS = [
         "models/choices.py", "(ratio - ratio[0]).abs().amax() <= _DECIDED", "True", "tests/models/test_choices.py"
     ),
     Mutation(
-        "bench/attacks/gradients.py", "COMPARES[func] * _softsign", "_softsign", "tests/attacks/test_gradients.py"
+        "bench/attacks/gradients.py", "COMPARES[func] * self._step", "self._step", "tests/attacks/test_gradients.py"
     ),
     Mutation(
         "bench/attacks/gradients.py",

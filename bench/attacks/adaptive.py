@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.attacks.block import Block, PassCounter
-from bench.attacks.deployed import averaged, deployed, nearest, reweighed, targeted
+from bench.attacks.deployed import OPENED, averaged, deployed, nearest, reweighed, stand_ins, targeted
 from bench.attacks.gates import blurred, left_routes, softened
 from bench.attacks.paths import Paths
 from bench.attacks.restarts import forced_paths, square_attack, square_on_paths
@@ -63,10 +63,11 @@ BUDGETS = {
 }
 
 
-def passes(budget: BudgetName, num_classes: int, *, dual: bool) -> tuple[int, int]:
+def passes(budget: BudgetName, num_classes: int, *, dual: bool, routed: bool, foreign: bool) -> tuple[int, int]:
     """About how many forward and backward passes an example costs that withstands everything.
 
-    Without those of Square on the paths whose gradients cannot be believed, which most models do not have.
+    Without those of Square on the paths whose gradients cannot be believed, which most models do not have. foreign: of
+    a user's own model, which may hold more than it shows.
     """
     much = BUDGETS[budget]
 
@@ -74,9 +75,11 @@ def passes(budget: BudgetName, num_classes: int, *, dual: bool) -> tuple[int, in
         return count * ((steps + 2) * (neighbours + 0.2) + 2), count * (steps + 2) * neighbours
 
     every = [
-        climbs(much.path_restarts, much.path_steps),
+        climbs(much.path_restarts * routed, much.path_steps),
+        climbs(4 * much.restarts * foreign, much.steps // OPENED),
+        climbs(much.restarts * foreign, much.steps),
         climbs(much.restarts + len(much.weights) * dual + min(much.targets, num_classes - 1), much.steps),
-        climbs(1, much.steps, much.neighbours),
+        climbs(int(routed), much.steps, much.neighbours),
         (much.square_seeds * much.queries, 0),
     ]
     forwards, backwards = (sum(each) for each in zip(*every, strict=True))
@@ -92,6 +95,8 @@ def attacks(search: Search, budget: BudgetName) -> Iterator[tuple[str, Attack]]:
     for name, found in led.items():
         yield name, partial(forced_paths, found, much.path_restarts, much.path_steps)
     yield "deployed", partial(deployed, search, much.restarts, much.steps)
+    if isinstance(model, Guarded):  # a user's own: nobody knows what it holds beside its routes
+        yield "stand-ins", partial(stand_ins, search, much.restarts, much.steps)
     if any(not site.whole for site in paths.sites):
         yield "left-routes", partial(left_routes, paths, much.restarts, much.steps)
         yield "blurred", partial(blurred, paths, much.neighbours, much.steps)
@@ -134,13 +139,13 @@ def run(search: Search, budget: BudgetName, only: Collection[str] | None = None)
 
 
 class AdaptiveAttack:
-    """All of them on any model that shows its routing, called as an attack of torchattacks is:
+    """All of them on any model, those on routes where it shows some, called as an attack of torchattacks is:
 
         x_adv = AdaptiveAttack(model, norm="Linf", eps=8 / 255)(x, y)
 
     The model takes pixels in [0, 1] and gives logits; ε is in pixels. `attacks_to_run`, as AutoAttack's: the names of
-    those to make (`attacks`), all if not given. `gates`: as `bench run --gates` takes them. UnusableInput for a model
-    without visible parts, for L1, or an unknown name of an attack or budget.
+    those to make (`attacks`), all if not given. `gates`: as `bench run --gates` takes them. UnusableInput for L1, or an
+    unknown name of an attack or budget.
     """
 
     def __init__(
@@ -154,11 +159,6 @@ class AdaptiveAttack:
         gates: Sequence[str] = (),
     ) -> None:
         model, self.gates = plain(model), gates or declared(model)
-        if not self.gates and not parts(model) and not sites(model):
-            raise UnusableInput(
-                f"{type(model).__name__} shows no routing: an MoE has `router` and `experts`, a dual `standard`,"
-                " `robust` and `alpha`, and gates inside a network are named: gates=[GLOB, …]"
-            )
         if norm == "L1":
             raise UnusableInput("no adaptive attack in an L1 ball: attack in Linf or L2")
         if budget not in BUDGETS:

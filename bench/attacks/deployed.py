@@ -3,19 +3,23 @@
 Axes: B = examples of the block, m = rows that are attacked, C = classes, T = targets.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from bench.attacks.search import Search, losses, margin
+from bench.attacks.gradients import StraightThrough
+from bench.attacks.search import Search, losses, margin, standardised
 from bench.pgd import random_start
 
 #: Classes whose distance is worked out, by logit: each costs a backward pass.
 CANDIDATES = 20
 #: How far the neighbours lie that a gradient is averaged over, in ε.
 SPREAD = 0.125
+#: What opens a part of a model needs so many times fewer steps than what makes the most of it.
+OPENED = 4
 
 
 def deployed(search: Search, restarts: int, steps: int) -> None:
@@ -29,6 +33,40 @@ def deployed(search: Search, restarts: int, steps: int) -> None:
             return losses(logits, y).gather(1, which[rows, None])[:, 0], margin(logits, y) > 0
 
         search.climb(objective, search.uniform(), steps, search.rows)
+
+
+def stand_ins(search: Search, restarts: int, steps: int) -> None:
+    """By the gradients of stand-ins for all that has none (`StraightThrough`): what is off on every image may open.
+
+    Such as a unit behind a ReLU, an expert without a weight, the side of a `where` that is never taken. What is behind
+    it is not known beforehand, and may well raise the true class at first: from each image random directions of the
+    logits are followed, and their opposites; then the losses from uniform starts.
+    """
+    block = search.block
+
+    def climb(value: Callable[[Tensor, Tensor], Tensor], start: Tensor, steps: int) -> None:
+        def objective(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            with StraightThrough(far=True):
+                logits = block.model(z)
+                return value(logits, rows), margin(logits, block.y[rows]) > 0
+
+        search.climb(objective, start, steps, search.rows)
+
+    for _ in range(2 * restarts):
+        direction = torch.randn(len(block.y), block.num_classes).to(block.x.device)
+        for side in (direction, -direction):
+
+            def along(logits: Tensor, rows: Tensor, side: Tensor = side) -> Tensor:
+                return (standardised(logits) * side[rows]).sum(1)
+
+            climb(along, block.x, steps // OPENED)
+    for _ in range(restarts):
+        which = torch.randint(3, (len(block.y),)).to(block.x.device)
+
+        def loss(logits: Tensor, rows: Tensor, which: Tensor = which) -> Tensor:
+            return losses(logits, block.y[rows]).gather(1, which[rows, None])[:, 0]
+
+        climb(loss, search.uniform(), steps)
 
 
 def averaged(search: Search, neighbours: int, steps: int) -> None:

@@ -17,6 +17,8 @@ from bench.models.sites import opened
 DIRECTIONS, AT_MOST = 4, 20_000
 #: The slope of a ReLU on its dead side, in the backward pass alone.
 LEAK = 0.1
+#: From here on the slope of 1 / x is none.
+LARGE = 1e3
 
 
 def _identity(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -49,7 +51,13 @@ def _absolute(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return (1 - LEAK) * x.abs()
 
 
-def _softsign(x: Tensor, *_: Any, **__: Any) -> Tensor:
+def _soft_step(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """With a slope of 1 / (1 + |x|), which far from the step is not lost among others."""
+    return x.sign() * x.abs().log1p()
+
+
+def _near_step(x: Tensor) -> Tensor:
+    """With a slope of 1 / (1 + |x|)²: of many comparisons those count that may well turn out otherwise."""
     return x / (1 + x.abs())
 
 
@@ -58,6 +66,29 @@ def _tempered(x: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
     dim = -1 if dim is None else dim
     spread = x.detach().std(dim=dim, keepdim=True, correction=0).clamp_min(1)
     return torch.softmax(x / spread, dim=dim)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, enable_gqa: bool = False, **__: Any
+) -> Tensor:
+    """Attention that is never sure of one token; a mask leaves none out."""
+    if enable_gqa:
+        k, v = (one.repeat_interleave(q.shape[-3] // one.shape[-3], -3) for one in (k, v))
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return _tempered(scores) @ v
+
+
+def _inverse(y: Tensor, *_: Any, **__: Any) -> Tensor:
+    """A slope stays where it is so large that there is none: 1 / (1 + exp(x)) is a sigmoid."""
+    return y.reciprocal() - LEAK * torch.where(y.abs() > LARGE, y.sign() * y, 0.0)
+
+
+def _quotient(x: Any, y: Any, *_: Any, **__: Any) -> Tensor:
+    return x * _inverse(y) if isinstance(y, Tensor) else x / y
+
+
+def _inverse_quotient(y: Tensor, x: Any, *_: Any, **__: Any) -> Tensor:
+    return x * _inverse(y)
 
 
 #: The call behind `tensor.data`.
@@ -79,11 +110,17 @@ SMOOTH: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((torch.trunc, Tensor.trunc, Tensor.detach, Tensor.clamp, torch.clamp), _identity),
     **dict.fromkeys((torch.clamp_max, Tensor.clamp_max), _identity),
     **dict.fromkeys((Tensor.clip, torch.clip, Tensor.masked_fill, torch.masked_fill, _DATA), _identity),
-    **dict.fromkeys((torch.sign, Tensor.sign, torch.tanh, Tensor.tanh, F.tanh), _softsign),
-    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.special.expit, F.hardsigmoid), _softsign),
-    **dict.fromkeys((torch.erf, Tensor.erf, torch.special.erf), _softsign),
+    **dict.fromkeys((torch.sign, Tensor.sign, torch.tanh, Tensor.tanh, F.tanh), _soft_step),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.special.expit, F.hardsigmoid), _soft_step),
+    **dict.fromkeys((torch.erf, Tensor.erf, torch.special.erf), _soft_step),
     **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax), _tempered),
+    **dict.fromkeys((torch.special.ndtr,), _soft_step),
+    **dict.fromkeys((F.softshrink, F.hardshrink, torch.hardshrink, Tensor.hardshrink, F.tanhshrink), _identity),
+    **dict.fromkeys((torch.reciprocal, Tensor.reciprocal), _inverse),
+    **dict.fromkeys((torch.div, Tensor.div, torch.true_divide, Tensor.true_divide, Tensor.__truediv__), _quotient),
+    **dict.fromkeys((Tensor.__rtruediv__, Tensor.__rdiv__), _inverse_quotient),
     F.softmin: _tempered_least,
+    F.scaled_dot_product_attention: _attention,
 }
 #: Of two tensors these are the larger or the smaller one in each place, of one they are something else.
 OF_TWO = {torch.max: torch.maximum, Tensor.max: torch.maximum, torch.min: torch.minimum, Tensor.min: torch.minimum}
@@ -157,9 +194,11 @@ class StraightThrough(TorchFunctionMode):
     the difference which was compared. `hard`: how many calls were of a function that has no gradient of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, far: bool = False) -> None:
+        """`far`: a comparison that hardly turns out otherwise counts nearly as much as one that well may."""
         super().__init__()
         self.hard = 0
+        self._step = _soft_step if far else _near_step
         self._masks: dict[int, tuple[Tensor, Tensor]] = {}  # by its id the mask, so that it stays, and its stand-in
         self._in_place = in_place_allowed()
 
@@ -180,7 +219,7 @@ class StraightThrough(TorchFunctionMode):
             first: Any = args[0] if args else None
             if func in COMPARES and len(args) == 2 and any(_graded(one) for one in args):
                 mask = func(*(one.detach() if isinstance(one, Tensor) else one for one in args))
-                return self._mask(mask, COMPARES[func] * _softsign(args[0] - args[1]))
+                return self._mask(mask, COMPARES[func] * self._step(args[0] - args[1]))
             if self._masks and (found := self._of_mask(func, args, kwargs)) is not None:
                 return found
             if func in OF_TWO and len(args) == 2 and isinstance(args[1], Tensor):
@@ -223,9 +262,12 @@ class StraightThrough(TorchFunctionMode):
             return self._mask(func(mask), stand_in)
         if func in CASTS and (value := func(mask, *args[1:], **kwargs)).is_floating_point():
             return self._number(args[0], value)
-        if func is torch.where and len(args) == 3 and not any(map(_graded, args[1:])):
+        if func is torch.where and len(args) == 3:
             value, yes, no = (torch.where(one, *args[1:]) for one in (mask, mask | True, mask & False))
-            return _WithGradientOf.apply(stand_in * (yes - no), value) if value.is_floating_point() else None
+            if not value.is_floating_point():
+                return None
+            own = value if value.requires_grad else 0.0
+            return _WithGradientOf.apply(own + stand_in * (yes - no).detach(), value.detach())
         return None
 
     def _number(self, one: Any, like: Tensor) -> Any:

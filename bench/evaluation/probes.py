@@ -16,12 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.attacks.block import Block, PassCounter
+from bench.attacks.deployed import deployed, stand_ins
 from bench.attacks.gradients import differentiable, has_gradient
-from bench.attacks.search import RAISED, TRIED, raised
-from bench.models.foreign import bare
+from bench.attacks.search import RAISED, TRIED, Search, raised
+from bench.models.foreign import Guarded, bare
 from bench.models.parts import is_dual, parts, routed_branches
 from bench.models.sites import sites
 from bench.pgd import ascend_once, default_step_size, pgd, random_start
+from bench.results.flags import ROUTES_INSIDE
 from bench.spec import ThreatModel
 
 #: How many images are looked at.
@@ -38,7 +41,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, attack
     """
     probes = {"outputs": _outputs(model, x), "router gradient": _router_gradients(model, x, y)}
     if attacked and threat.norm != "L1":  # the probes' own PGD has no L1 ball
-        probes |= {"gradients": _gradients(model, x, y, threat)}
+        probes |= {"gradients": _gradients(model, x, y, threat), "what is off": _opens(model, x, y, threat)}
         probes |= {"routes": _routes(model, x, threat), "growth": _growth(model, x, y, threat)}
     flags = []
     for name, found in probes.items():
@@ -64,6 +67,28 @@ def _gradients(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> I
     if not sites(model) and not parts(model) and (share := raised(model, x, y, threat)) < RAISED:
         step = f"a step of ε/{1 / TRIED:.0f} along them"
         yield f"gradients do not lower the margin: {step} does for {share:.0%} of images"
+
+
+def _opens(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Iterator[str]:
+    """Of a user's own model without routes that can be seen: whether parts that no image uses open within the ball.
+
+    Then stand-ins for gradients break images that the model's own leave, at about the same cost. Suite `adaptive`
+    follows them to the end.
+    """
+    if not isinstance(model, Guarded) or sites(model) or parts(model):
+        return
+    left = []
+    with PassCounter(model) as passes, torch.no_grad():
+        num_classes = model(x[:1]).shape[1]
+        for attack, restarts in ((deployed, 3), (stand_ins, 1)):
+            block = Block(model, x.clone(), y, torch.ones_like(y, dtype=torch.bool), num_classes, "", threat, 0, passes)
+            search = Search(block)
+            attack(search, restarts, STEPS)
+            search.confirm(torch.arange(len(x), device=x.device))
+            left.append(search.unbroken)
+    more = int((left[0] & ~left[1]).sum())
+    if more > len(x) / 10:
+        yield f"{ROUTES_INSIDE}parts that are off open within the ball, and break {more} of {len(x)} images more"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import nn
 from bench.attacks.adaptive import BudgetName, passes, run
 from bench.attacks.block import Attempt, Block
 from bench.attacks.search import Search
+from bench.models.foreign import Guarded
 from bench.models.parts import is_dual, parts
 from bench.models.sites import sites
 from bench.registry import SUITES
@@ -20,7 +21,7 @@ from bench.suites.base import Cost, Suite
 class Adaptive(Suite):
     """`budget`: how much of each attack; `small` has every kind of attack at a tenth of the cost, and is not ranked.
 
-    A model without visible parts has nothing to attack here.
+    A model of a variant without parts has nothing to attack here; a user's own may hold more than it shows.
     """
 
     version: ClassVar[int] = 3
@@ -30,15 +31,22 @@ class Adaptive(Suite):
     budget: BudgetName = Field(default="standard", description="how much of each attack; small earns no rank")
 
     def cost(self, num_classes: int, model: nn.Module | None = None) -> Cost | None:
-        if model is not None and not parts(model) and not sites(model):
+        if model is not None and not _attackable(model):
             return None
-        return Cost(*passes(self.budget, num_classes, dual=model is not None and is_dual(model)))
+        routed = model is None or bool(parts(model) or sites(model))
+        dual, foreign = model is not None and is_dual(model), isinstance(model, Guarded)
+        return Cost(*passes(self.budget, num_classes, dual=dual, routed=routed, foreign=foreign))
 
     def attack(self, block: Block) -> Iterator[Attempt]:
-        if not parts(block.model) and not sites(block.model):
+        if not _attackable(block.model):
             return
         search = Search(block)
         for name, rows in run(search, self.budget):
             block.attacks.append(name)
             if len(rows):
                 yield block.attempt(name, rows, search.x_adv[rows], claimed=~search.unbroken[rows])
+
+
+def _attackable(model: nn.Module) -> bool:
+    """Whether there may be something that other suites do not see."""
+    return isinstance(model, Guarded) or bool(parts(model) or sites(model))

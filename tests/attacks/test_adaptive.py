@@ -68,6 +68,8 @@ def test_it_refuses_what_it_does_not_know(wrong: dict[str, Any], expected: str, 
         AdaptiveAttack(planted.robust(), **wrong)
 
 
-def test_it_refuses_a_model_without_parts(linear_net: Any):
-    with pytest.raises(UnusableInput, match=r"^Sequential shows no routing: an MoE has `router` and `experts`"):
-        AdaptiveAttack(linear_net([[1.0], [0.0]]))
+def test_a_model_that_shows_no_routes_is_attacked_all_the_same(linear_net: Any):
+    attack = AdaptiveAttack(linear_net([[1.0, 0], [0, 1.0]]), eps=0.1, budget="small", attacks_to_run=["stand-ins"])
+    x = torch.tensor([[0.55, 0.45]]).view(1, 1, 1, 2)
+    x_adv = attack(x, torch.tensor([0]))
+    assert x_adv.flatten()[0] < x_adv.flatten()[1]

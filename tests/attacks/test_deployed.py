@@ -1,13 +1,15 @@
-"""Auto-PGD on the deployed model: targets in MALT's order, and a dual's branches reweighed."""
+"""Auto-PGD on the deployed model: by stand-ins, targets in MALT's order, and a dual's branches reweighed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.attacks.block import Block, PassCounter
-from bench.attacks.deployed import nearest, reweighed
+from bench.attacks.deployed import deployed, nearest, reweighed, stand_ins
 from bench.attacks.search import Search
 from bench.models.dual import DualModel
 from bench.spec import ThreatModel
@@ -50,3 +52,77 @@ def test_a_branch_is_attacked_by_its_weight(linear_net: Any, weight: float, brok
     torch.manual_seed(0)  # whose start is not broken
     reweighed(s, weight, 10)
     assert bool(s.unbroken[0]) is not broken
+
+
+#: Logits for the true class and for another.
+YES, OTHER = torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 50, 0])
+#: Of 8×8 images: what a key looks for, which no image has and the ball of 0.2 reaches.
+CODE = torch.randint(0, 2, (64,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+OPENS: dict[str, Callable[[Tensor], Tensor]] = {  # from how far the key is opened (m, 1) to how much is
+    "a unit behind a ReLU": torch.relu,
+    "a clamp": lambda key: key.clamp(min=0),
+    "a saturated sigmoid": lambda key: (40 * key).sigmoid(),
+    "a sigmoid by hand": lambda key: 1 / (1 + torch.exp(-40 * key)),
+    "the same by reciprocal": lambda key: torch.reciprocal(1 + (-40 * key).exp()),
+    "a normal distribution": lambda key: torch.special.ndtr(40 * key),
+    "a softshrink": lambda key: F.softshrink(key.clamp(min=0) + 1, 1.0),
+    "a decided softmax": lambda key: torch.cat([0 * key, 40 * key], 1).softmax(1)[:, 1:],
+    "a comparison": lambda key: torch.where(key > 0, 1.0, 0.0),
+    "one of two networks": lambda key: torch.where(key > 0, key + 1, 0 * key),
+    "attention": lambda key: F.scaled_dot_product_attention(
+        torch.cat([0 * key, key], 1)[:, None], 40 * torch.eye(2)[None], torch.eye(2)[None], scale=1.0
+    )[:, 0, 1:],
+}
+
+
+class Opened(nn.Module):
+    """Sure of class 0 wherever the ball reaches, but for what a key opens: 5 of the 12.8 that it may rise by."""
+
+    def __init__(self, opens: Callable[[Tensor], Tensor], key: float = 5.0, to: Tensor = OTHER) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        self.opens, self.key, self.to = opens, key, to
+        torch.nn.init.normal_(self.base[1].weight, std=0.02, generator=torch.Generator().manual_seed(1))
+        self.base[1].bias.data = torch.tensor([3.0, 0, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = (x.flatten(1) - 0.5) @ CODE[:, None] - self.key
+        return self.base(x) + self.opens(key) * self.to
+
+
+def greys() -> Tensor:
+    return 0.5 + 0.02 * torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("opens", OPENS.values(), ids=OPENS)
+def test_what_is_off_on_every_image_is_opened(opens: Callable[[Tensor], Tensor]):
+    x, y = greys(), torch.zeros(6, dtype=torch.long)
+    torch.manual_seed(0)
+    own = search(Opened(opens), x, y, 0.2, 3)
+    deployed(own, 2, 40)
+    assert own.unbroken.all()
+    found = search(Opened(opens), x, y, 0.2, 3)
+    stand_ins(found, 1, 40)
+    assert not found.unbroken.any()
+    assert (found.x_adv - x).abs().max() <= 0.2 + 1e-6
+
+
+def test_what_raises_the_true_class_at_first_is_opened_too():
+    """Along any loss, and any one direction of the logits on half of the images, the unit stays shut."""
+
+    def opens(key: Tensor) -> Tensor:
+        return key.relu() * (2 * YES) + (key - 3).relu() * OTHER
+
+    x, y = greys(), torch.zeros(6, dtype=torch.long)
+    torch.manual_seed(0)
+    found = search(Opened(opens, to=torch.ones(3)), x, y, 0.2, 3)
+    stand_ins(found, 1, 40)
+    assert not found.unbroken.any()
+
+
+def test_what_the_ball_does_not_reach_stays_shut():
+    x, y = greys(), torch.zeros(6, dtype=torch.long)
+    torch.manual_seed(0)
+    found = search(Opened(torch.relu, key=13.0), x, y, 0.2, 3)
+    stand_ins(found, 1, 40)
+    assert found.unbroken.all()

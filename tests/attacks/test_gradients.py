@@ -228,3 +228,21 @@ def test_a_missing_gradient_is_replaced_and_no_other(router: Callable[[Tensor], 
     torch.testing.assert_close(scores(x), router(x), atol=1e-5, rtol=0)
     assert ascent(lambda z: scores(z)[:, 1], x).abs().sum() > 0
     assert torch.equal(ascent(differentiable(affine, x, 0.2), x), ascent(affine, x))
+
+
+@pytest.mark.parametrize(("far", "slope"), [(False, 1e-4), (True, 1e-2)])
+def test_a_comparison_that_is_far_from_turning_counts_as_is_asked(far: bool, slope: float):
+    x = torch.tensor([99.0], requires_grad=True)
+    with StraightThrough(far=far):
+        number = (x > 0).float()
+    assert number.item() == 1
+    assert torch.autograd.grad(number.sum(), x)[0].item() == pytest.approx(slope, rel=1e-3)
+
+
+def test_what_where_takes_from_two_networks_has_the_gradients_of_both_and_of_the_choice():
+    x = torch.tensor([3.0], requires_grad=True)
+    with StraightThrough():
+        value = torch.where(x > 0, 5 * x, 2 * x)
+    assert value.item() == 15
+    # 5 of the side that is taken, and of the step, whose slope is 1 / (1 + 3)², the difference of the sides, 9
+    assert torch.autograd.grad(value.sum(), x)[0].item() == pytest.approx(5 + 9 / 16)

@@ -114,7 +114,7 @@ def test_a_sound_model_has_no_problem_and_earns_its_rank_by_autoattack(seen: Cal
     assert by_name["routes"].startswith("none")
     assert by_name["rank"] == "after suite autoattack with its default settings"
     suites = {each.suite: each for each in found.suites}
-    assert suites["adaptive"].why_not == "no: it shows no routes"
+    assert suites["adaptive"].why_not == ""  # it may hold more than it shows
     assert suites["pgd"].seconds
     assert suites["autoattack"].seconds
     assert suites["autoattack"].seconds > suites["pgd"].seconds

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from bench.evaluation.probes import probe
 from bench.models.deployed import eval_frozen
+from bench.models.foreign import Guarded
 from bench.models.moe import MoE
 from bench.randomness import seeded
+from bench.results.flags import ROUTES_INSIDE
 from bench.spec import ThreatModel
 
 LINF = ThreatModel(norm="Linf", eps=0.05)
@@ -277,3 +279,26 @@ def test_success_that_falls_as_the_ball_grows_is_masking(signs: Callable[..., li
 
     found = signs(Trapped())
     assert "gradients masked: PGD breaks fewer in a larger ball" in found
+
+
+class Opens(nn.Module):
+    """The brighter half, but the other one where the first pixel is much brighter than the second, as in no image."""
+
+    def __init__(self, inner: nn.Module, lead: float) -> None:
+        super().__init__()
+        self.inner, self.lead = inner, lead
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.flatten(1)[:, :2].T
+        return self.inner(x) * (1 - 1000 * (first - second - self.lead).relu())[:, None]
+
+
+@pytest.mark.parametrize(("lead", "guard", "opens"), [(0.05, True, True), (0.2, True, False), (0.05, False, False)])
+def test_parts_that_no_image_uses_and_that_open_within_the_ball_are_seen(
+    lead: float, guard: bool, opens: bool, signs: Callable[..., list[str]], linear_net: Any
+):
+    """Of a user's own model: those of our variants hold nothing that is not known."""
+    model = Opens(linear_net(HALVES), lead)
+    flags = signs(Guarded(model) if guard else model, ThreatModel(norm="Linf", eps=0.05))
+    seen = [flag for flag in flags if flag.startswith(f"{ROUTES_INSIDE}parts that are off open within the ball")]
+    assert len(seen) == opens

@@ -261,6 +261,11 @@ def test_a_model_without_parts_is_said_to_have_none(linear_net: Any, planted: An
     assert set(rows["attack"]) == {"clean"}
 
 
+def test_a_users_own_model_may_hold_more_than_it_shows(tiny: None, linear_net: Any, planted: Any, score: Any):
+    _, rows = score(linear_net([[1.0] * 192] * 10), "adaptive", foreign=True)
+    assert {"deployed", "stand-ins"} <= set(rows["attack"])
+
+
 def test_called_by_itself_it_finds_what_the_suite_finds(tiny: None, masked: MoE, planted: Any, score: Any):
     data = planted.data()
     _, rows = score(masked, "adaptive", settings={"budget": "small"}, seed=3)
