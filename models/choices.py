@@ -9,6 +9,7 @@ is thrown away.
 Axes: B = images, E = experts.
 """
 
+import operator
 import re
 import threading
 from collections import defaultdict
@@ -54,6 +55,10 @@ _COLOURS = 3
 _READS = {"nonzero", "masked_select", "_local_scalar_dense", "equal", "is_nonzero", "item"}
 #: What moves an index or a mask and does not act on it.
 _CARRIES = {"clone", "_to_copy", "detach", "contiguous", "copy", "cat", "stack", "lift_fresh", "alias"}
+#: What gives the least or the largest of a tensor's values.
+_EXTREMES = {"min", "max", "amin", "amax"}
+#: Comparisons.
+_COMPARES = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
 #: What puts a number where there is none.
 _REPLACES = {"where", "masked_fill"}
 #: How `grid_sample` calls its mode that takes the nearest value.
@@ -277,6 +282,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self.scores: set[object] = set()  # what is computed from the scores of known sites alone
         self.explained: set[object] = set()  # what comes of these and of others, without a layer in between
         self.data = {_key(x)}
+        self.images: set[object] = {_key(x)}  # as they were given; none once they are written into
+        self.extremes: set[object] = set()  # what their least or largest pixel is
         self.two_valued = _decides(x)  # black and white
         self.decided: dict[object, tuple[str, str]] = {}  # storage → the operation and the module that chose
         self.by: defaultdict[object, dict[tuple[str, str], None]] = defaultdict(dict)  # storage → choices it comes of
@@ -337,6 +344,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     ) -> None:
         keys = [_key(tensor) for tensor in inputs]
         pairs = list(zip(keys, inputs, strict=True))
+        if name in _EXTREMES and len(keys) == 1 and keys[0] in self.images:
+            self.extremes |= {_key(tensor) for tensor in outputs}
+        elif keys and keys[0] in self.extremes and _checks_range(name, args):
+            return
+        self.images.difference_update(map(_key, outputs))
         depending = [key for key in keys if key in self.data or key in self.decided]
         # what gates that are attacked choose; a layer with weights ends it
         if depending and self.scores.issuperset(depending) and name not in _LAYERS:
@@ -431,6 +443,14 @@ class _Reads(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         finally:
             self.watch.checking = False
+
+
+def _checks_range(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a pixel's comparison with a number turns out alike for all in [0, 1], as a check of inputs does."""
+    limit = args[1] if len(args) > 1 else None
+    if name not in _COMPARES or not isinstance(limit, int | float):
+        return False
+    return _COMPARES[name](0.0, limit) == _COMPARES[name](1.0, limit)
 
 
 def _tests_finiteness(name: str, keys: list[object], args: tuple[Any, ...]) -> bool:

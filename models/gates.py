@@ -43,6 +43,8 @@ _MONOTONE = {
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "detach", "split",
     "chunk", "unbind", "transpose", "permute", "movedim", "__getitem__", "__get__", "__truediv__", "div",
 }  # fmt: skip
+#: What gives its input back and leaves open what that was made of: scores are those from before a mask closes some.
+_GIVES_BACK = {*_MONOTONE, "masked_fill_"}
 #: Layers with weights: what they give is no function of the scores alone any more.
 _LAYERS = {
     "linear", "conv1d", "conv2d", "conv3d", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum",
@@ -410,7 +412,7 @@ class _Follow(TorchFunctionMode):
             alone = set.intersection(*known) if known else set()
             source = depending[0] if depending else None
             for one in outputs:
-                if one is not source or name not in _MONOTONE:  # `to` and the like may give their input back
+                if one is not source or name not in _GIVES_BACK:  # `to` and the like may give their input back
                     self.made[id(one)] = (name, source, number)
                 self.of[id(one)] = set(alone)
             if depending:

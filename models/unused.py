@@ -25,6 +25,8 @@ from bench.models.sites import Site, intercepted, lifted
 HARDLY, SHARE = 1e-3, 0.05
 #: Where more passes would be needed to send an image to every expert, nothing is said.
 MOST_PASSES = 32
+#: What weights are set to that are all zero, as those of a branch before it is trained.
+FILLED = 0.1
 #: A module of a user's own that stacks weights of experts has at most so many.
 MOST_STACKED = 64
 
@@ -33,26 +35,34 @@ def unused_parts(guard: Guarded, x: Tensor, known: Sequence[Site] = ()) -> list[
     """The modules, or `weight[2]` of stacked ones, that the answers for images x (m, c, H, W) hardly depend on.
 
     None where they are few of the weights. Of nested ones the outermost is named. What `torch.stack` puts together is
-    looked at as well, since experts may share weights. A part's influence is
-    ‖θ‖ · ‖∂(a random sum of the logits)/∂θ‖ of its weights θ, at the most of several passes, in which the `known` sites
-    send images and tokens to each of their experts in turn. What the answer does not come of at all, such as a second
-    head, is not named. The model is in eval mode; its parameters are as before afterwards.
+    looked at as well, since experts may share weights. A part's influence is ‖θ‖ · ‖∂(a random sum of the logits)/∂θ‖
+    of its weights θ, at the most of several passes, in which the `known` sites send images and tokens to each of their
+    experts in turn; their gates choose alone, and may have none. What the answer does not come of at all, such as a
+    second head, is not named, nor what all-zero weights cut off, which no image opens. The model is in eval mode; its
+    parameters are as before afterwards.
     """
     passes = max([1, *(-(-site.num_experts // len(x)) for site in known)])
     if passes > MOST_PASSES or any(_inside(site, other) for site in known for other in known):
         return []
     weights = dict(guard.model.named_parameters())
     required = {name: weight.requires_grad for name, weight in weights.items()}
+    zero = [weight for weight in weights.values() if weight.is_floating_point() and not bool(weight.any())]
     influence, size = defaultdict[str, float](float), defaultdict[str, int](int)
     try:
+        for weight in zero:
+            weight.data.fill_(FILLED)
         for weight in weights.values():
             weight.requires_grad_(weight.is_floating_point())
         found_by_pass = [_gradients(guard, x, known, number) for number in range(passes)]
     finally:
         for name, weight in weights.items():
             weight.requires_grad_(required[name])
+        for weight in zero:
+            weight.data.zero_()
     gradients = [of_weights for of_weights, _ in found_by_pass]
     for owner, module in guard.model.named_modules():
+        if any(owner == site.name or owner.startswith(f"{site.name}.") for site in known):
+            continue
         for key, weight in module.named_parameters(recurse=False):
             name = f"{owner}.{key}".lstrip(".")
             found = [one[name] for one in gradients if name in one]
@@ -71,7 +81,7 @@ def unused_parts(guard: Guarded, x: Tensor, known: Sequence[Site] = ()) -> list[
 
 def _inside(site: Site, other: Site) -> bool:
     """Whether a site is in an expert of another, where it sees some of the images alone."""
-    return other.whole and site.name.startswith(f"{other.name.rpartition('.')[0]}.experts.".lstrip("."))
+    return site.name.startswith(f"{other.name.rpartition('.')[0]}.experts.".lstrip("."))
 
 
 def _parts(module: nn.Module, owner: str, name: str, weight: Tensor) -> Iterator[tuple[str, Any]]:

@@ -99,6 +99,20 @@ MUTATIONS = [
         "return self.aimed()",
         "tests/suites/test_planted_routes.py -k wrong",
     ),
+    Mutation("models/gates.py", '{*_MONOTONE, "masked_fill_"}', "_MONOTONE", "tests/models/test_gates.py -k groups"),
+    Mutation("models/unused.py", "weight.data.fill_(FILLED)", "pass", "tests/models/test_unused.py -k zero"),
+    Mutation(
+        "models/unused.py",
+        'owner.startswith(f"{site.name}.") for site in known',
+        'owner.startswith(f"{site.name}.") for site in ()',
+        "tests/models/test_unused.py -k gate",
+    ),
+    Mutation(
+        "models/choices.py",
+        "self.images.difference_update(map(_key, outputs))",
+        "pass",
+        "tests/models/test_choices.py -k box",
+    ),
     Mutation(
         "bench/attacks/deployed.py",
         "for side in (direction, -direction)",

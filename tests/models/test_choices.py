@@ -778,3 +778,32 @@ class RoutedInAThread(nn.Module):
 
 def test_what_another_thread_computes_is_a_sign_since_it_cannot_be_watched():
     assert find_choices(RoutedInAThread(), torch.rand(8, 4)).operations == ("a computation in another thread in which",)
+
+
+class Checked(nn.Module):
+    """A check of the images, or a guess of their scale, before anything else."""
+
+    def __init__(self, check: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.check = nn.Linear(12, 6), check
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.check(x):
+            x = x / 255
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("check", "chooses"),
+    [
+        (lambda x: x.max() > 2, False),
+        (lambda x: not (x.min() >= 0 and x.amax() <= 1), False),
+        (lambda x: x.flatten(1).max() > 1.5, False),
+        (lambda x: x.max() > 0.9, True),
+        (lambda x: x.min() <= 0, True),  # black is in the box
+        (lambda x: x.mul_(3).max() > 2, True),
+        (lambda x: (3 * x).max() > 2, True),
+    ],
+)
+def test_a_check_that_all_images_in_the_box_pass_alike_is_no_choice(check: Callable[[Tensor], Any], chooses: bool):
+    assert bool(find_choices(Checked(check), torch.rand(4, 3, 2, 2))) is chooses

@@ -200,23 +200,27 @@ WAYS = {
 class Grouped(nn.Module):
     """Two experts of the best group of them (DeepSeek-V2), chosen inside; a group is as good as its best expert."""
 
-    def __init__(self, experts: int, groups: int) -> None:
+    def __init__(self, experts: int, groups: int, in_place: bool = False) -> None:
         super().__init__()
-        self.fc, self.groups = nn.Linear(6, experts), groups
+        self.fc, self.groups, self.in_place = nn.Linear(6, experts), groups, in_place
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.fc(x).softmax(-1).to(x.dtype)  # the same tensor
         best = p.unflatten(-1, (self.groups, -1)).max(-1).values.topk(1, -1).indices
         group = torch.zeros(*p.shape[:-1], self.groups).scatter(-1, best, 1.0)
         closed = group.repeat_interleave(p.shape[-1] // self.groups, -1) == 0
-        chosen = p.masked_fill(closed, 0.0).topk(2, -1).indices
+        if self.in_place:  # DeepSeek's own code
+            among, shape = p.clone().unflatten(-1, (self.groups, -1)), (*p.shape[:-1], self.groups, -1)
+            chosen = among.masked_fill_(closed.view(shape), -1.0).flatten(-2).topk(2, -1).indices
+        else:
+            chosen = p.masked_fill(closed, 0.0).topk(2, -1).indices
         return p * torch.zeros_like(p).scatter(-1, chosen, 1.0)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_a_choice_among_groups_of_experts_is_not_taken_for_that_among_experts(groups: int):
+@pytest.mark.parametrize(("groups", "in_place"), [(1, False), (2, False), (2, True)])
+def test_a_choice_among_groups_of_experts_is_not_taken_for_that_among_experts(groups: int, in_place: bool):
     torch.manual_seed(0)
-    model = Block(Grouped(6, groups), lambda gate, x: gate(tokens(x)), experts=6)
+    model = Block(Grouped(6, groups, in_place), lambda gate, x: gate(tokens(x)), experts=6)
     (site,) = named(model, "score").sites
     assert site.words == "score (top-2 of 6)"
     assert not find_choices(model, X, [site])  # forced before the groups are chosen

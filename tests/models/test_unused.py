@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bench.models.deployed import eval_frozen
 from bench.models.foreign import Guarded
 from bench.models.gates import find_gates
+from bench.models.moe import MoE
 from bench.models.sites import sites
 from bench.models.unused import unused_parts
 
@@ -148,3 +149,67 @@ class Small(nn.Module):
 )
 def test_layers_of_one_network_are_used(model: nn.Module):
     assert unused(model) == []
+
+
+class Renormalised(nn.Module):
+    """The weight of the one expert that is chosen, divided by itself: the gate has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+        self.experts = nn.ModuleList(nn.Linear(64, 10) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        weight, chosen = self.gate(x).softmax(1).topk(1)
+        outputs = torch.stack([expert(x) for expert in self.experts], 1)
+        return outputs.take_along_dim(chosen[..., None], 1)[:, 0] * weight / weight.sum(1, keepdim=True)
+
+
+def test_a_named_gate_that_chooses_alone_is_used():
+    assert unused(Renormalised(), "gate") == []
+
+
+class Branches(nn.Module):
+    """A network with a residual branch, before that is trained."""
+
+    def __init__(self, at_zero: Callable[["Branches"], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(64, 32), nn.Linear(32, 10)
+        self.down, self.up, self.scale = nn.Linear(32, 32), nn.Linear(32, 32), nn.Parameter(torch.ones(1))
+        at_zero(self).data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.flatten(1))
+        return self.head(x + self.scale * self.up(self.down(x).relu()))
+
+
+@pytest.mark.parametrize("at_zero", [lambda net: net.scale, lambda net: net.up.weight], ids=["scale", "weights"])
+def test_what_weights_at_zero_cut_off_no_image_opens(at_zero: Callable[[Branches], Tensor]):
+    model = Branches(at_zero)
+    assert unused(model) == []
+    assert not at_zero(model).any()
+
+
+class Flat(nn.Sequential):
+    def __init__(self, count: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, count))
+
+
+class Within(nn.Module):
+    """An MoE of MoEs behind a layer of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        inner = [MoE([Flat(10), Flat(10)], Flat(2), 1, "softmax") for _ in range(2)]
+        self.net, self.scale = MoE(inner, Flat(2), 1, "softmax"), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.scale
+
+
+def test_of_mixtures_of_mixtures_nothing_is_said_also_behind_a_wrapper():
+    assert unused(Within()) == []
