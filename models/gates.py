@@ -36,7 +36,7 @@ _CHOOSES = {"topk", "argmax", "argmin", "max", "min", "sort", "argsort", "kthval
 _COMPARES = {"gt", "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__", "round", "sign", "heaviside"}
 _NORMALISES = {
     "softmax", "log_softmax", "sigmoid", "softplus", "normalize", "exp", "sparsemax", "entmax15",
-    "hardsigmoid",
+    "hardsigmoid", "relu",
 }  # fmt: skip
 _MONOTONE = {
     "softmax", "log_softmax", "sigmoid", "logsigmoid", "exp", "log", "tanh", "float", "double", "half", "to", "type",
@@ -308,7 +308,7 @@ class _Look:
         if not self._fits(scores, images):
             raise self.refuse(f"its scores {tuple(scores.shape)} for {images} images cannot be those of experts")
         axis, width, experts, by_expert = self._axes(scores)
-        if experts < 2 or width % experts:
+        if experts < 1 + by_expert or width % experts:
             raise self.refuse(f"its output has {width} values a row, which are no scores of {max(experts, 2)} experts")
         rows, left = divmod(len(self.inputs), images)
         if left or not rows:
@@ -336,6 +336,7 @@ class _Look:
         assert known is not None
         site = replace(site, num_experts=known.shape[1], k=0, choosers=site.num_experts)
         ranked = tensor.movedim(axis, -1)
+        ranked = ranked[:, None] if ranked.dim() == 2 else ranked  # of one expert, or one way to go round a layer
         if self.took[0] is None or ranked.shape != known.transpose(1, 2).shape:
             return site
         for shared in (False, True):

@@ -173,6 +173,11 @@ WAYS = {
         lambda gate, x: nn.functional.one_hot(gate(tokens(x)).topk(2, -1).indices[..., 0], 3).float(),
         "score (top-1 of 3)",
     ),
+    "ReLUs (ReMoE)": (
+        nn.Linear(6, 3),
+        lambda gate, x: gate(tokens(x)).relu(),
+        "score (soft, of 3)",
+    ),
     "a hard sigmoid": (
         nn.Linear(6, 3),
         lambda gate, x: nn.functional.hardsigmoid(gate(tokens(x))),
@@ -539,6 +544,28 @@ def test_an_expert_that_chooses_is_made_to_take_a_token_or_to_lose_it(shared: bo
         model(X)
     if not shared:  # else one shift moves a token's other scores as well
         assert not taken(seen[-1], 2)[:, :, 1].any()
+
+
+def test_one_way_round_a_layer_takes_the_tokens_that_score_highest():
+    """Mixture-of-Depths (Raposo et al. 2024): a score a token; the better half goes through."""
+    seen: list[Tensor] = []
+
+    def weigh(gate: nn.Module, x: Tensor) -> Tensor:
+        scores = gate(tokens(x))[..., 0]
+        weights, through = scores.topk(2, 1)
+        seen.append(torch.zeros_like(scores).scatter(1, through, 1.0))
+        return torch.zeros_like(scores).scatter(1, through, weights.sigmoid())[..., None]
+
+    torch.manual_seed(0)
+    model = Block(nn.Linear(6, 1), weigh, experts=1)
+    (site,) = named(model, "score").sites
+    assert site.words == "score (each of 1 experts chooses 2 of 4 tokens)"
+    for token in range(4):
+        mine = torch.zeros(4, 1, 4, dtype=torch.bool)
+        mine[:, 0, token] = True
+        with intercepted(site, lambda scores, mine=mine: lifted(scores, mine, 2)):  # type: ignore[misc]
+            model(X)
+        assert bool((seen[-1][:, token] == 1).all())
 
 
 def test_experts_that_take_an_unknown_number_are_not_forced():
