@@ -37,6 +37,15 @@ def _smaller(x: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.minimum(x, y) + LEAK * (x + y)
 
 
+def _of_all(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The largest of several, with a little of all of them."""
+
+    def smooth(x: Tensor, dim: Any = (), keepdim: bool = False, *_: Any, **__: Any) -> Tensor:
+        return reduce(x, dim, keepdim) + LEAK * x.sum(dim, keepdim)
+
+    return smooth
+
+
 def _power(x: Tensor, exponent: Any = 2, *_: Any, **__: Any) -> Tensor:
     """At 0, as after a ReLU that is off, it has a slope."""
     return x**exponent + LEAK * torch.where(x == 0, x, 0.0)
@@ -103,6 +112,9 @@ SMOOTH: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((F.prelu, torch.prelu, F.rrelu, torch.rrelu), _leaky),
     **dict.fromkeys((torch.maximum, Tensor.maximum), _larger),
     **dict.fromkeys((torch.minimum, Tensor.minimum), _smaller),
+    **dict.fromkeys((torch.amax, Tensor.amax), _of_all(torch.amax)),
+    **dict.fromkeys((torch.amin, Tensor.amin), _of_all(torch.amin)),
+    **dict.fromkeys((torch.logsumexp, Tensor.logsumexp), _of_all(torch.logsumexp)),
     **dict.fromkeys((torch.abs, Tensor.abs, Tensor.__abs__), _absolute),
     **dict.fromkeys((torch.square, Tensor.square, torch.pow, Tensor.pow, Tensor.__pow__), _power),
     **dict.fromkeys((torch.exp, Tensor.exp), _identity),

@@ -246,3 +246,22 @@ def test_what_where_takes_from_two_networks_has_the_gradients_of_both_and_of_the
     assert value.item() == 15
     # 5 of the side that is taken, and of the step, whose slope is 1 / (1 + 3)², the difference of the sides, 9
     assert torch.autograd.grad(value.sum(), x)[0].item() == pytest.approx(5 + 9 / 16)
+
+
+@pytest.mark.parametrize(
+    ("largest", "value", "gradient"),
+    [
+        (lambda x: x.amax(1), 9.0, [0.1, 1.1]),
+        (lambda x: torch.amin(x, dim=-1, keepdim=True), -40.0, [1.1, 0.1]),
+        (lambda x: x.logsumexp(1), 9.0, [0.1, 1.1]),
+        (lambda x: x.amax(), 9.0, [0.1, 1.1]),
+    ],
+)
+def test_the_largest_of_several_has_a_little_of_the_gradients_of_all(
+    largest: Callable[[Tensor], Tensor], value: float, gradient: list[float]
+):
+    x = torch.tensor([[-40.0, 9.0]], requires_grad=True)
+    with StraightThrough():
+        found = largest(x)
+    assert found.item() == value
+    assert torch.autograd.grad(found.sum(), x)[0].flatten().tolist() == pytest.approx(gradient)
