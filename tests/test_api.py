@@ -18,6 +18,7 @@ from bench.results.store import read_runs
 FEW: dict[str, Any] = {"n_examples": 20, "settings": {"steps": 3}, "device": "cpu", "progress": False}
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_verdicts_as_the_command_line(
     bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

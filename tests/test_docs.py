@@ -188,6 +188,7 @@ def test_the_citation_is_of_this_version_and_of_the_paper():
     assert paper["url"] in README
 
 
+@pytest.mark.slow
 def test_the_example_of_ones_own_model_is_seen_and_can_be_ranked(bench: Any, tmp_path: Path):
     (example, *_) = blocks((ROOT / "docs" / "your-own-model.md").read_text(), "python")
     (tmp_path / "mine.py").write_text(example)

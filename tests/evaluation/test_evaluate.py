@@ -337,6 +337,7 @@ def test_same_command_gives_the_same_rows_and_blocks_are_independent(
     pd.testing.assert_frame_equal(second(rows), part, check_exact=True)
 
 
+@pytest.mark.slow
 def test_seed_and_block_size_make_another_run(planted: Any, score: Any, tmp_path: Path):
     results = [
         score(planted.broken(), "pgd", eps=0.05, settings={"steps": 1}, **fields)
@@ -393,6 +394,7 @@ def test_process_and_model_are_left_as_they_were(failure: type[BaseException] | 
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.slow
 def test_alpha_of_the_spec_is_that_of_the_model(planted: Any, score: Any):
     model = planted.dual(0.7)
     shares = {alpha: score(model, "pgd", alpha=alpha)[0].robust_accuracy.value for alpha in (0.7, 0.3, 0.7)}

@@ -211,6 +211,7 @@ class Tiring(Planted):
         return logits if torch.planted_calls < 500 else 2 * logits  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_answers_that_change_under_attack_are_state_wherever_it_is_kept(
     planted: Any, score: Any, monkeypatch: pytest.MonkeyPatch
 ):

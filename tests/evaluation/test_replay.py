@@ -84,6 +84,7 @@ def first(x_adv: Any) -> Callable[[Witnesses], Witnesses]:
 # --- what holds ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_witness_is_verified(bench: Any, made: Any):
     folder = made()
     count = broken(folder)
@@ -97,6 +98,7 @@ def test_every_witness_is_verified(bench: Any, made: Any):
     )
 
 
+@pytest.mark.slow
 def test_a_warm_run_of_no_attack_replays_what_it_started_from(bench: Any, made: Any):
     count = broken(made())
     folder = made("--suite", "clean", "--warm-start")

@@ -409,6 +409,7 @@ def test_our_own_dense_models_have_no_choices_and_a_wrapped_moe_has():
     assert find_choices(Calls(moe), x) == Choices(("inner.experts", "inner.router"), ("topk in inner",))
 
 
+@pytest.mark.slow
 def test_compiled_and_data_parallel_models_are_unwrapped():
     model = third_party.build("gate rounded")
     for wrapped in (torch.compile(model), nn.DataParallel(model), nn.DataParallel(torch.compile(model))):

@@ -52,7 +52,7 @@ def of_the_best_group(scores: Tensor) -> Tensor:
     return p * selected(p.masked_fill(~group.repeat_interleave(2, -1), 0.0), 1)
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "weigh",
     [

@@ -145,6 +145,7 @@ def test_a_figure_is_a_whole_file_and_the_same_bytes_each_time(
     ElementTree.fromstring(svg(drawn[word].figure))
 
 
+@pytest.mark.slow
 def test_a_pdf_is_a_whole_file_and_the_same_bytes_each_time(drawn: dict[str, Drawing]):
     one = pdf(drawn["attacks"].figure)
     assert one.startswith(b"%PDF")

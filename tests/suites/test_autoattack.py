@@ -254,6 +254,7 @@ def test_verdicts_are_what_pyautoattack_says_of_many_steps(planted: Any, score: 
     assert result.passes["square"]["forwards"] > 1000
 
 
+@pytest.mark.slow
 def test_second_block_is_attacked_as_if_it_were_alone(score: Any, cut_autoattack: Any):
     cut_autoattack(*BUDGET["Linf"])
     model = routed("softmax")
@@ -439,6 +440,7 @@ class FailsLate(nn.Module):
         return self.model(x)
 
 
+@pytest.mark.slow
 def test_what_was_found_before_a_failure_counts(score: Any, cut_autoattack: Any, unprobed: None):
     cut_autoattack(*BUDGET["Linf"])
     whole = routed("softmax")

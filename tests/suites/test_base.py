@@ -23,7 +23,10 @@ ATTACKS += [("torchattacks:FGSM", "Linf"), ("torchattacks:VMIFGSM", "Linf"), ("t
 ATTACKS += [("torchattacks:Square", "L2"), ("torchattacks:CW", "L2"), ("torchattacks:EADL1", "L1")]
 #: The data set that a suite for any is run on.
 DATASET = {name: (SUITES[name].datasets or ("planted",))[0] for name in SUITES}
-SLOW = [("autoattack", "L1"), ("robustbench", "L2"), ("torchattacks:EADL1", "L1")]
+SLOW = [
+    ("autoattack", "L1"), ("autoattack", "L2"), ("robustbench", "L2"), ("torchattacks:EADL1", "L1"),
+    ("torchattacks:Square", "L2"), ("components", "L2"),
+]  # fmt: skip
 #: Fewer queries than by default, which would take seconds and prove no more.
 SETTINGS: dict[str, dict[str, Any]] = {"torchattacks:Square": {"n_queries": 200}, "adaptive": {"budget": "small"}}
 

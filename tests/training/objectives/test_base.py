@@ -265,7 +265,7 @@ def test_every_attack_has_its_restarts_and_the_first_starts_as_the_only_one_does
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
-@pytest.mark.parametrize("gate", ["softmax", "argmax"])
+@pytest.mark.parametrize("gate", ["softmax", pytest.param("argmax", marks=pytest.mark.slow)])
 def test_every_objective_gives_finite_steps_on_parts_that_it_names(name: str, gate: Any):
     torch.manual_seed(0)
     moe = Routed(
@@ -316,7 +316,9 @@ def test_load_entropy_by_hand():
     assert load_entropy(gate_logits).item() == pytest.approx(log(2) - 0.75 * log(4 / 3) - 0.25 * log(4))
 
 
-@pytest.mark.parametrize("name", ["standard", "at", "trades"])
+@pytest.mark.parametrize(
+    "name", ["standard", *(pytest.param(name, marks=pytest.mark.slow) for name in ("at", "trades"))]
+)
 @pytest.mark.parametrize("balance_loss", ["switch", "entropy"])
 def test_blocks_inside_are_balanced_by_the_mean_of_their_gates_losses(name: str, balance_loss: str):
     torch.manual_seed(0)
