@@ -34,12 +34,12 @@ MOST_STACKED = 64
 def unused_parts(guard: Guarded, x: Tensor, known: Sequence[Site] = ()) -> list[str]:
     """The modules, or `weight[2]` of stacked ones, that the answers for images x (m, c, H, W) hardly depend on.
 
-    None where they are few of the weights. Of nested ones the outermost is named. What `torch.stack` puts together is
-    looked at as well, since experts may share weights. A part's influence is ‖θ‖ · ‖∂(a random sum of the logits)/∂θ‖
-    of its weights θ, at the most of several passes, in which the `known` sites send images and tokens to each of their
-    experts in turn; their gates choose alone, and may have none. What the answer does not come of at all, such as a
-    second head, is not named, nor what all-zero weights cut off, which no image opens. The model is in eval mode; its
-    parameters are as before afterwards.
+    Nothing where they are few of the weights. Of nested ones the outermost is named. What `torch.stack` puts together
+    is looked at as well, since experts may share weights. A part's influence is ‖θ‖ · ‖∂(a random sum of the
+    logits)/∂θ‖ of its weights θ, at the most of several passes, in which the `known` sites send images and tokens to
+    each of their experts in turn; their gates choose alone, and may have none. What the answer does not come of at all,
+    such as a second head, is not named, nor what all-zero weights cut off, which no image opens. The model is in eval
+    mode; its parameters are as before afterwards.
     """
     passes = max([1, *(-(-site.num_experts // len(x)) for site in known)])
     if passes > MOST_PASSES or any(_inside(site, other) for site in known for other in known):
@@ -61,7 +61,7 @@ def unused_parts(guard: Guarded, x: Tensor, known: Sequence[Site] = ()) -> list[
             weight.data.zero_()
     gradients = [of_weights for of_weights, _ in found_by_pass]
     for owner, module in guard.model.named_modules():
-        if any(owner == site.name or owner.startswith(f"{site.name}.") for site in known):
+        if any(f"{owner}.".startswith(f"{site.name}.") for site in known):
             continue
         for key, weight in module.named_parameters(recurse=False):
             name = f"{owner}.{key}".lstrip(".")

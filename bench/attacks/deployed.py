@@ -4,6 +4,8 @@ Axes: B = examples of the block, m = rows that are attacked, C = classes, T = ta
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +24,18 @@ SPREAD = 0.125
 OPENED = 4
 
 
-def deployed(search: Search, restarts: int, steps: int) -> None:
-    """From uniform starts, each row by a loss of its own: the margin, cross-entropy or DLR."""
+def deployed(
+    search: Search, restarts: int, steps: int, around: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> None:
+    """From uniform starts, each row by a loss of its own: the margin, cross-entropy or DLR; the model runs `around`."""
     block = search.block
     for _ in range(restarts):
         which = torch.randint(3, (len(block.y),)).to(block.x.device)
 
         def objective(z: Tensor, rows: Tensor, which: Tensor = which) -> tuple[Tensor, Tensor]:
-            logits, y = block.model(z), block.y[rows]
-            return losses(logits, y).gather(1, which[rows, None])[:, 0], margin(logits, y) > 0
+            with around():
+                logits, y = block.model(z), block.y[rows]
+                return losses(logits, y).gather(1, which[rows, None])[:, 0], margin(logits, y) > 0
 
         search.climb(objective, search.uniform(), steps, search.rows)
 
@@ -42,31 +47,18 @@ def stand_ins(search: Search, restarts: int, steps: int) -> None:
     it is not known beforehand, and may well raise the true class at first: from each image random directions of the
     logits are followed, and their opposites; then the losses from uniform starts.
     """
-    block = search.block
-
-    def climb(value: Callable[[Tensor, Tensor], Tensor], start: Tensor, steps: int) -> None:
-        def objective(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            with StraightThrough(far=True):
-                logits = block.model(z)
-                return value(logits, rows), margin(logits, block.y[rows]) > 0
-
-        search.climb(objective, start, steps, search.rows)
-
+    block, smooth = search.block, partial(StraightThrough, far=True)
     for _ in range(2 * restarts):
         direction = torch.randn(len(block.y), block.num_classes).to(block.x.device)
         for side in (direction, -direction):
 
-            def along(logits: Tensor, rows: Tensor, side: Tensor = side) -> Tensor:
-                return (standardised(logits) * side[rows]).sum(1)
+            def along(z: Tensor, rows: Tensor, side: Tensor = side) -> tuple[Tensor, Tensor]:
+                with smooth():
+                    logits = block.model(z)
+                    return (standardised(logits) * side[rows]).sum(1), margin(logits, block.y[rows]) > 0
 
-            climb(along, block.x, steps // OPENED)
-    for _ in range(restarts):
-        which = torch.randint(3, (len(block.y),)).to(block.x.device)
-
-        def loss(logits: Tensor, rows: Tensor, which: Tensor = which) -> Tensor:
-            return losses(logits, block.y[rows]).gather(1, which[rows, None])[:, 0]
-
-        climb(loss, search.uniform(), steps)
+            search.climb(along, block.x, steps // OPENED, search.rows)
+    deployed(search, restarts, steps, smooth)
 
 
 def averaged(search: Search, neighbours: int, steps: int) -> None:
