@@ -205,10 +205,10 @@ def on_ray(on: str, work: Work, device: str, say: Callable[[str], None]) -> dict
         ray.init(address=address or None, include_dashboard=None if address else False, log_to_driver=False,
                  logging_level=logging.ERROR)  # fmt: skip
     except Exception as error:  # Ray's own, and a plain one where a node of this machine does not start in time
-        reached = (
-            f"--on ray={address}: no cluster could be reached" if address else "--on ray: no cluster could be started"
-        )
-        raise UnusableInput(f"{reached}: {error}") from None
+        if not address:
+            raise UnusableInput(f"--on ray: no cluster could be started: {error}") from None
+        token = "; if it asks for a token, set RAY_AUTH_MODE=token"  # Ray looks for one by itself with `auto` alone
+        raise UnusableInput(f"--on ray={address}: no cluster could be reached: {error}{token}") from None
     try:
         return _do_all(tasks, work, device, say)
     finally:

@@ -329,6 +329,7 @@ def failing_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SUITES._items, "fails", Fails)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("failing_suite")
 def test_error_rows_make_status_1_and_check_and_boards_refuse_them(bench: Bench, user_model: str):
     words = ["run", "--model", f"{user_model}:Linear", "--suite", "fails", "--n-examples", "100"]

@@ -181,13 +181,13 @@ def test_rows_are_those_of_one_process_though_a_worker_is_killed(
 
 
 @pytest.mark.parametrize(
-    ("on", "said"),
+    ("on", "said", "hint"),
     [
-        ("ray", "--on ray: no cluster could be started"),
-        ("ray=a:1", "--on ray=a:1: no cluster could be reached"),
+        ("ray", "--on ray: no cluster could be started", ""),
+        ("ray=a:1", "--on ray=a:1: no cluster could be reached", "; if it asks for a token, set RAY_AUTH_MODE=token"),
     ],
 )
-def test_a_cluster_that_does_not_start_is_one_line(on: str, said: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_cluster_that_does_not_start_is_one_line(on: str, said: str, hint: str, monkeypatch: pytest.MonkeyPatch):
     """Ray raises a plain Exception where a node of this machine is not there in time."""
 
     def late(**_: Any) -> None:
@@ -195,5 +195,5 @@ def test_a_cluster_that_does_not_start_is_one_line(on: str, said: str, monkeypat
 
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=late))
     work: Any = SimpleNamespace(tasks=lambda: [None])
-    with pytest.raises(UnusableInput, match=f"^{said}: The current node timed out during startup$"):
+    with pytest.raises(UnusableInput, match=f"^{said}: The current node timed out during startup{hint}$"):
         on_ray(on, work, "cpu", print)

@@ -172,6 +172,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "own"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

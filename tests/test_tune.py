@@ -107,6 +107,7 @@ def test_experts_without_load_are_counted_in_the_epoch_that_is_kept(tmp_path: Pa
     assert trial.dead_experts == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["moe-at", "dense-at"])
 def test_trials_are_scored_on_held_out_images_and_a_rerun_trains_nothing(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

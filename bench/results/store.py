@@ -155,11 +155,14 @@ class Folder(ABC, Generic[R]):
 
         Of a run that another process finishes meanwhile, which takes the blocks away, nothing is stored.
         """
+        result = self.path / "result.json"
         try:
             self._write_block(index, rows, side, witnesses)
         except FileNotFoundError:
-            if not (self.path / "result.json").exists():
+            if not result.exists():
                 raise
+        if result.exists():  # asked after the block is written: the other takes away what came before its result
+            self._drop_blocks()
 
     def _write_block(
         self, index: int, rows: "pd.DataFrame", side: Mapping[str, Any], witnesses: Witnesses | None

@@ -78,6 +78,7 @@ def test_every_method_answers_for_every_image_whatever_the_blocks(method: str, m
     assert "</svg>" in (folder / "curve.svg").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CERTIFIERS)
 def test_a_stopped_certification_goes_on_and_a_finished_one_is_read(method: str, made: Any, tmp_path: Path):
     expected, rows = made(method, batch_size=5, results=tmp_path / "undisturbed")
@@ -115,6 +116,7 @@ def test_what_is_not_finite_is_not_certified(method: str, made: Any, planted: An
     assert not rows.loc[rows["idx"].isin(bright.nonzero()[:, 0].tolist()), "status"].eq("certified").any()
 
 
+@pytest.mark.slow
 def test_modes_and_random_state_are_as_before(made: Any, linear_moe: Any):
     weights = torch.randn(4, 3, 192, generator=torch.Generator().manual_seed(0))
     for method in CERTIFIERS:

@@ -398,6 +398,7 @@ class Calls(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.slow
 def test_our_own_dense_models_have_no_choices_and_a_wrapped_moe_has():
     x = torch.rand(4, 1, 8, 8)
     for path in sorted((ZOO / "digits" / "Linf").glob("*.safetensors")):

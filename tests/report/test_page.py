@@ -142,6 +142,7 @@ def test_what_does_not_apply_is_left_out(save_run: Any, tmp_path: Path):
         assert title not in said
 
 
+@pytest.mark.slow
 def test_a_row_without_a_rank_has_no_figures_where_another_on_its_board_has_them(save_run: Any, tmp_path: Path):
     for model in ("dense", "other"):
         info = {"checkpoint_sha256": "d" * 64}

@@ -68,6 +68,14 @@ def test_a_block_of_a_run_that_another_process_finishes_meanwhile_is_not_missed(
         RunFolder(tmp_path / "unfinished").write_block(0, ROWS, {})
 
 
+def test_a_block_that_comes_after_its_run_was_finished_leaves_nothing(tmp_path: Path):
+    """As by a worker of a cluster whose command was killed, and typed again."""
+    folder = RunFolder(tmp_path / "run")
+    folder.finish(result(ROWS), ROWS)
+    folder.write_block(0, ROWS, {}, Witnesses(np.array([1]), ("pgd",), np.zeros((1, 1, 2, 2), dtype="float32")))
+    assert {path.name for path in folder.path.iterdir()} == {"result.json", "verdicts.parquet"}
+
+
 def test_attacks_stay_in_the_order_they_ran(tmp_path: Path):
     rows = frame(clean="1111", square="1011", apgd="1.01")
     made = Result.from_rows(spec(), INFO, "f", rows, ["square", "apgd", "last"], **PROVENANCE)

@@ -61,7 +61,12 @@ DEAR = (
     "gate noise", "a decoy class", "probabilities given as logits", "rounded logits", "a region towards other images",
     "one-hot scores", "a decided mixture of all experts", "labels alone",
 )  # fmt: skip
-#: Of these, those whose routes need no slopes of an image's own, which take another third.
+#: Those of the others that take a second or more.
+SLOW = (
+    "a step that opens inside the ball", "a score that rises the wrong way", "features under no_grad",
+    "a pair of a dual's routes", "rounded scores", "images one by one", "saturated scores",
+)  # fmt: skip
+#: Of the dear ones, those whose routes need no slopes of an image's own, which take another third.
 WITHOUT_SLOPES = ("a decoy class", "probabilities given as logits", "rounded logits", "labels alone")
 #: And those that need no other images, by half of them.
 FEW = tuple(kind for kind in DEAR if kind not in ("a region towards other images", "one-hot scores"))
@@ -72,7 +77,9 @@ MANY = ("a pair of a dual's routes", "a pair of sixteen experts", "an expert tha
 @pytest.mark.parametrize(
     ("kind", "gate", "budget"),
     [
-        pytest.param(*case.values, "small", marks=[pytest.mark.slow] * (case.values[0] in DEAR or case not in ONCE))
+        pytest.param(
+            *case.values, "small", marks=[pytest.mark.slow] * (case.values[0] in DEAR + SLOW or case not in ONCE)
+        )
         for case in EVERY
         if case in ONCE or case.values[0] not in DEAR or case.values[0] == "one-hot scores"
     ]
@@ -156,6 +163,8 @@ def test_a_decided_mixture_that_the_user_names_is_led_to_each_expert():
     assert scored.robust_accuracy.value == 0
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_mixture_whose_router_is_called_twice_is_not_forced(verdict: Any):
     class Twice(Mixture):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,7 @@ def by_example(rows: Any) -> dict[int, bool]:
     return rows.groupby("idx")["robust"].all().to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "gate", "dataset"),
     [("Linf", "argmax", "cifar10"), ("L2", "softmax", "imagenet")],

@@ -168,6 +168,7 @@ def test_a_training_starts_from_a_file_of_pretrained_weights(tiny_spec: Specs, t
     assert header.info("").additional_data is True
 
 
+@pytest.mark.slow
 def test_a_resumed_training_needs_no_pretrained_weights(tiny_spec: Specs, tmp_path: Path):
     file = tmp_path / "vit.safetensors"
     save_file(timm.create_model("vit_small_patch16_224", embed_dim=12).state_dict(), file)

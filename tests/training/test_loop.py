@@ -220,15 +220,14 @@ class Stop(Exception):
     """What a test stops a training by."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "settings", "where"),
     [
         ("moe-standard", {"schedule": "one_cycle", "noise_sigma": 0.25}, "on_step"),
         ("moe-at-argmax", {"schedule": "cyclic", "clip_grad_norm": None}, "on_epoch"),
         ("moe-rt_er", {"schedule": "cosine", "optimizer": "adamw", "lr": 0.01, "flip": True}, "on_step"),
-        pytest.param(
-            "dual-jtdmoe", {"schedule": "constant", "precision": "bf16-mixed"}, "on_step", marks=pytest.mark.slow
-        ),
+        ("dual-jtdmoe", {"schedule": "constant", "precision": "bf16-mixed"}, "on_step"),
         ("moe-at", {"ema_decay": 0.9, "start_radius": 2}, "on_step"),
     ],
 )
@@ -680,6 +679,7 @@ def test_a_published_recipe_takes_its_first_step(
 # --- models that are put together -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_dual_is_put_together_from_the_parts_of_its_seed(seed: int, trained: Training, tiny_spec: Specs):
     parts = [trained(tiny_spec(name, seed=seed)) for name in ("moe-standard", "moe-rt_er")]
