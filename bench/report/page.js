@@ -8,7 +8,7 @@ for (const table of document.querySelectorAll("table.board")) {
     head.setAttribute("aria-sort", descending ? "descending" : "ascending");
     for (const body of table.tBodies) {
       // what is not known comes last, in either order
-      const value = (row) => row.cells[at].dataset.sort;
+      const value = (row) => row.cells[at].dataset.sort ?? "";
       const rows = [...body.rows].sort((a, b) => {
         const [x, y] = [value(a), value(b)];
         if (x === "" || y === "") return (x === "") - (y === "");
