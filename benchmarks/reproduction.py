@@ -255,9 +255,13 @@ def claims(data: Scored) -> list[Claim]:
         ),
         Claim(
             "AutoAttack overstates the released code's routing",
-            "Its gate is one-hot, so the router has no gradient and is never trained. The same model under"
+            "Its gate is one-hot, so the router has no gradient and is never trained. Each model under"
             " AutoAttack, and under attacks that know its routes as well.",
-            data.within("moe-rt_er-argmax", "RA, autoattack", "RA-worst"),
+            [
+                test
+                for model in ("moe-rt_er-argmax", "moe-at-argmax", "dual-argmax", "dual-jtdmoe-argmax")
+                for test in data.within(model, "RA, autoattack", "RA-worst")
+            ],
         ),
     ]  # fmt: skip
 
