@@ -149,7 +149,9 @@ def host(site: Site, others: Sequence[Site]) -> tuple[Site, int] | None:
     for other in sorted(others, key=lambda one: len(one.name), reverse=True):
         inside = f"{other.name.removesuffix(other.attribute)}experts."
         if other is not site and site.name.startswith(inside):
-            return other, int(site.name.removeprefix(inside).partition(".")[0])
+            experts = [name for name, _ in other.owner.experts.named_children()]  # numbers, or a ModuleDict's keys
+            if len(experts) == other.num_experts:
+                return other, experts.index(site.name.removeprefix(inside).partition(".")[0])
     return None
 
 

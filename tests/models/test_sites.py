@@ -237,3 +237,18 @@ def test_gates_inside_a_network_are_read_and_forced(name: str, tokens: int):
         assert asked == {site.owner.experts[number] for number in chosen[0]}
         for hook in hooks:
             hook.remove()
+
+
+@pytest.mark.parametrize("experts", [nn.ModuleList, lambda parts: nn.ModuleDict(dict(zip("ab", parts, strict=True)))])
+def test_the_expert_that_a_gate_lies_in_is_found_by_its_place(experts: Any):
+    outer = nn.Module()
+    outer.experts = experts([nn.Module(), nn.Module()])
+    name = [*outer.experts._modules][1]
+    around, inside = (
+        Site("layer.gate", outer, "gate", 2, 1),
+        Site(f"layer.experts.{name}.gate", outer.experts._modules[name], "gate", 3, 1),
+    )
+    assert routing.host(inside, [inside, around]) == (around, 1)
+    assert routing.host(around, [inside, around]) is None
+    shared = Site("layer.gate", outer, "gate", 8, 1)  # its experts are not the modules below `experts` one by one
+    assert routing.host(inside, [inside, shared]) is None
