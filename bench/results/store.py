@@ -40,7 +40,7 @@ _KEPT = "bench.results.witnesses"
 
 #: So many runs' rows are kept in memory, of runs on at most so many examples: of large ones, with megabytes each, they
 #: are read again, which takes less than to keep them.
-_KEPT_RUNS, _KEPT_EXAMPLES = 256, 2000
+_KEPT_RUNS, _KEPT_EXAMPLES = 512, 1000
 #: So many runs are named where a folder holds some and is none.
 _NAMED = 3
 
