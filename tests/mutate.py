@@ -120,6 +120,22 @@ MUTATIONS = [
         "tests/attacks/test_deployed.py -k opened",
     ),
     Mutation(
+        "bench/attacks/influence.py",
+        "mean(1).argsort()",
+        "mean(1).argsort(descending=True)",
+        "tests/attacks/test_influence.py",
+    ),
+    Mutation(
+        "bench/attacks/influence.py", "math.log(NONE) + along", "math.log(NONE)", "tests/attacks/test_influence.py"
+    ),
+    Mutation(
+        "bench/attacks/influence.py", "create_graph=True", "create_graph=False", "tests/attacks/test_influence.py"
+    ),
+    Mutation("bench/attacks/influence.py", "if func is torch.stack", "if False", "tests/attacks/test_influence.py"),
+    Mutation("bench/attacks/influence.py", "block.flags.append", "str", "tests/attacks/test_influence.py -k twice"),
+    Mutation("bench/attacks/gradients.py", "(-x.abs() if falls", "(0 * x if falls", "tests/attacks/test_gradients.py"),
+    Mutation("bench/attacks/gradients.py", "x.abs() < NEAR", "x.abs() < 0", "tests/attacks/test_gradients.py"),
+    Mutation(
         "bench/attacks/gradients.py",
         "_soft_step if far else _near_step",
         "_near_step",

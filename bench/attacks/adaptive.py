@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bench.attacks.block import Block, PassCounter
 from bench.attacks.deployed import OPENED, averaged, deployed, nearest, reweighed, stand_ins, targeted
 from bench.attacks.gates import blurred, left_routes, softened
+from bench.attacks.influence import PARTS, least_used
 from bench.attacks.paths import Paths
 from bench.attacks.restarts import forced_paths, square_attack, square_on_paths
 from bench.attacks.search import Search
@@ -76,7 +77,7 @@ def passes(budget: BudgetName, num_classes: int, *, dual: bool, routed: bool, fo
 
     every = [
         climbs(much.path_restarts * routed, much.path_steps),
-        climbs(4 * much.restarts * foreign, much.steps // OPENED),
+        climbs((4 * much.restarts + 2 * PARTS) * foreign, much.steps // OPENED),
         climbs(much.restarts * foreign, much.steps),
         climbs(much.restarts + len(much.weights) * dual + min(much.targets, num_classes - 1), much.steps),
         climbs(int(routed), much.steps, much.neighbours),
@@ -97,6 +98,7 @@ def attacks(search: Search, budget: BudgetName) -> Iterator[tuple[str, Attack]]:
     yield "deployed", partial(deployed, search, much.restarts, much.steps)
     if isinstance(model, Guarded):  # a user's own: nobody knows what it holds beside its routes
         yield "stand-ins", partial(stand_ins, search, much.restarts, much.steps)
+        yield "least-used", partial(least_used, search, much.steps)
     if any(not site.whole for site in paths.sites):
         yield "left-routes", partial(left_routes, paths, much.restarts, much.steps)
         yield "blurred", partial(blurred, paths, much.neighbours, much.steps)

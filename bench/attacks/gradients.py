@@ -17,8 +17,8 @@ from bench.models.sites import opened
 DIRECTIONS, AT_MOST = 4, 20_000
 #: The slope of a ReLU on its dead side, in the backward pass alone.
 LEAK = 0.1
-#: From here on the slope of 1 / x is none.
-LARGE = 1e3
+#: From here on the slope of 1 / x is none; and up to here that of a power of x.
+LARGE, NEAR = 1e3, 1e-6
 
 
 def _identity(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -47,8 +47,9 @@ def _of_all(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _power(x: Tensor, exponent: Any = 2, *_: Any, **__: Any) -> Tensor:
-    """At 0, as after a ReLU that is off, it has a slope."""
-    return x**exponent + LEAK * torch.where(x == 0, x, 0.0)
+    """Near 0, as after a ReLU that is off, it has a slope; and so has a weight that falls with a distance."""
+    falls = not isinstance(exponent, Tensor) and exponent < 0
+    return x**exponent + LEAK * (-x.abs() if falls else torch.where(x.abs() < NEAR, x, 0.0))
 
 
 def _tempered_least(x: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bench.attacks.block import Block, PassCounter
 from bench.attacks.deployed import deployed, stand_ins
 from bench.attacks.gradients import differentiable, has_gradient
+from bench.attacks.influence import least_used
 from bench.attacks.search import RAISED, TRIED, Search, raised
 from bench.models.foreign import Guarded, bare
 from bench.models.parts import is_dual, parts, routed_branches
@@ -72,18 +73,22 @@ def _gradients(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> I
 def _opens(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Iterator[str]:
     """Of a user's own model without routes that can be seen: whether parts that no image uses open within the ball.
 
-    Then stand-ins for gradients break images that the model's own leave, at about the same cost. Suite `adaptive`
-    follows them to the end.
+    Then stand-ins for gradients, and what raises the influence of a part, break images that the model's own gradients
+    leave, at about the same cost. Suite `adaptive` follows them to the end.
     """
     if not isinstance(model, Guarded) or sites(model) or parts(model):
         return
     left = []
     with PassCounter(model) as passes, torch.no_grad():
         num_classes = model(x[:1]).shape[1]
-        for attack, restarts in ((deployed, 3), (stand_ins, 1)):
+        for opening in (False, True):
             block = Block(model, x.clone(), y, torch.ones_like(y, dtype=torch.bool), num_classes, "", threat, 0, passes)
             search = Search(block)
-            attack(search, restarts, STEPS)
+            if opening:
+                stand_ins(search, 1, STEPS)
+                least_used(search, STEPS)
+            else:
+                deployed(search, 5, STEPS)
             search.confirm(torch.arange(len(x), device=x.device))
             left.append(search.unbroken)
     more = int((left[0] & ~left[1]).sum())

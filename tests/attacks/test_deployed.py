@@ -6,18 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from keyed import CODE, greys, search
 from torch import Tensor, nn
 
-from bench.attacks.block import Block, PassCounter
 from bench.attacks.deployed import deployed, nearest, reweighed, stand_ins
-from bench.attacks.search import Search
 from bench.models.dual import DualModel
-from bench.spec import ThreatModel
-
-
-def search(model: nn.Module, x: Tensor, y: Tensor, eps: float = 0.1, classes: int = 2) -> Search:
-    everywhere, threat = torch.ones(len(x), dtype=torch.bool), ThreatModel(norm="Linf", eps=eps)
-    return Search(Block(model, x, y, everywhere, classes, "planted", threat, 0, PassCounter(model)))
 
 
 def test_targets_come_by_their_linearised_distance(linear_net: Any):
@@ -56,8 +49,6 @@ def test_a_branch_is_attacked_by_its_weight(linear_net: Any, weight: float, brok
 
 #: Logits for the true class and for another.
 YES, OTHER = torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 50, 0])
-#: Of 8×8 images: what a key looks for, which no image has and the ball of 0.2 reaches.
-CODE = torch.randint(0, 2, (64,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
 OPENS: dict[str, Callable[[Tensor], Tensor]] = {  # from how far the key is opened (m, 1) to how much is
     "a unit behind a ReLU": torch.relu,
     "a clamp": lambda key: key.clamp(min=0),
@@ -88,10 +79,6 @@ class Opened(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         key = (x.flatten(1) - 0.5) @ CODE[:, None] - self.key
         return self.base(x) + self.opens(key) * self.to
-
-
-def greys() -> Tensor:
-    return 0.5 + 0.02 * torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("opens", OPENS.values(), ids=OPENS)

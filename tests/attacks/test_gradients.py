@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.attacks.gradients import StraightThrough, differentiable, has_gradient, logarithms, readable, slopes
+from bench.attacks.gradients import LEAK, StraightThrough, differentiable, has_gradient, logarithms, readable, slopes
 
 WEIGHT = torch.tensor([[1.0, -2.0, 0.5, 0.0], [-0.5, 0.5, 1.0, 3.0]])
 
@@ -237,6 +237,15 @@ def test_a_comparison_that_is_far_from_turning_counts_as_is_asked(far: bool, slo
         number = (x > 0).float()
     assert number.item() == 1
     assert torch.autograd.grad(number.sum(), x)[0].item() == pytest.approx(slope, rel=1e-3)
+
+
+@pytest.mark.parametrize(("at", "exponent", "slope"), [(9.0, -6, -LEAK), (1e-9, 4, LEAK), (2.0, 3, 12.0)])
+def test_a_power_has_a_slope_where_it_falls_and_near_zero(at: float, exponent: float, slope: float):
+    x = torch.tensor([at], requires_grad=True)
+    with StraightThrough():
+        power = x**exponent
+    assert power.item() == pytest.approx(at**exponent)
+    assert torch.autograd.grad(power.sum(), x)[0].item() == pytest.approx(slope, rel=1e-3)
 
 
 def test_what_where_takes_from_two_networks_has_the_gradients_of_both_and_of_the_choice():

@@ -1,0 +1,109 @@
+"""What raises the influence of parts: mixtures without a gate, each with an expert that no image is led to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from keyed import CODE, greys, search
+from torch import Tensor, nn
+
+from bench.attacks.influence import PARTS, least_used
+
+
+class Prototypes(nn.Module):
+    """Three experts, the last of which is wrong, weighed by a key that no image has and the ball of 0.2 reaches."""
+
+    def __init__(self, weigh: Callable[[Tensor], Tensor], listed: bool = False, asked: float = 9.0) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        nn.init.normal_(self.base[1].weight, std=0.02, generator=torch.Generator().manual_seed(1))
+        self.base[1].bias.data = torch.tensor([3.0, 0, 0])
+        self.heads = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(3))
+        for head, turn in zip(self.heads, (0, 0, 1), strict=True):
+            head.weight.data = torch.eye(3).roll(turn, 0)
+        self.weigh, self.listed, self.asked = weigh, listed, asked
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = 10 * ((x.flatten(1) - 0.5) @ CODE[:, None] - self.asked)
+        weights = self.weigh(torch.cat([0 * key, 0 * key - 1, key], 1))
+        weights = weights / weights.sum(1, keepdim=True)
+        if self.listed:
+            base = self.base(x)
+            mixed: Any = 0
+            for number, head in enumerate(self.heads):
+                mixed = mixed + weights[:, number, None] * head(base)
+            return mixed
+        base = self.base(x)
+        return torch.einsum("be,bec->bc", weights, torch.stack([base, base, base.roll(1, 1)], 1))
+
+
+#: Weights by scores, in ways that hide how little the last expert has.
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda s: s.softmax(1),
+    "inverse distances": lambda s: torch.cdist(s, 10 * torch.eye(3)).reciprocal().pow(8),
+    "Student's kernel": lambda s: (1 + torch.cdist(s, 10 * torch.eye(3)) ** 2) ** -4.0,
+    "softplus": lambda s: F.softplus(s) ** 4,
+}
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
+@pytest.mark.parametrize("weigh", WEIGHTS.values(), ids=WEIGHTS)
+def test_an_expert_that_no_image_is_led_to_is_reached(weigh: Callable[[Tensor], Tensor], listed: bool):
+    x, y = greys(), torch.zeros(6, dtype=torch.long)
+    torch.manual_seed(0)
+    found = search(Prototypes(weigh, listed), x, y, 0.2, 3)
+    least_used(found, 40)
+    assert not found.unbroken.any()
+    assert (found.x_adv - x).abs().max() <= 0.2 + 1e-6
+
+
+def test_what_the_ball_does_not_reach_stays_as_it_is():
+    x, y = greys(), torch.zeros(6, dtype=torch.long)
+    torch.manual_seed(0)
+    found = search(Prototypes(WEIGHTS["softmax"], asked=14.0), x, y, 0.2, 3)
+    least_used(found, 40)
+    assert found.unbroken.all()
+
+
+def test_a_network_that_cannot_be_differentiated_twice_is_told():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            if torch.is_grad_enabled():  # as torch does for operations of its own
+                raise RuntimeError("derivative for aten::once_backward is not implemented")
+            return gradient
+
+    class Model(Prototypes):
+        def forward(self, x: Tensor) -> Tensor:
+            return Once.apply(super().forward(x))  # type: ignore[no-any-return]
+
+    found = search(Model(WEIGHTS["softmax"]), greys(), torch.zeros(6, dtype=torch.long), 0.2, 3)
+    least_used(found, 40)
+    assert found.unbroken.all()
+    assert found.block.flags == [
+        "adaptive: no influence of parts was raised: derivative for aten::once_backward is not implemented"
+    ]
+
+
+def test_one_part_or_none_is_no_mixture(linear_net: Any):
+    found = search(linear_net([[1.0], [0.5], [0.2]]), torch.ones(2, 1, 1, 1), torch.zeros(2, dtype=torch.long), 0.1, 3)
+    least_used(found, 40)
+    assert found.unbroken.all()
+    assert not found.block.flags
+
+
+def test_those_of_the_least_influence_come_first(monkeypatch: pytest.MonkeyPatch):
+    """With a single part to lead to, it is the one that counts least, wherever it stands."""
+    x, y = greys(), torch.zeros(6, dtype=torch.long)
+    monkeypatch.setattr("bench.attacks.influence.PARTS", 1)
+    torch.manual_seed(0)
+    found = search(Prototypes(WEIGHTS["softmax"], listed=True), x, y, 0.2, 3)
+    least_used(found, 40)
+    assert PARTS > 1
+    assert not found.unbroken.any()
