@@ -134,17 +134,17 @@ class Exchanges:
         return self._share(above, below) > effect / 8
 
 
-def fewer(guard: Guarded, site: Site, x: Tensor) -> int:
-    """How many experts a site that a model's attributes show selects, where these are fewer than it says; else its K.
+def measured_k(guard: Guarded, site: Site, x: Tensor) -> int:
+    """How many experts a site selects, by where the model's answer jumps; its own K where it jumps nowhere.
 
-    More than are selected would be forced at a time, and of these the model would take the best.
+    Were more forced at a time, the model would take the best of them; were fewer, it would add one that is not forced.
     """
     if site.num_experts < 2:
         return site.k
     exchanges = Exchanges(guard, site, x)
     with torch.no_grad():
         jumps = exchanges.jumps(exchanges.effects(), 0.0)
-    return min(site.k, max(jumps, default=site.k))
+    return max(jumps, default=site.k)
 
 
 def misshown(guard: Guarded, site: Site, sites: Sequence[Site], x: Tensor) -> str:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from bench.errors import UnusableInput, did_you_mean
 from bench.models.choices import plain
 from bench.models.deployed import eval_frozen
-from bench.models.exchanges import ROUNDING, SPREADS, Exchanges, are_probabilities, fewer
+from bench.models.exchanges import ROUNDING, SPREADS, Exchanges, are_probabilities, measured_k
 from bench.models.foreign import Guarded, Shown
 from bench.models.parts import is_dual, is_moe
 from bench.models.sites import Site, counts, forced, intercepted, read, scores_of, selected, shown_sites
@@ -549,7 +549,7 @@ def _selects(guard: Guarded, site: Site, sites: list[Site], x: Tensor, look: _Lo
     if (k := look.named.k) is not None:
         if k > site.num_experts:
             raise UnusableInput(f"--gates {site.name}:k={k}: it has {site.num_experts} experts")
-        if (found := fewer(guard, replace(site, k=k), x)) < k:
+        if (found := measured_k(guard, replace(site, k=k), x)) != k:
             raise UnusableInput(f"--gates {site.name}:k={k}: the model selects {found} of its experts: leave k out")
         return replace(site, k=k)
     if site.choosers:

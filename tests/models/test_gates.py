@@ -251,6 +251,9 @@ def test_k_and_e_can_be_given():
     assert (site.k, site.num_experts) == (1, 4)
     assert refused(model, "fc:k=3") == "--gates fc:k=3: the model selects 1 of its experts: leave k out"
     assert refused(model, "fc:k=5") == "--gates fc:k=5: it has 4 experts"
+    two = Block(nn.Linear(6, 3), lambda gate, x: hot(gate(tokens(x)), 2))
+    assert refused(two, "score:k=1") == "--gates score:k=1: the model selects 2 of its experts: leave k out"
+    assert named(two, "score:k=2").words == ("score:k=2",)
     for word in ("fc:k", "fc:k=0", "fc:m=1", ":k=1"):
         assert refused(model, word).startswith(f"--gates {word}: write NAME, NAME:k=2")
 
