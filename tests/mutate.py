@@ -120,6 +120,20 @@ MUTATIONS = [
         "tests/attacks/test_deployed.py -k opened",
     ),
     Mutation(
+        "bench/attacks/recorded.py", "kind in EACH or own", "kind in EACH", "tests/attacks/test_deployed.py -k own"
+    ),
+    Mutation("bench/attacks/recorded.py", "kind in BEST", "False", "tests/attacks/test_deployed.py -k best"),
+    Mutation("bench/attacks/recorded.py", "kind.startswith(POOLS)", "False", "tests/attacks/test_deployed.py -k pool"),
+    Mutation("bench/attacks/recorded.py", 'kind == "Glu"', "False", "tests/attacks/test_deployed.py -k gated"),
+    Mutation("bench/attacks/recorded.py", "inputs == 1 or", "True or", "tests/attacks/test_influence.py"),
+    Mutation("bench/attacks/recorded.py", "dim - 2**64 if", "dim if", "tests/attacks/test_deployed.py -k kthvalue"),
+    Mutation(
+        "bench/attacks/deployed.py",
+        "return with_slopes(logits)",
+        "return logits",
+        "tests/attacks/test_deployed.py -k scripted",
+    ),
+    Mutation(
         "bench/attacks/influence.py",
         "mean(1).argsort()",
         "mean(1).argsort(descending=True)",
@@ -143,7 +157,7 @@ MUTATIONS = [
     ),
     Mutation(
         "bench/attacks/gradients.py",
-        "- LEAK * torch.where(y.abs() > LARGE, y.sign() * y, 0.0)",
+        "- LEAK * torch.where(y.abs() > LARGE, y.abs(), 0.0)",
         "",
         "tests/attacks/test_deployed.py -k opened",
     ),

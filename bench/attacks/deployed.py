@@ -4,7 +4,6 @@ Axes: B = examples of the block, m = rows that are attacked, C = classes, T = ta
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from bench.attacks.gradients import StraightThrough
+from bench.attacks.recorded import with_slopes
 from bench.attacks.search import Search, losses, margin, standardised
 from bench.pgd import random_start
 
@@ -24,38 +24,42 @@ SPREAD = 0.125
 OPENED = 4
 
 
-def deployed(
-    search: Search, restarts: int, steps: int, around: Callable[[], AbstractContextManager[object]] = nullcontext
-) -> None:
-    """From uniform starts, each row by a loss of its own: the margin, cross-entropy or DLR; the model runs `around`."""
-    block = search.block
+def deployed(search: Search, restarts: int, steps: int, model: Callable[[Tensor], Tensor] | None = None) -> None:
+    """From uniform starts, each row by a loss of its own: the margin, cross-entropy or DLR, of the `model`'s logits."""
+    block, model = search.block, model or search.block.model
     for _ in range(restarts):
         which = torch.randint(3, (len(block.y),)).to(block.x.device)
 
         def objective(z: Tensor, rows: Tensor, which: Tensor = which) -> tuple[Tensor, Tensor]:
-            with around():
-                logits, y = block.model(z), block.y[rows]
-                return losses(logits, y).gather(1, which[rows, None])[:, 0], margin(logits, y) > 0
+            logits, y = model(z), block.y[rows]
+            return losses(logits, y).gather(1, which[rows, None])[:, 0], margin(logits, y) > 0
 
         search.climb(objective, search.uniform(), steps, search.rows)
 
 
+def smoothly(model: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """The model's logits (m, C) with a gradient through all that has none: what Python calls, and what is recorded."""
+    as_written = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]  # else several are recorded as one
+    with StraightThrough(far=True), as_written:
+        logits = model(z)
+    return with_slopes(logits)
+
+
 def stand_ins(search: Search, restarts: int, steps: int) -> None:
-    """By the gradients of stand-ins for all that has none (`StraightThrough`): what is off on every image may open.
+    """By the gradients of stand-ins for all that has none (`smoothly`): what is off on every image may open.
 
     Such as a unit behind a ReLU, an expert without a weight, the side of a `where` that is never taken. What is behind
     it is not known beforehand, and may well raise the true class at first: from each image random directions of the
     logits are followed, and their opposites; then the losses from uniform starts.
     """
-    block, smooth = search.block, partial(StraightThrough, far=True)
+    block, smooth = search.block, partial(smoothly, search.block.model)
     for _ in range(2 * restarts):
         direction = torch.randn(len(block.y), block.num_classes).to(block.x.device)
         for side in (direction, -direction):
 
             def along(z: Tensor, rows: Tensor, side: Tensor = side) -> tuple[Tensor, Tensor]:
-                with smooth():
-                    logits = block.model(z)
-                    return (standardised(logits) * side[rows]).sum(1), margin(logits, block.y[rows]) > 0
+                logits = smooth(z)
+                return (standardised(logits) * side[rows]).sum(1), margin(logits, block.y[rows]) > 0
 
             search.climb(along, block.x, steps // OPENED, search.rows)
     deployed(search, restarts, steps, smooth)

@@ -63,7 +63,7 @@ def _absolute(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def _soft_step(x: Tensor, *_: Any, **__: Any) -> Tensor:
     """With a slope of 1 / (1 + |x|), which far from the step is not lost among others."""
-    return x.sign() * x.abs().log1p()
+    return x.detach().sign() * x.abs().log1p()
 
 
 def _near_step(x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _attention(
 
 def _inverse(y: Tensor, *_: Any, **__: Any) -> Tensor:
     """A slope stays where it is so large that there is none: 1 / (1 + exp(x)) is a sigmoid."""
-    return y.reciprocal() - LEAK * torch.where(y.abs() > LARGE, y.sign() * y, 0.0)
+    return y.reciprocal() - LEAK * torch.where(y.abs() > LARGE, y.abs(), 0.0)
 
 
 def _quotient(x: Any, y: Any, *_: Any, **__: Any) -> Tensor:

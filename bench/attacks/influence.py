@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bench.attacks.deployed import OPENED
-from bench.attacks.gradients import StraightThrough
+from bench.attacks.deployed import OPENED, smoothly
 from bench.attacks.search import Search, losses, margin
 
 #: So many parts are led to, those with the least influence on the block's images.
@@ -60,8 +59,8 @@ def _answers(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def _influences(model: nn.Module, z: Tensor, side: Tensor) -> tuple[list[Tensor], Tensor]:
     """How much logits depend on each answer (m, …), log ‖∂(side · logits)/∂answer‖ (m,); and the logits (m, C)."""
-    with _answers(model) as found, StraightThrough(far=True):
-        logits = model(z)
+    with _answers(model) as found:
+        logits = smoothly(model, z)
     parts = [one for one in found if one.requires_grad and one.dim() > 1 and len(one) == len(z)]
     if not logits.requires_grad or not parts:
         return [], logits

@@ -92,7 +92,7 @@ def _opens(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Itera
             search.confirm(torch.arange(len(x), device=x.device))
             left.append(search.unbroken)
     more = int((left[0] & ~left[1]).sum())
-    if more > len(x) / 10:
+    if more > max(2, len(x) / 10):
         yield f"{ROUTES_INSIDE}parts that are off open within the ball, and break {more} of {len(x)} images more"
 
 

@@ -66,6 +66,52 @@ OPENS: dict[str, Callable[[Tensor], Tensor]] = {  # from how far the key is open
 }
 
 
+@torch.jit.script  # type: ignore[untyped-decorator]
+def scripted(key: Tensor) -> Tensor:
+    return torch.relu(key)
+
+
+class OwnReLU(torch.autograd.Function):
+    """As those that save memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (ctx.saved_tensors[0] > 0)
+
+
+RNN = nn.RNN(1, 1, nonlinearity="relu", bias=False)
+RNN.weight_ih_l0.data.fill_(1.0)
+
+
+def two(key: Tensor) -> Tensor:
+    """A constant, and what the key opens when it is above it (m, 2)."""
+    return torch.cat([torch.zeros_like(key), key], 1)
+
+
+#: The same in ways that no replacement of Python's functions reaches.
+OPENS_UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "a scripted function": scripted,
+    "an own operation": OwnReLU.apply,
+    "in place": lambda key: (1 * key).clamp_(min=0),
+    "a ReLU of a recurrent kernel": lambda key: RNN(key[None])[0][0],
+    "a decided gated unit": lambda key: F.glu(torch.cat([torch.ones_like(key), 40 * key], -1), -1),
+    "a pool": lambda key: F.adaptive_max_pool1d(two(key)[:, None], 1)[:, 0],
+    "a pool of a plane": lambda key: F.max_pool2d(two(key)[:, None, None], (1, 2))[:, 0, 0],
+    "the best by topk": lambda key: two(key).topk(1, 1).values,
+    "the best by sort": lambda key: two(key).sort(1).values[:, 1:],
+    "the best by kthvalue": lambda key: two(key).kthvalue(2, -1).values[:, None],
+    "the best by max": lambda key: two(key).max(-1).values[:, None],
+    "the best so far": lambda key: two(key).cummax(1).values[:, 1:],
+    "the larger": lambda key: torch.fmax(torch.zeros(()), key),
+    "a median": lambda key: torch.cat([two(key), two(key)[:, :1] + 99], 1).median(1, keepdim=True).values,
+}
+
+
 class Opened(nn.Module):
     """Sure of class 0 wherever the ball reaches, but for what a key opens: 5 of the 12.8 that it may rise by."""
 
@@ -81,7 +127,7 @@ class Opened(nn.Module):
         return self.base(x) + self.opens(key) * self.to
 
 
-@pytest.mark.parametrize("opens", OPENS.values(), ids=OPENS)
+@pytest.mark.parametrize("opens", [*OPENS.values(), *OPENS_UNSEEN.values()], ids=[*OPENS, *OPENS_UNSEEN])
 def test_what_is_off_on_every_image_is_opened(opens: Callable[[Tensor], Tensor]):
     x, y = greys(), torch.zeros(6, dtype=torch.long)
     torch.manual_seed(0)
