@@ -171,9 +171,9 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def board_rows(runs: Iterable[Run]) -> list[Row]:
-    """The rows of all boards, in no order; runs with errors count in none."""
-    sound = [run for run in runs if not run.result.errors]
-    return [row for subject in grouped(sound, _subject).values() for row in _rows(subject)]
+    """The rows of all boards, in no order; runs with errors count in none, and may keep their subject from a rank."""
+    by_subject = grouped(runs, _subject)
+    return [row for subject in by_subject.values() for row in _rows(subject)]
 
 
 def tables(rows: Sequence[Row], certificates: Sequence[Certificates]) -> list[list[Row]]:
@@ -217,8 +217,12 @@ def _adaptive(run: Run) -> bool:
     return spec.suite == "adaptive" and standard
 
 
-def _lacks(covering: Sequence[Run], info: ModelInfo, routed: bool) -> Iterator[Lack]:
-    """What keeps a row from a rank."""
+def _lacks(covering: Sequence[Run], failed: Sequence[Run], info: ModelInfo, routed: bool) -> Iterator[Lack]:
+    """What keeps a row from a rank. failed: runs of the same model with errors."""
+    whole = {run.result.spec.suite for run in covering}
+    for suite in dict.fromkeys(run.result.spec.suite for run in failed):
+        if suite in RANKED_BY and suite not in whole:  # what it would have broken is not known
+            yield Lack(f"suite `{suite}` ended in errors")
     default = [run for run in covering if suite_label(run.result.spec) == "autoattack"]
     if not any(run.result.attacked for run in default):
         nothing = "suite `autoattack` had nothing to attack" if default else "no autoattack with its default parameters"
@@ -247,12 +251,15 @@ def _lacks_adaptive(covering: Sequence[Run]) -> Iterator[Lack]:
         yield Lack("no adaptive at its standard budget or more", "adaptive")
 
 
+#: The suites that a rank is earned by.
+RANKED_BY = ("autoattack", "adaptive")
 #: The columns of verdict rows that attacks are compared by.
 _COMPARED = ["idx", "attack", "target", "clean_correct", "robust", "status"]
 
 
-def _rows(subject: list[Run]) -> list[Row]:
-    """One row for each evaluation set that the subject was run on."""
+def _rows(runs: list[Run]) -> list[Row]:
+    """One row for each evaluation set that a subject was run on without errors."""
+    subject, failed = ([run for run in runs if bool(run.result.errors) == errors] for errors in (False, True))
     rows_of = {run.path: run.rows() for run in subject}
     rows = []
     for own in grouped(subject, lambda run: run.result.fingerprint).values():
@@ -263,7 +270,7 @@ def _rows(subject: list[Run]) -> list[Row]:
         for run in own:
             if run not in covering:
                 raise UnusableInput(f"{run} has other examples than {own[0]} but the same fingerprint: run it again")
-        rows.append(_row({run.path: shared[run.path] for run in covering}, covering, own))
+        rows.append(_row({run.path: shared[run.path] for run in covering}, covering, own, failed))
     return rows
 
 
@@ -277,10 +284,10 @@ def _shared(verdicts: Table, other: Table) -> Table:
     return verdicts.where(np.array(there, dtype=bool)[number])
 
 
-def _row(rows_of: Mapping[Path, Table], covering: list[Run], own: list[Run]) -> Row:
+def _row(rows_of: Mapping[Path, Table], covering: list[Run], own: list[Run], failed: list[Run]) -> Row:
     """The row of `own`, the runs on this evaluation set: all `covering` runs count in it, the scores are of its own.
 
-    `rows_of`: the rows of each of them, by its path.
+    `rows_of`: the rows of each of them, by its path. failed: as `_lacks` takes it.
     """
     one, scores = own[0], _scores(own, rows_of)
     robust = np.logical_and.reduce([robust_by_example(rows_of[run.path]) for run in covering])
@@ -305,7 +312,7 @@ def _row(rows_of: Mapping[Path, Table], covering: list[Run], own: list[Run]) -> 
     return Row(
         result=one.result,
         runs=tuple(covering),
-        lacks=tuple(_lacks(covering, info, routed)),
+        lacks=tuple(_lacks(covering, failed, info, routed)),
         idx=rows_of[one.path].examples[1],
         robust=robust,
         worst=Accuracy.of(robust) if any(run.result.attacked for run in covering) else None,

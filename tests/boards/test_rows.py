@@ -200,7 +200,19 @@ def test_a_weak_attack_alone_earns_no_rank_and_neither_does_an_autoattack_that_f
         ("attacked", "1", "25.00"),
         ("noise", "", "100.00"),
     ]
-    assert rows.loc["noise", "no_rank"] == AUTOATTACK
+    assert rows.loc["noise", "no_rank"] == f"suite `autoattack` ended in errors; {AUTOATTACK}"
+
+
+def test_what_makes_adaptive_fail_earns_no_rank_by_autoattack(tmp_path: Path):
+    save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1110"})
+    save(tmp_path, "torchattacks:GN", {"clean": "1111", "GN": "11ee"})
+    assert table(tmp_path).loc["dense-at", "rank"] == "1"  # no rank is earned by that
+    save(tmp_path, "adaptive", {"clean": "1111", "deployed": "11ee"})
+    row = table(tmp_path).loc["dense-at"]
+    assert (row["rank"], row["no_rank"]) == ("", "suite `adaptive` ended in errors")
+    save(tmp_path, "adaptive", {"clean": "1111", "deployed": "1110"}, seed=1)
+    row = table(tmp_path).loc["dense-at"]
+    assert (row["rank"], row["ra_worst"]) == ("1", "75.00")
 
 
 def test_unlike_examples_are_not_ranked_together(tmp_path: Path):
