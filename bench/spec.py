@@ -36,6 +36,8 @@ TORCHATTACKS = (
     "PIFGSM", "PIFGSMPP", "Pixle", "RFGSM", "SINIFGSM", "SPSA", "SparseFool", "Square", "TIFGSM", "TPGD",
     "UPGD", "VMIFGSM", "VNIFGSM",
 )  # fmt: skip
+#: The flag of a model that no attack by gradients can follow but `adaptive`, which replaces them.
+NO_GRADIENT = "logits have no gradient"
 #: What suite `adaptive` reports of a gate whose routes it could not attack; its run then earns no rank.
 NOT_FORCED = "its scores cannot be forced"
 

@@ -19,6 +19,7 @@ import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 
 from bench.models.fit import in_parts
+from bench.spec import NO_GRADIENT
 
 #: Forward passes that stand for one where a model answers by chance: as many as AutoAttack's `rand` version takes.
 DRAWS = 20
@@ -316,7 +317,7 @@ class Guarded(nn.Module):
             self.seen.add(f"logits are {str(logits.dtype).removeprefix('torch.')}, cast to float32")
             logits = logits.float()
         if x.requires_grad and torch.is_grad_enabled() and not self._reaches(logits, x):
-            self.seen.add("logits have no gradient")
+            self.seen.add(NO_GRADIENT)
             logits = logits + 0 * x.flatten(1).sum(1).view(-1, *[1] * (logits.ndim - 1))
         return logits
 

@@ -6,6 +6,7 @@ holds. In all of them the expert's weights hardly matter to the answers, and may
 Axes: m = images, T = tokens of an image, E = experts.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -27,8 +28,13 @@ HARDLY, SHARE = 1e-3, 0.05
 MOST_PASSES = 32
 #: What weights are set to that are all zero, as those of a branch before it is trained.
 FILLED = 0.1
-#: A module of a user's own that stacks weights of experts has at most so many.
+#: A module of a user's own that stacks weights of experts has at most so many, and is none of torch's layers.
 MOST_STACKED = 64
+LAYERS = tuple(
+    one
+    for one in vars(nn).values()
+    if isinstance(one, type) and issubclass(one, nn.Module) and not one.__module__.endswith((".module", ".container"))
+)
 
 
 def unused_parts(guard: Guarded, x: Tensor, known: Sequence[Site] = ()) -> list[str]:
@@ -86,35 +92,53 @@ def _inside(site: Site, other: Site) -> bool:
 
 def _parts(module: nn.Module, owner: str, name: str, weight: Tensor) -> Iterator[tuple[str, Any]]:
     """The parts that a module's weight belongs to, and which of it: its module, or what each expert has of a stack."""
-    stacked = not type(module).__module__.startswith("torch.") and weight.dim() >= 3 and len(weight) <= MOST_STACKED
+    stacked = not isinstance(module, LAYERS) and weight.dim() >= 3 and len(weight) <= MOST_STACKED
     yield from ((f"{name}[{n}]", n) for n in range(len(weight))) if stacked else [(owner, ...)]
 
 
 class _Stacks(TorchFunctionMode):
-    """Keeps what is put into one tensor by `torch.stack`: the answers of experts, where they share their weights."""
+    """Keeps what is put into one tensor by `torch.stack`: the answers of experts, where they share their weights.
+
+    Of a stack that one place is taken from, as the last state of a recurrent network, the others have no part in it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[list[Tensor]] = []
+        self._made: dict[int, tuple[Tensor, Sequence[Tensor], int]] = {}  # by its id the stack, so that it stays
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.__getitem__ and id(args[0]) in self._made:
+            _, parts, dim = self._made[id(args[0])]
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            whole = all(one == slice(None) for one in index[:dim]) if len(index) == dim + 1 else False
+            if whole and type(index[dim]) is int:
+                return parts[index[dim]]
+        result = func(*args, **kwargs)
         if func is torch.stack and args and all(one.requires_grad and one.dim() > 1 for one in args[0]):
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             self.calls.append(list(args[0]))
-        return func(*args, **(kwargs or {}))
+            self._made[id(result)] = result, args[0], dim % result.dim()
+        return result
 
 
 def _unused_answers(passes: list[list[list[float]]]) -> list[str]:
-    """Of each stack those that hardly matter in any pass; nothing where passes make other stacks."""
+    """Of each stack those that hardly matter in any pass; nothing where passes make other stacks.
+
+    Not those without a part in any answer, whose influence is NaN.
+    """
     if any([*map(len, other)] != [*map(len, passes[0])] for other in passes):
         return []
     strongest = [[max(several) for several in zip(*calls, strict=True)] for calls in zip(*passes, strict=True)]
+    means = [sum(one for one in strengths if one == one) / len(strengths) for strengths in strongest]
     return [
         f"{number + 1} of {len(strengths)} that are stacked"
-        for strengths in strongest
+        for strengths, mean in zip(strongest, means, strict=True)
         for number, strength in enumerate(strengths)
-        if strength < HARDLY * sum(strengths) / len(strengths)
+        if strength < HARDLY * mean
     ]
 
 
@@ -136,7 +160,7 @@ def _gradients(
     of_stacked = iter(zip(stacked, found[len(weights) :], strict=True))
     influence = [
         [
-            0.0 if gradient is None else float(one.detach().norm() * gradient.norm())
+            math.nan if gradient is None else float(one.detach().norm() * gradient.norm())
             for one, gradient in islice(of_stacked, len(call))
         ]
         for call in stacks.calls

@@ -243,6 +243,8 @@ class StraightThrough(TorchFunctionMode):
                 graded = [args[place] for place in EITHER[func] if _graded(args[place])]
                 value = func(*args)
                 return _WithGradientOf.apply(graded[0].expand_as(value), value.detach()) if len(graded) == 1 else value
+            if func is torch.tensor and _graded(first):  # meant to make a tensor of what is one already
+                return first.to(kwargs.get("dtype") or first.dtype, copy=True)
             if func in LEAVES and isinstance(first, Tensor):
                 return func(first.detach(), *args[1:], **kwargs)
             if smooth is None or not _graded(first):

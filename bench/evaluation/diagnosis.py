@@ -27,7 +27,7 @@ from bench.models.parts import is_dual, parts
 from bench.models.sites import Site, sites
 from bench.randomness import seeded
 from bench.results.flags import HIDDEN_ROUTES, UNRANKED
-from bench.spec import NOT_FORCED
+from bench.spec import NO_GRADIENT, NOT_FORCED
 from bench.suites.base import Suite
 
 #: Seconds that each pass is timed for, and the most times that it is made.
@@ -230,7 +230,7 @@ def _gradients(network: nn.Module, x: Tensor, y: Tensor, job: Job[Suite]) -> Ite
         z = x.clone().requires_grad_()
         loss = F.cross_entropy(network(z), y, reduction="sum")
         gradient = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
-    absent = gradient is None or (isinstance(network, Guarded) and "logits have no gradient" in network.seen)
+    absent = gradient is None or (isinstance(network, Guarded) and NO_GRADIENT in network.seen)
     flat = 1.0 if gradient is None else float((gradient.flatten(1) == 0).all(1).float().mean())
     better = "keep it differentiable: suites that follow gradients find little, Square alone remains"
     if absent:

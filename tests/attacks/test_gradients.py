@@ -239,6 +239,14 @@ def test_a_comparison_that_is_far_from_turning_counts_as_is_asked(far: bool, slo
     assert torch.autograd.grad(number.sum(), x)[0].item() == pytest.approx(slope, rel=1e-3)
 
 
+def test_a_tensor_made_of_a_tensor_has_its_gradient():
+    x = torch.tensor([3.0], requires_grad=True)
+    with StraightThrough():
+        copied = torch.tensor(x, dtype=torch.float64)
+    assert (copied.dtype, copied.item()) == (torch.float64, 3.0)
+    assert torch.autograd.grad(copied.sum(), x)[0].item() == 1
+
+
 @pytest.mark.parametrize(("at", "exponent", "slope"), [(9.0, -6, -LEAK), (1e-9, 4, LEAK), (2.0, 3, 12.0)])
 def test_a_power_has_a_slope_where_it_falls_and_near_zero(at: float, exponent: float, slope: float):
     x = torch.tensor([at], requires_grad=True)

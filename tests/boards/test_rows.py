@@ -12,7 +12,7 @@ from bench.boards.leaderboard import boards
 from bench.errors import UnusableInput
 from bench.results.flags import HIDDEN_ROUTES, ROUTES_INSIDE, UNRANKED
 from bench.results.store import RunFolder, run_folder
-from bench.spec import NOT_FORCED
+from bench.spec import NO_GRADIENT, NOT_FORCED
 
 #: what keeps a row from a rank
 AUTOATTACK = "no autoattack with its default parameters"
@@ -373,19 +373,20 @@ def test_a_model_that_is_no_function_of_the_image_has_no_rank(flag: str, tmp_pat
     assert table(tmp_path).loc["dense-at", "rank"] == ""
 
 
-def test_hidden_routes_have_no_rank_and_routes_found_inside_need_adaptive(tmp_path: Path):
+def test_hidden_routes_have_no_rank_and_routes_inside_or_no_gradient_need_adaptive(tmp_path: Path):
     for model, flag in (
         ("dense", "other"),
         ("hidden", f"{HIDDEN_ROUTES}gt in M"),
         ("inside", f"{ROUTES_INSIDE}m.router"),
+        ("flat", NO_GRADIENT),
     ):
         save(tmp_path, "autoattack", {"clean": "11", "apgd-ce": "11"}, model=model, model_flags=(flag,))
-    assert table(tmp_path)["rank"].to_dict() == {"dense": "1", "hidden": "", "inside": ""}
-    for model in ("hidden", "inside"):
+    assert table(tmp_path)["rank"].to_dict() == {"dense": "1", "hidden": "", "inside": "", "flat": ""}
+    for model in ("hidden", "inside", "flat"):
         save(tmp_path, "adaptive", {"clean": "11", "route": "11"}, model=model)
     ranks = table(tmp_path)["rank"].to_dict()
     assert ranks["hidden"] == ""
-    assert ranks["inside"] in ("1", "2")
+    assert sorted([ranks["dense"], ranks["inside"], ranks["flat"]]) == ["1", "2", "3"]
 
 
 def test_adaptive_that_attacked_nothing_proves_nothing(tmp_path: Path):

@@ -213,3 +213,42 @@ class Within(nn.Module):
 
 def test_of_mixtures_of_mixtures_nothing_is_said_also_behind_a_wrapper():
     assert unused(Within()) == []
+
+
+class Recurrent(nn.Module):
+    """The last of several states, by its place in the stack of all; a head at each, of which the last answers."""
+
+    def __init__(self, heads: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.step, self.head, self.with_heads = nn.Linear(8 + 16, 16), nn.Linear(16, 10), heads
+        self.heads = nn.ModuleList(nn.Linear(16, 10) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, states = x.new_zeros(len(x), 16), []
+        for row in x.flatten(1, 2).unbind(1):
+            state = torch.tanh(self.step(torch.cat([row, state], 1)))
+            states.append(state)
+        if self.with_heads:
+            return torch.stack([head(one) for head, one in zip(self.heads, states, strict=True)])[-1]
+        return self.head(torch.stack(states, 1)[:, -1])
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_place_that_is_never_taken_from_a_stack_is_no_expert(heads: bool):
+    assert unused(Recurrent(heads)) == []
+
+
+class OwnConv(nn.Conv2d):
+    """A layer of torch with something of the user's own, of whose channels most are off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_channels_of_a_layer_that_are_off_are_no_experts():
+    torch.manual_seed(0)
+    conv = OwnConv(1, 16, 3)
+    with torch.no_grad():
+        conv.bias[3:] = -9.0
+    assert unused(nn.Sequential(conv, nn.Flatten(), nn.Linear(16 * 36, 10))) == []
