@@ -73,7 +73,7 @@ def benchmark(
     threat_model: str | None = None,
     eps: float | str | None = None,
     n_examples: int | None = None,
-    suites: Sequence[str] = SUITES,
+    suites: Sequence[str] | str = SUITES,
     gates: Sequence[str] = (),
     *,
     x: Any = None,
@@ -136,7 +136,7 @@ def benchmark(
         raise UnusableInput("x and y are given together: the images, and the class of each")
     opened = open_dataset(dataset) if x is None else _own(x, y, model)
     request = RunRequest(
-        suites=tuple(suites),
+        suites=(suites,) if isinstance(suites, str) else tuple(suites),
         dataset=opened.name,
         models=(model,) if isinstance(model, str) else (model_name or type(model).__name__,),
         norm=threat_model,

@@ -78,7 +78,10 @@ def open_search(
         if key in fixed:
             raise UnusableInput(f"--grid {key}: it is fixed by --set {key}: drop one of them")
         for value in values:
-            train_spec(variant, dataset, threat_model, recipe, {**fixed, key: value}, seed)
+            try:
+                train_spec(variant, dataset, threat_model, recipe, {**fixed, key: value}, seed)
+            except UnusableInput as error:
+                raise UnusableInput(str(error).replace(f"--set {key}", f"--grid {key}")) from None
     searched = {key: values for key, values in own_grid(spec).items() if key not in fixed} | dict(grid)
     return Search(spec, dataset, fixed, searched)
 

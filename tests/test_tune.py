@@ -151,3 +151,8 @@ def test_the_training_that_is_printed_has_the_plugins(tmp_path: Path, monkeypatc
     monkeypatch.setattr(tuning, "tune", lambda *_, **__: [Trial({"lr": 0.1}, 0.9, 0.2, 3.0)])
     words = ("tune", "dense-at", "--trials", "1", "--checkpoints", str(tmp_path))
     assert ": bench --plugin json train dense-at " in bench("--plugin", "json", *words)[1]
+
+
+def test_a_grid_of_what_there_is_not_is_refused_as_it_was_written():
+    with pytest.raises(UnusableInput, match=r"^--grid bta: 'moe-rt_er' has no such parameter: did you mean 'beta'"):
+        search("moe-rt_er", {"bta": [1.0]})

@@ -308,7 +308,9 @@ def _row(rows_of: Mapping[Path, Table], covering: list[Run], own: list[Run], fai
     if scores.ra is not None and "pgd" in scores.under:
         gap = scores.under["pgd"] - scores.ra.value
         flags += [f"PGD {100 * gap:.1f} points above AutoAttack"] * (gap > _PGD_GAP)
-    flags += [f"{suite_label(run.result.spec)}: {flag}" for run in covering for flag in run.result.flags]
+    for run in covering:
+        label = suite_label(run.result.spec)
+        flags += [f"{label}: {flag.removeprefix(f'{run.result.spec.suite}: ')}" for flag in run.result.flags]
     return Row(
         result=one.result,
         runs=tuple(covering),

@@ -67,7 +67,7 @@ ResultsOption = Annotated[Path, typer.Option("--results", help="folder of result
 OnOption = Annotated[
     str | None, typer.Option("--on", metavar="ray[=ADDRESS]", help="spread the work over a Ray cluster")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON list, and nothing else, on standard output")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, and nothing else, on standard output")]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", callback=lambda quiet: console.set_up(quiet), help="no bar, no lines about progress")
 ]

@@ -213,11 +213,15 @@ def _table(results: "Sequence[Result]") -> str:
             "threat": str(spec.threat_model),
             "n": spec.n_examples,
             "SA %": f"{result.clean_accuracy.value:.2%}".rstrip("%"),
-            "RA % [95 %]": accuracy if result.attacked else "–",
+            "RA % [95 %]": accuracy if result.attacked or not result.clean_accuracy.value else "–",
         })  # fmt: skip
     tables = [tabulate(rows, headers="keys", disable_numparse=True)]
     flags = dict.fromkeys(f"{r.spec.model}: {flag}" for r in results for flag in r.model_flags)
-    flags |= dict.fromkeys(f"{r.spec.suite} on {r.spec.model}: {flag}" for r in results for flag in r.flags)
+    flags |= dict.fromkeys(
+        f"{r.spec.suite} on {r.spec.model}: {flag.removeprefix(f'{r.spec.suite}: ')}"
+        for r in results
+        for flag in r.flags
+    )
     tables += ["\n".join(flags)] * bool(flags)
     for result in results:
         if result.components:

@@ -21,7 +21,7 @@ from bench.suites.base import Cost, Suite
 class Adaptive(Suite):
     """`budget`: how much of each attack; `small` has every kind of attack at a tenth of the cost, and is not ranked.
 
-    A model of a variant without parts has nothing to attack here; a user's own may hold more than it shows.
+    A dense variant has nothing to attack here; a user's own model is attacked even if it shows no routes.
     """
 
     version: ClassVar[int] = 3
