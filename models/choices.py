@@ -37,9 +37,10 @@ _GATE = re.compile(r"gate|gating", re.IGNORECASE)
 #: A gate gives a score for each of at most so many experts; one that gives more is a layer's own activation.
 _MOST_EXPERTS = 64
 
+#: What gives numbers that have no gradient by what they are made of.
 _ROUNDING = {
     "round", "floor", "ceil", "trunc", "frac", "sign", "sgn", "heaviside", "copysign", "floor_divide", "fmod",
-    "remainder",
+    "remainder", "nextafter", "histc", "histogram", "_histogramdd_from_bin_cts", "_histogramdd_bin_edges",
 }  # fmt: skip
 #: What weighs with a factor, and how near to one of two values all of such a factor's are where it decides.
 _WEIGHS, _DECIDED = {"mul", "bmm", "lerp", "addcmul", "mm", "addmm", "linear"}, 1e-6
@@ -74,6 +75,8 @@ _LAYERS = {
 _KNOWN = {
     "aten", "prim", "prims", "quantized", "torchvision", "mkldnn", "mkl", "onednn", "xformers", "flash_attn",
 }  # fmt: skip
+#: What looks at a part of an image, and has no gradient by where that is.
+_BOXES = re.compile(r"roi_(align|pool)$")
 #: What takes a tensor's shape and device alone.
 _MAKES = re.compile(r"^new_|_like$")
 
@@ -401,6 +404,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self.weighed[f"one of several wins as a whole ({name})", self.where[-1]] = None
         if of_data and name.startswith("grid_sampler") and keys[1:] and keys[1] in self.data and args[2] == _NEAREST:
             by["nearest sample", self.where[-1]] = None
+        if _BOXES.search(name) and keys[1:] and keys[1] in self.data:
+            by[f"where to look ({name})", self.where[-1]] = None
         if not (of_data or chosen) or _MAKES.search(name):
             return
         if _tests_finiteness(name, keys, args):

@@ -10,6 +10,7 @@ import third_party
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 
 from bench.models.checkpoints import ZOO, load_checkpoint
 from bench.models.choices import Choices, find_choices, plain
@@ -96,6 +97,11 @@ def test_a_router_that_gives_indices_alone_is_told_how_to_be_named():
         (
             lambda s: F.grid_sample(s[:, None, None], s[:, None, None, :2], "nearest", align_corners=True)[:, 0, 0],
             ["nearest sample"],
+        ),
+        (lambda s: s * torch.histc(s, 6), ["histc"]),
+        (
+            lambda s: roi_align(s.view(4, 1, 2, 3), [2 * one[None, :4].sigmoid() for one in s], 2),
+            ["where to look (roi_align)"],
         ),
     ],
 )
