@@ -136,9 +136,9 @@ def _unused_answers(passes: list[list[list[float]]]) -> list[str]:
     means = [sum(one for one in strengths if one == one) / len(strengths) for strengths in strongest]
     return [
         f"{number + 1} of {len(strengths)} that are stacked"
-        for strengths, mean in zip(strongest, means, strict=True)
+        for strengths, usual in zip(strongest, means, strict=True)
         for number, strength in enumerate(strengths)
-        if strength < HARDLY * mean
+        if strength < HARDLY * usual
     ]
 
 

@@ -119,6 +119,22 @@ MUTATIONS = [
         "for side in (direction, direction)",
         "tests/attacks/test_deployed.py -k opened",
     ),
+    Mutation("models/unused.py", "not isinstance(module, LAYERS)", "True", "tests/models/test_unused.py -k channels"),
+    Mutation("models/unused.py", "return parts[index[dim]]", "pass", "tests/models/test_unused.py -k never_taken"),
+    Mutation("models/gates.py", "k=k), x)) != k:", "k=k), x)) < k:", "tests/models/test_gates.py -k given"),
+    Mutation("bench/boards/rows.py", "suite in RANKED_BY and", "False and", "tests/boards/test_rows.py -k fail"),
+    Mutation(
+        "bench/boards/rows.py",
+        "(ROUTES_INSIDE, NO_GRADIENT)",
+        "(ROUTES_INSIDE,)",
+        "tests/boards/test_rows.py -k inside",
+    ),
+    Mutation(
+        "bench/results/store.py",
+        "if result.exists():  # asked",
+        "if False:  # asked",
+        "tests/results/test_store.py -k finished_leaves",
+    ),
     Mutation(
         "bench/attacks/recorded.py", "kind in EACH or own", "kind in EACH", "tests/attacks/test_deployed.py -k own"
     ),
@@ -185,8 +201,8 @@ MUTATIONS = [
     ),
     Mutation(
         "models/unused.py",
-        "if strength < HARDLY * sum(strengths)",
-        "if strength < 0 * sum(strengths)",
+        "if strength < HARDLY * usual",
+        "if strength < 0 * usual",
         "tests/models/test_unused.py",
     ),
     Mutation("models/unused.py", "strength < HARDLY * mean", "False", "tests/models/test_unused.py"),
@@ -392,8 +408,8 @@ MUTATIONS = [
     ),
     Mutation(
         "bench/boards/rows.py",
-        "sound = [run for run in runs if not run.result.errors]",
-        "sound = list(runs)",
+        "if bool(run.result.errors) == errors]",
+        "]",
         "tests/boards/test_rows.py",
     ),
     Mutation(
