@@ -56,7 +56,7 @@ class Benchmark:
     def flags(self) -> list[str]:
         """Everything that is unusual: of the model, then of the suites, each flag once."""
         of_model = [flag for result in self.results.values() for flag in result.model_flags]
-        of_suites = [f"{suite}: {flag}" for suite, result in self.results.items() for flag in result.flags]
+        of_suites = [f"{suite}: {flag}" for suite, result in self.results.items() for flag in result.suite_flags]
         return list(dict.fromkeys([*of_model, *of_suites]))
 
     def to_frame(self) -> pd.DataFrame:
@@ -73,7 +73,7 @@ def benchmark(
     threat_model: str | None = None,
     eps: float | str | None = None,
     n_examples: int | None = None,
-    suites: Sequence[str] | str = SUITES,
+    suites: Sequence[str] = SUITES,
     gates: Sequence[str] = (),
     *,
     x: Any = None,
@@ -136,7 +136,7 @@ def benchmark(
         raise UnusableInput("x and y are given together: the images, and the class of each")
     opened = open_dataset(dataset) if x is None else _own(x, y, model)
     request = RunRequest(
-        suites=(suites,) if isinstance(suites, str) else tuple(suites),
+        suites=_words(suites),
         dataset=opened.name,
         models=(model,) if isinstance(model, str) else (model_name or type(model).__name__,),
         norm=threat_model,
@@ -145,7 +145,7 @@ def benchmark(
         seed=seed,
         batch_size=batch_size,
         settings=settings or {},
-        gates=tuple(gates),
+        gates=_words(gates),
     )
     where = torch_device(device)
     with ExitStack() as stack:
@@ -304,3 +304,8 @@ def runs_frame(results: Iterable[Result]) -> pd.DataFrame:
         }
         for result in results
     ])  # fmt: skip
+
+
+def _words(given: Sequence[str]) -> tuple[str, ...]:
+    """Several words, or one by itself, which is a sequence of letters to Python."""
+    return (given,) if isinstance(given, str) else tuple(given)

@@ -96,7 +96,7 @@ def _parts(module: nn.Module, owner: str, name: str, weight: Tensor) -> Iterator
     yield from ((f"{name}[{n}]", n) for n in range(len(weight))) if stacked else [(owner, ...)]
 
 
-class _Stacks(TorchFunctionMode):
+class Stacks(TorchFunctionMode):
     """Keeps what is put into one tensor by `torch.stack`: the answers of experts, where they share their weights.
 
     Of a stack that one place is taken from, as the last state of a recurrent network, the others have no part in it.
@@ -118,7 +118,7 @@ class _Stacks(TorchFunctionMode):
             if whole and type(index[dim]) is int:
                 return parts[index[dim]]
         result = func(*args, **kwargs)
-        if func is torch.stack and args and all(one.requires_grad and one.dim() > 1 for one in args[0]):
+        if func is torch.stack and args:
             dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             self.calls.append(list(args[0]))
             self._made[id(result)] = result, args[0], dim % result.dim()
@@ -150,12 +150,13 @@ def _gradients(
     with torch.enable_grad(), ExitStack() as stack:
         for site in known:
             stack.enter_context(intercepted(site.plain, partial(_in_turn, site.plain, number)))
-        stacks = stack.enter_context(_Stacks())
+        stacks = stack.enter_context(Stacks())
         logits = guard(x)
         if not logits.requires_grad:
             return {}, []
         drawn = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-        stacked = [one for call in stacks.calls for one in call]
+        calls = [call for call in stacks.calls if all(one.requires_grad and one.dim() > 1 for one in call)]
+        stacked = [one for call in calls for one in call]
         found = torch.autograd.grad((drawn * logits).sum(), [*weights.values(), *stacked], allow_unused=True)
     of_stacked = iter(zip(stacked, found[len(weights) :], strict=True))
     influence = [
@@ -163,7 +164,7 @@ def _gradients(
             math.nan if gradient is None else float(one.detach().norm() * gradient.norm())
             for one, gradient in islice(of_stacked, len(call))
         ]
-        for call in stacks.calls
+        for call in calls
     ]
     own = zip(weights, found[: len(weights)], strict=True)
     return {name: gradient for name, gradient in own if gradient is not None}, influence

@@ -161,7 +161,9 @@ MUTATIONS = [
     Mutation(
         "bench/attacks/influence.py", "create_graph=True", "create_graph=False", "tests/attacks/test_influence.py"
     ),
-    Mutation("bench/attacks/influence.py", "if func is torch.stack", "if False", "tests/attacks/test_influence.py"),
+    Mutation(
+        "bench/attacks/influence.py", "for call in stacks.calls", "for call in ()", "tests/attacks/test_influence.py"
+    ),
     Mutation("bench/attacks/influence.py", "block.flags.append", "str", "tests/attacks/test_influence.py -k twice"),
     Mutation("bench/attacks/gradients.py", "(-x.abs() if falls", "(0 * x if falls", "tests/attacks/test_gradients.py"),
     Mutation("bench/attacks/gradients.py", "x.abs() < NEAR", "x.abs() < 0", "tests/attacks/test_gradients.py"),

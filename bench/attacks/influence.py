@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from bench.attacks.deployed import OPENED, smoothly
 from bench.attacks.search import Search, losses, margin
+from bench.models.unused import Stacks
 
 #: So many parts are led to, those with the least influence on the block's images.
 PARTS = 4
@@ -21,24 +21,9 @@ PARTS = 4
 NONE = 1e-30
 
 
-class _Stacked(TorchFunctionMode):
-    """Keeps what is put into one tensor by `torch.stack`."""
-
-    def __init__(self, found: list[Tensor]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.stack and args:
-            self.found.extend(args[0])
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def _answers(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Filled with what experts may have answered: what modules of a list give and `torch.stack` takes."""
+    """Holds, once left, what experts may have answered: what modules of a list give and `torch.stack` takes."""
     found: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
@@ -50,8 +35,9 @@ def _answers(model: nn.Module) -> Iterator[list[Tensor]]:
     ]
     hooks = [module.register_forward_hook(keep) for module in listed]
     try:
-        with _Stacked(found):
+        with Stacks() as stacks:
             yield found
+        found.extend(one for call in stacks.calls for one in call)
     finally:
         for hook in hooks:
             hook.remove()

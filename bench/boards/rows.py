@@ -239,14 +239,13 @@ def _lacks(covering: Sequence[Run], failed: Sequence[Run], info: ModelInfo, rout
 def _lacks_adaptive(covering: Sequence[Run]) -> Iterator[Lack]:
     """What a routed model lacks of suite `adaptive`, which has to attack every gate that it sees."""
     runs = [run for run in covering if _adaptive(run)]
-    unforced = [[flag for flag in run.result.flags if NOT_FORCED in flag] for run in runs]
+    unforced = [[flag for flag in run.result.suite_flags if NOT_FORCED in flag] for run in runs]
     if any(run.result.attacked and not flags for run, flags in zip(runs, unforced, strict=True)):
         return
     if any(run.result.spec.suite == "adaptive" and not run.result.attacked for run in covering):
         yield Lack("its routes are hidden from suite `adaptive`")
     elif runs:
-        gates = dict.fromkeys(flag.removeprefix("adaptive: ") for flag in unforced[0])
-        yield Lack(f"suite `adaptive` did not attack every gate ({'; '.join(gates)})")
+        yield Lack(f"suite `adaptive` did not attack every gate ({'; '.join(dict.fromkeys(unforced[0]))})")
     else:
         yield Lack("no adaptive at its standard budget or more", "adaptive")
 
@@ -308,9 +307,7 @@ def _row(rows_of: Mapping[Path, Table], covering: list[Run], own: list[Run], fai
     if scores.ra is not None and "pgd" in scores.under:
         gap = scores.under["pgd"] - scores.ra.value
         flags += [f"PGD {100 * gap:.1f} points above AutoAttack"] * (gap > _PGD_GAP)
-    for run in covering:
-        label = suite_label(run.result.spec)
-        flags += [f"{label}: {flag.removeprefix(f'{run.result.spec.suite}: ')}" for flag in run.result.flags]
+    flags += [f"{suite_label(run.result.spec)}: {flag}" for run in covering for flag in run.result.suite_flags]
     return Row(
         result=one.result,
         runs=tuple(covering),

@@ -217,11 +217,7 @@ def _table(results: "Sequence[Result]") -> str:
         })  # fmt: skip
     tables = [tabulate(rows, headers="keys", disable_numparse=True)]
     flags = dict.fromkeys(f"{r.spec.model}: {flag}" for r in results for flag in r.model_flags)
-    flags |= dict.fromkeys(
-        f"{r.spec.suite} on {r.spec.model}: {flag.removeprefix(f'{r.spec.suite}: ')}"
-        for r in results
-        for flag in r.flags
-    )
+    flags |= dict.fromkeys(f"{r.spec.suite} on {r.spec.model}: {flag}" for r in results for flag in r.suite_flags)
     tables += ["\n".join(flags)] * bool(flags)
     for result in results:
         if result.components:

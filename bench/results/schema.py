@@ -119,6 +119,11 @@ class Result(Spec):
         return cls(**known, **_derived(spec, model_info, fingerprint, Table.of(verdicts), attacks), **provenance)
 
     @property
+    def suite_flags(self) -> tuple[str, ...]:
+        """The flags of the run, to be written behind the name of its suite, which some begin with."""
+        return tuple(flag.removeprefix(f"{self.spec.suite}: ") for flag in self.flags)
+
+    @property
     def attacked(self) -> bool:
         """Whether F was attacked at all: where it was not, there is no robust accuracy."""
         return any(attack != "clean" for attack in self.accuracy_after)

@@ -164,7 +164,6 @@ def test_a_decided_mixture_that_the_user_names_is_led_to_each_expert():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_mixture_whose_router_is_called_twice_is_not_forced(verdict: Any):
     class Twice(Mixture):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
