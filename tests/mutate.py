@@ -156,7 +156,7 @@ MUTATIONS = [
         "tests/attacks/test_influence.py",
     ),
     Mutation(
-        "bench/attacks/influence.py", "math.log(NONE) + along", "math.log(NONE)", "tests/attacks/test_influence.py"
+        "bench/attacks/influence.py", "math.log(NONE) + part", "math.log(NONE)", "tests/attacks/test_influence.py"
     ),
     Mutation(
         "bench/attacks/influence.py", "create_graph=True", "create_graph=False", "tests/attacks/test_influence.py"
@@ -164,8 +164,22 @@ MUTATIONS = [
     Mutation(
         "bench/attacks/influence.py", "for call in stacks.calls", "for call in ()", "tests/attacks/test_influence.py"
     ),
+    Mutation("bench/attacks/influence.py", "for axis in (1, 2)", "for axis in (1,)", "tests/attacks/test_influence.py"),
+    Mutation("bench/attacks/influence.py", "for axis in (1, 2)", "for axis in (2,)", "tests/attacks/test_influence.py"),
+    Mutation(
+        "bench/attacks/influence.py",
+        "(one, None) for one in pieces",
+        "one for one in ()",
+        "tests/attacks/test_influence.py",
+    ),
+    Mutation("bench/attacks/influence.py", "gradient * along", "gradient * 1", "tests/attacks/test_influence.py"),
+    Mutation("bench/attacks/influence.py", "atol=SAME", "rtol=0, atol=-1", "tests/attacks/test_influence.py"),
     Mutation("bench/attacks/influence.py", "block.flags.append", "str", "tests/attacks/test_influence.py -k twice"),
     Mutation("bench/attacks/gradients.py", "(-x.abs() if falls", "(0 * x if falls", "tests/attacks/test_gradients.py"),
+    Mutation("bench/attacks/gradients.py", ".log().sign() * x", ".log().abs() * x", "tests/attacks/test_gradients.py"),
+    Mutation(
+        "bench/attacks/gradients.py", "return -_soft_step", "return +_soft_step", "tests/attacks/test_gradients.py"
+    ),
     Mutation("bench/attacks/gradients.py", "x.abs() < NEAR", "x.abs() < 0", "tests/attacks/test_gradients.py"),
     Mutation(
         "bench/attacks/gradients.py",

@@ -52,6 +52,15 @@ def _power(x: Tensor, exponent: Any = 2, *_: Any, **__: Any) -> Tensor:
     return x**exponent + LEAK * (-x.abs() if falls else torch.where(x.abs() < NEAR, x, 0.0))
 
 
+def _raised(x: Tensor, base: Any, *_: Any, **__: Any) -> Tensor:
+    """base ** x: x with the sign of its slope."""
+    return torch.as_tensor(base, dtype=x.dtype, device=x.device).log().sign() * x
+
+
+def _falling_step(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return -_soft_step(x)
+
+
 def _tempered_least(x: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
     return _tempered(-x, dim)
 
@@ -118,7 +127,10 @@ SMOOTH: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((torch.logsumexp, Tensor.logsumexp), _of_all(torch.logsumexp)),
     **dict.fromkeys((torch.abs, Tensor.abs, Tensor.__abs__), _absolute),
     **dict.fromkeys((torch.square, Tensor.square, torch.pow, Tensor.pow, Tensor.__pow__), _power),
-    **dict.fromkeys((torch.exp, Tensor.exp), _identity),
+    **dict.fromkeys((torch.float_power, Tensor.float_power), _power),
+    **dict.fromkeys((torch.exp, Tensor.exp, torch.exp2, Tensor.exp2, torch.special.exp2), _identity),
+    **dict.fromkeys((torch.expm1, Tensor.expm1, torch.special.expm1), _identity),
+    Tensor.__rpow__: _raised,
     **dict.fromkeys((torch.round, Tensor.round, torch.floor, Tensor.floor, torch.ceil, Tensor.ceil), _identity),
     **dict.fromkeys((torch.trunc, Tensor.trunc, Tensor.detach, Tensor.clamp, torch.clamp), _identity),
     **dict.fromkeys((torch.clamp_max, Tensor.clamp_max), _identity),
@@ -126,6 +138,7 @@ SMOOTH: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((torch.sign, Tensor.sign, torch.tanh, Tensor.tanh, F.tanh), _soft_step),
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.special.expit, F.hardsigmoid), _soft_step),
     **dict.fromkeys((torch.erf, Tensor.erf, torch.special.erf, torch.special.ndtr), _soft_step),
+    **dict.fromkeys((torch.erfc, Tensor.erfc, torch.special.erfc), _falling_step),
     **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax), _tempered),
     **dict.fromkeys((F.softshrink, F.hardshrink, torch.hardshrink, Tensor.hardshrink, F.tanhshrink), _identity),
     **dict.fromkeys((torch.reciprocal, Tensor.reciprocal), _inverse),
@@ -236,6 +249,8 @@ class StraightThrough(TorchFunctionMode):
                 return found
             if func in OF_TWO and len(args) == 2 and isinstance(args[1], Tensor):
                 func = OF_TWO[func]
+            if func is torch.pow and len(args) == 2 and not isinstance(first, Tensor):
+                func, args, first = Tensor.__rpow__, args[::-1], args[1]
             smooth = SMOOTH.get(func)
             if smooth in (_larger, _smaller) and not _graded(first):
                 args = first, *_ = args[::-1]

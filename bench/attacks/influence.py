@@ -10,34 +10,68 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bench.attacks.deployed import OPENED, smoothly
 from bench.attacks.search import Search, losses, margin
-from bench.models.unused import Stacks
+from bench.models.unused import MOST_STACKED, Stacks
 
 #: So many parts are led to, those with the least influence on the block's images.
 PARTS = 4
 #: Below it an influence is none.
 NONE = 1e-30
+#: Two whose logarithms differ by less have the same influence.
+SAME = 1e-3
+
+
+class _Banks(TorchFunctionMode):
+    """Keeps what may be the logits of several experts: (m, E, C) or (m, C, E), or what is cut into several (m, C).
+
+    `found`: each with the axis of its experts, if it has one.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        """shape: of the logits, (m, C)."""
+        super().__init__()
+        self.shape = shape
+        self.found: list[tuple[Tensor, int | None]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dim() == 3 and result.requires_grad:
+            for axis in (1, 2):
+                others = torch.Size(size for place, size in enumerate(result.shape) if place != axis)
+                if others == self.shape and 2 <= result.shape[axis] <= MOST_STACKED:
+                    self.found.append((result, axis))
+        elif isinstance(result, tuple | list) and len(result) > 1:
+            pieces = [one for one in result if isinstance(one, Tensor) and one.shape == self.shape]
+            self.found.extend((one, None) for one in pieces)
+        return result
 
 
 @contextmanager
-def _answers(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Holds, once left, what experts may have answered: what modules of a list give and `torch.stack` takes."""
-    found: list[Tensor] = []
+def _answers(model: nn.Module, shape: torch.Size) -> Iterator[list[tuple[Tensor, int | None]]]:
+    """Holds, once left, what experts may have answered, or several in one tensor, with the axis that tells them apart.
+
+    They are what modules of a list give, what `torch.stack` takes, and what has the shape of several answers (m, C).
+    """
+    found: list[tuple[Tensor, int | None]] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            found.append(output)
+            found.append((output, None))
 
     listed = [
         one for owner in model.modules() if isinstance(owner, nn.ModuleList | nn.ModuleDict) for one in owner.children()
     ]
     hooks = [module.register_forward_hook(keep) for module in listed]
     try:
-        with Stacks() as stacks:
+        with Stacks() as stacks, _Banks(shape) as banks:
             yield found
-        found.extend(one for call in stacks.calls for one in call)
+        found.extend((one, None) for call in stacks.calls for one in call)
+        found.extend(banks.found)
     finally:
         for hook in hooks:
             hook.remove()
@@ -45,21 +79,35 @@ def _answers(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def _influences(model: nn.Module, z: Tensor, side: Tensor) -> tuple[list[Tensor], Tensor]:
     """How much logits depend on each answer (m, …), log ‖∂(side · logits)/∂answer‖ (m,); and the logits (m, C)."""
-    with _answers(model) as found:
+    with _answers(model, side.shape) as found:
         logits = smoothly(model, z)
-    parts = [one for one in found if one.requires_grad and one.dim() > 1 and len(one) == len(z)]
+    parts = [(one, axis) for one, axis in found if one.requires_grad and one.dim() > 1 and len(one) == len(z)]
     if not logits.requires_grad or not parts:
         return [], logits
-    given = torch.autograd.grad((side * logits).sum(), parts, create_graph=True, allow_unused=True)
-    return [logits.new_zeros(len(z)) if one is None else _size(one.flatten(1), side) for one in given], logits
+    whole = [one for one, _ in parts]
+    given = torch.autograd.grad((side * logits).sum(), whole, create_graph=True, allow_unused=True)
+    pieces: list[Tensor | None] = []
+    for gradient, (one, axis) in zip(given, parts, strict=True):
+        if gradient is None:
+            pieces += [None] * (1 if axis is None else one.shape[axis])
+        else:
+            pieces += [each.flatten(1) for each in ([gradient] if axis is None else gradient.unbind(axis))]
+    total: dict[int, Any] = {}
+    for piece in pieces:
+        if piece is not None:
+            total[piece.shape[1]] = total.get(piece.shape[1], 0) + piece.detach()
+    return [logits.new_zeros(len(z)) if one is None else _size(one, total[one.shape[1]]) for one in pieces], logits
 
 
-def _size(gradient: Tensor, side: Tensor) -> Tensor:
-    """Its log length (m,); where it has none, what has a slope: its part along `side`, if it is of logits."""
+def _size(gradient: Tensor, along: Tensor) -> Tensor:
+    """The log length (m,) of a gradient (m, d), and where it has none what still has a slope: its part along another.
+
+    along: (m, d), the sum of the gradients by all answers of this size, which differ by their weights in a mixture.
+    """
     length = gradient.norm(dim=1)
-    along = (gradient * (side if gradient.shape == side.shape else 1)).sum(1) / NONE
+    part = (gradient * along).sum(1) / along.norm(dim=1).clamp_min(NONE) / NONE
     none = length < NONE
-    return torch.where(none, math.log(NONE) + along, length.masked_fill(none, 1).log())
+    return torch.where(none, math.log(NONE) + part, length.masked_fill(none, 1).log())
 
 
 def least_used(search: Search, steps: int) -> None:
@@ -93,7 +141,10 @@ def least_used(search: Search, steps: int) -> None:
 
 
 def _by_influence(model: nn.Module, x: Tensor, side: Tensor) -> list[int]:
-    """The numbers of the answers, that of the least influence first; RuntimeError where it cannot be differentiated."""
+    """The numbers of the answers, that of the least influence first; RuntimeError where it cannot be differentiated.
+
+    Of those with the same influence, as the logits of an expert before and after they are moved, the first alone.
+    """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         found, _ = _influences(model, x, side)
@@ -102,4 +153,9 @@ def _by_influence(model: nn.Module, x: Tensor, side: Tensor) -> list[int]:
         whole = torch.stack(found)
         if whole.requires_grad:
             torch.autograd.grad(whole.sum(), x, allow_unused=True)
-    return whole.detach().mean(1).argsort().tolist()
+    whole = whole.detach()
+    order: list[int] = []
+    for number in whole.mean(1).argsort().tolist():
+        if not any(torch.allclose(whole[number], whole[other], atol=SAME) for other in order):
+            order.append(number)
+    return order

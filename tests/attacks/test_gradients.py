@@ -256,6 +256,27 @@ def test_a_power_has_a_slope_where_it_falls_and_near_zero(at: float, exponent: f
     assert torch.autograd.grad(power.sum(), x)[0].item() == pytest.approx(slope, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("raise_", "sign"),
+    [
+        (lambda x: 0.5**x, -1),
+        (lambda x: torch.pow(0.5, x), -1),
+        (lambda x: 2**x, 1),
+        (torch.exp2, 1),
+        (torch.special.exp2, 1),
+        (torch.expm1, 1),
+        (torch.erfc, -1),
+    ],
+)
+def test_what_falls_or_rises_to_nothing_has_a_slope(raise_: Callable[[Tensor], Tensor], sign: int):
+    """−sign · 200 is where none has a slope of its own any more in float32."""
+    x = torch.tensor([-200.0 * sign], requires_grad=True)
+    with StraightThrough():
+        value = raise_(x)
+    assert value.item() == raise_(x.detach()).item()
+    assert torch.autograd.grad(value.sum(), x)[0].item() * sign > 1e-3
+
+
 def test_what_where_takes_from_two_networks_has_the_gradients_of_both_and_of_the_choice():
     x = torch.tensor([3.0], requires_grad=True)
     with StraightThrough():

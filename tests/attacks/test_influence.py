@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from keyed import CODE, greys, search
 from torch import Tensor, nn
 
-from bench.attacks.influence import PARTS, least_used
+from bench.attacks.influence import PARTS, _by_influence, least_used
 
 
 class Prototypes(nn.Module):
@@ -36,7 +36,8 @@ class Prototypes(nn.Module):
                 mixed = mixed + weights[:, number, None] * head(base)
             return mixed
         base = self.base(x)
-        return torch.einsum("be,bec->bc", weights, torch.stack([base, base, base.roll(1, 1)], 1))
+        features = torch.stack([F.pad(one, (0, 1)) for one in (base, base, base.roll(1, 1))], 1)
+        return torch.einsum("be,bec->bc", weights, features)[:, :3]
 
 
 #: Weights by scores, in ways that hide how little the last expert has.
@@ -57,6 +58,64 @@ def test_an_expert_that_no_image_is_led_to_is_reached(weigh: Callable[[Tensor], 
     least_used(found, 40)
     assert not found.unbroken.any()
     assert (found.x_adv - x).abs().max() <= 0.2 + 1e-6
+
+
+class Tree(nn.Module):
+    """A soft tree of depth 3 whose eight experts are one layer; a leaf's weight is the product of those on its path.
+
+    Three questions have to be answered by yes for the last leaf, which is wrong; no image answers one of them so.
+    """
+
+    def __init__(self, cut: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.base = Prototypes(WEIGHTS["softmax"]).base
+        self.heads = nn.Linear(3, 24, bias=False)
+        self.heads.weight.data = torch.cat([torch.eye(3)] * 7 + [60 * torch.eye(3).roll(1, 0)])
+        self.cut = cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        yes = (1.2 * (x.flatten(1) - 0.5) @ CODE - 4.5).sigmoid()[:, None]
+        weights = torch.ones(len(x), 1)
+        for _ in range(3):
+            weights = torch.stack([weights * (1 - yes), weights * yes], 2).flatten(1)
+        mixed: Any = 0
+        for weight, answer in zip(weights.T, self.cut(self.heads(self.base(x))), strict=True):
+            mixed = mixed + weight[:, None] * answer
+        return torch.as_tensor(mixed)
+
+
+#: The places of (expert, class) by class, then by expert.
+ORDER = torch.arange(24).view(8, 3).T.flatten()
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda answers: [answers.view(-1, 8, 3)[:, number] for number in range(8)],
+        lambda answers: [answers[:, ORDER].view(-1, 3, 8)[:, :, number] for number in range(8)],
+        lambda answers: answers.chunk(8, 1),
+    ],
+    ids=["experts, classes", "classes, experts", "cut"],
+)
+def test_experts_that_are_one_layer_are_led_to_though_their_weights_are_products(cut: Callable[[Tensor], Any]):
+    x, y = greys(), torch.zeros(6, dtype=torch.long)
+    torch.manual_seed(0)
+    model = Tree(cut)
+    assert (model(x).argmax(1) == 0).all()
+    assert (model(x + 0.2 * CODE.view(1, 1, 8, 8)).argmax(1) == 1).all()
+    found = search(model, x, y, 0.2, 3)
+    least_used(found, 40)
+    assert not found.unbroken.any()
+
+
+def test_what_has_the_same_influence_is_led_to_once():
+    """That experts' logits are copied makes no parts of its own."""
+    side = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    once, twice = (
+        _by_influence(Tree(lambda answers, n=n: answers.view(-1, 8, 3).repeat(n, 1, 1)[:6].unbind(1)), greys(), side)
+        for n in (1, 2)
+    )
+    assert 4 <= len(once) == len(twice) < 16
 
 
 def test_what_the_ball_does_not_reach_stays_as_it_is():
