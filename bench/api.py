@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from bench import console
-from bench.errors import UnusableInput
+from bench.errors import UnusableInput, users_code
 from bench.results.metrics import robust_by_example
 from bench.results.schema import Accuracy, Result, suite_label
 from bench.results.store import Run, ensure_writable, read_runs, run_folder
@@ -62,6 +62,13 @@ class Benchmark:
     def to_frame(self) -> pd.DataFrame:
         """A row per suite; accuracies are fractions in [0, 1], `low` and `high` the 95 % interval of the robust one."""
         return runs_frame(self.results.values())
+
+    def __repr__(self) -> str:
+        """SA, RA-worst, suites and flags in a few lines, as a notebook shows them."""
+        shares = [("SA", self.clean_accuracy), ("RA-worst", self.robust_accuracy)]
+        said = [f"{name} {share.value:.2%} [{share.low:.2%}, {share.high:.2%}]" for name, share in shares if share]
+        lines = [", ".join([*said, f"n = {self.clean_accuracy.n}", f"suites: {', '.join(self.suites)}"]), *self.flags]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return self.to_frame().to_html(index=False)
@@ -123,6 +130,8 @@ def benchmark(
         >>> scored.robust_accuracy.value <= scored.clean_accuracy.value
         True
     """
+    from torch import nn
+
     from bench.datasets.base import open_dataset
     from bench.environment import torch_device
     from bench.evaluation.evaluate import score
@@ -132,6 +141,10 @@ def benchmark(
     from bench.progress import RunProgress
     from bench.suites.base import open_suites
 
+    if not isinstance(model, str | nn.Module):
+        raise UnusableInput(
+            f"model is a {type(model).__name__}: give the torch.nn.Module that it makes, such as build()"
+        )
     if (x is None) != (y is None):
         raise UnusableInput("x and y are given together: the images, and the class of each")
     opened = open_dataset(dataset) if x is None else _own(x, y, model)
@@ -224,7 +237,7 @@ def _own(x: Any, y: Any, model: str | nn.Module) -> Dataset:
         raise UnusableInput(f"y is {labels.dtype} of shape {tuple(labels.shape)}: give a class number for each image")
     if isinstance(model, str):
         raise UnusableInput(f"x and y are for a model of your own, and '{model}' is a word: give the module")
-    with torch.no_grad(), _borrowed(model):
+    with torch.no_grad(), _borrowed(model), users_code(f"the model fails on images of shape {tuple(given.shape[1:])}"):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         logits = Guarded(plain(model))(pixels[:2].to(device))
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:

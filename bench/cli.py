@@ -2,6 +2,7 @@
 
 import errno
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category)
     console.set_up()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is told how to go on, as Ctrl-C is
     sys.exit(_dispatch(app, arguments, TyperException))
 
 
@@ -105,7 +107,8 @@ def _dispatch(application: typer.Typer, arguments: Sequence[str] | None, parser_
         say(f"error: {error}")
         return UNUSABLE
     except parser_error as error:
-        say(f"error: {_parser_message(error)} See `bench --help`.")
+        command = getattr(getattr(error, "ctx", None), "command_path", "bench")
+        say(f"error: {_parser_message(error)} See `{command} --help`.")
         return UNUSABLE
     except OSError as error:  # a folder where a file should be, a full disk: nothing that a traceback would explain
         again = "; make room, and start the same command again: it goes on from what is done"

@@ -213,12 +213,15 @@ def available(dataset: str, norm: str, folders: list[Path]) -> list[str]:
 
 
 def load_model(
-    name: str, dataset: str = "digits", threat_model: str = "Linf", model_dir: str | os.PathLike[str] | None = None
+    model_name: str,
+    dataset: str = "digits",
+    threat_model: str = "Linf",
+    model_dir: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """A trained model, as RobustBench's function of this name gives it: eval mode, pixels in [0, 1] in, logits out.
 
     Args:
-        name: a variant, such as `moe-rt_er`; `<variant>-s<seed>` for another training seed than 0.
+        model_name: a variant, such as `moe-rt_er`; `<variant>-s<seed>` for another training seed than 0.
         dataset: the data set it was trained on.
         threat_model: the norm it was trained for.
         model_dir: the folder that holds `<dataset>/<norm>/<name>.safetensors`; without it, the user's `checkpoints`,
@@ -236,4 +239,4 @@ def load_model(
         (torch.Size([2, 10]), torch.Size([2, 1]))
     """
     folders = [USER_CHECKPOINTS, ZOO] if model_dir is None else [Path(model_dir)]
-    return load_checkpoint(find_checkpoint(name, dataset_name(dataset), threat_model, folders))[0]
+    return load_checkpoint(find_checkpoint(model_name, dataset_name(dataset), threat_model, folders))[0]

@@ -55,6 +55,27 @@ def test_runs_are_kept_and_read_as_frames(tmp_path: Path):
         load_results(tmp_path / "nowhere")
 
 
+def test_a_notebook_shows_sa_ra_and_flags():
+    scored = benchmark("moe-at", "digits", suites=["clean", "pgd"], **FEW)
+    first, *flags = repr(scored).splitlines()
+    assert first.startswith(f"SA {scored.clean_accuracy.value:.2%} [")
+    assert "RA-worst" in first
+    assert first.endswith("n = 20, suites: clean, pgd[steps=3]")
+    assert flags == scored.flags
+
+
+@pytest.mark.parametrize(("wrong", "kind"), [(lambda: nn.Flatten(), "function"), (nn.Flatten, "type")])
+def test_what_makes_a_model_is_none(wrong: Any, kind: str):
+    with pytest.raises(UnusableInput, match=f"^model is a {kind}: give the torch.nn.Module that it makes"):
+        benchmark(wrong, "digits", **FEW)
+
+
+def test_images_that_the_model_cannot_take_are_refused_in_a_line():
+    x, y = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(UnusableInput, match=r"^the model fails on images of shape \(3, 8, 8\): RuntimeError: "):
+        benchmark(load_model("moe-at", dataset="digits"), x=x, y=y, **{**FEW, "n_examples": 4})
+
+
 class Half(nn.Module):
     """Class 1 where the mean pixel is above a half."""
 

@@ -4,8 +4,10 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -199,7 +201,7 @@ def test_train_run_rank_and_check(bench: Bench, tmp_path: Path):
     better(Path("results"), Path("better"))
     status, out, err = bench("check", "--baseline", "better")
     assert (status, err) == (1, "")
-    assert "regression: pgd[steps=2] on moe-at: robust fell by" in out
+    assert "regression: pgd[steps=2] on moe-at: RA fell by" in out
 
     assert bench("train", "moe-at", *TINY)[0] == 0  # made by this very spec: returned
     status, out, err = bench("train", "moe-at", *TINY, "--set", "lr=0.2")
@@ -528,14 +530,26 @@ def test_result_from_elsewhere_is_named(text: str | None, bench: Bench, refused:
         assert line.endswith(f"): remove the folder {path.parent} and run again")
 
 
-def test_interrupt_is_one_line(bench: Bench, user_model: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_is_one_line(
+    stop: signal.Signals, bench: Bench, user_model: str, monkeypatch: pytest.MonkeyPatch, restored: None
+):
     def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), stop)
+        time.sleep(60)
 
     monkeypatch.setattr("bench.evaluation.plan.plan", interrupt)
     assert bench("run", "--data-root", "a b") == (130, "", "stopped; this goes on: bench run --data-root 'a b'\n")
     monkeypatch.setattr("bench.training.loop.train", interrupt)
     assert bench("train", "moe-at", "--restart")[2] == "stopped; this goes on: bench train moe-at --resume\n"
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """What a command does with SIGTERM ends with the test."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_failed_training_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch):

@@ -49,6 +49,11 @@ _CERTIFIED: dict[Measure, tuple[str, ...]] = {
 _MOST = 10**7  # examples; beyond it no number is given that a significant drop would need
 
 
+def said(measure: Measure) -> str:
+    """A measure as a table calls it."""
+    return {"robust": "RA", "clean_correct": "SA"}.get(measure, measure)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One measure of a run and of its baseline, over the same `n` examples; or of several runs of a suite together.
@@ -89,9 +94,9 @@ class Comparison:
         moved = "rose" if self.drop < 0 else "fell"
         of = f"run {self.baseline_run} to run {self.run}" if self.runs == 1 else f"{self.runs} runs together"
         text = (
-            f"{self.suite} on {self.model}: {self.measure} {moved} by {100 * abs(self.drop):.2f} percentage points "
-            f"({100 * self.baseline:.2f} to {100 * self.now:.2f}), b = {self.lost}, c = {self.gained}, "
-            f"p = {self.p_adjusted:.2g} (Holm; {self.p:.2g} alone), {of}"
+            f"{self.suite} on {self.model}: {said(self.measure)} {moved} by {100 * abs(self.drop):.2f} percentage "
+            f"points ({100 * self.baseline:.2f} to {100 * self.now:.2f}): {self.lost} images lost, "
+            f"{self.gained} gained, p = {self.p_adjusted:.2g} (Holm; {self.p:.2g} alone), {of}"
         )
         if self.verdict == "drop":
             more = f"at least {self.needed:,} examples are needed" if self.needed else "more examples are needed"
@@ -114,7 +119,7 @@ class Unmeasured:
     fails: bool
 
     def __str__(self) -> str:
-        return f"{self.suite} on {self.model}: {self.measure}: {self.why}"
+        return f"{self.suite} on {self.model}: {said(self.measure)}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,7 @@ def check(
         others = [other.lost + other.gained for other in rows if other is not row]
         if 0.5**right >= alpha / tarone([right, *others], alpha) or right <= max_drop * row.n:
             warnings.append(
-                f"{row.suite} on {row.model}: {row.measure} of the baseline is {right} of {row.n},"
+                f"{row.suite} on {row.model}: {said(row.measure)} of the baseline is {right} of {row.n},"
                 f" too few to show any regression at alpha {alpha:g}"
             )
     return Report(rows, unmeasured, warnings, alpha, max_drop, strict)
@@ -227,7 +232,7 @@ def _only(root: Path, side: str) -> dict[Key, Run]:
         if len(runs) > 1:
             folders = " and ".join(str(run.path) for run in runs)
             raise UnusableInput(
-                f"{runs[0]}: the {side} have {len(runs)} such runs, of other checkpoints: keep one of {folders}"
+                f"{runs[0]}: there are {len(runs)} such runs in the {side}, of other checkpoints: keep one of {folders}"
             )
     return {key: run for key, (run,) in found.items()}
 
@@ -235,7 +240,8 @@ def _only(root: Path, side: str) -> dict[Key, Run]:
 def _refusal(run: Run, others: list[Run], side: str, root: Path) -> UnusableInput:
     """Why `run` has no counterpart among `others`, the runs of `side`: what the nearest of them has otherwise."""
     spec = run.result.spec
-    make = f"make one with: {spec.command(root, run.result.model_info.word)}"
+    trusted = " on the commit that you trust" if side == "baseline" else ""
+    make = f"make one{trusted} with: {spec.command(root, run.result.model_info.word)}"
     alike = [
         _differences(run, other)
         for other in others
@@ -243,8 +249,18 @@ def _refusal(run: Run, others: list[Run], side: str, root: Path) -> UnusableInpu
     ]
     if not alike:
         return UnusableInput(f"no {side} for {run}: {make}")
-    unlike = ", ".join(f"{name} {theirs} instead of {ours}" for name, (ours, theirs) in min(alike, key=len).items())
+    unlike = ", ".join(_unlike(name, *pair) for name, pair in min(alike, key=len).items())
     return UnusableInput(f"no {side} for {run}: the nearest has {unlike}: {make}")
+
+
+def _unlike(name: str, ours: Any, theirs: Any) -> str:
+    """What differs, in the words of the command line."""
+    if name == "fingerprint":
+        return "other images"
+    if name == "suite_params":
+        ours, theirs = (", ".join(f"{key}={value}" for key, value in one.items()) or "none" for one in (ours, theirs))
+        return f"--set {theirs} instead of {ours}"
+    return f"{name} {theirs} instead of {ours}"
 
 
 def _differences(run: Run, other: Run) -> dict[str, tuple[Any, Any]]:
@@ -345,7 +361,7 @@ def _certifications(root: Path, side: str) -> dict[Key, Certificates]:
         if key in found:
             folders = f"{found[key].path} and {one.path}"
             raise UnusableInput(
-                f"the {side} have several such certifications, of other checkpoints: keep one of {folders}"
+                f"there are several such certifications in the {side}, of other checkpoints: keep one of {folders}"
             )
         found[key] = one
     return found

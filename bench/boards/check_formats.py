@@ -7,11 +7,10 @@ from dataclasses import asdict
 
 from tabulate import MIN_PADDING, tabulate
 
-from bench.boards.check import Comparison, Report, Unmeasured
+from bench.boards.check import Comparison, Report, Unmeasured, said
 
 _VERDICTS = {"ok": "ok", "regression": "REGRESSION", "drop": "drop?", "gain": "GAIN"}
 _HEADS = {"regression": "regression", "drop": "not significant", "gain": "gain"}
-_MEASURES = {"robust": "RA", "clean_correct": "SA"}
 #: No line of the table is longer; the texts of these columns are broken into lines where they have to be.
 _WIDTH, _BROKEN = 99, ("model", "suite")
 
@@ -68,7 +67,7 @@ def junit(report: Report) -> str:
     suite = ET.Element("testsuite", name="bench check", tests=str(count), failures=str(failures))
     found: list[Comparison | Unmeasured] = [*report.rows, *report.unmeasured]
     for one in found:
-        name = f"{_MEASURES.get(one.measure, one.measure)} {one.suite}"
+        name = f"{said(one.measure)} {one.suite}"
         case = ET.SubElement(suite, "testcase", classname=one.model, name=name)
         fails = report.fails(one) if isinstance(one, Comparison) else one.fails
         if fails:
@@ -102,7 +101,7 @@ def _table(report: Report) -> list[dict[str, str]]:
             "model": row.model,
             "weights": row.checkpoint,
             "suite": row.suite,
-            "of": _MEASURES.get(row.measure, row.measure),
+            "of": said(row.measure),
             "n": str(row.n),
             "was → now": f"{100 * row.baseline:.2f} → {100 * row.now:.2f}",
             "drop": f"{100 * row.drop:.2f}",

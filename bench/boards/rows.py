@@ -112,8 +112,10 @@ class Row:
     def experts(self) -> str:
         """The architecture, of an MoE with how many experts are selected of how many."""
         info = self.info
-        routed = f"{info.num_selected_experts} of {info.num_experts} × {info.architecture}"
-        return info.architecture if info.num_experts is None else routed
+        if info.num_experts is None:
+            return info.architecture
+        selected = "" if info.num_selected_experts is None else f"{info.num_selected_experts} of "
+        return f"{selected}{info.num_experts} × {info.architecture}"
 
     @property
     def combine(self) -> str:
@@ -233,7 +235,7 @@ def _lacks(covering: Sequence[Run], failed: Sequence[Run], info: ModelInfo, rout
         if flag in UNRANKED:
             yield Lack(f"its {flag}")
         elif flag.startswith(HIDDEN_ROUTES):
-            yield Lack("its routes are not named")
+            yield Lack("its routes are not named (--gates GLOB, or none)")
 
 
 def _lacks_adaptive(covering: Sequence[Run]) -> Iterator[Lack]:

@@ -61,14 +61,16 @@ def terminal(board: Board, keys: Sequence[str] = (), width: int | None = None) -
 
 
 def headline(board: Board) -> str:
-    """What a board says, in at most two sentences."""
-    ranked = [row for row in board.rows if row.rank is not None and row.worst is not None]
+    """What the first table of a board says, in at most two sentences."""
+    ranked = [row for row in next(iter(board.tables), ()) if row.rank is not None and row.worst is not None]
     if not ranked:
         return "No model has a rank yet: what is shown are upper bounds of the robust accuracy."
     first = ranked[0]
     assert first.worst is not None
-    share = percent(first.worst.value)
-    text = f"Most robust is {first.name}: {share} % of {first.n} images withstand every attack that ran."
+    share, most = percent(first.worst.value), "" if len(ranked) == 1 else "Most robust is "
+    text = f"{most}{first.name}: {share} % of {first.n} images withstand every attack that ran."
+    if not first.worst.value:
+        text = f"No ranked model withstands the attacks on any of {first.n} images."
     gaps = [(row.scores.ra.value - row.worst.value, row) for row in ranked if row.scores.ra and row.worst]
     gap, worst = max(gaps, key=lambda pair: pair[0], default=(0.0, first))
     if gap > NEAR and worst.scores.ra and worst.worst:
@@ -96,14 +98,14 @@ def _shorten(body: list[list[str]], titles: list[str], at: int, width: int) -> N
 
 
 def _plain(column: Column, row: Row) -> str:
-    """A cell of a terminal: of flags their number, of an interval half its width."""
+    """A cell of a terminal: of flags their number, of RA-worst its interval, too."""
     if column.key == "flags":
         return str(len(row.flags)) if row.flags else ""
     if column.key == "model":
         return row.name
     value = column.text(row)
     if column.key == "ra_worst" and row.worst is not None:
-        return f"{value} ±{100 * (row.worst.high - row.worst.low) / 2:.2f}"
+        return f"{value} [{100 * row.worst.low:.1f}, {100 * row.worst.high:.1f}]"
     return value or "–"
 
 
@@ -250,7 +252,8 @@ def lacking(table: Sequence[Row], results: Path | None = None, together: bool = 
     """
 
     def missing(row: Row) -> tuple[str, RunSpec | None]:
-        suites = ",".join(lack.suite for lack in row.lacks if lack.suite)
+        named = [lack.suite for lack in row.lacks if lack.suite]
+        suites = ",".join(named) if len(named) == len(row.lacks) else ""  # a command that gives no rank misleads
         update = {"suite": suites, "suite_params": {}, "warm_start": False, "seed": 0, "model": ""}
         return "; ".join(lack.why for lack in row.lacks), row.spec.model_copy(update=update) if suites else None
 
@@ -259,7 +262,7 @@ def lacking(table: Sequence[Row], results: Path | None = None, together: bool = 
     notes = []
     for rows in alike:
         why, spec = missing(rows[0])
-        words = ",".join(row.info.word or row.spec.model for row in rows)
+        words = ",".join(dict.fromkeys(row.info.word or row.spec.model for row in rows))
         notes.append((", ".join(row.name for row in rows), why, spec.command(results, words) if spec else ""))
     return notes
 

@@ -174,6 +174,9 @@ def _work_off(plan: "Plan[Any]", score: Callable[[Any, "RunProgress"], Any], cou
         jobs = plan.jobs(model)
         if plan.data.note and not done:
             note(f"{plan.dataset.name}: {plan.data.note}")
+        left_out = [name for name in plan.methods if name not in {job.spec.suite for job in jobs}]
+        if plan.request.named and left_out:
+            note(f"{model} has no routes: {', '.join(left_out)} is left out")
         progress.expect(len(jobs) + plan.expected(still))
         for job in jobs:
             progress.start(job.spec)
@@ -286,7 +289,7 @@ def certify(
         def score(job: "Job[Certifier]", progress: "RunProgress") -> "Certification | None":
             result = run_certifier(job, results, where, progress.on_block)
             assert result is not None  # all blocks were asked for
-            progress.say(f"{result.clean_accuracy.value:.2%} right, {result.seconds:.1f} s")
+            progress.say(f"SA {result.clean_accuracy.value:.2%}, {result.seconds:.1f} s")
             return result
 
         methods = {f"certify-{method}": certifier}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Generic
 
 from pydantic import Field
-from torch import nn
 
 from bench.datasets.base import Dataset, EvalSet, open_dataset
 from bench.errors import UnusableInput
@@ -97,13 +96,18 @@ class Plan(Generic[M]):
         subject = with_gates(subject, self.request.gates, self.data.x[:LOOKED_AT])
         own, asked = subject.info.alpha, self.request.alphas
         alphas: Sequence[float | None] = asked if own is not None and asked else (own,)
-        fitting = {name: method for name, method in self.methods.items() if self._fits(method, subject.model)}
+        fitting = {name: method for name, method in self.methods.items() if self._fits(method, subject)}
         return [self._job(subject, alpha, *method) for alpha in alphas for method in fitting.items()]
 
-    def _fits(self, method: M, model: nn.Module) -> bool:
-        """Whether the method is run on a model: one that nobody named and that needs routes is left out without."""
+    def _fits(self, method: M, subject: Subject) -> bool:
+        """Whether the method is run on a model.
+
+        What needs routes is left out where there are none, unless the user named it for a model of their own or alone.
+        """
         wants_routes = isinstance(method, Suite) and "routes" in method.needs
-        return self.request.named or not wants_routes or bool(parts(model) or sites(model))
+        if not wants_routes or parts(subject.model) or sites(subject.model):
+            return True
+        return self.request.named and (subject.foreign or len(self.methods) == 1)
 
     def expected(self, models: int) -> int:
         """How many runs so many models are, if none has an α to be swept over."""

@@ -116,6 +116,11 @@ class _Routed:
         return found
 
 
+def _means_all(moe: Any) -> bool:
+    """Whether it is the mean of all its experts, whose router decides nothing."""
+    return getattr(moe, "gate", "") == "argmax" and getattr(moe, "num_selected_experts", 0) == len(moe.experts)
+
+
 def _routed(model: object, x: Tensor) -> dict[str, _Routed]:
     """The MoEs that a model shows, by what their flags begin with; S only where something of it is in F.
 
@@ -125,7 +130,7 @@ def _routed(model: object, x: Tensor) -> dict[str, _Routed]:
     if is_dual(model) and float(model.alpha) == 1:
         branches.pop("S", None)
     with torch.no_grad():
-        found = {name: _Routed(moe.router, len(moe.experts)) for name, moe in branches.items()}
+        found = {name: _Routed(moe.router, len(moe.experts)) for name, moe in branches.items() if not _means_all(moe)}
         scored = {name: moe for name, moe in found.items() if moe.pick(moe.router(x[:1])) is not None}
     return {f"{name}: " if name else "": scored[name] for name in sorted(scored, reverse=True)}
 

@@ -43,6 +43,8 @@ def replay(
         UnusableInput: no finished run there, no witnesses (with the command that makes them), or the model or the data
             are not those of the run.
     """
+    if folder.is_file():  # its result.json
+        folder = folder.parent
     if (folder / CERTIFICATES).is_file():
         raise UnusableInput(f"'{folder}' is a certification, which has no adversarial examples to replay")
     run = read_run(folder)

@@ -83,7 +83,7 @@ def test_a_planted_regression_is_named(old: Path, new: Path):
     expected = text(report)
     (line,) = (line for line in expected.splitlines() if line.startswith("regression"))
     assert line == (
-        "regression: pgd on moe-at: robust fell by 40.00 percentage points (75.00 to 35.00), b = 9, c = 1, "
+        "regression: pgd on moe-at: RA fell by 40.00 percentage points (75.00 to 35.00): 9 images lost, 1 gained, "
         f"p = 0.011 (Holm; 0.011 alone), run {before.run} to run {after.run}"
     )
     assert expected.count("REGRESSION") == 1
@@ -163,9 +163,7 @@ def test_too_few_examples_are_a_warning(old: Path, new: Path):
     report = check(old, new)
     assert report.regressed
     (warning,) = report.warnings
-    assert warning.startswith(
-        "clean on moe-at: clean_correct of the baseline is 5 of 5, too few to show any regression"
-    )
+    assert warning.startswith("clean on moe-at: SA of the baseline is 5 of 5, too few to show any regression")
     assert f"warning: {warning}" in text(report)
 
 
@@ -176,7 +174,7 @@ def test_a_baseline_with_little_to_lose_is_a_warning_however_many_examples_it_ha
     report = check(old, new)
     assert not report.regressed
     (warning,) = report.warnings
-    assert "robust of the baseline is 3 of 60, too few to show any regression at alpha 0.05" in warning
+    assert "RA of the baseline is 3 of 60, too few to show any regression at alpha 0.05" in warning
 
 
 def test_several_checkpoints_of_one_work_are_refused(old: Path, new: Path):
@@ -184,7 +182,9 @@ def test_several_checkpoints_of_one_work_are_refused(old: Path, new: Path):
     save(old, "1" * 10, finished="2030-01-02T00:00:00Z", checkpoint="a")
     save(new, "0" * 10, finished="2030-01-01T00:00:00Z", checkpoint="a")
     save(new, "1" * 10, finished="2030-01-03T00:00:00Z", checkpoint="b")
-    with pytest.raises(UnusableInput, match=r"the results have 2 such runs, of other checkpoints: keep one of "):
+    with pytest.raises(
+        UnusableInput, match=r"there are 2 such runs in the results, of other checkpoints: keep one of "
+    ):
         check(old, new)
 
 
@@ -205,11 +205,11 @@ def test_seeds_and_alphas_are_paired_with_their_own(old: Path, new: Path):
     [
         ({"seed": 3}, "seed 0 instead of 3"),
         ({"suite_version": 2}, "suite_version 1 instead of 2"),
-        ({"suite_params": {"steps": 10}}, "suite_params {} instead of {'steps': 10}"),
+        ({"suite_params": {"steps": 10}}, "--set none instead of steps=10"),
         ({"batch_size": 64}, "batch_size 128 instead of 64"),
         ({"alpha": 0.5}, "alpha None instead of 0.5"),
-        ({"fingerprint": "0" * 16}, f"fingerprint {'f' * 16} instead of {'0' * 16}"),
-        ({"pgd": "1" * 8, "fingerprint": "0" * 16}, "n_examples 10 instead of 8, fingerprint"),
+        ({"fingerprint": "0" * 16}, "other images"),
+        ({"pgd": "1" * 8, "fingerprint": "0" * 16}, "n_examples 10 instead of 8, other images"),
     ],
 )
 def test_unlike_runs_are_refused_by_field(old: Path, new: Path, fields: dict[str, Any], expected: str):
@@ -262,8 +262,9 @@ def test_the_refusal_says_the_command(old: Path, new: Path):
         warm_start=True,
     )
     assert refusal(old, new).endswith(
-        "make one with: bench run --suite pgd --dataset digits --model dual --alpha 0.7 --n-examples 10 --norm L2 "
-        f"--eps 8/255 --seed 2 --batch-size 5 --set steps=10 --set loss=dlr --set flip=true --warm-start "
+        "make one on the commit that you trust with: bench run --suite pgd --dataset digits --model dual --alpha 0.7 "
+        f"--n-examples 10 --norm L2 --eps 8/255 --seed 2 --batch-size 5 --set steps=10 --set loss=dlr "
+        f"--set flip=true --warm-start "
         f"--results {old}"
     )
 
@@ -310,7 +311,7 @@ def test_a_drop_that_no_run_shows_alone_is_seen_in_all_of_them(old: Path, new: P
     found = pooled(report)
     assert (found.suite, found.n, found.lost, found.p) == ("pgd", 120, 9, pytest.approx(1 / 512))
     assert [row.model for row in report.rows if row.regressed] == ["all 3 runs"]
-    assert "regression: pgd on all 3 runs: robust fell by 7.50 percentage points" in text(report)
+    assert "regression: pgd on all 3 runs: RA fell by 7.50 percentage points" in text(report)
 
 
 def test_the_same_images_lost_in_several_runs_are_no_more_evidence_than_once(old: Path, new: Path):
@@ -366,7 +367,7 @@ def test_what_attacked_nothing_is_never_ok(old: Path, new: Path):
     nothing(new, suite="adaptive")
     report = check(old, new)
     assert report.failed
-    assert "missing: adaptive on moe-at: robust: the new run attacked nothing" in text(report)
+    assert "missing: adaptive on moe-at: RA: the new run attacked nothing" in text(report)
 
 
 def test_a_suite_that_ran_weaker_than_its_default_is_named(old: Path, new: Path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import saved_runs
 
 from bench.boards import views
 from bench.boards.leaderboard import boards, write_boards
@@ -69,7 +70,7 @@ def test_a_terminal_has_one_line_a_model_and_none_longer_than_it_is_wide(board: 
     start = next(at for at, line in enumerate(lines) if line.startswith("rank"))
     shown = lines[start : start + 7]
     assert [line.split()[0] for line in shown] == ["rank", "------", "1", "2", "------", "–", "–"]
-    assert shown[2].split()[1:] == ["dense-at", "50.00", "50.00", "±28.48"]
+    assert shown[2].split()[1:] == ["dense-at", "50.00", "50.00", "[21.5,", "78.5]"]
     if width:
         assert max(map(len, shown)) <= width
         assert max(len(line) for line in lines if not line.startswith("  bench ")) <= width  # a command is copied whole
@@ -118,6 +119,35 @@ def test_rows_that_one_command_supplies_share_it(tmp_path: Path):
     assert " --model a,b --n-examples 8 " in text
     assert "\nc has no rank: no autoattack with its default parameters; no adaptive" in text
     assert text.count("bench run") == 2
+
+
+def test_a_command_that_gives_no_rank_is_not_offered(tmp_path: Path):
+    save(tmp_path, "pgd", "11110000", of=("outputs depend on chance",))
+    text = views.terminal(boards(tmp_path)[0])
+    assert "has no rank: no autoattack with its default parameters; its outputs depend on chance\n" in text
+    assert "bench run" not in text
+
+
+def test_two_of_one_name_are_named_once_in_the_command(tmp_path: Path):
+    for sha in ("1", "2"):
+        save(tmp_path, "pgd", "11110000", info={"checkpoint_sha256": sha * 64})
+    assert " --model dense-at --n-examples" in views.terminal(boards(tmp_path)[0])
+
+
+def test_the_headline_is_of_the_first_table_and_claims_no_more_than_there_is(tmp_path: Path):
+    rows = {"clean": "1" * 8, "apgd-ce": "11111110"}
+    saved_runs.save(tmp_path, "autoattack", rows, model="few", fingerprint="8" * 16)
+    (one,) = boards(tmp_path)
+    assert views.headline(one) == "few: 87.50 % of 8 images withstand every attack that ran."
+    for model in ("a", "b"):
+        saved_runs.save(tmp_path, "autoattack", {"clean": "1" * 9, "apgd-ce": "0" * 9}, model=model)
+    (both,) = boards(tmp_path)
+    assert views.headline(both) == "No ranked model withstands the attacks on any of 9 images."
+
+
+def test_of_an_moe_whose_k_is_not_known_the_experts_are_counted(tmp_path: Path):
+    save(tmp_path, "autoattack", "1100", info={"num_experts": 4, "architecture": "Mine"})
+    assert boards(tmp_path)[0].rows[0].experts == "4 × Mine"
 
 
 @pytest.mark.parametrize("flag", ["outputs depend on chance", "outputs depend on the batch"])

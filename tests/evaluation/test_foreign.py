@@ -629,6 +629,15 @@ def test_a_model_is_forgotten_before_the_next_is_loaded(
     assert len(alive) == 4
 
 
+def test_of_several_suites_those_for_routes_are_left_out_on_a_dense_variant(bench: Any):
+    words = ("--model", "dense-at,moe-at", "--n-examples", "4", "--set", "steps=1")
+    status, out, err = bench("run", "--suite", "clean,components", *words)
+    assert status == 0, err
+    assert "dense-at has no routes: components is left out" in err
+    assert "components on dense-at" not in out + err
+    assert "moe-at: components" in out
+
+
 @pytest.mark.parametrize("suite", ["adaptive", "components"])
 def test_a_suite_that_attacked_nothing_is_told_and_exits_2(suite: str, bench: Any):
     status, out, err = bench("run", "--suite", suite, "--model", "dense-at", "--n-examples", "4")

@@ -112,6 +112,12 @@ def test_a_hard_gate_has_no_router_gradient_and_a_soft_one_has(signs: Callable[.
     assert signs(routed(linear_moe, "argmax"), attacked=False) == ["router gradient zero on 100% of images"]
 
 
+def test_the_mean_of_all_experts_has_no_route_to_look_at(signs: Callable[..., list[str]], linear_moe: Any):
+    moe = routed(linear_moe, "argmax")
+    ensemble = MoE(moe.experts, moe.router, 2, "argmax", moe.combine)
+    assert signs(ensemble, attacked=False) == []
+
+
 def test_experts_that_are_not_selected_need_no_gradient(signs: Callable[..., list[str]], linear_moe: Any):
     """Two of three, with the weights renormalised over the two: the third score changes nothing, and need not."""
     half = [[weight / 2 for weight in row] for row in HALVES]

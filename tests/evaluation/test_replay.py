@@ -338,6 +338,7 @@ def test_a_folder_that_is_no_run_is_answered_with_the_runs_in_it(bench: Any, mad
     status, _, err = bench("replay", "results")
     assert status == 2
     assert err == f"error: 'results' is no finished run: name one of the runs below it, such as {folder}\n"
+    assert bench("replay", f"{folder}/result.json")[0] == 0
     assert bench("replay", "nowhere")[2].startswith("error: 'nowhere' is no finished run: it has no result.json")
     (folder / "certificates.parquet").touch()
     assert "is a certification, which has no adversarial examples" in bench("replay", str(folder))[2]
