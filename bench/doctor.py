@@ -104,5 +104,9 @@ def described(found: Diagnosis, images: int, width: int | None = None) -> str:
         for each in found.suites
     ]
     heads = ["suite", "attacks it", "100 images", f"all {images:,}"]
-    note = "Times are for images that withstand everything; what is broken early costs less."
-    return "\n".join([*lines, "", tabulate(rows, headers=heads, disable_numparse=True), "", note])
+    note = (
+        f"About, in blocks of {LOOKED_AT} images that withstand everything: what is broken early costs less, an image"
+        " of a small block more."
+    )
+    noted = textwrap.wrap(note, width or 10**6)
+    return "\n".join([*lines, "", tabulate(rows, headers=heads, disable_numparse=True), "", *noted])

@@ -123,7 +123,8 @@ def build(kind: type[S], what: str, values: Mapping[str, Any]) -> S:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         got = f" (got {first['input']!r})" if where else ""
-        message = f"{where}: {first['msg']}" if where else first["msg"]
+        said = first["msg"].split(", unable to")[0]
+        message = f"{where}: {said}" if where else said
         raise UnusableInput(f"{what}: {message.removeprefix('Value error, ')}{got}") from None
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import nn
 from bench.errors import UnusableInput
 from bench.files import write_atomically
 from bench.models.architecture import Architecture, Dual, Routed
-from bench.models.variants import VARIANTS
+from bench.models.variants import VARIANTS, get_variant
 from bench.spec import ModelInfo, Spec, ThreatModel, dataset_folder, dataset_name, path_safe
 
 ZOO = Path(__file__).parent / "zoo"
@@ -188,15 +189,20 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, Header, str]:
 
 
 def find_checkpoint(name: str, dataset: str, norm: str, folders: list[Path]) -> Path:
-    """The first of `folders` that has it; UnusableInput, with the places looked at, where none has."""
+    """The first of `folders` that has it.
+
+    Raises:
+        UnusableInput: none has, with the command that makes it; or it is no variant's name, with the nearest.
+    """
     candidates = [checkpoint_path(folder, dataset, norm, name) for folder in folders]
     for path in candidates:
         if path.is_file():
             return path
+    variant, _, seed = name.rpartition("-s") if re.search(r"-s[0-9]+$", name) else (name, "", "0")
+    get_variant(variant)
     looked = " and ".join(f"'{path}'" for path in candidates)
-    raise UnusableInput(
-        f"no {norm} checkpoint of '{name}' for {dataset}: looked for {looked}; make one with `bench train`"
-    )
+    make = f"bench train {variant} --dataset {dataset}" + (f" --seed {seed}" if seed != "0" else "")
+    raise UnusableInput(f"no {norm} checkpoint of '{name}' for {dataset}: looked for {looked}; make one with `{make}`")
 
 
 def available(dataset: str, norm: str, folders: list[Path]) -> list[str]:

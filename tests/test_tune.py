@@ -145,6 +145,13 @@ def test_the_command_prints_the_training_of_the_best(tmp_path: Path, monkeypatch
         "best: SA 90.00% RA 50.00%: bench train dense-at --dataset digits --seed 0 --data-root data --set epochs=3"
         " --set lr=0.3"
     )
+    there = tmp_path / "digits" / "Linf" / "dense-at.safetensors"
+    there.parent.mkdir(parents=True)
+    there.touch()
+    trials[:] = [Trial({"lr": 0.1}, 0.9, 0.0, 3.0)]
+    out = bench("tune", "dense-at", "--trials", "1", "--checkpoints", str(tmp_path))[1]
+    assert "best: SA 90.00% RA 0.00% (no trial is robust: chosen by SA): bench train dense-at" in out
+    assert out.endswith(f" --set lr=0.1 --checkpoints {tmp_path}/tuned\n")
 
 
 def test_the_training_that_is_printed_has_the_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Any):

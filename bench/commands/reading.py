@@ -24,6 +24,7 @@ from bench.commands.options import (
     terminal_width,
 )
 from bench.console import say
+from bench.errors import UnusableInput
 
 if TYPE_CHECKING:
     from bench.boards.leaderboard import Stored
@@ -179,6 +180,8 @@ def report(
     from bench.report.beside import clean_images, histories
     from bench.report.page import page
 
+    if out.suffix != ".html":
+        raise UnusableInput(f"--out {out}: the report is a .html file")
     stored = _without_conflicts(results)
     with redirect_stdout(sys.stderr):
         write_if_changed(out, page(stored, histories([checkpoints]), clean_images(data_root)).encode())

@@ -138,6 +138,7 @@ def tune(
     with redirect_stdout(sys.stderr):
         from bench.datasets.base import open_dataset
         from bench.evaluation.plan import threat_model
+        from bench.models.checkpoints import checkpoint_path
         from bench.results.store import ensure_writable
         from bench.settings import parse_grid, setting
         from bench.tune import Trial, best, open_search, table_path
@@ -162,4 +163,7 @@ def tune(
     chosen_by_user = {"--recipe": recipe, "--norm": norm, "--eps": eps, "--data-root": data_root}
     command += [word for name, value in chosen_by_user.items() if value for word in (name, str(value))]
     command += [word for item in {**fixed, **chosen.settings}.items() for word in ("--set", setting(*item))]
-    print(f"best: SA {chosen.sa:.2%} RA {chosen.ra:.2%}: {shlex.join(command)}")
+    if checkpoint_path(checkpoints, dataset, threat.norm, search.spec.checkpoint_name).is_file():
+        command += ["--checkpoints", str(checkpoints / "tuned")]  # what is there is another training's
+    by_sa = "" if chosen.ra else " (no trial is robust: chosen by SA)"
+    print(f"best: SA {chosen.sa:.2%} RA {chosen.ra:.2%}{by_sa}: {shlex.join(command)}")

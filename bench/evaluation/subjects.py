@@ -1,7 +1,6 @@
 """Who is scored: from the words of `--model` to a model that can be attacked."""
 
 import importlib
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +20,6 @@ from bench.models.choices import plain
 from bench.models.foreign import settings_kept, switch_mode
 from bench.models.gates import Gates, declared, find_gates, look_at_shown
 from bench.models.parts import is_dual, is_moe, is_traced
-from bench.models.variants import get_variant
 from bench.randomness import seeded
 from bench.spec import ModelInfo, ThreatModel
 
@@ -80,8 +78,9 @@ def load_subject(word: str, dataset: Dataset, threat_model: ThreatModel, folders
             return foreign_subject(_call_factory(word, dataset), word)
     places = [(norm, folder) for norm in _norms(dataset, threat_model) for folder in folders]
     there = [norm for norm, folder in places if checkpoint_path(folder, dataset.name, norm, word).is_file()]
-    if not there:
-        get_variant(re.sub(r"-s[0-9]+$", "", word))  # refuses a name that is no variant's, with the nearest
+    module = word.partition(".")[0]
+    if not there and (Path(f"{module}.py").is_file() or Path(module, "__init__.py").is_file()):
+        raise UnusableInput(f"--model '{word}' names no function: write --model {word}:FUNCTION for your own network")
     norm = there[0] if there else threat_model.norm
     return _from_checkpoint(find_checkpoint(word, dataset.name, norm, list(folders)), dataset, threat_model)
 
@@ -140,7 +139,8 @@ def _call_factory(word: str, dataset: Dataset) -> nn.Module:
     try:
         with seeded(0), settings_kept():
             module = importlib.import_module(module_name)
-            model = getattr(module, attribute)()
+            made = getattr(module, attribute)
+            model = made if isinstance(made, nn.Module) else made()
     finally:
         sys.path.pop(0)
     if not isinstance(model, nn.Module):

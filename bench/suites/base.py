@@ -110,6 +110,7 @@ def open_suites(names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, 
     for key in settings:
         if key not in every:
             hint = did_you_mean(key, every) if every else "there is nothing to set"
+            hint = "it is given by --eps" if key == "eps" else hint
             raise UnusableInput(f"--set {key}: {', '.join(names)} has no such parameter: {hint}")
     return {
         name: kind.open(argument, {key: value for key, value in settings.items() if key in known[name]})

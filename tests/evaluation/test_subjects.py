@@ -91,12 +91,26 @@ def test_file_is_loaded_as_it_is_named(tmp_path: Path, digits: Dataset):
 def test_unknown_variant_is_told_the_nearest_and_a_known_one_where_it_was_looked_for(tmp_path: Path, digits: Dataset):
     assert refused("moe-sandard", digits, tmp_path) == "unknown variant 'moe-sandard': did you mean 'moe-standard'?"
     assert refused("moe-sandard-s3", digits, tmp_path).startswith("unknown variant 'moe-sandard'")
-    for name in ("moe-at", "moe-at-s3"):
+    for name, seed in (("moe-at", ""), ("moe-at-s3", " --seed 3")):
         message = refused(name, digits, tmp_path, tmp_path / "zoo")
         assert message.startswith(f"no Linf checkpoint of '{name}' for digits")
         for folder in (tmp_path, tmp_path / "zoo"):
             assert str(folder / "digits" / "Linf" / f"{name}.safetensors") in message
-        assert message.endswith("make one with `bench train`")
+        assert message.endswith(f"make one with `bench train moe-at --dataset digits{seed}`")
+
+
+def test_a_module_without_its_function_is_told_and_a_module_that_is_a_network_taken(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    lines = ("from torch import nn", "net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))")
+    Path("planted_ready.py").write_text("\n".join(lines))
+    assert refused("planted_ready", digits, tmp_path) == (
+        "--model 'planted_ready' names no function: write --model planted_ready:FUNCTION for your own network"
+    )
+    model = load_subject("planted_ready:net", digits, digits.threat_model, [tmp_path]).model
+    assert isinstance(model, nn.Sequential)
+    assert not model.training
 
 
 def test_file_under_a_name_of_the_users_own_is_found(tmp_path: Path, digits: Dataset):

@@ -22,6 +22,10 @@ def test_the_report_is_one_file_and_the_command_prints_where_it_lies(results: Pa
     assert "are not those of the run" in text  # the digits are not what these tiny runs were made on
 
 
+def test_a_report_is_a_page(bench: Any):
+    assert bench("report", "--out", "page.txt")[::2] == (2, "error: --out page.txt: the report is a .html file\n")
+
+
 def test_a_contradiction_gives_no_report(save_run: Any, certify_run: Any, bench: Any, tmp_path: Path):
     save_run(tmp_path / "results", "m", "pgd", {"pgd": {0: 1}})
     certify_run(tmp_path / "results", "m", "certify-bounds", "union", [0.2] * 8)

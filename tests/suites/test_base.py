@@ -148,6 +148,7 @@ def test_what_no_suite_has_is_refused_with_the_nearest():
         (["pdg"], {}, "unknown suite 'pdg': did you mean 'pgd'"),
         (["clean", "pgd"], {"stepz": 3}, "--set stepz: clean, pgd has no such parameter: did you mean 'steps'"),
         (["clean"], {"steps": 3}, "--set steps: clean has no such parameter: there is nothing to set"),
+        (["pgd"], {"eps": 0.1}, "--set eps: pgd has no such parameter: it is given by --eps"),
         (["pgd"], {"steps": "many"}, "steps: .*'many'"),
         (["pgd"], {"steps": 0}, "steps: .*0"),
     ]:
