@@ -172,6 +172,7 @@ MUTATIONS = [
         "one for one in ()",
         "tests/attacks/test_influence.py",
     ),
+    Mutation("bench/attacks/influence.py", "func in _LAST and", "False and", "tests/attacks/test_influence.py"),
     Mutation("bench/attacks/influence.py", "gradient * along", "gradient * 1", "tests/attacks/test_influence.py"),
     Mutation("bench/attacks/influence.py", "atol=SAME", "rtol=0, atol=-1", "tests/attacks/test_influence.py"),
     Mutation("bench/attacks/influence.py", "block.flags.append", "str", "tests/attacks/test_influence.py -k twice"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bench.attacks.deployed import OPENED, smoothly
@@ -24,8 +25,16 @@ NONE = 1e-30
 SAME = 1e-3
 
 
-class _Banks(TorchFunctionMode):
-    """Keeps what may be the logits of several experts: (m, E, C) or (m, C, E), or what is cut into several (m, C).
+#: What gives an expert's logits, whatever module or name it has.
+_LAST = {
+    F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm,
+    torch.einsum,
+}  # fmt: skip
+
+
+class _Logits(TorchFunctionMode):
+    """Keeps what may be the logits of experts: (m, C) of a last layer, or of several in one tensor, (m, E, C) or
+    (m, C, E), or what is cut into several (m, C).
 
     `found`: each with the axis of its experts, if it has one.
     """
@@ -40,7 +49,9 @@ class _Banks(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.dim() == 3 and result.requires_grad:
+        if func in _LAST and result.shape == self.shape:
+            self.found.append((result, None))
+        elif isinstance(result, Tensor) and result.dim() == 3 and result.requires_grad:
             for axis in (1, 2):
                 others = torch.Size(size for place, size in enumerate(result.shape) if place != axis)
                 if others == self.shape and 2 <= result.shape[axis] <= MOST_STACKED:
@@ -55,7 +66,7 @@ class _Banks(TorchFunctionMode):
 def _answers(model: nn.Module, shape: torch.Size) -> Iterator[list[tuple[Tensor, int | None]]]:
     """Holds, once left, what experts may have answered, or several in one tensor, with the axis that tells them apart.
 
-    They are what modules of a list give, what `torch.stack` takes, and what has the shape of several answers (m, C).
+    They are what modules of a list give, what `torch.stack` takes, and what has the shape of logits.
     """
     found: list[tuple[Tensor, int | None]] = []
 
@@ -68,10 +79,10 @@ def _answers(model: nn.Module, shape: torch.Size) -> Iterator[list[tuple[Tensor,
     ]
     hooks = [module.register_forward_hook(keep) for module in listed]
     try:
-        with Stacks() as stacks, _Banks(shape) as banks:
+        with Stacks() as stacks, _Logits(shape) as logits:
             yield found
         found.extend((one, None) for call in stacks.calls for one in call)
-        found.extend(banks.found)
+        found.extend(logits.found)
     finally:
         for hook in hooks:
             hook.remove()

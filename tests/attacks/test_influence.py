@@ -108,6 +108,32 @@ def test_experts_that_are_one_layer_are_led_to_though_their_weights_are_products
     assert not found.unbroken.any()
 
 
+class Named(Prototypes):
+    """Experts that are in no list: three attributes, and of one the weight alone."""
+
+    def __init__(self) -> None:
+        super().__init__(WEIGHTS["softplus"])
+        self.one, self.two = (nn.Sequential(nn.Linear(3, 3, bias=False)) for _ in range(2))
+        for expert, head in zip((self.one, self.two), self.heads, strict=False):
+            expert[0].weight.data = head.weight.data
+        self.three = nn.Parameter(self.heads[2].weight.data)
+        del self.heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = 10 * ((x.flatten(1) - 0.5) @ CODE[:, None] - self.asked)
+        first, second, third = self.weigh(torch.cat([0 * key, 0 * key - 1, key], 1)).split(1, 1)
+        base = self.base(x)
+        return (first * self.one(base) + second * self.two(base) + third * (base @ self.three.T)) / 10
+
+
+def test_experts_in_no_list_are_led_to():
+    x, y = greys(), torch.zeros(6, dtype=torch.long)
+    torch.manual_seed(0)
+    found = search(Named(), x, y, 0.2, 3)
+    least_used(found, 40)
+    assert not found.unbroken.any()
+
+
 def test_what_has_the_same_influence_is_led_to_once():
     """That experts' logits are copied makes no parts of its own."""
     side = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
