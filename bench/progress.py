@@ -79,8 +79,8 @@ class TrainingProgress(_Bar):
 
     def on_epoch(self, epoch: "Epoch") -> None:
         self._scores = f" SA {epoch.sa:.1%} RA {epoch.ra:.1%}"
-        line = f"epoch {epoch.epoch}/{self._spec.recipe.epochs} loss {epoch.loss:.3f}{self._scores}"
-        console.note(f"{line} {epoch.images_per_second:.0f} images/s")
+        number = f"{self._spec.checkpoint_name} epoch {epoch.epoch}/{self._spec.recipe.epochs}"
+        console.note(f"{number} loss {epoch.loss:.3f}{self._scores} {epoch.images_per_second:.0f} images/s")
 
 
 def _clock(seconds: float) -> str:

@@ -569,3 +569,15 @@ def test_fault_of_our_own_is_not_hidden(bench: Bench, monkeypatch: pytest.Monkey
     monkeypatch.setattr("bench.evaluation.plan.plan", fail)
     with pytest.raises(RuntimeError, match="a fault"):
         main(["run"])
+
+
+def test_a_recipe_for_other_data_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    def stop(*_: Any) -> None:
+        raise UnusableInput("as far as this")
+
+    monkeypatch.setattr("bench.training.loop.train", stop)
+    err = bench("train", "moe-at", "--recipe", "paper-cifar10")[2]
+    assert err.startswith(
+        "recipe paper-cifar10 was made for cifar10, and this trains on digits: name the data with --dataset"
+    )
+    assert "was made for" not in bench("train", "moe-at", "--recipe", "digits")[2]

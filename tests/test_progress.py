@@ -132,4 +132,4 @@ def test_a_training_leaves_a_line_an_epoch(tiny_spec: Any, capsys: pytest.Captur
         progress.on_step(1, 1, 2, 1.5)
         assert task.description == "moe-at epoch 2/2 loss 1.500 SA 50.0% RA 25.0%"
         assert task.completed == 3
-    assert capsys.readouterr() == ("", "epoch 1/2 loss 2.000 SA 50.0% RA 25.0% 200 images/s\n")
+    assert capsys.readouterr() == ("", "moe-at epoch 1/2 loss 2.000 SA 50.0% RA 25.0% 200 images/s\n")

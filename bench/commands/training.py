@@ -71,6 +71,11 @@ def train(
         data = open_dataset(dataset)
         threat, seeds = threat_model(data, norm, eps), seeds_of(seed)
         specs = train_specs(split(variant), data, threat, recipe, settings_of(settings), seeds)
+        made_for = (recipe or "").rpartition("-")[2]
+        if made_for in registry.DATASETS and made_for != data.name:
+            note(
+                f"recipe {recipe} was made for {made_for}, and this trains on {data.name}: name the data with --dataset"
+            )
         ensure_writable(checkpoints)
         spread: dict[int, Exception | None] = {}
         if on is not None:

@@ -106,7 +106,7 @@ def test_a_training_that_was_killed_ends_bit_by_bit_as_the_undisturbed_one(
 
     status, message = bench(*command(variant, tmp_path), "--resume")
     assert status == 0, message
-    done = [int(line.split()[1].split("/")[0]) for line in message.splitlines() if line.startswith("epoch ")]
+    done = [int(line.split()[2].split("/")[0]) for line in message.splitlines() if line.startswith(f"{variant} epoch ")]
     assert done == ([] if epoch is None else list(range(epoch, 4)))
     same(path, undisturbed(variant))
 
