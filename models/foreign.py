@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from inspect import ismethod
 from typing import Any, Self
 
@@ -133,10 +133,15 @@ class _Randomness:
 
         By generators of their own: `torch.manual_seed` formats the whole stack for every kind of device without one.
         """
+        return cls._of(seed, len(_gpus()))
+
+    @classmethod
+    @lru_cache(maxsize=64)  # the seeds of all draws of a pass, which every pass asks for again
+    def _of(cls, seed: int, gpus: int) -> Self:
         made = cls.__new__(cls)
         own = (seed * 0x9E3779B97F4A7C15 + 0x5DEECE66D) % 2**63  # no seed that a forward pass would set
         made.torch = torch.Generator().manual_seed(own).get_state()
-        made.cuda = [torch.Generator(f"cuda:{gpu}").manual_seed(own).get_state() for gpu in _gpus()]
+        made.cuda = [torch.Generator(f"cuda:{gpu}").manual_seed(own).get_state() for gpu in range(gpus)]
         made.numpy = np.random.RandomState(seed % 2**32).get_state()
         made.python = random.Random(seed).getstate()
         return made
