@@ -546,10 +546,12 @@ def test_interrupt_is_one_line(
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    """What a command does with SIGTERM ends with the test."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Ctrl-C interrupts, also where a worker of pytest ignores it; afterwards signals do what they did before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_failed_training_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch):

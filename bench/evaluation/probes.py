@@ -22,6 +22,7 @@ from bench.attacks.gradients import differentiable, has_gradient
 from bench.attacks.influence import least_used
 from bench.attacks.search import RAISED, TRIED, Search, raised
 from bench.models.foreign import Guarded, bare
+from bench.models.moe import MoE
 from bench.models.parts import is_dual, parts, routed_branches
 from bench.models.sites import sites
 from bench.pgd import ascend_once, default_step_size, pgd, random_start
@@ -116,9 +117,9 @@ class _Routed:
         return found
 
 
-def _means_all(moe: Any) -> bool:
-    """Whether it is the mean of all its experts, whose router decides nothing."""
-    return getattr(moe, "gate", "") == "argmax" and getattr(moe, "num_selected_experts", 0) == len(moe.experts)
+def _means_all(moe: object) -> bool:
+    """Whether it is the mean of all its experts (`@ensemble`), whose router decides nothing."""
+    return isinstance(moe, MoE) and moe.gate == "argmax" and moe.num_selected_experts == len(moe.experts)
 
 
 def _routed(model: object, x: Tensor) -> dict[str, _Routed]:
