@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,11 +197,17 @@ def find_checkpoint(name: str, dataset: str, norm: str, folders: list[Path]) -> 
     for path in candidates:
         if path.is_file():
             return path
-    variant, _, seed = name.rpartition("-s") if re.search(r"-s[0-9]+$", name) else (name, "", "0")
+    variant, seed = _without_seed(name)
     get_variant(variant)
     looked = " and ".join(f"'{path}'" for path in candidates)
-    make = f"bench train {variant} --dataset {dataset}" + (f" --seed {seed}" if seed != "0" else "")
+    make = f"bench train {variant} --dataset {dataset}" + (f" --seed {seed}" if seed else "")
     raise UnusableInput(f"no {norm} checkpoint of '{name}' for {dataset}: looked for {looked}; make one with `{make}`")
+
+
+def _without_seed(name: str) -> tuple[str, str]:
+    """The variant of a model's name, and its training seed, "" where the name has none."""
+    variant, _, seed = name.rpartition("-s")
+    return (variant, seed) if seed.isdigit() else (name, "")
 
 
 def available(dataset: str, norm: str, folders: list[Path]) -> list[str]:
@@ -213,7 +218,7 @@ def available(dataset: str, norm: str, folders: list[Path]) -> list[str]:
         for path in checkpoint_path(folder, dataset, norm, "*").parent.glob("*.safetensors")
     }
     order = list(VARIANTS)
-    variants = {stem: stem.rpartition("-s")[0] if stem.rpartition("-s")[2].isdigit() else stem for stem in stems}
+    variants = {stem: _without_seed(stem)[0] for stem in stems}
     known = [stem for stem in stems if variants[stem] in VARIANTS]
     return sorted(known, key=lambda stem: (order.index(variants[stem]), stem))
 

@@ -23,8 +23,6 @@ PARTS = 4
 NONE = 1e-30
 #: Two whose logarithms differ by less have the same influence.
 SAME = 1e-3
-
-
 #: What gives an expert's logits, whatever module or name it has.
 _LAST = {
     F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm,

@@ -77,10 +77,6 @@ SLOW = (
 WITHOUT_SLOPES = ("a decoy class", "probabilities given as logits", "rounded logits", "labels alone")
 #: And those that need no other images, by half of them.
 FEW = tuple(kind for kind in DEAR if kind not in ("a region towards other images", "one-hot scores"))
-#: Those that a second gate would only repeat, at several seconds.
-ONE_GATE = (*DEAR, "a score that rises the wrong way", "a step that opens inside the ball")
-#: Honest twins, every third: what must not break them is the same judgement for all. And the one that draws.
-TWINS = [case for n, case in enumerate(ONCE) if n % 3 == 0 or case.values[0] == "gate noise"]
 #: Where there are most paths: what the small budget breaks of the others, the standard one, which has more, does too.
 MANY = ("a pair of a dual's routes", "a pair of sixteen experts", "an expert that is routed")
 
@@ -92,7 +88,7 @@ MANY = ("a pair of a dual's routes", "a pair of sixteen experts", "an expert tha
             *case.values, "small", marks=[pytest.mark.slow] * (case.values[0] in DEAR + SLOW or case not in ONCE)
         )
         for case in EVERY
-        if case in ONCE or case.values[0] not in ONE_GATE or case.values[0] == "one-hot scores"
+        if case in ONCE or case.values[0] not in DEAR or case.values[0] == "one-hot scores"
     ]
     + [pytest.param(kind, "softmax", "standard", marks=pytest.mark.slow) for kind in MANY],
 )
@@ -109,7 +105,7 @@ def test_adaptive_breaks_the_victim(kind: str, gate: Gate, budget: str, verdict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "gate"), [case for case in TWINS if case.values[0] != "experts that are routed, by class"]
+    ("kind", "gate"), [case for case in ONCE if case.values[0] != "experts that are routed, by class"]
 )
 def test_adaptive_spares_the_honest_twin(kind: str, gate: Gate, verdict: Any, monkeypatch: pytest.MonkeyPatch):
     """By few steps of each attack: what none has broken all attack, and more steps prove no more."""
