@@ -36,7 +36,7 @@ from bench.results.table import Table
 
 LOSSES = ("margin", "cross-entropy", "dlr", "least")
 STARTS = ("uniform", "corner", "aimed", "on the path")
-#: Copies that are attacked together: what the cache of a small machine holds.
+#: Copies that are attacked together, where nothing else is asked for: what the cache of a small machine holds.
 CHUNK = 1024
 
 
@@ -244,18 +244,28 @@ class Outcome:
 
 
 def attack(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, restarts: int = 20, steps: int = 500, seed: int = 0
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    restarts: int = 20,
+    steps: int = 500,
+    seed: int = 0,
+    copies_at_once: int = CHUNK,
 ) -> tuple[Outcome, Paths]:
-    """Attack images x (B, c, H, W) with labels y (B,), all classified correctly, in the L∞ ball and the box."""
+    """Attack images x (B, c, H, W) with labels y (B,), all classified correctly, in the L∞ ball and the box.
+
+    Everything lies on torch's default device.
+    """
     model = model.eval().requires_grad_(False)
     paths = InnerPaths(model, x) if any(isinstance(m, SparseMoE) for m in model.modules()) else Paths(model, x)
     outcome = Outcome(x.clone())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     num_classes = model(x[:1]).shape[1]
     every = torch.arange(-1, len(paths))
     for restart in range(restarts):
         left = torch.tensor([row for row in range(len(x)) if row not in outcome.finds], dtype=torch.long)
-        for example in left.split(max(1, CHUNK // len(every))):
+        for example in left.split(max(1, copies_at_once // len(every))):
             copies = _draw(example, every, x, y, num_classes, generator)
             begin = _start(paths, copies, eps, generator)
             for one, step, z in _climb(paths, copies, begin, eps, steps):
@@ -465,17 +475,20 @@ def main() -> None:
     parser.add_argument("--restarts", type=int, default=20)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--copies", type=int, default=CHUNK, help="how many images are attacked at once")
     args = parser.parse_args()
     dataset = open_dataset(args.dataset)
     data, eps = dataset.evaluation_set(args.data_root, args.n), dataset.threat_model.eps
     folders = [args.checkpoints] if args.checkpoints else [USER_CHECKPOINTS, ZOO]
     table = []
+    torch.set_default_device(args.device)
     for name in args.model:
         model, _, sha256 = load_checkpoint(find_checkpoint(name, args.dataset, "Linf", folders))
         robust = stored_robust(args.results, name, sha256, getattr(model, "alpha", None), data)
         begin = time.perf_counter()
-        x, y = data.x[robust], data.y[robust]
-        outcome, paths = attack(model, x, y, eps, args.restarts, args.steps, args.seed)
+        model, x, y = model.to(args.device), data.x[robust].to(args.device), data.y[robust].to(args.device)
+        outcome, paths = attack(model, x, y, eps, args.restarts, args.steps, args.seed, args.copies)
         broken = recheck(model, x, y, outcome, eps)
         for row in broken:
             print(f"{name}: image {int(data.idx[robust[row]])}: {outcome.finds[row]}", file=sys.stderr)

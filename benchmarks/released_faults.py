@@ -133,23 +133,27 @@ def main() -> None:
     parser.add_argument("--n-examples", type=int, default=150, help="held-out training images to score on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints/released-faults"))
+    parser.add_argument("--case", type=int, action="append", help="only these trainings, counted from 0")
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     dataset = open_dataset(given.dataset)
     print("| training | SA | PGD | AutoAttack | RA-worst | seconds |\n|---|---:|---:|---:|---:|---:|")
     for number, case in enumerate(cases(dataset.mean)):
+        if given.case and number not in given.case:
+            continue
         settings = parse_settings(given.settings)
         spec = train_spec(case.variant, dataset, dataset.threat_model, None, settings, given.seed)
         folder = given.checkpoints / f"{number}-{case.title.replace(' ', '-')}"
         with case.fault():
             path = checkpoint_path(folder, spec.dataset, spec.threat_model.norm, spec.checkpoint_name)
-            train(spec, given.data_root, folder, "cpu", resume=StateFiles(path).exist())
+            train(spec, given.data_root, folder, given.device, resume=StateFiles(path).exist())
         model, header, _ = load_checkpoint(path)
         data = read_training_data(spec, dataset, given.data_root)
         rows = data.held_out[: given.n_examples]
         scored = benchmark(
             model, given.dataset, x=data.images.floats(rows), y=data.images.y[rows],
             threat_model=spec.threat_model.norm, eps=spec.threat_model.eps, suites=["pgd", "autoattack", "adaptive"],
-            settings={"budget": "small"}, progress=False, device="cpu",
+            settings={"budget": "small"}, progress=False, device=given.device,
         )  # fmt: skip
         assert scored.robust_accuracy is not None
         shares = [
