@@ -32,7 +32,7 @@ from bench.training.state import StateFiles
 
 @dataclass(frozen=True)
 class Trial:
-    """settings: the searched values; sa, ra: fractions of the held-out images; seconds: of training and of scoring.
+    """settings: the searched values; sa, ra: fractions of so many held-out images; seconds: of training and of scoring.
 
     dead_experts: how many get less than 1 % of the held-out images, in the epoch that is kept.
     """
@@ -42,6 +42,7 @@ class Trial:
     ra: float
     seconds: float
     dead_experts: int = 0
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,11 @@ def tune(
     model that routes, and under `autoattack` of one that does not, on the first `n_examples` held-out images.
 
     Raises:
-        UnusableInput: as training and scoring do; more images asked for than are held out.
+        UnusableInput: as training and scoring do; more images asked for than are held out; a table of other trials.
         TrainingFailed: a trial's loss is not finite.
     """
-    points = draw(search, trials)
+    points, path = draw(search, trials), table_path(checkpoints, search.spec)
+    _refuse_another(path, [{**search.fixed, **point, "images": n_examples} for point in points])
     data = read_training_data(search.spec, search.dataset, data_root)
     if n_examples > len(data.held_out):
         raise UnusableInput(
@@ -151,7 +153,7 @@ def tune(
         trial = _trial(spec, point, search.dataset, held_out, data_root, checkpoints, device)
         done.append(trial)
         on_trial(len(done), trial)
-        write_atomically(table_path(checkpoints, search.spec), _table(done))
+        write_atomically(path, _table(search.fixed, done))
     return done
 
 
@@ -192,7 +194,8 @@ def _trial(
         raise UnusableInput(f"trial {point}: it could not be scored: {reasons}")
     header = read_header(path)
     seconds, dead = header.seconds + result.seconds, _dead_experts(path, header)
-    return Trial(point, result.clean_accuracy.value, result.robust_accuracy.value, seconds, dead)
+    sa, ra = result.clean_accuracy.value, result.robust_accuracy.value
+    return Trial(point, sa, ra, seconds, dead, len(held_out))
 
 
 def _dead_experts(path: Path, header: Header) -> int:
@@ -204,12 +207,27 @@ def _dead_experts(path: Path, header: Header) -> int:
     return len(dead_experts({name: float(value) for name, value in kept.items() if value}))
 
 
-def _table(trials: Sequence[Trial]) -> bytes:
+#: What a table says of a trial beside its settings, and the number of images it was scored on.
+MEASURED = ("sa", "ra", "dead_experts", "seconds")
+
+
+def _refuse_another(path: Path, settings: Sequence[Mapping[str, Any]]) -> None:
+    """UnusableInput if the table at `path` has a trial that is not one of these: it would be lost."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", newline="") as lines:
+        made = [{key: value for key, value in row.items() if key not in MEASURED} for row in csv.DictReader(lines)]
+    wanted = [{key: str(value) for key, value in each.items()} for each in settings]
+    if any(row not in wanted for row in made):
+        raise UnusableInput(f"{path} has trials of other settings: move it, or pass --checkpoints DIR")
+
+
+def _table(fixed: Mapping[str, Any], trials: Sequence[Trial]) -> bytes:
     table = io.StringIO()
     rows = [
         {
-            **trial.settings, "sa": trial.sa, "ra": trial.ra, "dead_experts": trial.dead_experts,
-            "seconds": round(trial.seconds, 1),
+            **fixed, **trial.settings, "sa": trial.sa, "ra": trial.ra, "images": trial.images,
+            "dead_experts": trial.dead_experts, "seconds": round(trial.seconds, 1),
         }
         for trial in trials
     ]  # fmt: skip

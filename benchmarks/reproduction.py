@@ -47,9 +47,10 @@ SETTINGS = {
         "Hyper-parameters: of each method what eight trials of `bench tune` chose (see *Tuning*); `-published` has the"
         " paper's β = 6."
     ),
-    **dict.fromkeys(
-        ("cifar10", "tinyimagenet"), "Hyper-parameters: as in the table above, one setting of each method, not tuned."
+    "cifar10": (
+        "Hyper-parameters: as in the first table above, not those that tuning chose afterwards (see *Tuning*)."
     ),
+    "tinyimagenet": "Hyper-parameters: as in the table above, one setting of each method, not tuned.",
 }
 #: Methods of which the first is claimed to be the more robust; compared over training seeds as well.
 OVER_SEEDS = (
@@ -371,10 +372,12 @@ def trials(board: Board) -> dict[str, pd.DataFrame]:
 
 def tuned(data: Scored) -> list[str]:
     """A table of what tuning has chosen of each method; nothing where nothing was tuned."""
-    rows = []
+    rows, numbers = [], list[tuple[int, int]]()
     for variant, table in trials(data.board).items():
-        scores = ["sa", "ra", "seconds", "dead_experts"]
+        scores = ["sa", "ra", "seconds", "dead_experts", "images"]
         settings = [key for key in table if key not in scores]
+        searched = [key for key in settings if table[key].nunique() > 1]
+        numbers.append((len(table), int(table["images"].iloc[0])))
         chosen = best([
             Trial({key: trial[key] for key in settings}, *(trial[key] for key in scores))
             for trial in table.to_dict("records")
@@ -383,19 +386,21 @@ def tuned(data: Scored) -> list[str]:
         rows.append({
             "method": variant,
             "trials": f"{len(table)}" + (f", {starved.sum()} with dead experts" if starved.any() else ""),
-            "tried": "; ".join(f"{key} {', '.join(map(str, sorted(set(table[key]))))}" for key in settings),
-            "chosen": ", ".join(f"{key}={value}" for key, value in chosen.settings.items()),
+            "tried": "; ".join(f"{key} {', '.join(map(str, sorted(set(table[key]))))}" for key in searched),
+            "chosen": ", ".join(f"{key}={value}" for key, value in chosen.settings.items() if key in searched),
             "SA": f"{100 * chosen.sa:.1f}",
             "RA": f"{100 * chosen.ra:.1f}",
             "RA of all trials": f"{100 * table['ra'].min():.1f} – {100 * table['ra'].max():.1f}",
         })  # fmt: skip
     if not rows:
         return []
+    ((count, images),) = set(numbers)  # else it is no equal budget
     told = (
         "`bench tune` with the same number of trials for each method, its own hyper-parameters, one training seed, RA"
-        " under suite `adaptive` with the small budget on 150 held-out training images: the chosen trial is the best"
-        " of eight on few images, so its RA is too high as an estimate. A trial with a dead expert (less than 1 % of"
-        " the load) is not chosen. All trials: docs/tuning/."
+        f" under suite `adaptive` with the small budget on {images} held-out training images: the chosen trial is the"
+        f" best of {count} on few images, so its RA is too high as an estimate, and the 95 % interval of an RA is up"
+        f" to {100 * 1.96 * 0.5 / images**0.5:.0f} points wide to each side. A trial with a dead expert (less than 1 %"
+        " of the load) is not chosen. All trials: docs/tuning/."
     )
     return ["", "### Tuning", "", told, "", tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)]
 
@@ -405,6 +410,8 @@ def second_or_all(table: pd.DataFrame | None) -> str:
     if table is None:
         return ""
     by_beta = table.pivot_table(index="beta", columns="expert_term", values="ra").dropna()
+    if by_beta.empty:
+        return ""
     pairs = [f"β = {beta:g}: {100 * row['second']:.1f} and {100 * row['all']:.1f}" for beta, row in by_beta.iterrows()]
     return f" In tuning, RA with the second expert and with the mean over all was, at {'; '.join(pairs)}."
 

@@ -124,11 +124,31 @@ def test_trials_are_scored_on_held_out_images_and_a_rerun_trains_nothing(
     assert {run.result.spec.suite for run in runs} == {"adaptive" if variant == "moe-at" else "autoattack"}
     table = pd.read_csv(table_path(tmp_path, asked.spec))
     assert table["ra"].tolist() == [trial.ra for trial in first]
-    assert list(table.columns) == ["lr", "sa", "ra", "dead_experts", "seconds"]
+    fixed = [*TINY, *(["balance"] if variant == "moe-at" else [])]
+    assert list(table.columns) == [*fixed, "lr", "sa", "ra", "images", "dead_experts", "seconds"]
+    assert table["images"].tolist() == [20, 20]
 
     monkeypatch.setattr("bench.training.loop.Trainer", None)
     monkeypatch.setattr("bench.evaluation.evaluate.evaluate", None)
     assert tune(asked, 2, 20, tmp_path, tmp_path) == first
+
+
+def test_a_table_of_other_trials_is_not_overwritten(tmp_path: Path):
+    asked = search("dense-at", {"lr": [0.3, 0.1]}, **TINY)
+    path = table_path(tmp_path, asked.spec)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(tuning._table(asked.fixed, [Trial({"lr": 0.1}, 0.9, 0.5, 1.0, images=20)]))
+    before = path.read_bytes()
+    for other, images in (
+        (search("dense-at", {"lr": [0.3, 0.2]}, **TINY), 20),
+        (search("dense-at", {"lr": [0.3, 0.1]}, **TINY | {"width": 5}), 20),
+        (asked, 21),
+    ):
+        with pytest.raises(UnusableInput, match=f"{path.name} has trials of other settings: move it"):
+            tune(other, 2, images, tmp_path, tmp_path)
+    assert path.read_bytes() == before
+    tune(asked, 2, 20, tmp_path, tmp_path)
+    assert pd.read_csv(path)["lr"].tolist() == [0.3, 0.1]
 
 
 def test_more_images_than_are_held_out_are_refused(tmp_path: Path):

@@ -67,8 +67,9 @@ BUDGETS = {
 def passes(budget: BudgetName, num_classes: int, *, dual: bool, routed: bool, foreign: bool) -> tuple[int, int]:
     """About how many forward and backward passes an example costs that withstands everything.
 
-    Without those of Square on the paths whose gradients cannot be believed, which most models do not have. foreign: of
-    a user's own model, which may hold more than it shows.
+    Without those of Square on the paths whose gradients cannot be believed, which most models do not have, and without
+    the further restarts where gates inside a network have too many paths and an image came near to being broken, which
+    are four times as many. foreign: of a user's own model, which may hold more than it shows.
     """
     much = BUDGETS[budget]
 

@@ -8,7 +8,17 @@ from torch import Tensor, nn
 from two_pixels import ROUTER, SAME, Stepped, X, paths
 
 from bench.attacks.paths import Paths
-from bench.attacks.restarts import Ranking, Restart, forced_paths, local_slopes, other_images, square_on_paths
+from bench.attacks.restarts import (
+    AGAIN,
+    NEAR,
+    Ranking,
+    Restart,
+    forced_paths,
+    local_slopes,
+    other_images,
+    square_on_paths,
+)
+from bench.models.architecture import Inside
 from bench.models.moe import MoE
 
 
@@ -105,3 +115,29 @@ def test_a_class_that_only_a_targeted_loss_reaches_is_aimed_at(linear_moe: Any):
     assert value.item() == pytest.approx((shape[2] - shape[0]).item(), rel=1e-4)
     forced_paths(found, 8, 20)
     assert not bool(found.search.unbroken[0])
+
+
+@pytest.mark.parametrize(("inside", "times"), [(True, 1 + AGAIN), (False, 1)])
+def test_images_that_came_near_to_being_broken_are_met_again_where_paths_are_left_out(
+    inside: bool, times: int, linear_moe: Any, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(0)
+    parameters = {"width": 12, "image_size": 4, "patch_size": 2}
+    shape: dict[str, Any] = {"input_shape": (1, 4, 4), "num_classes": 3, "mean": (0.5,), "std": (0.5,)}
+    if inside:
+        vit = Inside(**shape, expert="vmoe", expert_params=parameters, num_experts=2).build().eval()
+        found = paths(vit, torch.rand(2, 1, 4, 4), classes=3, limit=8)
+    else:
+        found = paths(linear_moe(SAME, ROUTER, 1, "argmax"), X)
+    assert (found.deviations is not None) == inside
+    met = torch.zeros(2, dtype=torch.long)
+
+    def climb(_objective: Any, _start: Tensor, _steps: int, rows: Tensor, *_: Any) -> None:
+        met[rows] += 1
+
+    monkeypatch.setattr(found.search, "climb", climb)
+    found.search.unbroken[:] = True
+    found.search.best = torch.tensor([NEAR + 0.1, NEAR - 0.1])
+    monkeypatch.setattr("bench.attacks.restarts.past_decoys", lambda *_: [])
+    forced_paths(found, 1000, 1)
+    assert met.tolist() == [1000 * times, 1000]
