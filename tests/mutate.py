@@ -136,11 +136,26 @@ MUTATIONS = [
         "tests/results/test_store.py -k finished_leaves",
     ),
     Mutation(
-        "bench/attacks/recorded.py", "kind in EACH or own", "kind in EACH", "tests/attacks/test_deployed.py -k own"
+        "bench/attacks/recorded.py",
+        "kind not in LINEAR | EITHER_WAY or own",
+        "own",
+        "tests/attacks/test_deployed.py -k binary",
+    ),
+    Mutation(
+        "bench/attacks/recorded.py",
+        "through = incoming - incoming.mean(-1, keepdim=True)",
+        "through = incoming",
+        "tests/attacks/test_deployed.py -k entropy",
+    ),
+    Mutation(
+        "bench/attacks/recorded.py",
+        "LEAK * incoming.sum(1)",
+        "0 * incoming.sum(1)",
+        "tests/attacks/test_deployed.py -k look",
     ),
     Mutation("bench/attacks/recorded.py", "kind in BEST", "False", "tests/attacks/test_deployed.py -k best"),
     Mutation("bench/attacks/recorded.py", "kind.startswith(POOLS)", "False", "tests/attacks/test_deployed.py -k pool"),
-    Mutation("bench/attacks/recorded.py", 'kind == "Glu"', "False", "tests/attacks/test_deployed.py -k gated"),
+    Mutation("bench/attacks/recorded.py", '"Glu": _glu', '"Glu": _each', "tests/attacks/test_deployed.py -k gated"),
     Mutation("bench/attacks/recorded.py", "inputs == 1 or", "True or", "tests/attacks/test_influence.py"),
     Mutation("bench/attacks/recorded.py", "dim - 2**64 if", "dim if", "tests/attacks/test_deployed.py -k kthvalue"),
     Mutation(

@@ -110,6 +110,10 @@ def _inverse_quotient(y: Tensor, x: Any, *_: Any, **__: Any) -> Tensor:
     return x * _inverse(y)
 
 
+def _each_of(*functions: str) -> tuple[Any, ...]:
+    return tuple(getattr(where, name) for name in functions for where in (torch, Tensor))
+
+
 #: The call behind `tensor.data`.
 _DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 #: A function → one with nearly the same shape whose gradient is nowhere zero.
@@ -138,6 +142,7 @@ SMOOTH: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((torch.sign, Tensor.sign, torch.tanh, Tensor.tanh, F.tanh), _soft_step),
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.special.expit, F.hardsigmoid), _soft_step),
     **dict.fromkeys((torch.erf, Tensor.erf, torch.special.erf, torch.special.ndtr), _soft_step),
+    **dict.fromkeys((*_each_of("atan", "arctan"), F.softsign), _soft_step),
     **dict.fromkeys((torch.erfc, Tensor.erfc, torch.special.erfc), _falling_step),
     **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax), _tempered),
     **dict.fromkeys((F.softshrink, F.hardshrink, torch.hardshrink, Tensor.hardshrink, F.tanhshrink), _identity),

@@ -17,17 +17,27 @@ from bench.attacks.gradients import LEAK
 
 #: Below this share of the gradient that comes in, what goes out is none.
 NONE = 1e-6
-#: Operations on each element by itself, and softmax, whose slope is none where it is decided.
-EACH = {
-    "Relu", "Threshold", "Clamp", "ClampMin", "ClampMax", "Hardtanh", "LeakyRelu", "PreluKernel", "Elu", "Celu", "Gelu",
-    "Silu", "Mish", "Softplus", "Softshrink", "Hardshrink", "Hardswish", "Hardsigmoid", "Sigmoid", "LogSigmoid", "Tanh",
-    "Erf", "Softmax", "MaskedFill", "Where", "Round", "Floor", "Ceil", "Trunc", "Sign", "Mul", "Cummax", "Cummin",
-    "Maximum", "Minimum", "Fmax", "Fmin",
+#: Operations that are linear, or only move elements: where these hand on nothing, it is because they look elsewhere.
+#: All others are taken for functions of each element by itself, where their input has the shape of their output.
+LINEAR = {
+    "Add", "Sub", "Rsub", "Neg", "Clone", "ToCopy", "Alias", "Detach", "View", "UnsafeView", "ReshapeAlias", "Expand",
+    "Unsqueeze", "Squeeze", "Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Cat", "Stack", "T", "Transpose",
+    "Permute", "Flip", "Roll", "Repeat", "ConstantPadNd", "ReflectionPad2D", "ReplicationPad2D", "Index", "IndexSelect",
+    "Gather", "Take", "Scatter", "ScatterAdd", "IndexAdd", "IndexPut", "CopySlices", "AsStrided", "MaskedSelect",
+    "MaskedScatter", "Sum", "Mean", "Cumsum", "Tril", "Triu", "Diagonal", "Copy", "Embedding", "NllLoss", "NllLoss2D",
+    "Unfold", "Im2Col", "Col2Im", "PixelShuffle", "AvgPool2D", "AdaptiveAvgPool2D", "UpsampleNearest2D",
+    "UpsampleBilinear2D", "Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Dot", "Convolution", "NativeBatchNorm",
+    "NativeGroupNorm", "NativeDropout", "FftR2C", "FftC2R", "FftC2C", "ViewAsReal", "ViewAsComplex", "Real", "Imag",
 }  # fmt: skip
+#: Functions that fall. Of a quotient and of a power it is not recorded which way they go.
+FALLING, EITHER_WAY = {"Reciprocal", "Rsqrt", "Erfc", "Acos"}, {"Div", "Pow"}
 #: Those of two inputs, of which one may have no part in the output.
-TWO = {"Where", "Maximum", "Minimum", "Fmax", "Fmin"}
-#: The best of several, of which the others have no slope.
-BEST = {"Max", "Min", "Amax", "Amin", "Topk", "Sort", "Kthvalue", "Median", "Nanmedian", "Logcumsumexp", "Mode"}
+TWO = {"Where", "Maximum", "Minimum", "Fmax", "Fmin", "Logaddexp", "Logaddexp2", "Hypot", "Atan2"}
+#: The best of several, of which the others have no slope; and sums that leave some out.
+BEST = {
+    "Max", "Min", "Amax", "Amin", "Topk", "Sort", "Kthvalue", "Median", "Nanmedian", "Logcumsumexp", "Mode", "Nansum",
+    "MultiMarginLoss", "MultilabelMarginLoss",
+}  # fmt: skip
 POOLS = ("MaxPool", "AdaptiveMaxPool", "FractionalMaxPool")
 
 
@@ -41,13 +51,13 @@ def with_slopes(output: Tensor) -> Tensor:
             rule = _pooled
         elif kind in BEST:
             rule = _best
-        elif kind in EACH or own:
-            rule = _each
-        elif kind == "Glu":
-            rule = _glu
+        elif kind in OTHERWISE:
+            rule = OTHERWISE[kind]
+        elif kind not in LINEAR | EITHER_WAY or own:
+            rule = _falling if kind in FALLING else _each
         # what has another factor is none of each element alone, whether or not a gradient by that one is asked for
         inputs = sum(before is not None for before, _ in node.next_functions)
-        if rule is not None and (inputs == 1 or kind in TWO):
+        if rule is not None and (inputs == 1 or kind in TWO or kind in OTHERWISE):
             node.register_hook(partial(_changed, node, rule))
     return output
 
@@ -79,6 +89,29 @@ def _each(_: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
     return torch.where(gradient.abs() > NONE * incoming.abs(), gradient, LEAK * incoming)
 
 
+def _falling(_: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
+    return _each(_, gradient, -incoming)
+
+
+def _all(_: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
+    """Log-softmax, where it is decided: a slope as if it were not, of all of a row."""
+    through = incoming - incoming.mean(-1, keepdim=True)
+    none = gradient.abs().amax(-1, keepdim=True) <= NONE * incoming.abs().amax(-1, keepdim=True)
+    return torch.where(none, LEAK * through, gradient)
+
+
+def _normalised(_: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
+    """Few elements of which one outweighs the others are ±1 once they are normalised, whatever they are."""
+    return _each(_, gradient, incoming) if gradient.dim() and gradient.shape[-1] <= FEW else gradient
+
+
+def _looked_up(_: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
+    """Where the places (B, H, W, 2) lie that are read off an image: another one may say something else."""
+    if gradient.shape[:1] + gradient.shape[1:-1] != incoming.shape[:1] + incoming.shape[2:]:
+        return gradient  # by the image that is read
+    return torch.where(gradient == 0, LEAK * incoming.sum(1)[..., None], gradient)
+
+
 def _glu(node: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
     """The gate's half may be decided: it has the slope of what it lets through."""
     dim = _signed(node._saved_dim)
@@ -98,6 +131,18 @@ def _best(node: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
     elif incoming.dim():
         return gradient
     return torch.where(gradient == 0, LEAK * incoming, gradient)
+
+
+#: Operations with a rule of their own, whatever else they take.
+OTHERWISE: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "Glu": _glu,
+    "LogSoftmax": _all,
+    "NativeLayerNorm": _normalised,
+    "GridSampler2D": _looked_up,
+    "GridSampler3D": _looked_up,
+}
+#: Of so many elements a normalisation may be decided.
+FEW = 4
 
 
 def _signed(dim: int) -> int:

@@ -109,7 +109,30 @@ OPENS_UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "the best so far": lambda key: two(key).cummax(1).values[:, 1:],
     "the larger": lambda key: torch.fmax(torch.zeros(()), key),
     "a median": lambda key: torch.cat([two(key), two(key)[:, :1] + 99], 1).median(1, keepdim=True).values,
+    "a sum of exponentials": lambda key: torch.logaddexp(40 * key, torch.zeros_like(key)) / 40,
+    "a log-softmax": lambda key: -(40 * two(key)).log_softmax(1)[:, :1] / 40,
+    "a cross-entropy": lambda key: F.cross_entropy(40 * two(key), first(key), reduction="none")[:, None] / 40,
+    "a binary one": lambda key: F.binary_cross_entropy_with_logits(40 * key, 0 * key.detach(), reduction="none") / 40,
+    "a hinge": lambda key: 2 * F.multi_margin_loss(two(key), first(key), margin=1e-3, reduction="none")[:, None],
+    "a sum of what is finite": lambda key: torch.nansum(torch.log1p(key * torch.tensor([3.0, 2])), 1, keepdim=True),
+    "a Gamma distribution": lambda key: torch.special.gammainc(torch.tensor(400.0), (400 + 60 * key).clamp(1e-3)),
+    "a normalisation of two": lambda key: F.layer_norm(torch.cat([key, -key], 1), (2,))[:, :1] / 2 + 0.5,
+    "a phase": lambda key: 1 - torch.angle(key) / torch.pi,
+    "an arctangent": lambda key: torch.atan(100 * key) / torch.pi + 0.5,
+    "a root": lambda key: torch.nan_to_num(torch.sqrt(key)),
+    "a look-up": lambda key: looked_up(key),
 }
+
+
+def first(key: Tensor) -> Tensor:
+    return torch.zeros(len(key), dtype=torch.long)
+
+
+def looked_up(key: Tensor) -> Tensor:
+    """Read off a curve that is 0 on the left and 1 on the right."""
+    curve = torch.tensor([0.0] * 10 + [1.0] * 11).expand(len(key), 1, 1, 21)
+    places = torch.stack([key / 6, torch.zeros_like(key)], -1)[:, None]
+    return F.grid_sample(curve, places, align_corners=True, padding_mode="border")[:, 0, 0]
 
 
 class Opened(nn.Module):
