@@ -156,6 +156,19 @@ MUTATIONS = [
     Mutation("bench/attacks/recorded.py", "kind in BEST", "False", "tests/attacks/test_deployed.py -k best"),
     Mutation("bench/attacks/recorded.py", "kind.startswith(POOLS)", "False", "tests/attacks/test_deployed.py -k pool"),
     Mutation("bench/attacks/recorded.py", '"Glu": _glu', '"Glu": _each', "tests/attacks/test_deployed.py -k gated"),
+    Mutation("bench/attacks/influence.py", "< HARDLY * mean]", "< 0]", "tests/attacks/test_influence.py -k driven"),
+    Mutation(
+        "bench/attacks/influence.py",
+        "key=lambda layer: float(influence[layer].mean())",
+        "key=lambda layer: -layer",
+        "tests/attacks/test_influence.py -k quietest",
+    ),
+    Mutation(
+        "bench/attacks/restarts.py",
+        "search.rows[search.best[search.rows] > NEAR]",
+        "search.rows",
+        "tests/attacks/test_restarts.py -k near",
+    ),
     Mutation("bench/attacks/recorded.py", "inputs == 1 or", "True or", "tests/attacks/test_influence.py"),
     Mutation("bench/attacks/recorded.py", "dim - 2**64 if", "dim if", "tests/attacks/test_deployed.py -k kthvalue"),
     Mutation(

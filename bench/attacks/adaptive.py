@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bench.attacks.block import Block, PassCounter
 from bench.attacks.deployed import OPENED, averaged, deployed, nearest, reweighed, stand_ins, targeted
 from bench.attacks.gates import blurred, left_routes, softened
-from bench.attacks.influence import PARTS, least_used
+from bench.attacks.influence import PARTS, UNITS, least_used
 from bench.attacks.paths import Paths
 from bench.attacks.restarts import forced_paths, square_attack, square_on_paths
 from bench.attacks.search import Search
@@ -78,7 +78,7 @@ def passes(budget: BudgetName, num_classes: int, *, dual: bool, routed: bool, fo
 
     every = [
         climbs(much.path_restarts * routed, much.path_steps),
-        climbs((4 * much.restarts + 2 * PARTS) * foreign, much.steps // OPENED),
+        climbs((4 * much.restarts + 2 * (PARTS + UNITS)) * foreign, much.steps // OPENED),
         climbs(much.restarts * foreign, much.steps),
         climbs(much.restarts + len(much.weights) * dual + min(much.targets, num_classes - 1), much.steps),
         climbs(int(routed), much.steps, much.neighbours),

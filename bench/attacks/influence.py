@@ -23,11 +23,14 @@ PARTS = 4
 NONE = 1e-30
 #: Two whose logarithms differ by less have the same influence.
 SAME = 1e-3
-#: What gives an expert's logits, whatever module or name it has.
+#: What gives an expert's logits, whatever module or name it has; and other layers of units, their second axis.
 _LAST = {
     F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm,
     torch.einsum,
 }  # fmt: skip
+_CONVOLVES = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
+#: So many units of layers are driven up and down, of those whose influence is below this share of the units' mean.
+UNITS, HARDLY = 8, 1e-2
 
 
 class _Logits(TorchFunctionMode):
@@ -57,6 +60,28 @@ class _Logits(TorchFunctionMode):
         elif isinstance(result, tuple | list) and len(result) > 1:
             pieces = [one for one in result if isinstance(one, Tensor) and one.shape == self.shape]
             self.found.extend((one, None) for one in pieces)
+        return result
+
+
+class _Layers(TorchFunctionMode):
+    """Keeps what layers give, (m, T, units): `found`, in the order of their calls."""
+
+    def __init__(self, count: int) -> None:
+        """count: the images, m."""
+        super().__init__()
+        self.count = count
+        self.found: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (func in _LAST or func in _CONVOLVES) and result.requires_grad and result.dim() > 1:
+            units = result.movedim(1 if func in _CONVOLVES else -1, -1)
+            if units.numel() and units[..., 0].numel() % self.count == 0:
+                self.found.append(units.reshape(self.count, -1, units.shape[-1]))
+                result = self.found[-1].view(units.shape)  # goes on, so that it has a gradient
+                return result.movedim(-1, 1) if func in _CONVOLVES else result
         return result
 
 
@@ -120,6 +145,52 @@ def _size(gradient: Tensor, along: Tensor) -> Tensor:
 
 
 def least_used(search: Search, steps: int) -> None:
+    """Leads to parts, then to units, that the answers for the block's images depend on least."""
+    side = torch.randn(len(search.block.y), search.block.num_classes).to(search.block.x.device)
+    _parts(search, steps, side)
+    _units(search, steps, side)
+
+
+def _units(search: Search, steps: int, side: Tensor) -> None:
+    """Drives up, then down, units of layers that have next to no influence, whatever takes it from them.
+
+    A function that is flat on images may be written in any way, and need not be flat in all of the ball.
+    """
+    block, model = search.block, search.block.model
+    for layer, unit in _quiet(model, block.x, side):
+        for sign in (1, -1):
+
+            def drive(z: Tensor, rows: Tensor, layer: int = layer, unit: int = unit, sign: int = sign) -> Any:
+                with _Layers(len(z)) as layers:
+                    logits = model(z)
+                found = layers.found[layer] if layer < len(layers.found) else logits[:, None]
+                return sign * found[..., min(unit, found.shape[-1] - 1)].mean(1), margin(logits, block.y[rows]) > 0
+
+            search.climb(drive, block.x, steps // OPENED, search.rows)
+
+
+def _quiet(model: nn.Module, x: Tensor, side: Tensor) -> list[tuple[int, int]]:
+    """UNITS of them, at most, by their layer and their place in it: of each layer in turn, the quietest layer first.
+
+    The influence of a unit u is ‖∂(side · logits)/∂u‖ · ‖u‖ over the images.
+    """
+    with torch.enable_grad(), _Layers(len(x)) as layers:
+        value = (side * model(x.detach().requires_grad_())).sum()
+    if not value.requires_grad or not layers.found:
+        return []
+    given = torch.autograd.grad(value, layers.found, allow_unused=True)
+    influence = []
+    for gradient, one in zip(given, layers.found, strict=True):
+        known = torch.zeros_like(one) if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
+        influence.append((known.flatten(0, 1).norm(dim=0) * one.flatten(0, 1).norm(dim=0)).detach())
+    mean = torch.cat(influence).mean()
+    turns = sorted(range(len(influence)), key=lambda layer: float(influence[layer].mean()))
+    low = {n: [u for u in influence[n].argsort().tolist() if influence[n][u] < HARDLY * mean] for n in turns}
+    in_turn = [(n, units[place]) for place in range(UNITS) for n, units in low.items() if place < len(units)]
+    return in_turn[:UNITS]
+
+
+def _parts(search: Search, steps: int, side: Tensor) -> None:
     """Raises the influence of a part that images hardly use, by its gradient, then the loss from where that led to.
 
     The weight that a mixture gives an expert is the gradient of its answer by the expert's, however it is computed; so
@@ -127,7 +198,6 @@ def least_used(search: Search, steps: int) -> None:
     cannot differentiate a network twice, which is then not attacked so.
     """
     block, model = search.block, search.block.model
-    side = torch.randn(len(block.y), block.num_classes).to(block.x.device)
     try:
         order = _by_influence(model, block.x, side)
     except RuntimeError as error:

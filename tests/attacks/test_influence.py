@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from keyed import CODE, greys, search
 from torch import Tensor, nn
 
-from bench.attacks.influence import PARTS, _by_influence, least_used
+from bench.attacks.influence import PARTS, UNITS, _by_influence, _quiet, least_used
 
 
 class Prototypes(nn.Module):
@@ -170,7 +170,6 @@ def test_a_network_that_cannot_be_differentiated_twice_is_told():
 
     found = search(Model(WEIGHTS["softmax"]), greys(), torch.zeros(6, dtype=torch.long), 0.2, 3)
     least_used(found, 40)
-    assert found.unbroken.all()
     assert found.block.flags == [
         "adaptive: no influence of parts was raised: derivative for aten::once_backward is not implemented"
     ]
@@ -192,3 +191,54 @@ def test_those_of_the_least_influence_come_first(monkeypatch: pytest.MonkeyPatch
     least_used(found, 40)
     assert PARTS > 1
     assert not found.unbroken.any()
+
+
+class Tempered(nn.Module):
+    """Logits times a factor that turns negative where a unit that no image raises is raised, within the ball."""
+
+    def __init__(self, factor: Callable[[Tensor], Tensor], asked: float = 9.0) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3))
+        for number in (1, 3):
+            nn.init.normal_(self.base[number].weight, std=0.02, generator=torch.Generator().manual_seed(number))
+        self.base[3].bias.data = torch.tensor([3.0, 0, 0])
+        self.unit = nn.Linear(64, 1)
+        self.unit.weight.data, self.unit.bias.data = CODE[None].clone(), -0.5 * CODE.sum()[None] - asked
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * (1 - 2 * self.factor(self.unit(x.flatten(1))))
+
+
+#: Flat left of 0, exactly or as far as float32 shows, and 1 not far right of it: by operations that no rule is for.
+FLAT: dict[str, Callable[[Tensor], Tensor]] = {
+    "half of a sum with a hypotenuse": lambda u: (u + torch.hypot(u, torch.full_like(u, 1e-3))) / 2,
+    "a sign by its length": lambda u: 0.5 + 0.5 * u * torch.rsqrt(u * u + 1e-6),
+    "a product of all so far": lambda u: torch.cumprod((0.8 * u + 0.7).relu().expand(-1, 6), 1)[:, 5:],
+    "a number as text": lambda u: torch.tensor([[max(0.0, float(f"{one:.3f}"))] for one in u.flatten()]),
+}
+
+
+@pytest.mark.parametrize("factor", FLAT.values(), ids=FLAT)
+def test_units_that_answers_hardly_depend_on_are_driven(factor: Callable[[Tensor], Tensor]):
+    x, y = greys(), torch.zeros(6, dtype=torch.long)
+    torch.manual_seed(0)
+    found = search(Tempered(factor), x, y, 0.2, 3)
+    with torch.no_grad():  # as probes call it
+        least_used(found, 40)
+    assert not found.unbroken.any()
+    assert (found.x_adv - x).abs().max() <= 0.2 + 1e-6
+    shut = search(Tempered(factor, asked=14.0), x, y, 0.2, 3)
+    least_used(shut, 40)
+    assert shut.unbroken.all()
+
+
+def test_the_quietest_layer_comes_first_and_each_has_its_turn():
+    torch.manual_seed(0)
+    model = Tempered(FLAT["a product of all so far"])
+    model.base[1].bias.data = torch.tensor([-9.0, -9, 9, 9, 9])  # two units that are off
+    assert _quiet(model, greys(), torch.randn(6, 3)) == [(2, 0), (0, 0), (0, 1)]
+    model.base[1] = nn.Linear(64, 100)
+    model.base[1].bias.data.fill_(-9.0)
+    model.base[3] = nn.Linear(100, 3)
+    assert len(_quiet(model, greys(), torch.randn(6, 3))) == UNITS
