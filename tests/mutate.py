@@ -160,7 +160,7 @@ MUTATIONS = [
     Mutation(
         "bench/attacks/influence.py",
         "key=lambda layer: float(influence[layer].mean())",
-        "key=lambda layer: -layer",
+        "key=lambda layer: layer",
         "tests/attacks/test_influence.py -k quietest",
     ),
     Mutation(

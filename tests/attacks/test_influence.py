@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from keyed import CODE, greys, search
 from torch import Tensor, nn
 
-from bench.attacks.influence import PARTS, UNITS, _by_influence, _quiet, least_used
+from bench.attacks.influence import PARTS, UNITS, _by_influence, _parts, _quiet, least_used
+from bench.attacks.search import Search
+
+
+def led(found: Search) -> None:
+    """What `least_used` does first: it leads to parts."""
+    _parts(found, 40, torch.randn(len(found.block.y), found.block.num_classes))
 
 
 class Prototypes(nn.Module):
@@ -55,7 +61,7 @@ def test_an_expert_that_no_image_is_led_to_is_reached(weigh: Callable[[Tensor], 
     x, y = greys(), torch.zeros(6, dtype=torch.long)
     torch.manual_seed(0)
     found = search(Prototypes(weigh, listed), x, y, 0.2, 3)
-    least_used(found, 40)
+    led(found)
     assert not found.unbroken.any()
     assert (found.x_adv - x).abs().max() <= 0.2 + 1e-6
 
@@ -104,7 +110,7 @@ def test_experts_that_are_one_layer_are_led_to_though_their_weights_are_products
     assert (model(x).argmax(1) == 0).all()
     assert (model(x + 0.2 * CODE.view(1, 1, 8, 8)).argmax(1) == 1).all()
     found = search(model, x, y, 0.2, 3)
-    least_used(found, 40)
+    led(found)
     assert not found.unbroken.any()
 
 
@@ -130,7 +136,7 @@ def test_experts_in_no_list_are_led_to():
     x, y = greys(), torch.zeros(6, dtype=torch.long)
     torch.manual_seed(0)
     found = search(Named(), x, y, 0.2, 3)
-    least_used(found, 40)
+    led(found)
     assert not found.unbroken.any()
 
 
@@ -148,7 +154,7 @@ def test_what_the_ball_does_not_reach_stays_as_it_is():
     x, y = greys(), torch.zeros(6, dtype=torch.long)
     torch.manual_seed(0)
     found = search(Prototypes(WEIGHTS["softmax"], asked=14.0), x, y, 0.2, 3)
-    least_used(found, 40)
+    led(found)
     assert found.unbroken.all()
 
 
@@ -177,7 +183,7 @@ def test_a_network_that_cannot_be_differentiated_twice_is_told():
 
 def test_one_part_or_none_is_no_mixture(linear_net: Any):
     found = search(linear_net([[1.0], [0.5], [0.2]]), torch.ones(2, 1, 1, 1), torch.zeros(2, dtype=torch.long), 0.1, 3)
-    least_used(found, 40)
+    led(found)
     assert found.unbroken.all()
     assert not found.block.flags
 
@@ -188,7 +194,7 @@ def test_those_of_the_least_influence_come_first(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("bench.attacks.influence.PARTS", 1)
     torch.manual_seed(0)
     found = search(Prototypes(WEIGHTS["softmax"], listed=True), x, y, 0.2, 3)
-    least_used(found, 40)
+    led(found)
     assert PARTS > 1
     assert not found.unbroken.any()
 
