@@ -32,9 +32,10 @@ from bench.training.state import StateFiles
 
 @dataclass(frozen=True)
 class Trial:
-    """settings: the searched values; sa, ra: fractions of so many held-out images; seconds: of training and of scoring.
+    """settings: the searched values; sa, ra: fractions of the held-out images; seconds: of training and of scoring.
 
-    dead_experts: how many get less than 1 % of the held-out images, in the epoch that is kept.
+    dead_experts: how many get less than 1 % of the held-out images, in the epoch that is kept. images: how many of them
+    the trial was scored on.
     """
 
     settings: dict[str, Any]

@@ -25,7 +25,7 @@ from bench.results.metrics import clean_by_example, component_rates, holm, mcnem
 from bench.results.schema import Accuracy
 from bench.results.table import Table
 from bench.spec import Recipe, ThreatModel
-from bench.tune import Trial, best
+from bench.tune import MEASURED, Trial, best
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reproduction.md"
@@ -374,12 +374,12 @@ def tuned(data: Scored) -> list[str]:
     """A table of what tuning has chosen of each method; nothing where nothing was tuned."""
     rows, numbers = [], list[tuple[int, int]]()
     for variant, table in trials(data.board).items():
-        scores = ["sa", "ra", "seconds", "dead_experts", "images"]
-        settings = [key for key in table if key not in scores]
+        measured = (*MEASURED, "images")
+        settings = [key for key in table if key not in measured]
         searched = [key for key in settings if table[key].nunique() > 1]
         numbers.append((len(table), int(table["images"].iloc[0])))
         chosen = best([
-            Trial({key: trial[key] for key in settings}, *(trial[key] for key in scores))
+            Trial({key: trial[key] for key in settings}, **{key: trial[key] for key in measured})
             for trial in table.to_dict("records")
         ])  # fmt: skip
         starved = table["dead_experts"] > 0

@@ -137,7 +137,7 @@ MUTATIONS = [
     ),
     Mutation(
         "bench/attacks/recorded.py",
-        "kind not in LINEAR | EITHER_WAY or own",
+        "own or (kind not in LINEAR and kind not in EITHER_WAY)",
         "own",
         "tests/attacks/test_deployed.py -k binary",
     ),

@@ -110,8 +110,8 @@ def _inverse_quotient(y: Tensor, x: Any, *_: Any, **__: Any) -> Tensor:
     return x * _inverse(y)
 
 
-def _each_of(*functions: str) -> tuple[Any, ...]:
-    return tuple(getattr(where, name) for name in functions for where in (torch, Tensor))
+def _both(function: str) -> tuple[Any, ...]:
+    return getattr(torch, function), getattr(Tensor, function)
 
 
 #: The call behind `tensor.data`.
@@ -142,7 +142,7 @@ SMOOTH: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((torch.sign, Tensor.sign, torch.tanh, Tensor.tanh, F.tanh), _soft_step),
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.special.expit, F.hardsigmoid), _soft_step),
     **dict.fromkeys((torch.erf, Tensor.erf, torch.special.erf, torch.special.ndtr), _soft_step),
-    **dict.fromkeys((*_each_of("atan", "arctan"), F.softsign), _soft_step),
+    **dict.fromkeys((*_both("atan"), *_both("arctan"), F.softsign), _soft_step),
     **dict.fromkeys((torch.erfc, Tensor.erfc, torch.special.erfc), _falling_step),
     **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax), _tempered),
     **dict.fromkeys((F.softshrink, F.hardshrink, torch.hardshrink, Tensor.hardshrink, F.tanhshrink), _identity),
@@ -165,10 +165,6 @@ HARD = {
 
 #: What leaves torch, which a tensor that has a gradient cannot; it has one where a `detach` before it was kept from it.
 LEAVES: set[Any] = {Tensor.numpy, Tensor.__array__}
-
-
-def _both(function: str) -> tuple[Any, ...]:
-    return getattr(torch, function), getattr(Tensor, function)
 
 
 #: Comparisons, by the sign of their first input's part in them.

@@ -28,7 +28,7 @@ _LAST = {
     F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm,
     torch.einsum,
 }  # fmt: skip
-_CONVOLVES = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
+_CONVOLVES = {F.conv1d, F.conv2d, F.conv3d}  # which are torch.conv1d … as well
 #: So many units of layers are driven up and down, of those whose influence is below this share of the units' mean.
 UNITS, HARDLY = 8, 1e-2
 
@@ -77,11 +77,11 @@ class _Layers(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if (func in _LAST or func in _CONVOLVES) and result.requires_grad and result.dim() > 1:
-            units = result.movedim(1 if func in _CONVOLVES else -1, -1)
+            axis = 1 if func in _CONVOLVES else -1
+            units = result.movedim(axis, -1)
             if units.numel() and units[..., 0].numel() % self.count == 0:
                 self.found.append(units.reshape(self.count, -1, units.shape[-1]))
-                result = self.found[-1].view(units.shape)  # goes on, so that it has a gradient
-                return result.movedim(-1, 1) if func in _CONVOLVES else result
+                return self.found[-1].view(units.shape).movedim(-1, axis)  # what is kept goes on, so it has a gradient
         return result
 
 
@@ -160,9 +160,12 @@ def _units(search: Search, steps: int, side: Tensor) -> None:
     for layer, unit in _quiet(model, block.x, side):
         for sign in (1, -1):
 
-            def drive(z: Tensor, rows: Tensor, layer: int = layer, unit: int = unit, sign: int = sign) -> Any:
+            def drive(
+                z: Tensor, rows: Tensor, layer: int = layer, unit: int = unit, sign: int = sign
+            ) -> tuple[Tensor, Tensor]:
                 with _Layers(len(z)) as layers:
                     logits = model(z)
+                # other images may take other layers, which are then driven as well as any
                 found = layers.found[layer] if layer < len(layers.found) else logits[:, None]
                 return sign * found[..., min(unit, found.shape[-1] - 1)].mean(1), margin(logits, block.y[rows]) > 0
 

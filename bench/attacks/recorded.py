@@ -53,7 +53,7 @@ def with_slopes(output: Tensor) -> Tensor:
             rule = _best
         elif kind in OTHERWISE:
             rule = OTHERWISE[kind]
-        elif kind not in LINEAR | EITHER_WAY or own:
+        elif own or (kind not in LINEAR and kind not in EITHER_WAY):
             rule = _falling if kind in FALLING else _each
         # what has another factor is none of each element alone, whether or not a gradient by that one is asked for
         inputs = sum(before is not None for before, _ in node.next_functions)
@@ -89,8 +89,8 @@ def _each(_: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
     return torch.where(gradient.abs() > NONE * incoming.abs(), gradient, LEAK * incoming)
 
 
-def _falling(_: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
-    return _each(_, gradient, -incoming)
+def _falling(node: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
+    return _each(node, gradient, -incoming)
 
 
 def _all(_: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
@@ -100,14 +100,14 @@ def _all(_: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
     return torch.where(none, LEAK * through, gradient)
 
 
-def _normalised(_: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
+def _normalised(node: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
     """Few elements of which one outweighs the others are ±1 once they are normalised, whatever they are."""
-    return _each(_, gradient, incoming) if gradient.dim() and gradient.shape[-1] <= FEW else gradient
+    return _each(node, gradient, incoming) if gradient.dim() and gradient.shape[-1] <= FEW else gradient
 
 
 def _looked_up(_: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
     """Where the places (B, H, W, 2) lie that are read off an image: another one may say something else."""
-    if gradient.shape[:1] + gradient.shape[1:-1] != incoming.shape[:1] + incoming.shape[2:]:
+    if gradient.shape[:-1] != incoming.shape[:1] + incoming.shape[2:]:
         return gradient  # by the image that is read
     return torch.where(gradient == 0, LEAK * incoming.sum(1)[..., None], gradient)
 

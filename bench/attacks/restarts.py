@@ -54,7 +54,7 @@ def forced_paths(paths: Paths, restarts: int, steps: int) -> None:
     """Auto-PGD on the paths that each image can be led to, in turn, the weakest first.
 
     Every reachable path is met by every kind of restart at least once, however few the restarts. Of deviations, which
-    are a few of very many paths, images that came near to being broken are met AGAIN times as often. At the end, what a
+    are a few of very many paths, images that came near to being broken are met AGAIN times more. At the end, what a
     decoy may have kept from all of them.
     """
     search, ranking = paths.search, Ranking.of(paths)
