@@ -495,7 +495,8 @@ def _decides(factor: Tensor, *, alone: bool = False) -> bool:
         return False
     low, high = factor.amin(), factor.amax()
     near = _DECIDED * torch.maximum(low.abs(), high.abs())
-    two = bool((torch.minimum(factor - low, high - factor) <= near).all() & (high - low > 2 * near))
+    apart = high - low > 10 * near  # a sigmoid of nearly 0 is 0.5 but for rounding
+    two = bool((torch.minimum(factor - low, high - factor) <= near).all() & apart)
     return two or (alone and any(bool((factor - value).abs().amax() <= _DECIDED) for value in (0, 1)))
 
 

@@ -448,6 +448,7 @@ def test_hooks_are_gone_afterwards_also_where_the_model_fails():
         torch.relu, F.gelu, F.silu, F.hardswish, F.leaky_relu, F.elu, F.softplus, F.relu6, torch.abs, torch.tanh,
         lambda s: s.clamp(-1, 1),
         lambda s: s.softmax(1) * s,
+        lambda s: s * (0.5 + 1.3e-6 * torch.tensor([0.0, 0.1, 0.3, 0.7, 0.9, 1.0]) + 0 * s),
         lambda s: s.amax(1, keepdim=True) + s.max(1, keepdim=True).values + s.median(1, keepdim=True).values,
         lambda s: s.topk(3).values,
         lambda s: F.dropout(s, training=False),
