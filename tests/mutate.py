@@ -34,6 +34,19 @@ class Mutation(NamedTuple):
 
 MUTATIONS = [
     # attacks
+    Mutation("bench/attacks/indices.py", ".softmax(-1).nan_to_num(0)", ".softmax(-1)", "tests/attacks/test_indices.py"),
+    Mutation(
+        "bench/attacks/indices.py",
+        "weights @ F.one_hot(table)",
+        "0 * weights @ F.one_hot(table)",
+        "tests/attacks/test_indices.py",
+    ),
+    Mutation("bench/attacks/indices.py", "<= AT_MOST", "<= 10 * AT_MOST", "tests/attacks/test_indices.py"),
+    Mutation("bench/attacks/indices.py", "(weights * hits)", "(weights * ~hits)", "tests/attacks/test_indices.py"),
+    Mutation(
+        "bench/attacks/indices.py", "sum(dim).movedim(-1, dim)", "sum(dim).flip(-1)", "tests/attacks/test_indices.py"
+    ),
+    Mutation("bench/attacks/gradients.py", "if self._far and", "if", "tests/attacks/test_indices.py"),
     Mutation("bench/attacks/leaving.py", "<= part.eps)", "<= 2 * part.eps)", "tests/attacks/test_leaving.py"),
     Mutation("bench/attacks/leaving.py", "if part.eps > part.eps_orig:", "if False:", "tests/attacks/test_leaving.py"),
     Mutation(
@@ -220,7 +233,7 @@ MUTATIONS = [
         "bench/attacks/gradients.py",
         "- LEAK * torch.where(y.abs() > LARGE, y.abs(), 0.0)",
         "",
-        "tests/attacks/test_deployed.py -k opened",
+        "tests/attacks/test_gradients.py -k falls_or_rises",
     ),
     Mutation(
         "bench/evaluation/probes.py",

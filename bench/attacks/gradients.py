@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from bench.attacks.indices import ALONE, BESIDE, Indices
 from bench.models.sites import opened
 
 #: Directions tried for each pixel, so that the sign of most of an affine router's weights is found, and at most.
@@ -221,11 +222,15 @@ class StraightThrough(TorchFunctionMode):
     """
 
     def __init__(self, *, far: bool = False) -> None:
-        """`far`: a comparison that hardly turns out otherwise counts nearly as much as one that well may."""
+        """`far`: what hardly turns out otherwise counts, too: a comparison nearly as much as one that well may, and an
+        index (`bench.attacks.indices`), which of a route that is forced has no part in what is behind it.
+        """
         super().__init__()
+        self._far = far
         self.hard = 0
         self._step = _soft_step if far else _near_step
         self._masks: dict[int, tuple[Tensor, Tensor]] = {}  # by its id the mask, so that it stays, and its stand-in
+        self._indices = Indices()
         self._in_place = in_place_allowed()
 
     def __enter__(self) -> Self:
@@ -248,10 +253,19 @@ class StraightThrough(TorchFunctionMode):
                 return self._mask(mask, COMPARES[func] * self._step(args[0] - args[1]))
             if self._masks and (found := self._of_mask(func, args, kwargs)) is not None:
                 return found
+            if self._indices:
+                if (made := self._indices.mask(func, args, kwargs)) is not None:
+                    return self._mask(*made)
+                if (found := self._indices.value(func, args, kwargs)) is not None:
+                    return found
             if func in OF_TWO and len(args) == 2 and isinstance(args[1], Tensor):
                 func = OF_TWO[func]
             if func is torch.pow and len(args) == 2 and not isinstance(first, Tensor):
                 func, args, first = Tensor.__rpow__, args[::-1], args[1]
+            if self._far and (func in ALONE or func in BESIDE) and _graded(first):
+                result = func(*args, **kwargs)
+                self._indices.find(func, args, kwargs, result)
+                return result
             smooth = SMOOTH.get(func)
             if smooth in (_larger, _smaller) and not _graded(first):
                 args = first, *_ = args[::-1]

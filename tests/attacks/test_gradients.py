@@ -266,6 +266,7 @@ def test_a_power_has_a_slope_where_it_falls_and_near_zero(at: float, exponent: f
         (torch.special.exp2, 1),
         (torch.expm1, 1),
         (torch.erfc, -1),
+        (lambda x: 1 / (2 - 1e18 * x), -1),
     ],
 )
 def test_what_falls_or_rises_to_nothing_has_a_slope(raise_: Callable[[Tensor], Tensor], sign: int):
