@@ -56,6 +56,8 @@ _COLOURS = 3
 _READS = {"nonzero", "masked_select", "_local_scalar_dense", "equal", "is_nonzero", "item"}
 #: What moves an index or a mask and does not act on it.
 _CARRIES = {"clone", "_to_copy", "detach", "contiguous", "copy", "cat", "stack", "lift_fresh", "alias"}
+#: What acts on each element of a gate's output by itself, as a layer's activation does.
+_EACH = {"sigmoid", "hardsigmoid", "tanh", "relu", "silu", "gelu", "clamp", "rsub", "_to_copy", "clone"}
 #: What gives the least or the largest of a tensor's values.
 _EXTREMES = {"min", "max", "amin", "amax"}
 #: Comparisons.
@@ -138,7 +140,7 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
     gates = [site.name for site in known]
     inside = [site for site in known for _, where in found if _within(where, site.name)]
     return Choices(
-        tuple(_names(model, watch.shapes, gates)),
+        tuple(_names(model, watch.shapes, watch.elementwise - watch.scoring, gates)),
         tuple(operations),
         tuple(dict.fromkeys(_glob(site.name) for site in inside)),
         bool(inside) and all(site.call is not None for site in inside),
@@ -165,8 +167,12 @@ def _holders(gate: str) -> Iterator[str]:
         yield outer
 
 
-def _names(model: nn.Module, shapes: dict[str, list[tuple[int, ...]]], gates: list[str]) -> Iterator[str]:
+def _names(
+    model: nn.Module, shapes: dict[str, list[tuple[int, ...]]], elementwise: set[str], gates: list[str]
+) -> Iterator[str]:
     """Globs of what is named like a route: modules, else a module's attributes, else its class.
+
+    shapes: as `_scores` takes them, by module; elementwise: what is called gate and scales each of a layer's features.
 
     What lies beside one of the gates is named for that; of what the model holds itself, all that is called experts or
     the like.
@@ -182,7 +188,7 @@ def _names(model: nn.Module, shapes: dict[str, list[tuple[int, ...]]], gates: li
     for name, module in modules.items():
         last = _last(name)
         gate = bool(_GATE.search(last)) and not any(_within(name, outer) for outer in others)
-        scores = gate and _scores(module, shapes.get(name, ()))
+        scores = gate and name not in elementwise and _scores(module, shapes.get(name, ()))
         others += [name] * (gate and not scores and isinstance(module, nn.Sequential))
         if (_ROUTES.search(last) or scores) and not any(_within(name, seen) for seen in found):
             found.append(name)
@@ -258,6 +264,8 @@ def _inside(named: dict[nn.Module, str], watch: "_Watch") -> Iterator[None]:
         if _GATE.search(named[module]):
             tensors = [leaf for leaf in tree_leaves((inputs[:1], output)) if isinstance(leaf, Tensor)]
             watch.shapes[named[module]] = [tuple(tensor.shape) for tensor in tensors]
+            if isinstance(output, Tensor):
+                watch.gated[_key(output)] = named[module]
 
     for module in named:
         try:
@@ -290,12 +298,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self.two_valued = _decides(x)  # black and white
         self.decided: dict[object, tuple[str, str]] = {}  # storage → the operation and the module that chose
         self.by: defaultdict[object, dict[tuple[str, str], None]] = defaultdict(dict)  # storage → choices it comes of
+        self.signs: set[object] = set()  # masks of what is above or below 0
         self.finite: set[object] = set()  # masks of what is a number, and what is computed from such alone
         self.found: dict[tuple[str, str], None] = {}
         self.weighed: dict[tuple[str, str], None] = {}  # what acts like a choice, which may follow from a found one
         self.where: list[str] = [""]
         self.checking = False  # whether what is read now decides nothing
         self.shapes: defaultdict[str, list[tuple[int, ...]]] = defaultdict(list)
+        self.gated: dict[object, str] = {}  # storage → the module called gate of whose output each element is one
+        self.elementwise: set[str] = set()  # those whose output scales another, element by element
+        self.scoring: set[str] = set()  # those of whose output something else is made as well
 
     def depends(self, tensor: Tensor) -> bool:
         """Whether the tensor depends on the images."""
@@ -353,6 +365,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             return
         self.images.difference_update(map(_key, outputs))
         depending = [key for key in keys if key in self.data or key in self.decided]
+        if gates := {self.gated[key] for key in keys if key in self.gated}:
+            if name in _EACH:
+                self.gated |= {_key(tensor): gate for tensor in outputs for gate in gates}
+            elif name == "mul" and len(depending) == 2 and _alike(*inputs):
+                self.elementwise |= gates
+            else:
+                self.scoring |= gates
         # what gates that are attacked choose; a layer with weights ends it
         if depending and self.scores.issuperset(depending) and name not in _LAYERS:
             for tensor in outputs:
@@ -372,6 +391,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         if name == "where" and _is_activation(args):
             self.data |= {_key(tensor) for tensor in outputs}
             self._comes(outputs, by)
+            return
+        if (name in _COMPARES and len(keys) == 1 and args[1] == 0) or (name == "_to_copy" and keys[0] in self.signs):
+            self.signs |= {_key(tensor) for tensor in outputs}
+        value = _rectified(*inputs) if name == "mul" and len(keys) == 2 and self.signs.intersection(keys) else None
+        if value is not None:
+            self.data |= {_key(tensor) for tensor in outputs}
+            self._comes(outputs, self.by[_key(value)])
             return
         if of_data and func.namespace not in _KNOWN:
             by[f"an operation of its own ({func.namespace}::{name})", self.where[-1]] = None
@@ -484,6 +510,15 @@ def _is_activation(args: tuple[Any, ...]) -> bool:
     return False
 
 
+def _rectified(one: Tensor, other: Tensor) -> Tensor | None:
+    """Of a value and the mask of where it is above 0, which is not everywhere alike, the value: both make a ReLU."""
+    for value, mask in ((one, other), (other, one)):
+        sides = (value > 0, value >= 0) if value.is_floating_point() else ()
+        if bool(mask.any()) and not bool(mask.all()) and any(torch.equal(mask, side.to(mask)) for side in sides):
+            return value
+    return None
+
+
 def _decides(factor: Tensor, *, alone: bool = False) -> bool:
     """Whether a factor that depends on the images has two values on several of them, such as 0 and 1; `alone`: or one
     of these on all.
@@ -543,6 +578,11 @@ def _may_weigh(factor: Tensor) -> bool:
     """Whether it holds numbers of several images."""
     plain = factor.is_floating_point() and not factor.is_sparse and not factor.is_mkldnn
     return plain and factor.dim() >= 2 and len(factor) >= 2
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether both have the same shape, and neither had to be expanded to it."""
+    return one.shape == other.shape and _bytes(one) == _bytes(other)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -120,6 +120,14 @@ MUTATIONS = [
         'f"{owner}.".startswith(f"{site.name}.") for site in ()',
         "tests/models/test_unused.py -k gate",
     ),
+    Mutation("models/choices.py", "high - low > 10 * near", "high - low > 2 * near", "tests/models/test_choices.py"),
+    Mutation(
+        "models/choices.py", "watch.elementwise - watch.scoring", "watch.elementwise", "tests/models/test_choices.py"
+    ),
+    Mutation("models/choices.py", "one.shape == other.shape and ", "", "tests/models/test_choices.py"),
+    Mutation("models/choices.py", " and _bytes(one) == _bytes(other)", "", "tests/models/test_choices.py"),
+    Mutation("models/choices.py", "torch.equal(mask, side.to(mask))", "True", "tests/models/test_choices.py"),
+    Mutation("models/choices.py", "len(keys) == 1 and args[1] == 0", "len(keys) == 1", "tests/models/test_choices.py"),
     Mutation(
         "models/choices.py",
         "self.images.difference_update(map(_key, outputs))",

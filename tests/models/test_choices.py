@@ -85,6 +85,9 @@ def test_a_router_that_gives_indices_alone_is_told_how_to_be_named():
         (lambda s: s + torch.randn_like(s), ["random draw (randn_like)"]),
         (lambda s: s * (torch.rand(6) > 0.5), ["random draw (rand)"]),
         (lambda s: s if s.mean() > 0 else -s, ["gt"]),
+        (lambda s: s * (s[:, :1] > 0), ["gt"]),
+        (lambda s: s * (s.flip(1) > 0), ["gt"]),
+        (lambda s: s * (s > 0.1), ["gt"]),
         (lambda s: s if s.mean().item() > 0 else -s, ["values read by Python"]),
         (lambda s: s[:, s.mean(0).tolist().index(max(s.mean(0).tolist())) :], ["values read by Python"]),
         (lambda s: torch.tensor(s.numpy().round()), ["values read by Python", "a computation outside torch"]),
@@ -363,6 +366,34 @@ def test_a_gate_that_attends_scores_no_experts(
     assert find_choices(Attends(gate, made).eval(), torch.rand(4, 3, 8, 8)).names == seen
 
 
+@pytest.mark.parametrize(
+    ("act", "named"),
+    [
+        (lambda g, h: g.sigmoid() * h, ()),
+        (lambda g, h: (1 - g.sigmoid()) * h + g.sigmoid() * h.sin(), ()),
+        (lambda g, h: h * nn.functional.silu(g), ()),
+        (lambda g, h: g.softmax(1) * h, ("gate",)),  # shares, as a router's are
+        (lambda g, h: g.sigmoid() * h + g.softmax(1) @ g.new_ones(6, 6), ("gate",)),
+        (lambda g, h: g.sigmoid() @ g.new_ones(6, 6) * h, ("gate",)),
+        (lambda g, h: (g.sigmoid()[:, :, None] * h[:, None]).sum(1), ("gate",)),
+        (lambda g, h: (g.sigmoid()[:, :, None].expand(4, 6, 6) * (h[:, None] + h[:, :, None])).sum(1), ("gate",)),
+    ],
+)
+def test_a_gate_that_scales_each_feature_scores_no_experts(
+    act: Callable[[Tensor, Tensor], Tensor], named: tuple[str, ...]
+):
+    class Highway(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.into = nn.Linear(12, 6), nn.Linear(12, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return act(self.gate(x.flatten(1)), self.into(x.flatten(1)))
+
+    torch.manual_seed(0)
+    assert find_choices(Highway(), torch.rand(4, 3, 2, 2)).names == named
+
+
 def test_a_gated_layer_scores_no_experts():
     class Gated(nn.Module):
         def __init__(self) -> None:
@@ -449,6 +480,7 @@ def test_hooks_are_gone_afterwards_also_where_the_model_fails():
         lambda s: s.clamp(-1, 1),
         lambda s: s.softmax(1) * s,
         lambda s: s * (0.5 + 1.3e-6 * torch.tensor([0.0, 0.1, 0.3, 0.7, 0.9, 1.0]) + 0 * s),
+        lambda s: s * (s > 0) + s * (s >= 0).float() + (s > 0).to(s.dtype) * s,
         lambda s: s.amax(1, keepdim=True) + s.max(1, keepdim=True).values + s.median(1, keepdim=True).values,
         lambda s: s.topk(3).values,
         lambda s: F.dropout(s, training=False),
