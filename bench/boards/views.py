@@ -50,8 +50,11 @@ def terminal(board: Board, keys: Sequence[str] = (), width: int | None = None) -
             text.insert(2 + first_unranked, text[1])
         lines += [line.rstrip() for line in text]
         lines += [""] * any(row.flags or row.lacks for row in table)
+        everywhere = [flag for flag in table[0].flags if len(table) > 1 and all(flag in row.flags for row in table)]
+        lines += _wrapped(f"all rows: {'; '.join(everywhere)}", width) if everywhere else []
         for row in table:
-            lines += _wrapped(f"{row.name}: {'; '.join(row.flags)}", width) if row.flags else []
+            own = [flag for flag in row.flags if flag not in everywhere]
+            lines += _wrapped(f"{row.name}: {'; '.join(own)}", width) if own else []
         for models, why, command in lacking(table, board.results, together=True):
             have = "have" if ", " in models else "has"
             lines += [*_wrapped(f"{models} {have} no rank: {why}", width), *([f"  {command}"] if command else [])]

@@ -1,6 +1,6 @@
 """A certification's table and its figure: what share is certified at which radius."""
 
-from collections.abc import Mapping
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 #: The radii of the table of shares, as multiples of the run's ε.
 _MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+_NOTE = "%: of all images; of a class, certified and right; of a route, certified."
 _TITLES = {True: "share of images that keep their route", False: "certified accuracy"}
 
 
@@ -26,6 +27,26 @@ def table(result: Certification, rows: pd.DataFrame) -> str:
 
     Below it, of methods with a radius of their own, the share of images at several radii.
     """
+    headers, body = _rows(result, rows)
+    body = [[cell.replace("|", "\\|") for cell in row] for row in body]
+    text = tabulate(body, headers=headers, tablefmt="pipe", disable_numparse=True)
+    return f"# {_title(result)}\n\n{text}\n\n{_NOTE}\n{_by_radius(rows, result.spec.threat_model, 'pipe')}"
+
+
+def terminal(result: Certification, rows: pd.DataFrame, width: int | None = None) -> str:
+    """The same as `table` in plain text, with reasons below, and lines of at most `width` columns where it is given."""
+    (*headers, _), body = _rows(result, rows)
+    shown = [at for at in range(len(headers)) if at < 3 or any(row[at] != "–" for row in body)]
+    cells = [[row[at] for at in shown] for row in body]
+    text = tabulate(cells, headers=[headers[at] for at in shown], tablefmt="simple", disable_numparse=True)
+    reasons = dict.fromkeys(row[-1] for row in body if row[-1] != "–")
+    said = [textwrap.fill(reason, width or 10**6, subsequent_indent="  ") for reason in (*reasons, _NOTE)]
+    below = "\n".join(said)
+    return f"{_title(result)}\n\n{text}\n\n{below}\n{_by_radius(rows, result.spec.threat_model, 'simple')}"
+
+
+def _rows(result: Certification, rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """The headers, and a row for each method and ε."""
     threat = result.spec.threat_model
     body = []
     for (method, _), own in rows.groupby(["method", "eps"], sort=False):
@@ -37,15 +58,15 @@ def table(result: Certification, rows: pd.DataFrame) -> str:
             _share(own),
             ", ".join(f"{status} {statuses[status]}" for status in STATUSES if status in statuses),
             ", ".join(f"{size}: {count}" for size, count in sizes.items()) or "–",
-            "; ".join(dict.fromkeys(reason.replace("|", "\\|") for reason in own["reason"] if reason)) or "–",
+            "; ".join(dict.fromkeys(reason for reason in own["reason"] if reason)) or "–",
         ])  # fmt: skip
-    headers = ["method", f"{threat.norm} ε", "%", "rows", "size of S(ε): rows", "reason"]
-    title = f"# {result.spec.suite} on {result.spec.model}, {result.spec.dataset}, n = {result.spec.n_examples}"
+    return ["method", f"{threat.norm} ε", "%", "rows", "size of S(ε): rows", "reason"], body
+
+
+def _title(result: Certification) -> str:
+    title = f"{result.spec.suite} on {result.spec.model}, {result.spec.dataset}, n = {result.spec.n_examples}"
     alpha = "" if result.spec.alpha is None else f", α {result.spec.alpha:g}"
-    params = "".join(f", {key} {value}" for key, value in sorted(result.spec.suite_params.items()))
-    text = tabulate(body, headers=headers, tablefmt="pipe", disable_numparse=True)
-    note = "%: of all images; of a class, certified and right; of a route, certified."
-    return f"{title}{alpha}{params}\n\n{text}\n\n{note}\n{_by_radius(shares(rows), threat)}"
+    return title + alpha + "".join(f", {key} {value}" for key, value in sorted(result.spec.suite_params.items()))
 
 
 def _share(own: pd.DataFrame) -> str:
@@ -58,8 +79,9 @@ def _share(own: pd.DataFrame) -> str:
     return f"{100 * succeeded(Table.of(own)).mean():.2f}"
 
 
-def _by_radius(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], threat: ThreatModel) -> str:
+def _by_radius(rows: pd.DataFrame, threat: ThreatModel, tablefmt: str) -> str:
     """A table of `shares` at multiples of ε; nothing where no method has a radius of its own."""
+    lines = shares(rows)
     if not lines:
         return ""
     balls = [ThreatModel(norm=threat.norm, eps=multiple * threat.eps) for multiple in _MULTIPLES]
@@ -67,7 +89,7 @@ def _by_radius(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], threat: Threa
         [f"{ball.eps:.4g}", *(f"{100 * y[np.searchsorted(x, ball.reach, 'right') - 1]:.2f}" for x, y in lines.values())]
         for ball in balls
     ]
-    text = tabulate(body, [f"{threat.norm} radius", *lines], tablefmt="pipe", disable_numparse=True)
+    text = tabulate(body, [f"{threat.norm} radius", *lines], tablefmt=tablefmt, disable_numparse=True)
     return f"\n{text}\n\n%, by radius: the share of images that still count there.\n"
 
 

@@ -34,6 +34,7 @@ from bench.commands.options import (
     alphas_of,
     settings_of,
     split,
+    terminal_width,
     whole,
 )
 from bench.console import note, say
@@ -259,6 +260,7 @@ def certify(
 ) -> None:
     """Certify routes, the class by sound bounds, or the smoothed model's class, and store the certificates."""
     with redirect_stdout(sys.stderr):
+        from bench.certify.report import terminal
         from bench.certify.run import certification_of
         from bench.certify.run import certify as run_certifier
         from bench.datasets.base import open_dataset
@@ -266,6 +268,7 @@ def certify(
         from bench.evaluation.plan import RunRequest, plan_on
         from bench.models.checkpoints import ZOO
         from bench.registry import CERTIFIERS
+        from bench.results.certificates import CertificateFolder
         from bench.results.store import ensure_writable, run_folder
         from bench.spec import build
 
@@ -301,11 +304,12 @@ def certify(
         queue = _work_off(asked, score, "certified")
 
     def tables(certified: "Sequence[Certification]") -> str:
-        folders = [run_folder(results, result.spec, result.run) for result in certified]
-        return "\n".join(
-            f"{(folder / 'table.md').read_text(encoding='utf-8')}\nfigure: {folder / 'curve.svg'}\n"
-            for folder in folders
-        )
+        shown = []
+        for result in certified:
+            folder = CertificateFolder(run_folder(results, result.spec, result.run))
+            text = terminal(result, folder.rows(result).frame(), terminal_width())
+            shown.append(f"{text}\nfigure: {folder.path / 'curve.svg'}\n")
+        return "\n".join(shown)
 
     _print(queue.done, tables, as_json)
     if queue.status:

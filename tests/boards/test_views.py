@@ -87,6 +87,15 @@ def test_flags_are_a_count_and_their_words_below(board: Board):
     assert "second: autoattack: a sign" in lines
 
 
+def test_a_flag_of_all_rows_is_told_once(tmp_path: Path):
+    save(tmp_path, "autoattack", "11110000", flags=("a sign", "another"))
+    save(tmp_path, "autoattack", "11100000", "second", flags=("a sign",))
+    lines = views.terminal(boards(tmp_path)[0]).splitlines()
+    assert "all rows: autoattack: a sign" in lines
+    assert [line for line in lines if line.endswith("another")] == ["dense-at: autoattack: another"]
+    assert not any(line.startswith("second: ") for line in lines)
+
+
 def test_what_is_the_same_in_all_rows_is_said_once(board: Board):
     text = views.markdown(board)
     assert "In all rows: SA 100.00, certified not known." in text

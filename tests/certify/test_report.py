@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench.certify.report import curve, figure, table
+from bench.certify.report import curve, figure, table, terminal
 from bench.results.certificates import CERTIFICATE_COLUMNS, Certification
 from bench.results.schema import Accuracy
 from bench.spec import ModelInfo, RunSpec, ThreatModel
@@ -66,6 +66,18 @@ def cells(text: str, first: str) -> list[list[str]]:
     body = lines[start + 2 :]
     body = body[: body.index("")]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in body]
+
+
+def test_a_terminal_gets_the_same_without_markup_and_the_reasons_below():
+    frame = pd.concat([rows("union", RADII, RIGHT), rows("union", RADII, RIGHT, 0.05)], ignore_index=True)
+    lines = terminal(certification(frame), frame).splitlines()
+    assert lines[0] == "certify-x on <m>, digits, n = 5, α 0.7, n 9"
+    assert lines[4].split(maxsplit=3) == ["union", "0.2", "40.00", "certified 3, not_certified 2  1: 3, 2: 2"]
+    nothing = rows("network", RADII, RIGHT, status="not_applicable")
+    lines = terminal(certification(nothing), nothing, 60).splitlines()
+    assert lines[6] == "a | b"
+    assert lines[2].split()[-1] == "rows"
+    assert max(map(len, lines[5:])) <= 60
 
 
 def test_the_share_at_several_radii_is_a_table():
