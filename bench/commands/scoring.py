@@ -206,6 +206,8 @@ def _print(results: "Sequence[Any]", table: "Callable[[Any], str]", as_json: boo
 def _table(results: "Sequence[Result]") -> str:
     from tabulate import tabulate
 
+    from bench.results.schema import suite_label
+
     rows = []
     for result in results:
         spec, robust = result.spec, result.robust_accuracy
@@ -213,7 +215,7 @@ def _table(results: "Sequence[Result]") -> str:
         rows.append({
             "model": spec.model,
             "α": "" if spec.alpha is None else f"{spec.alpha:g}",
-            "suite": spec.suite,
+            "suite": suite_label(spec),
             "threat": str(spec.threat_model),
             "n": spec.n_examples,
             "SA %": f"{result.clean_accuracy.value:.2%}".rstrip("%"),

@@ -46,6 +46,11 @@ class ImageFolder(Dataset):
         self._folders: dict[Split, Path] = {"train": folder / "train", "test": test}
         there = [split for split in self._folders.values() if split.is_dir()]
         if not there:
+            where, setting, _ = argument.rpartition(":")
+            if setting and Path(where).is_dir():
+                raise UnusableInput(
+                    f"'{Path(argument).name}' is no folder: what may stand behind one is :size=N, in pixels"
+                )
             raise UnusableInput(f"{self.name} has no images: put them in {folder}/train/CLASS and {folder}/val/CLASS")
         self._classes = _classes(there[0])
         for other in there[1:]:

@@ -286,9 +286,12 @@ def test_images_of_any_size_are_resized_and_cropped_as_torchvision_does(folder: 
     assert dataset_folder(dataset.name) != dataset_folder(opened(folder).name)
 
 
-@pytest.mark.parametrize("word", ["photos:size=0", "photos:size=8x8", "photos:size="])
+@pytest.mark.parametrize("word", ["photos:siz=8", "photos:size=0", "photos:size=8x8", "photos:size="])
 def test_a_size_that_is_none_is_part_of_the_path(word: str, tmp_path: Path) -> None:
     with pytest.raises(UnusableInput, match="has no images"):
+        open_dataset(f"imagefolder:{tmp_path / word}")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UnusableInput, match=f"'{word}' is no folder: what may stand behind one is :size=N"):
         open_dataset(f"imagefolder:{tmp_path / word}")
 
 
