@@ -52,12 +52,17 @@ _BEST_OF = {"topk", "sort", "argsort", "max", "min", "argmax", "argmin", "kthval
 _WHOLE = 8
 #: Channels of an image.
 _COLOURS = 3
+#: What no gradient and no stand-in for one follows, however it is declared.
+_OUTSIDE = ("values read by Python", "a computation outside torch", "a computation in another thread")
 #: What hands a value, or a number of rows, to Python.
-_READS = {"nonzero", "masked_select", "_local_scalar_dense", "equal", "is_nonzero", "item"}
+_TAKES = {"_local_scalar_dense", "is_nonzero", "item"}
+_READS = {"nonzero", "masked_select", "equal", *_TAKES}
 #: What moves an index or a mask and does not act on it.
 _CARRIES = {"clone", "_to_copy", "detach", "contiguous", "copy", "cat", "stack", "lift_fresh", "alias"}
 #: What acts on each element of a gate's output by itself, as a layer's activation does.
 _EACH = {"sigmoid", "hardsigmoid", "tanh", "relu", "silu", "gelu", "clamp", "rsub", "_to_copy", "clone"}
+#: Of these what brings each between two values, as where each head of attention has a gate of its own.
+_BOUNDED = {"sigmoid", "hardsigmoid", "tanh"}
 #: What gives the least or the largest of a tensor's values.
 _EXTREMES = {"min", "max", "amin", "amax"}
 #: Comparisons.
@@ -87,12 +92,16 @@ _MAKES = re.compile(r"^new_|_like$")
 class Choices:
     """Signs of routes. `names`: modules and attributes as globs over block numbers, such as `blocks.*.mlp.gate`;
     `operations`: what was chosen by, each with the module (as a glob) that did it, such as `topk in blocks.*.mlp`;
-    `gates`: known ones that choose inside, by what their scores do not show; `read`: whether they are read inside."""
+    `gates`: known ones that choose inside, by what their scores do not show; `read`: whether they are read inside;
+    `outside`: those of the operations that Python acts on, or another library, or which are in a model that is scripted
+    or quantized: no attack follows them.
+    """
 
     names: tuple[str, ...] = ()
     operations: tuple[str, ...] = ()
     gates: tuple[str, ...] = ()
     read: bool = False
+    outside: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.names or self.operations)
@@ -110,7 +119,15 @@ class Choices:
         named = (name for name in self.names if _GATE.search(_last(name)) or "router" in _last(name))
         gate = next(iter((*self.gates, *named)), None)
         example = f"'{gate}'" if gate else "GLOB"
-        return f"{' and '.join(seen)}: name its gates with --gates {example}, or declare --gates none"
+        name = f"name its gates with --gates {example}"
+        inside = "choose by torch alone, which attacks can follow"
+        if self.outside and self.gates:
+            advice = inside
+        elif any(operation.startswith(_OUTSIDE) for operation in self.outside):
+            advice = f"{name}, and {inside}"
+        else:
+            advice = name if self.outside else f"{name}, or declare --gates none"
+        return f"{' and '.join(seen)}: {advice}"
 
 
 def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Choices:
@@ -136,14 +153,17 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
     if not any(map(watch.depends, leaves)):
         watch.report("a computation outside torch", "")
     found = watch.reaching(leaves) or watch.weighed
-    operations = dict.fromkeys(f"{operation} in {_glob(where) or type(model).__name__}" for operation, where in found)
+    words = {each: f"{each[0]} in {_glob(each[1]) or type(model).__name__}" for each in found}
+    opaque = watch.quantized or any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+    outside = [words[each] for each in found if opaque or each in watch.taken or each[0] in _OUTSIDE]
     gates = [site.name for site in known]
     inside = [site for site in known for _, where in found if _within(where, site.name)]
     return Choices(
         tuple(_names(model, watch.shapes, watch.elementwise - watch.scoring, gates)),
-        tuple(operations),
+        tuple(dict.fromkeys(words.values())),
         tuple(dict.fromkeys(_glob(site.name) for site in inside)),
         bool(inside) and all(site.call is not None for site in inside),
+        tuple(dict.fromkeys(outside)),
     )
 
 
@@ -301,12 +321,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self.signs: set[object] = set()  # masks of what is above or below 0
         self.finite: set[object] = set()  # masks of what is a number, and what is computed from such alone
         self.found: dict[tuple[str, str], None] = {}
+        self.quantized = False  # whether a layer is, and has no gradient
+        self.taken: dict[tuple[str, str], None] = {}  # of these what Python has read
         self.weighed: dict[tuple[str, str], None] = {}  # what acts like a choice, which may follow from a found one
         self.where: list[str] = [""]
         self.checking = False  # whether what is read now decides nothing
         self.shapes: defaultdict[str, list[tuple[int, ...]]] = defaultdict(list)
         self.gated: dict[object, str] = {}  # storage → the module called gate of whose output each element is one
-        self.elementwise: set[str] = set()  # those whose output scales another, element by element
+        self.bounded: set[object] = set()  # of such outputs those that are each between two values by themselves
+        self.elementwise: set[str] = set()  # those whose output scales another, each value by itself
         self.scoring: set[str] = set()  # those of whose output something else is made as well
 
     def depends(self, tensor: Tensor) -> bool:
@@ -332,7 +355,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         if _key(tensor) in self.scores:
             return
         if (key := _key(tensor)) in self.decided:
-            self.found[self.decided[key]] = None
+            self.found[self.decided[key]] = self.taken[self.decided[key]] = None
         elif key in self.data:
             self.report("values read by Python")
 
@@ -366,9 +389,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self.images.difference_update(map(_key, outputs))
         depending = [key for key in keys if key in self.data or key in self.decided]
         if gates := {self.gated[key] for key in keys if key in self.gated}:
+            bounded = self.bounded.issuperset(key for key in keys if key in self.gated)
             if name in _EACH:
                 self.gated |= {_key(tensor): gate for tensor in outputs for gate in gates}
-            elif name == "mul" and len(depending) == 2 and _alike(*inputs):
+                self.bounded |= {_key(tensor) for tensor in outputs} if bounded or name in _BOUNDED else set()
+            elif name == "mul" and len(depending) == 2 and (bounded or _alike(*inputs)):
                 self.elementwise |= gates
             else:
                 self.scoring |= gates
@@ -399,17 +424,20 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self.data |= {_key(tensor) for tensor in outputs}
             self._comes(outputs, self.by[_key(value)])
             return
+        self.quantized |= of_data and func.namespace == "quantized"
         if of_data and func.namespace not in _KNOWN:
             by[f"an operation of its own ({func.namespace}::{name})", self.where[-1]] = None
-        if torch.Tag.nondeterministic_seeded in func.tags and not _NO_DRAW.search(name):
+        draws = torch.Tag.nondeterministic_seeded in func.tags and not _NO_DRAW.search(name)
+        if draws and of_data and not _MAKES.search(name):  # by odds that the images set
             self.report(f"random draw ({name})")
         if chosen and not (name in _CARRIES and not any(tensor.is_floating_point() for tensor in outputs)):
             by |= dict.fromkeys(chosen)
         reads = name in _READS and not self.checking
         if reads:
             self.found |= by
+            self.taken |= by if name in _TAKES else {}
         if of_data and reads:
-            self.report("values read by Python" if name in ("_local_scalar_dense", "item", "is_nonzero") else name)
+            self.report("values read by Python" if name in _TAKES else name)
         if of_data and (name in _ROUNDING or (name == "div" and kwargs.get("rounding_mode"))):
             by["rounding" if name == "div" else name, self.where[-1]] = None
         if finite and not (name in _REPLACES and len(others) == 1):

@@ -47,6 +47,39 @@ MUTATIONS = [
         "bench/attacks/indices.py", "sum(dim).movedim(-1, dim)", "sum(dim).flip(-1)", "tests/attacks/test_indices.py"
     ),
     Mutation("bench/attacks/gradients.py", "if self._far and", "if", "tests/attacks/test_indices.py"),
+    Mutation(
+        "bench/attacks/restarts.py",
+        "z, allow_unused=True)  # a quantized",
+        "z)  # a quantized",
+        "tests/attacks/test_restarts.py",
+    ),
+    Mutation("bench/attacks/influence.py", "<= HARDLY * mean", "< HARDLY * mean", "tests/attacks/test_influence.py"),
+    Mutation(
+        "bench/attacks/influence.py",
+        "func = by_name(func, _LAST | _CONVOLVES)",
+        "pass",
+        "tests/attacks/test_influence.py",
+    ),
+    Mutation(
+        "bench/attacks/gradients.py",
+        "by_name(func, KNOWN), kwargs or {}",
+        "func, kwargs or {}",
+        "tests/attacks/test_indices.py",
+    ),
+    Mutation("bench/attacks/indices.py", "self._keep(found.values, votes)", "pass", "tests/attacks/test_indices.py"),
+    Mutation(
+        "bench/boards/rows.py",
+        "elif flag.startswith(OUTSIDE_TORCH):",
+        "elif False:",
+        "tests/boards/test_views.py",
+    ),
+    Mutation(
+        "models/choices.py",
+        "self.taken |= by if name in _TAKES else {}",
+        "pass",
+        "tests/models/test_choices.py tests/evaluation/test_gates.py",
+    ),
+    Mutation("models/choices.py", "opaque = watch.quantized or", "opaque =", "tests/models/test_choices.py"),
     Mutation("bench/attacks/leaving.py", "<= part.eps)", "<= 2 * part.eps)", "tests/attacks/test_leaving.py"),
     Mutation("bench/attacks/leaving.py", "if part.eps > part.eps_orig:", "if False:", "tests/attacks/test_leaving.py"),
     Mutation(
@@ -177,7 +210,7 @@ MUTATIONS = [
     Mutation("bench/attacks/recorded.py", "kind in BEST", "False", "tests/attacks/test_deployed.py -k best"),
     Mutation("bench/attacks/recorded.py", "kind.startswith(POOLS)", "False", "tests/attacks/test_deployed.py -k pool"),
     Mutation("bench/attacks/recorded.py", '"Glu": _glu', '"Glu": _each', "tests/attacks/test_deployed.py -k gated"),
-    Mutation("bench/attacks/influence.py", "< HARDLY * mean]", "< 0]", "tests/attacks/test_influence.py -k driven"),
+    Mutation("bench/attacks/influence.py", "<= HARDLY * mean]", "< 0]", "tests/attacks/test_influence.py -k driven"),
     Mutation(
         "bench/attacks/influence.py",
         "key=lambda layer: float(influence[layer].mean())",
@@ -221,7 +254,12 @@ MUTATIONS = [
         "one for one in ()",
         "tests/attacks/test_influence.py",
     ),
-    Mutation("bench/attacks/influence.py", "func in _LAST and", "False and", "tests/attacks/test_influence.py"),
+    Mutation(
+        "bench/attacks/influence.py",
+        "by_name(func, _LAST) in _LAST and",
+        "False and",
+        "tests/attacks/test_influence.py",
+    ),
     Mutation("bench/attacks/influence.py", "gradient * along", "gradient * 1", "tests/attacks/test_influence.py"),
     Mutation("bench/attacks/influence.py", "atol=SAME", "rtol=0, atol=-1", "tests/attacks/test_influence.py"),
     Mutation("bench/attacks/influence.py", "block.flags.append", "str", "tests/attacks/test_influence.py -k twice"),

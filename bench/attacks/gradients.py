@@ -3,7 +3,7 @@
 Axes: B = images, E = experts, D = pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from bench.attacks import indices
 from bench.attacks.indices import ALONE, BESIDE, Indices
 from bench.models.sites import opened
 
@@ -189,6 +190,13 @@ TIMES = {*_both("mul"), *_both("multiply"), Tensor.__mul__, Tensor.__rmul__}
 EITHER: dict[Any, tuple[int, int]] = {torch.where: (1, 2), Tensor.where: (0, 2)}
 
 
+#: All functions that something else than themselves is done for, as Python code calls them.
+KNOWN = {
+    *SMOOTH, *OF_TWO, *COMPARES, *MOVES, *COUNTS, *CASTS, *TIMES, *EITHER, *ALONE, *BESIDE, *indices.MOVES,
+    *indices.SCATTERS, *indices.EQUALS, *indices.TAKES, F.one_hot,
+}  # fmt: skip
+
+
 class _WithGradientOf(torch.autograd.Function):
     """Values in place of others of the same shape, which get their gradient."""
 
@@ -245,7 +253,7 @@ class StraightThrough(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = by_name(func, KNOWN), kwargs or {}
         with torch.inference_mode(False), torch.enable_grad():
             first: Any = args[0] if args else None
             if func in COMPARES and len(args) == 2 and any(_graded(one) for one in args):
@@ -320,6 +328,14 @@ class StraightThrough(TorchFunctionMode):
             return one
         mask, stand_in = self._masks[id(one)]
         return _WithGradientOf.apply(stand_in.to(like), mask.to(like))
+
+
+def by_name(func: Any, known: Collection[Any]) -> Any:
+    """The one of the known functions that an operation of an exported program is, or itself."""
+    if func in known or not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
+        return func
+    named = (getattr(place, func.overloadpacket.__name__, None) for place in (torch, Tensor, F))
+    return next((one for one in named if one is not None and one in known), func)
 
 
 def _graded(one: Any) -> bool:

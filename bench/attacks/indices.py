@@ -31,7 +31,9 @@ MOVES = {
     Tensor.__getitem__, Tensor.contiguous, Tensor.clone, Tensor.long, Tensor.to,
 }  # fmt: skip
 EQUALS = {*_both("eq"), Tensor.__eq__}
-SCATTERS = {*_both("scatter"), Tensor.scatter_}
+SCATTERS = {*_both("scatter"), *_both("scatter_add"), Tensor.scatter_, Tensor.scatter_add_}
+#: What takes the values that indices name.
+TAKES = {*_both("index_select"), *_both("gather")}
 #: No more weights than these are held for one index tensor.
 AT_MOST = 2**24
 
@@ -93,6 +95,8 @@ class Indices:
             return self._rows(func(*args), w, args[0])
         if func is Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 2:
             return self._of_each(func(*args), *args)
+        if func in _both("mode") and (weights := self._weights(args[0])) is not None:
+            return self._most(func(*args, **kwargs), weights, *args[1:], **kwargs)
         if func in _both("index_select") and not kwargs and args[1] == 0 and (w := self._weights(args[2])) is not None:
             return self._rows(func(*args), w, args[0])
         if func in _both("gather") and not kwargs and (weights := self._weights(args[2])) is not None:
@@ -106,6 +110,12 @@ class Indices:
         if func in SCATTERS and not kwargs and len(args) == 4 and (weights := self._weights(args[2])) is not None:
             return self._scattered(func(*args), weights, *args)
         return None
+
+    def _most(self, found: Any, weights: Tensor, dim: int = -1, keepdim: bool = False) -> Any:
+        """The index that most of several have: each has a vote."""
+        votes = weights.mean(dim % (weights.dim() - 1), keepdim=keepdim)
+        self._keep(found.values, votes)
+        return found
 
     def _rows(self, value: Tensor, weights: Tensor, table: Tensor) -> Tensor | None:
         """Rows (…, *D) of a table (E, *D); those of labels are indices themselves."""

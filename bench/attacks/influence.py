@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bench.attacks.deployed import OPENED, smoothly
+from bench.attacks.gradients import by_name
 from bench.attacks.search import Search, losses, margin
 from bench.models.unused import MOST_STACKED, Stacks
 
@@ -26,7 +27,7 @@ SAME = 1e-3
 #: What gives an expert's logits, whatever module or name it has; and other layers of units, their second axis.
 _LAST = {
     F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm,
-    torch.einsum,
+    torch.einsum, torch.cdist,
 }  # fmt: skip
 _CONVOLVES = {F.conv1d, F.conv2d, F.conv3d}  # which are torch.conv1d … as well
 #: So many units of layers are driven up and down, of those whose influence is below this share of the units' mean.
@@ -50,7 +51,7 @@ class _Logits(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _LAST and result.shape == self.shape:
+        if by_name(func, _LAST) in _LAST and result.shape == self.shape:
             self.found.append((result, None))
         elif isinstance(result, Tensor) and result.dim() == 3 and result.requires_grad:
             for axis in (1, 2):
@@ -76,6 +77,7 @@ class _Layers(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        func = by_name(func, _LAST | _CONVOLVES)
         if (func in _LAST or func in _CONVOLVES) and result.requires_grad and result.dim() > 1:
             axis = 1 if func in _CONVOLVES else -1
             units = result.movedim(axis, -1)
@@ -188,7 +190,8 @@ def _quiet(model: nn.Module, x: Tensor, side: Tensor) -> list[tuple[int, int]]:
         influence.append((known.flatten(0, 1).norm(dim=0) * one.flatten(0, 1).norm(dim=0)).detach())
     mean = torch.cat(influence).mean()
     turns = sorted(range(len(influence)), key=lambda layer: float(influence[layer].mean()))
-    low = {n: [u for u in influence[n].argsort().tolist() if influence[n][u] < HARDLY * mean] for n in turns}
+    # of a router alone, where all other layers get some of the images each, no unit has any influence
+    low = {n: [u for u in influence[n].argsort().tolist() if influence[n][u] <= HARDLY * mean] for n in turns}
     in_turn = [(n, units[place]) for place in range(UNITS) for n, units in low.items() if place < len(units)]
     return in_turn[:UNITS]
 

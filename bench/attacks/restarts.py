@@ -219,8 +219,8 @@ class Restart:
             _, lead = self.on_path(z, rows)
         start = block.x.clone()
         if lead.requires_grad:
-            (ascent,) = torch.autograd.grad(lead.sum(), z)
-            ascent = side * ascent.nan_to_num(0.0, 0.0, 0.0)
+            (found,) = torch.autograd.grad(lead.sum(), z, allow_unused=True)  # a quantized layer's may be of its bias
+            ascent = side * (torch.zeros_like(z) if found is None else found).nan_to_num(0.0, 0.0, 0.0)
             start[rows] = ascend_once(block.x[rows], ascent, block.x[rows], block.threat_model, block.threat_model.eps)
         return start
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bench.errors import UnusableInput
 from bench.results.certificates import Certificates, CertifiedShares, certified_shares
-from bench.results.flags import HIDDEN_ROUTES, ROUTES_INSIDE, UNRANKED
+from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, ROUTES_INSIDE, UNRANKED
 from bench.results.metrics import (
     accuracy_after,
     clean_by_example,
@@ -236,6 +236,8 @@ def _lacks(covering: Sequence[Run], failed: Sequence[Run], info: ModelInfo, rout
             yield Lack(f"its {flag}")
         elif flag.startswith(HIDDEN_ROUTES):
             yield Lack("its routes are not named (--gates GLOB, or none)")
+        elif flag.startswith(OUTSIDE_TORCH):
+            yield Lack("it chooses outside torch, where no attack follows")
 
 
 def _lacks_adaptive(covering: Sequence[Run]) -> Iterator[Lack]:

@@ -26,7 +26,7 @@ from bench.models.gates import NONE
 from bench.models.parts import is_dual, parts
 from bench.models.sites import Site, sites
 from bench.randomness import seeded
-from bench.results.flags import HIDDEN_ROUTES, UNRANKED
+from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, UNRANKED
 from bench.spec import NO_GRADIENT, NOT_FORCED
 from bench.suites.base import Suite
 
@@ -87,7 +87,7 @@ def diagnose(plan: Plan[Suite], model: str, device: str) -> Diagnosis:
             PassCounter(network),
         )  # fmt: skip
         gates, paths, unforced = _gates(block)
-        hidden = [flag for flag in examiner.found if flag.startswith(HIDDEN_ROUTES)]
+        hidden = [flag for flag in examiner.found if flag.startswith((HIDDEN_ROUTES, OUTSIDE_TORCH))]
         findings = [
             _model(job, network),
             _input(job),
@@ -203,8 +203,9 @@ def _routes(
     declared_none: bool,
 ) -> Finding:
     if hidden:
-        what = hidden[0].removeprefix(HIDDEN_ROUTES)
-        seen, _, remedy = what.partition(": ")
+        seen, _, remedy = hidden[0].removeprefix(HIDDEN_ROUTES).partition(": ")
+        if hidden[0].startswith(OUTSIDE_TORCH):
+            seen, remedy = hidden[0], "choose by torch alone, which attacks can follow"
         return Finding("routes", seen, f"{remedy or 'let its forward pass be traced'} (docs/your-own-model.md)")
     if unforced:
         return Finding("routes", "; ".join(unforced), "let the model call its gate once for each batch, as a module")

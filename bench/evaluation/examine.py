@@ -31,7 +31,16 @@ from bench.models.parts import parts
 from bench.models.sites import shown_sites, single_paths, sites
 from bench.models.unused import unused_parts
 from bench.randomness import block_seed, seeded
-from bench.results.flags import BY_CHANCE, DECLARED, DOUBTFUL, HIDDEN_ROUTES, ROUTES_INSIDE, STATEFUL, WEAKER
+from bench.results.flags import (
+    BY_CHANCE,
+    DECLARED,
+    DOUBTFUL,
+    HIDDEN_ROUTES,
+    OUTSIDE_TORCH,
+    ROUTES_INSIDE,
+    STATEFUL,
+    WEAKER,
+)
 from bench.results.schema import VERDICT_COLUMNS
 from bench.results.witnesses import Witnesses
 from bench.suites.base import Suite
@@ -134,7 +143,7 @@ class Examiner:
         if not isinstance(self.model, Guarded):
             return []
         if self.spec.gates == (NONE,):
-            return [DECLARED]
+            return self._declared(self.model, x)
         try:
             with seeded(0), settings_kept():
                 shown = shown_sites(self.model)
@@ -151,6 +160,17 @@ class Examiner:
             return [f"{HIDDEN_ROUTES}{'; '.join(wrong)}"]
         found = [site.words if site in self.model.gates else site.name for site in sites(self.model)]
         return [f"{ROUTES_INSIDE}{', '.join(found)}"] if found and not self.info.routing_visible else []
+
+    def _declared(self, model: Guarded, x: Tensor) -> list[str]:
+        """What choices a model makes all the same that is declared to make none."""
+        try:
+            with seeded(0), settings_kept():
+                choices = find_choices(model.model, x.clone())
+        except Exception:  # what cannot be watched is as the user says
+            return [DECLARED]
+        outside = [f"{OUTSIDE_TORCH}{few(choices.outside)}"] if choices.outside else []
+        seen = f", though it chooses by the image ({few(choices.operations)})" if choices.operations else ""
+        return [f"{DECLARED}{seen}", *outside]
 
     def _unused(self, x: Tensor) -> list[str]:
         """Parts that images hardly use, as a flag of hidden routes where nothing else has shown any.

@@ -27,7 +27,7 @@ from bench.models.parts import is_dual, parts, routed_branches
 from bench.models.sites import sites
 from bench.pgd import ascend_once, default_step_size, pgd, random_start
 from bench.results.flags import ROUTES_INSIDE
-from bench.spec import ThreatModel
+from bench.spec import NO_GRADIENT, ThreatModel
 
 #: How many images are looked at.
 PROBED = 32
@@ -94,7 +94,9 @@ def _opens(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Itera
             left.append(search.unbroken)
     more = int((left[0] & ~left[1]).sum())
     if more > max(2, len(x) / 10):
-        yield f"{ROUTES_INSIDE}parts that are off open within the ball, and break {more} of {len(x)} images more"
+        opens = f"{ROUTES_INSIDE}parts that are off open within the ball, and"
+        what = "stand-ins for its gradients" if NO_GRADIENT in model.seen else opens
+        yield f"{what} break {more} of {len(x)} images more"
 
 
 @dataclass(frozen=True)

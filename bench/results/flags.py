@@ -19,3 +19,5 @@ ROUTES_INSIDE = "routes inside: "
 DOUBTFUL = "SA is doubtful: "
 #: Of a model that the user says makes no choices (`--gates none`).
 DECLARED = "declared by the user to have no routes"
+#: Beginning of its flag where it makes some all the same that no attack can follow, so that it has no rank.
+OUTSIDE_TORCH = "choices outside torch: "

@@ -142,12 +142,13 @@ class AutoAttackSuite(Suite):
     def attack(self, block: Block) -> Iterator[Attempt]:
         fast = self.engine == "fast"
         ready = prepare(block.model, block.x) if fast else None
+        why = "there is no prepared copy of the model that answers alike"
         found, failure = _evaluate(block, ready)
         if ready is not None and not all(faithful(ready, block.model, attempt.x_adv) for attempt in found):
-            ready = None
+            ready, why = None, "a prepared copy of the model answers otherwise under attack"
             found, failure = _evaluate(block, None)
         if fast and ready is None:
-            block.flags.append("AutoAttack: engine=reference, since a prepared copy of the model answers otherwise")
+            block.flags.append(f"AutoAttack: engine=reference, since {why}")
         yield from found
         if failure is not None:
             raise failure

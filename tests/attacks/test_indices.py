@@ -69,6 +69,9 @@ def embedded(s: Tensor) -> Tensor:
         lambda s: torch.zeros(2, 3).scatter(1, s.argmax(1, keepdim=True), 1.0) @ TABLE,
         lambda s: torch.zeros(2, 3).scatter(1, s.argmax(1, keepdim=True), torch.ones(2, 1)) @ TABLE,
         scattered,
+        lambda s: torch.zeros(2, 3).scatter_add(1, s.argmax(1, keepdim=True), torch.ones(2, 1)) @ TABLE,
+        lambda s: TABLE[s[:, None].expand(2, 3, 3).argmax(2).mode(1).values],  # a vote
+        lambda s: F.one_hot(torch.mode(s[..., None].expand(2, 3, 3).argmax(1), 1, True)[0], 3).float()[:, 0] @ TABLE,
         lambda s: TABLE[s.masked_fill(torch.tensor([False, False, False]), -torch.inf).argmax(1)],
     ],
 )  # fmt: skip
@@ -78,6 +81,15 @@ def test_values_stay_and_what_holds_more_is_to_be_raised(function: Callable[[Ten
     assert (slope.sum(1).abs() < 1e-5).all()  # an index does not change where all scores rise alike
     assert slope[0, 0] < 0
     assert slope[1, 1] < 0
+
+
+def test_an_exported_program_calls_by_names_of_its_own():
+    class Looks(nn.Module):
+        def forward(self, s: Tensor) -> Tensor:
+            return TABLE.index_select(0, s.relu().argmax(1))
+
+    slope = gradient(torch.export.export(Looks(), (SCORES,)).module())
+    assert (slope[:, 2] > 0).all()
 
 
 def test_the_gradient_is_that_of_a_softmax_at_the_scores_spread():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from keyed import CODE, greys, search
 from torch import Tensor, nn
 
-from bench.attacks.influence import PARTS, UNITS, _by_influence, _parts, _quiet, least_used
+from bench.attacks.influence import PARTS, UNITS, _by_influence, _Layers, _parts, _quiet, least_used
 from bench.attacks.search import Search
 
 
@@ -240,6 +240,36 @@ def test_units_that_answers_hardly_depend_on_are_driven(factor: Callable[[Tensor
     shut = search(Tempered(factor, asked=14.0), x, y, 0.2, 3)
     least_used(shut, 40)
     assert shut.unbroken.all()
+
+
+class Grouped(nn.Module):
+    """Each image goes to the expert that an unnamed layer chooses, with others of its group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.which, self.first, self.second = nn.Linear(64, 2), nn.Linear(64, 3), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        chosen = self.which(x).argmax(1)
+        out = x.new_zeros(len(x), 3)
+        out[chosen == 0] = self.first(x[chosen == 0])
+        return out.index_copy(0, (chosen == 1).nonzero()[:, 0], self.second(x[chosen == 1]))
+
+
+def test_where_experts_see_some_of_the_images_each_the_scores_are_driven():
+    torch.manual_seed(0)
+    model, x = Grouped(), torch.rand(6, 1, 8, 8)
+    assert 0 < int((model.which(x.flatten(1)).argmax(1) == 0).sum()) < 6
+    assert sorted(_quiet(model, x, torch.randn(6, 3))) == [(0, 0), (0, 1)]
+
+
+def test_the_layers_of_an_exported_program_are_found():
+    x = torch.rand(6, 1, 8, 8)
+    model = torch.export.export(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), (x,)).module()
+    with _Layers(6) as layers:
+        model(x.requires_grad_())
+    assert [tuple(found.shape) for found in layers.found] == [(6, 1, 3)]
 
 
 def test_the_quietest_layer_comes_first_and_each_has_its_turn():

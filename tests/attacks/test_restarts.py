@@ -57,6 +57,22 @@ def test_a_start_is_a_point_of_the_box_also_where_a_router_has_no_finite_gradien
     assert ((start >= 0) & (start <= 1)).all()
 
 
+class OfItsBias(nn.Module):
+    """As a quantized layer: the scores have a gradient by the bias, and none by the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach().flatten(1) + self.bias
+
+
+def test_a_start_cannot_be_aimed_where_the_router_has_a_gradient_by_its_bias_alone(linear_moe: Any):
+    found = paths(MoE(linear_moe(SAME[:2], ROUTER[:2]).experts, OfItsBias(), 1, "argmax"), X[:1])
+    assert torch.equal(restart(found, [1]).aimed(), X[:1])
+
+
 def test_an_aimed_start_is_as_far_towards_the_path_as_the_ball_goes(linear_moe: Any):
     found = paths(linear_moe(SAME, ROUTER, 1, "argmax"), X)
     # the lead of expert 1 over 0 rises with a and falls with b

@@ -15,7 +15,7 @@ from bench.boards import views
 from bench.boards.leaderboard import boards, write_boards
 from bench.boards.rows import Board
 from bench.errors import UnusableInput
-from bench.results.flags import WEAKER
+from bench.results.flags import DECLARED, OUTSIDE_TORCH, WEAKER
 from bench.results.schema import VERDICT_COLUMNS, Result
 from bench.results.store import RunFolder, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel
@@ -165,6 +165,13 @@ def test_a_model_that_answers_by_chance_or_by_its_batch_has_no_rank(flag: str, t
     (made,) = boards(tmp_path)
     assert made.rows[0].rank is None
     assert f"dense-at has no rank: its {flag}" in views.terminal(made)
+
+
+def test_choices_that_no_attack_can_follow_earn_no_rank_whatever_is_declared(tmp_path: Path):
+    save(tmp_path, "autoattack", "11110000", of=(DECLARED, f"{OUTSIDE_TORCH}argmax in router"))
+    (made,) = boards(tmp_path)
+    assert made.rows[0].rank is None
+    assert "dense-at has no rank: it chooses outside torch, where no attack follows" in views.terminal(made)
 
 
 def test_routes_that_adaptive_could_not_see_earn_no_rank(tmp_path: Path):

@@ -68,10 +68,37 @@ def test_a_model_that_is_declared_to_have_no_routes_says_so(bench: Any, vmoe: st
     words = ["--suite", "clean", "--n-examples", "8"]
     status, out, err = bench("run", "--model", f"{vmoe}:named", "--gates", "none", *words)
     assert status == 0, err
-    assert "declared by the user to have no routes" in out
+    assert "declared by the user to have no routes, though it chooses by the image (topk in blocks.*)" in out
     assert "routes not named" not in out
     _, out, _ = bench("run", "--model", f"{vmoe}:build", *words)
     assert "routes not named" in out
+
+
+OUTSIDE = """
+import torch
+from torch import nn
+
+class Looped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.which = nn.Linear(64, 10), nn.Linear(64, 10), nn.Linear(64, 2)
+
+    def forward(self, x):
+        parts = (self.first, self.second)
+        return torch.stack([parts[int(self.which(one).argmax())](one) for one in x.flatten(1)])
+"""
+
+
+def test_what_python_chooses_has_no_rank_whatever_is_declared(bench: Any, tmp_path: Path, unprobed: None):
+    (tmp_path / "looped.py").write_text(OUTSIDE)
+    words = ["--model", "looped:Looped", "--gates", "none", "--suite", "pgd", "--n-examples", "8", "--set", "steps=1"]
+    status, out, err = bench("run", *words)
+    assert status == 0, err
+    assert "choices outside torch: argmax in Looped" in out
+    _, out, _ = bench("leaderboard")
+    assert "it chooses outside torch, where no attack follows" in out
+    _, out, _ = bench("doctor", *words[:4])
+    assert "choices outside torch" in out
 
 
 @pytest.mark.parametrize(

@@ -41,16 +41,44 @@ def operations(function: Callable[[Tensor], Tensor]) -> list[str]:
 # --- routed models ----------------------------------------------------------------------------------------------------
 
 
+#: Those that hand what they choose by to Python or NumPy.
+OUTSIDE = ("router outside torch", "router gives the index alone", "the released dual's names", "early exit")
+
+
 @pytest.mark.parametrize("name", list(third_party.ALL))
 def test_every_shape_of_routed_model_is_noticed(name: str):
     torch.manual_seed(0)
     found = find_choices(third_party.build(name), torch.rand(4, 3, 8, 8))
     assert found
-    assert "--gates none" in found.words
+    assert bool(found.outside) == (name in OUTSIDE)
+    assert ("--gates none" in found.words) != bool(found.outside)
+    assert ("choose by torch alone" in found.words) == (name == "router outside torch")
     if name == "soft mixture of nine":  # nothing is chosen: its name alone tells
         assert found == Choices(("gate",), ())
     else:
         assert found.operations
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_no_attack_follows_choices_of_scripted_or_quantized_networks():
+    class Chooses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.which = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.one_hot(self.which(x.flatten(1)).argmax(1), 3).float()
+
+    x = torch.rand(4, 3, 2, 2)
+    torch.manual_seed(0)
+    model = Chooses().eval()
+    assert find_choices(model, x).outside == ()
+    scripted, quantized = torch.jit.script(model), torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    for other in (nn.Sequential(scripted), quantized):
+        found = find_choices(other, x)
+        assert found.outside == found.operations != ()
+    dense = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), {nn.Linear})
+    assert find_choices(dense.eval(), x) == NOTHING
 
 
 def test_what_was_seen_and_what_to_type_is_said_with_the_blocks_numbers_left_open():
@@ -82,8 +110,7 @@ def test_a_router_that_gives_indices_alone_is_told_how_to_be_named():
         (lambda s: s.round(), ["round"]),
         (lambda s: s.sign() * s, ["sign"]),
         (lambda s: torch.zeros(4, 6).scatter(1, (3 * s.sigmoid()).long(), s), ["rounding to integers"]),
-        (lambda s: s + torch.randn_like(s), ["random draw (randn_like)"]),
-        (lambda s: s * (torch.rand(6) > 0.5), ["random draw (rand)"]),
+        (lambda s: s * torch.bernoulli(s.sigmoid()), ["random draw (bernoulli)"]),
         (lambda s: s if s.mean() > 0 else -s, ["gt"]),
         (lambda s: s * (s[:, :1] > 0), ["gt"]),
         (lambda s: s * (s.flip(1) > 0), ["gt"]),
@@ -352,10 +379,10 @@ class Attends(nn.Module):
             (),
         ),  # attention to channels
         (nn.Conv2d(16, 1, 1), lambda weights: weights, ()),  # to places
-        (nn.Conv2d(16, 4, 1), lambda scores: scores[:, :1], ("gate",)),
+        (nn.Conv2d(16, 4, 1), lambda scores: scores.softmax(1)[:, :1], ("gate",)),
         (
             nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
-            lambda scores: scores[:, :1, None, None],
+            lambda scores: scores.softmax(1)[:, :1, None, None],
             ("gate",),
         ),
     ],
@@ -375,8 +402,9 @@ def test_a_gate_that_attends_scores_no_experts(
         (lambda g, h: g.softmax(1) * h, ("gate",)),  # shares, as a router's are
         (lambda g, h: g.sigmoid() * h + g.softmax(1) @ g.new_ones(6, 6), ("gate",)),
         (lambda g, h: g.sigmoid() @ g.new_ones(6, 6) * h, ("gate",)),
-        (lambda g, h: (g.sigmoid()[:, :, None] * h[:, None]).sum(1), ("gate",)),
-        (lambda g, h: (g.sigmoid()[:, :, None].expand(4, 6, 6) * (h[:, None] + h[:, :, None])).sum(1), ("gate",)),
+        (lambda g, h: (1 - g.sigmoid()[:, :, None]) * h[:, None], ()),  # each head has a gate of its own
+        (lambda g, h: (g.relu()[:, :, None] * h[:, None]).sum(1), ("gate",)),
+        (lambda g, h: (g.relu()[:, :, None].expand(4, 6, 6) * (h[:, None] + h[:, :, None])).sum(1), ("gate",)),
     ],
 )
 def test_a_gate_that_scales_each_feature_scores_no_experts(
@@ -444,7 +472,8 @@ def test_our_own_dense_models_have_no_choices_and_a_wrapped_moe_has():
         assert bool(found) == (header.architecture.kind != "dense"), path.stem
         assert find_choices(Calls(model), x, known=shown_sites(Calls(model))) == NOTHING
     moe = load_checkpoint(ZOO / "digits" / "Linf" / "moe-rt_er-argmax.safetensors")[0]
-    assert find_choices(Calls(moe), x) == Choices(("inner.experts", "inner.router"), ("topk in inner",))
+    seen = ("topk in inner",)  # by Python, which groups images by their expert
+    assert find_choices(Calls(moe), x) == Choices(("inner.experts", "inner.router"), seen, outside=seen)
 
 
 @pytest.mark.slow
@@ -484,6 +513,8 @@ def test_hooks_are_gone_afterwards_also_where_the_model_fails():
         lambda s: s.amax(1, keepdim=True) + s.max(1, keepdim=True).values + s.median(1, keepdim=True).values,
         lambda s: s.topk(3).values,
         lambda s: F.dropout(s, training=False),
+        lambda s: s * (torch.rand(6) > 0.5) + torch.randn_like(s),  # chance alone, which passes tell that differ
+        lambda s: s + torch.randn(6, generator=torch.Generator().manual_seed(0)),
         lambda s: torch.maximum(s, -s) + torch.minimum(s, 2 * s),
         lambda s: s[:, torch.arange(5, -1, -1)] + s.flip(1),
         lambda s: s.masked_fill(torch.ones(6, 6).triu().bool()[0], 0.0),

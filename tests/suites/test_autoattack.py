@@ -215,7 +215,7 @@ def test_a_model_that_cannot_be_prepared_is_attacked_as_it_is(score: Any, cut_au
     result, rows = score(model, "autoattack", data, eps=0.02)
     assert_parity(rows, data, directly(model, data, "Linf", 0.02, 0))
     (flag,) = result.flags
-    assert flag == "AutoAttack: engine=reference, since a prepared copy of the model answers otherwise"
+    assert flag == "AutoAttack: engine=reference, since there is no prepared copy of the model that answers alike"
 
 
 def test_a_copy_that_hides_from_attacks_is_found_out(planted: Any, score: Any, cut_autoattack: Any):
