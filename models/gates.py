@@ -295,7 +295,8 @@ class _Look:
         """The site, as far as one pass shows it; K is still open."""
         if self.calls != 1 or self.inputs is None:
             times = f"calls it {self.calls} times" if self.calls else "never calls it"
-            raise self.refuse(f"a forward pass {times}, and a gate is called once")
+            times = f"of {images} images calls it once for each" if 1 < self.calls == images else times
+            raise self.refuse(f"a forward pass {times}, and a gate is called once for all")
         if self.call is None:
             tensors = [leaf for leaf in tree_leaves(self.output) if isinstance(leaf, Tensor)]
             fitting = [one for one in tensors if self._fits(one, images)]

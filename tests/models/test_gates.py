@@ -460,6 +460,8 @@ def test_a_threshold_is_no_gate():
 def test_a_gate_that_is_called_twice_or_never_is_refused():
     gate = nn.Linear(6, 3)
     assert "calls it 2 times" in refused(Block(gate, lambda g, x: hot(g(tokens(x)) + g(tokens(x)), 1)), "score")
+    one_by_one = refused(Block(gate, lambda g, x: torch.cat([hot(g(tokens(one[None])), 1) for one in x])), "score")
+    assert "of 4 images calls it once for each, and a gate is called once for all" in one_by_one
     assert "never calls it" in refused(Block(gate, lambda g, x: torch.ones(len(x), 4, 3)), "score")
 
 
