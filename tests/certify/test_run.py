@@ -166,7 +166,7 @@ def test_the_command_scores_every_kind_of_model(method: str, bench: Bench, shelv
     status, out, err = bench(*words)
     assert status == 0
     for name in ("dense-at", "moe-at", "dual-jtdmoe"):
-        assert f"# certify-{method} on {name}, digits, n = 4" in out
+        assert f"certify-{method} on {name}, digits, n = 4" in out
     figures = re.findall(r"^figure: (.*)$", out, re.MULTILINE)
     assert len(figures) == 3
     assert all(Path(figure).is_file() for figure in figures)

@@ -59,7 +59,7 @@ def test_every_shape_of_routed_model_is_noticed(name: str):
         assert found.operations
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_no_attack_follows_choices_of_scripted_or_quantized_networks():
     class Chooses(nn.Module):
         def __init__(self) -> None:

@@ -1,6 +1,7 @@
 """The page in a browser: nothing on the console, nothing wider than the window, sorting and hiding by real clicks."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,4 +103,10 @@ def test_a_click_hides_a_column_and_shows_another(width: int, browser: Browser, 
 def test_a_models_name_opens_its_details(browser: Browser, file: Path):
     browser.open(file, 1400)
     browser.click(f"{TABLE} tbody a")
-    assert browser.run("return document.querySelector(location.hash.replace(/([.])/g, '\\\\$1')).open")
+    opened = "return document.querySelector(location.hash.replace(/([.])/g, '\\\\$1')).open"
+    until = time.monotonic() + 10
+    while (
+        not (found := browser.run(opened)) and time.monotonic() < until
+    ):  # the page is told of its hash a little later
+        time.sleep(0.05)
+    assert found
