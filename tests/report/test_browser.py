@@ -105,8 +105,6 @@ def test_a_models_name_opens_its_details(browser: Browser, file: Path):
     browser.click(f"{TABLE} tbody a")
     opened = "return document.querySelector(location.hash.replace(/([.])/g, '\\\\$1')).open"
     until = time.monotonic() + 10
-    while (
-        not (found := browser.run(opened)) and time.monotonic() < until
-    ):  # the page is told of its hash a little later
+    while not (found := browser.run(opened)) and time.monotonic() < until:  # told a little later
         time.sleep(0.05)
     assert found
