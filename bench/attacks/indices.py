@@ -24,11 +24,14 @@ ALONE = {function: (1, None) for name in ("argmax", "argmin") for function in _b
 ALONE |= dict.fromkeys(_both("argsort"), (1, -1))
 BESIDE = {function: (1, -1) for name in ("max", "min", "sort") for function in _both(name)}
 BESIDE |= {function: (2, -1) for name in ("topk", "kthvalue") for function in _both(name)}
+#: The calls behind `tensor.T` and `tensor.mT`.
+_TRANSPOSED: tuple[Any, ...] = tuple(getattr(attribute, "__get__") for attribute in (Tensor.T, Tensor.mT))  # noqa: B009
 #: What keeps indices, in another shape or by name.
 MOVES = {
     *_both("unsqueeze"), *_both("squeeze"), *_both("reshape"), *_both("flatten"), *_both("transpose"),
     *_both("permute"), *_both("select"), *_both("narrow"), Tensor.view, Tensor.expand, Tensor.expand_as,
-    Tensor.__getitem__, Tensor.contiguous, Tensor.clone, Tensor.long, Tensor.to,
+    *_both("movedim"), *_both("swapaxes"), *_TRANSPOSED, Tensor.__getitem__, Tensor.contiguous,
+    Tensor.clone, Tensor.long, Tensor.to,
 }  # fmt: skip
 EQUALS = {*_both("eq"), Tensor.__eq__}
 SCATTERS = {*_both("scatter"), *_both("scatter_add"), Tensor.scatter_, Tensor.scatter_add_}
