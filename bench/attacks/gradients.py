@@ -193,7 +193,7 @@ EITHER: dict[Any, tuple[int, int]] = {torch.where: (1, 2), Tensor.where: (0, 2)}
 #: All functions that something else than themselves is done for, as Python code calls them.
 KNOWN = {
     *SMOOTH, *OF_TWO, *COMPARES, *MOVES, *COUNTS, *CASTS, *TIMES, *EITHER, *ALONE, *BESIDE, *indices.MOVES,
-    *indices.SCATTERS, *indices.EQUALS, *indices.TAKES, F.one_hot,
+    *indices.CASTS, *indices.SCATTERS, *indices.EQUALS, *indices.TAKES, F.one_hot,
 }  # fmt: skip
 
 

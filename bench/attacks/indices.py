@@ -26,19 +26,22 @@ BESIDE = {function: (1, -1) for name in ("max", "min", "sort") for function in _
 BESIDE |= {function: (2, -1) for name in ("topk", "kthvalue") for function in _both(name)}
 #: The calls behind `tensor.T` and `tensor.mT`.
 _TRANSPOSED: tuple[Any, ...] = tuple(getattr(attribute, "__get__") for attribute in (Tensor.T, Tensor.mT))  # noqa: B009
-#: What keeps indices, in another shape or by name.
+#: What keeps indices, or some of them, in another shape.
 MOVES = {
     *_both("unsqueeze"), *_both("squeeze"), *_both("reshape"), *_both("flatten"), *_both("transpose"),
     *_both("permute"), *_both("select"), *_both("narrow"), Tensor.view, Tensor.expand, Tensor.expand_as,
-    *_both("movedim"), *_both("swapaxes"), *_TRANSPOSED, Tensor.__getitem__, Tensor.contiguous,
-    Tensor.clone, Tensor.long, Tensor.to,
+    *_both("movedim"), *_both("swapaxes"), *_TRANSPOSED, Tensor.__getitem__,
 }  # fmt: skip
+#: What keeps them as they are, but for their type.
+CASTS = {Tensor.to, Tensor.long, Tensor.int, Tensor.type, Tensor.contiguous, Tensor.clone}
 EQUALS = {*_both("eq"), Tensor.__eq__}
 SCATTERS = {*_both("scatter"), *_both("scatter_add"), Tensor.scatter_, Tensor.scatter_add_}
 #: What takes the values that indices name.
 TAKES = {*_both("index_select"), *_both("gather")}
 #: No more weights than these are held for one index tensor.
 AT_MOST = 2**24
+#: Whole numbers in a table are labels where none is larger.
+_LABELS = 2**12
 
 
 class Indices:
@@ -56,10 +59,10 @@ class Indices:
         index = found if func in ALONE else found[1] if isinstance(found, tuple) else None
         dim = kwargs.get("dim", args[place] if len(args) > place else default)
         scores: Tensor = args[0]
-        if index is None or isinstance(dim, bool):
-            return
         if dim is None:
             scores, dim = scores.flatten(), 0
+        if index is None or not isinstance(dim, int):
+            return
         if not scores.dim() or not 0 < index.numel() * scores.shape[dim] <= AT_MOST:
             return
         dim %= scores.dim()
@@ -87,17 +90,23 @@ class Indices:
 
     def value(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
         """What a function makes of a known index, with a gradient where it is of numbers; None of all others."""
+        if func in CASTS and (weights := self._weights(args[0])) is not None:
+            cast = func(*args, **kwargs)
+            if not cast.is_floating_point():
+                self._keep(cast, weights)
+            return cast
         if func in MOVES and (weights := self._weights(args[0])) is not None:
             moved = func(*args, **kwargs)
-            if isinstance(moved, Tensor) and not moved.is_floating_point():
-                self._keep(moved, torch.stack([func(one, *args[1:], **kwargs) for one in weights.unbind(-1)], -1))
+            self._keep(moved, torch.stack([func(one, *args[1:], **kwargs) for one in weights.unbind(-1)], -1))
             return moved
         if func is F.embedding and (weights := self._weights(args[0])) is not None:
             return self._rows(func(*args, **kwargs), weights, args[1])
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and (w := self._weights(args[1])) is not None:
             return self._rows(func(*args), w, args[0])
         if func is Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 2:
-            return self._of_each(func(*args), *args)
+            rows, index = args[1]
+            weights = self._weights(index)
+            return None if weights is None else self._of_each(func(*args), weights, args[0], rows)
         if func in _both("mode") and (weights := self._weights(args[0])) is not None:
             return self._most(func(*args, **kwargs), weights, *args[1:], **kwargs)
         if func in _both("index_select") and not kwargs and args[1] == 0 and (w := self._weights(args[2])) is not None:
@@ -127,15 +136,13 @@ class Indices:
         if table.is_floating_point():
             soft = torch.tensordot(weights.to(table), table.detach(), 1)
             return _with(value, soft)
-        if table.dim() == 1 and table.dtype == torch.long and bool(table.min() >= 0):
+        if table.dim() == 1 and table.dtype == torch.long and 0 <= int(table.min()) <= int(table.max()) < _LABELS:
             self._keep(value, weights @ F.one_hot(table).to(weights))
         return value
 
-    def _of_each(self, value: Tensor, table: Tensor, at: tuple[Any, ...]) -> Tensor | None:
+    def _of_each(self, value: Tensor, weights: Tensor, table: Tensor, rows: Any) -> Tensor | None:
         """table[arange(B), index], of (B, E, …): of each row one."""
-        rows, index = at
-        weights = self._weights(index)
-        if weights is None or weights.dim() != 2 or not isinstance(rows, Tensor) or not table.is_floating_point():
+        if weights.dim() != 2 or not isinstance(rows, Tensor) or not table.is_floating_point():
             return None
         if table.shape[:2] != weights.shape or not torch.equal(rows, torch.arange(len(table), device=rows.device)):
             return None

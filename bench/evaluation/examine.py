@@ -166,8 +166,8 @@ class Examiner:
         try:
             with seeded(0), settings_kept():
                 choices = find_choices(model.model, x.clone())
-        except Exception:  # what cannot be watched is as the user says
-            return [DECLARED]
+        except Exception as error:  # what cannot be watched is as the user says
+            return [f"{DECLARED}; its forward pass cannot be watched ({type(error).__name__})"]
         outside = [f"{OUTSIDE_TORCH}{few(choices.outside)}"] if choices.outside else []
         seen = f", though it chooses by the image ({few(choices.operations)})" if choices.operations else ""
         return [f"{DECLARED}{seen}", *outside]

@@ -56,6 +56,8 @@ def embedded(s: Tensor) -> Tensor:
         lambda s: TABLE[:, None][s.argmax(1).unsqueeze(1).squeeze(1)],
         lambda s: torch.zeros(2, 3).scatter_add_(1, s.argmax(1, keepdim=True).T.mT, torch.ones(2, 1)) @ TABLE,
         lambda s: F.embedding(s.argmax(1), TABLE[:, None]),
+        lambda s: F.embedding(s.argmax(1).int().contiguous(), TABLE[:, None]),
+        lambda s: TABLE[s.argmax(1).to(torch.int32).long()],
         embedded,
         lambda s: TABLE.index_select(0, s.argmax(1)),
         lambda s: EVERY.gather(1, s.argmax(1, keepdim=True)),
@@ -155,6 +157,9 @@ def test_a_table_with_gradients_keeps_them():
         lambda s: s[:, :1].argmax(1) + s[:, 0],
         lambda s: s * (s.argmax(1)[:, None] == s.argmin(1)[:, None]),
         lambda s: s * (s.argmax(1)[:, None] == 1.0),
+        lambda s: s * s.argmax(1).to(s.dtype)[:, None],
+        lambda s: s + torch.tensor([2**40, 3, 5])[s.argmax(1)][:, None],
+        lambda s: s.flatten()[torch.max(s, 1, keepdim=True).indices.squeeze()],
     ],
 )  # fmt: skip
 def test_whatever_else_is_made_of_an_index_is_as_before(function: Callable[[Tensor], Tensor]):
