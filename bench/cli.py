@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -97,8 +98,17 @@ def _parser_message(error: Any) -> str:
     return message if message.endswith("?") else f"{message}."
 
 
+def _no_empty(words: Sequence[str]) -> None:
+    """UnusableInput for an option whose value is empty, as of a variable that is not set: the folder here is not meant."""
+    for word, following in pairwise([*words, "end"]):
+        option, equals, value = word.partition("=")
+        if option.startswith("--") and not (value if equals else following):
+            raise UnusableInput(f"{option} has an empty value: give it one, or leave it out")
+
+
 def _dispatch(application: typer.Typer, arguments: Sequence[str] | None, parser_error: type[Exception]) -> Any:
     try:
+        _no_empty(sys.argv[1:] if arguments is None else arguments)
         status = application(arguments, prog_name="bench", standalone_mode=False) or DONE
         if status == INTERRUPTED:
             say(f"stopped; this goes on: {_again(sys.argv[1:] if arguments is None else arguments)}")

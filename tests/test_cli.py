@@ -282,6 +282,14 @@ def test_quiet_leaves_results_and_errors(bench: Bench, user_model: str):
     assert "already finished" in bench(*words)[2]  # quiet was that command's alone
 
 
+@pytest.mark.parametrize("words", [["--results", ""], ["--results="], ["--model", "", "--suite", "pgd"]])
+def test_an_empty_value_is_no_folder(words: list[str], bench: Bench, tmp_path: Path):
+    status, out, err = bench("run", "--suite", "clean", *words)
+    assert (status, out) == (2, "")
+    assert err == f"error: {words[0].rstrip('=')} has an empty value: give it one, or leave it out\n"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_no_help_text_is_cut_at_any_width(width: int, bench: Bench, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", str(width))
