@@ -99,7 +99,7 @@ def _parser_message(error: Any) -> str:
 
 
 def _no_empty(words: Sequence[str]) -> None:
-    """UnusableInput for an option whose value is empty, as of a variable that is not set: the folder here is not meant."""
+    """UnusableInput for an option whose value is empty, as of a variable that is not set."""
     for word, following in pairwise([*words, "end"]):
         option, equals, value = word.partition("=")
         if option.startswith("--") and not (value if equals else following):
