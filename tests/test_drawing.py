@@ -22,6 +22,7 @@ def test_a_long_name_is_cut_in_the_middle_and_what_xml_forbids_is_left_out():
     assert name("package.module.of_mine:" + 20 * "x") == "package.modul…xxxxxxxxxxxxx"
 
 
+@pytest.mark.slow
 def test_a_file_has_its_own_colours_on_white_and_its_words_as_text():
     root = ElementTree.fromstring(svg(figure("<&> $x$")))
     styles = " ".join(element.get("style", "") for element in root.iter())

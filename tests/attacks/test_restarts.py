@@ -85,6 +85,7 @@ def test_other_images_on_the_path_are_brought_into_the_ball(linear_moe: Any):
     assert start.flatten(1).tolist() == [pytest.approx([0.6, 1.0]), pytest.approx([0.95, 1.0])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", [lambda p: forced_paths(p, 8, 20), lambda p: square_on_paths(p, 100)])
 def test_they_are_broken_all_the_same(linear_moe: Any, attack: Any):
     blind = MoE([linear_moe(SAME, ROUTER).experts[0], Stepped()], linear_moe(SAME, ROUTER[:2]).router, 1, "argmax")
@@ -133,6 +134,7 @@ def test_a_class_that_only_a_targeted_loss_reaches_is_aimed_at(linear_moe: Any):
     assert not bool(found.search.unbroken[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inside", "times"), [(True, 1 + AGAIN), (False, 1)])
 def test_images_that_came_near_to_being_broken_are_met_again_where_paths_are_left_out(
     inside: bool, times: int, linear_moe: Any, monkeypatch: pytest.MonkeyPatch

@@ -83,6 +83,7 @@ def test_distances_by_hand():
         distance(d, gap, x, "L1", box=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6))
@@ -101,6 +102,7 @@ def test_inside_the_radius_every_point_keeps_the_route(norm: Any, seed: int):
     assert (routes(min(radius, 2.0) * (1 - 1e-9)) == top).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6), eps=st.sampled_from([0.02, 0.1, 0.5]))

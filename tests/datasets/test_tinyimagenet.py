@@ -144,6 +144,7 @@ def test_a_missing_image_is_named(folder: Path) -> None:
         TINY.evaluation_set(folder.parent, None)
 
 
+@pytest.mark.slow
 def test_a_bomb_is_not_decoded(folder: Path) -> None:
     """A header that claims a huge image is answered from the header."""
     content = io.BytesIO()

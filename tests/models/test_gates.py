@@ -258,6 +258,7 @@ def test_k_and_e_can_be_given():
         assert refused(model, word).startswith(f"--gates {word}: write NAME, NAME:k=2")
 
 
+@pytest.mark.slow
 def test_a_wrapper_is_looked_through():
     model = third_party.build("gate gives (scores, routing)")
     inside = nn.Sequential(nn.Identity(), model)
