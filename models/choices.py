@@ -388,15 +388,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             return
         self.images.difference_update(map(_key, outputs))
         depending = [key for key in keys if key in self.data or key in self.decided]
-        if gates := {self.gated[key] for key in keys if key in self.gated}:
-            bounded = self.bounded.issuperset(key for key in keys if key in self.gated)
-            if name in _EACH:
-                self.gated |= {_key(tensor): gate for tensor in outputs for gate in gates}
-                self.bounded |= {_key(tensor) for tensor in outputs} if bounded or name in _BOUNDED else set()
-            elif name == "mul" and len(depending) == 2 and (bounded or _alike(*inputs)):
-                self.elementwise |= gates
-            else:
-                self.scoring |= gates
+        self._scales(name, inputs, outputs, len(depending))
         # what gates that are attacked choose; a layer with weights ends it
         if depending and self.scores.issuperset(depending) and name not in _LAYERS:
             for tensor in outputs:
@@ -474,6 +466,22 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
                 self.data.add(_key(tensor))
             elif name not in _BEST_OF or tensor.numel() != inputs[0].numel() or tensor.any():
                 self.decided[_key(tensor)] = origin
+
+    def _scales(self, name: str, inputs: list[Tensor], outputs: list[Tensor], depending: int) -> None:
+        """Follows what modules called gate have given: to where it scales another value, or is used otherwise.
+
+        depending: how many of the inputs depend on the images.
+        """
+        known = [key for key in map(_key, inputs) if key in self.gated]
+        gates = {self.gated[key] for key in known}
+        bounded = self.bounded.issuperset(known)
+        if gates and name in _EACH:
+            self.gated |= {_key(tensor): gate for tensor in outputs for gate in gates}
+            self.bounded |= {_key(tensor) for tensor in outputs} if bounded or name in _BOUNDED else set()
+        elif gates and name == "mul" and depending == 2 and (bounded or _alike(*inputs)):
+            self.elementwise |= gates
+        else:
+            self.scoring |= gates
 
     def _comes(self, outputs: Iterable[Tensor], by: dict[tuple[str, str], None]) -> None:
         """Outputs come of these choices; what scores were written into is no score of a known site any more."""
