@@ -53,8 +53,10 @@ _WHOLE = 8
 #: Channels of an image.
 _COLOURS = 3
 #: What no gradient and no stand-in for one follows, however it is declared.
-_OUTSIDE = ("values read by Python", "a computation outside torch", "a computation in another thread")
-#: What hands a value, or a number of rows, to Python.
+_READ, _ELSEWHERE, _IN_A_THREAD = _OUTSIDE = (
+    "values read by Python", "a computation outside torch", "a computation in another thread",
+)  # fmt: skip
+#: What hands a value to Python; and what a value, or a number of rows.
 _TAKES = {"_local_scalar_dense", "is_nonzero", "item"}
 _READS = {"nonzero", "masked_select", "equal", *_TAKES}
 #: What moves an index or a mask and does not act on it.
@@ -151,7 +153,7 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
         output = model(x)
     leaves = [leaf for leaf in tree_leaves(scored(output)[0]) if isinstance(leaf, Tensor)]
     if not any(map(watch.depends, leaves)):
-        watch.report("a computation outside torch", "")
+        watch.report(_ELSEWHERE, "")
     found = watch.reaching(leaves) or watch.weighed
     words = {each: f"{each[0]} in {_glob(each[1]) or type(model).__name__}" for each in found}
     opaque = watch.quantized or any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
@@ -277,7 +279,7 @@ def _inside(named: dict[nn.Module, str], watch: "_Watch") -> Iterator[None]:
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         watch.where.append(named[module])
         if threading.current_thread() is not own:  # of whose operations torch shows the watch none
-            watch.report("a computation in another thread")
+            watch.report(_IN_A_THREAD)
 
     def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         watch.where.pop()
@@ -357,7 +359,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         if (key := _key(tensor)) in self.decided:
             self.found[self.decided[key]] = self.taken[self.decided[key]] = None
         elif key in self.data:
-            self.report("values read by Python")
+            self.report(_READ)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -405,16 +407,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         chosen = [self.decided[key] for key in keys if key in self.decided]
         by = {choice: None for key in keys for choice in self.by[key]}
         of_data = any(key in self.data for key in keys)
-        if name == "where" and _is_activation(args):
-            self.data |= {_key(tensor) for tensor in outputs}
-            self._comes(outputs, by)
-            return
         if (name in _COMPARES and len(keys) == 1 and args[1] == 0) or (name == "_to_copy" and keys[0] in self.signs):
             self.signs |= {_key(tensor) for tensor in outputs}
         value = _rectified(*inputs) if name == "mul" and len(keys) == 2 and self.signs.intersection(keys) else None
-        if value is not None:
+        if value is not None or (name == "where" and _is_activation(args)):
             self.data |= {_key(tensor) for tensor in outputs}
-            self._comes(outputs, self.by[_key(value)])
+            self._comes(outputs, by if value is None else self.by[_key(value)])
             return
         self.quantized |= of_data and func.namespace == "quantized"
         if of_data and func.namespace not in _KNOWN:
@@ -429,7 +427,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self.found |= by
             self.taken |= by if name in _TAKES else {}
         if of_data and reads:
-            self.report("values read by Python" if name in _TAKES else name)
+            self.report(_READ if name in _TAKES else name)
         if of_data and (name in _ROUNDING or (name == "div" and kwargs.get("rounding_mode"))):
             by["rounding" if name == "div" else name, self.where[-1]] = None
         if finite and not (name in _REPLACES and len(others) == 1):

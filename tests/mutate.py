@@ -56,7 +56,7 @@ MUTATIONS = [
     Mutation("bench/attacks/influence.py", "<= HARDLY * mean", "< HARDLY * mean", "tests/attacks/test_influence.py"),
     Mutation(
         "bench/attacks/influence.py",
-        "func = by_name(func, _LAST | _CONVOLVES)",
+        "func = by_name(func, _LAYERS)",
         "pass",
         "tests/attacks/test_influence.py",
     ),

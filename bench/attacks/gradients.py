@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from bench.attacks import indices
-from bench.attacks.indices import ALONE, BESIDE, Indices
+from bench.attacks.indices import OF_INDICES, RANKS, Indices, both
 from bench.models.sites import opened
 
 #: Directions tried for each pixel, so that the sign of most of an affine router's weights is found, and at most.
@@ -112,10 +111,6 @@ def _inverse_quotient(y: Tensor, x: Any, *_: Any, **__: Any) -> Tensor:
     return x * _inverse(y)
 
 
-def _both(function: str) -> tuple[Any, ...]:
-    return getattr(torch, function), getattr(Tensor, function)
-
-
 #: The call behind `tensor.data`.
 _DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 #: A function → one with nearly the same shape whose gradient is nowhere zero.
@@ -144,7 +139,7 @@ SMOOTH: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((torch.sign, Tensor.sign, torch.tanh, Tensor.tanh, F.tanh), _soft_step),
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.special.expit, F.hardsigmoid), _soft_step),
     **dict.fromkeys((torch.erf, Tensor.erf, torch.special.erf, torch.special.ndtr), _soft_step),
-    **dict.fromkeys((*_both("atan"), *_both("arctan"), F.softsign), _soft_step),
+    **dict.fromkeys((*both("atan"), *both("arctan"), F.softsign), _soft_step),
     **dict.fromkeys((torch.erfc, Tensor.erfc, torch.special.erfc), _falling_step),
     **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax), _tempered),
     **dict.fromkeys((F.softshrink, F.hardshrink, torch.hardshrink, Tensor.hardshrink, F.tanhshrink), _identity),
@@ -171,19 +166,19 @@ LEAVES: set[Any] = {Tensor.numpy, Tensor.__array__}
 
 #: Comparisons, by the sign of their first input's part in them.
 COMPARES = {
-    **dict.fromkeys((*_both("gt"), *_both("ge"), *_both("greater"), *_both("greater_equal")), 1),
+    **dict.fromkeys((*both("gt"), *both("ge"), *both("greater"), *both("greater_equal")), 1),
     **dict.fromkeys((Tensor.__gt__, Tensor.__ge__), 1),
-    **dict.fromkeys((*_both("lt"), *_both("le"), *_both("less"), *_both("less_equal")), -1),
+    **dict.fromkeys((*both("lt"), *both("le"), *both("less"), *both("less_equal")), -1),
     **dict.fromkeys((Tensor.__lt__, Tensor.__le__), -1),
 }
 #: What keeps a mask a mask of the same elements: by another shape, or as whole numbers; and what makes numbers of it.
 MOVES = {
-    *_both("unsqueeze"), *_both("squeeze"), *_both("reshape"), *_both("flatten"), *_both("transpose"),
-    *_both("permute"), Tensor.view, Tensor.expand, Tensor.expand_as, Tensor.__getitem__, Tensor.contiguous,
+    *both("unsqueeze"), *both("squeeze"), *both("reshape"), *both("flatten"), *both("transpose"),
+    *both("permute"), Tensor.view, Tensor.expand, Tensor.expand_as, Tensor.__getitem__, Tensor.contiguous,
 }  # fmt: skip
 COUNTS = {Tensor.int, Tensor.long, Tensor.byte}
 CASTS = {Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type, Tensor.type_as}
-TIMES = {*_both("mul"), *_both("multiply"), Tensor.__mul__, Tensor.__rmul__}
+TIMES = {*both("mul"), *both("multiply"), Tensor.__mul__, Tensor.__rmul__}
 
 
 #: Where the two are that `where` takes its values from: one of them may be a mask's constant.
@@ -191,10 +186,7 @@ EITHER: dict[Any, tuple[int, int]] = {torch.where: (1, 2), Tensor.where: (0, 2)}
 
 
 #: All functions that something else than themselves is done for, as Python code calls them.
-KNOWN = {
-    *SMOOTH, *OF_TWO, *COMPARES, *MOVES, *COUNTS, *CASTS, *TIMES, *EITHER, *ALONE, *BESIDE, *indices.MOVES,
-    *indices.CASTS, *indices.SCATTERS, *indices.EQUALS, *indices.TAKES, F.one_hot,
-}  # fmt: skip
+KNOWN = {*SMOOTH, *OF_TWO, *COMPARES, *MOVES, *COUNTS, *CASTS, *TIMES, *EITHER, *RANKS, *OF_INDICES}
 
 
 class _WithGradientOf(torch.autograd.Function):
@@ -270,7 +262,7 @@ class StraightThrough(TorchFunctionMode):
                 func = OF_TWO[func]
             if func is torch.pow and len(args) == 2 and not isinstance(first, Tensor):
                 func, args, first = Tensor.__rpow__, args[::-1], args[1]
-            if self._far and (func in ALONE or func in BESIDE) and _graded(first):
+            if self._far and func in RANKS and _graded(first):
                 result = func(*args, **kwargs)
                 self._indices.find(func, args, kwargs, result)
                 return result

@@ -14,30 +14,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def _both(function: str) -> tuple[Any, ...]:
+def both(function: str) -> tuple[Any, ...]:
+    """It as a function of torch, and as a method of tensors."""
     return getattr(torch, function), getattr(Tensor, function)
 
 
 #: What gives the index of a score by its rank along a dimension, alone or beside the score; and where the dimension is
 #: among the arguments, and which it is if it is not given. `argmax` without one is of all elements.
-ALONE = {function: (1, None) for name in ("argmax", "argmin") for function in _both(name)}
-ALONE |= dict.fromkeys(_both("argsort"), (1, -1))
-BESIDE = {function: (1, -1) for name in ("max", "min", "sort") for function in _both(name)}
-BESIDE |= {function: (2, -1) for name in ("topk", "kthvalue") for function in _both(name)}
+RANKS: dict[Any, tuple[int, int | None]] = {
+    **{function: (1, None) for name in ("argmax", "argmin") for function in both(name)},
+    **{function: (1, -1) for name in ("argsort", "max", "min", "sort") for function in both(name)},
+    **{function: (2, -1) for name in ("topk", "kthvalue") for function in both(name)},
+}
 #: The calls behind `tensor.T` and `tensor.mT`.
-_TRANSPOSED: tuple[Any, ...] = tuple(getattr(attribute, "__get__") for attribute in (Tensor.T, Tensor.mT))  # noqa: B009
+_TRANSPOSED: Any = (Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 #: What keeps indices, or some of them, in another shape.
 MOVES = {
-    *_both("unsqueeze"), *_both("squeeze"), *_both("reshape"), *_both("flatten"), *_both("transpose"),
-    *_both("permute"), *_both("select"), *_both("narrow"), Tensor.view, Tensor.expand, Tensor.expand_as,
-    *_both("movedim"), *_both("swapaxes"), *_TRANSPOSED, Tensor.__getitem__,
+    *both("unsqueeze"), *both("squeeze"), *both("reshape"), *both("flatten"), *both("transpose"),
+    *both("permute"), *both("select"), *both("narrow"), Tensor.view, Tensor.expand, Tensor.expand_as,
+    *both("movedim"), *both("swapaxes"), *_TRANSPOSED, Tensor.__getitem__,
 }  # fmt: skip
 #: What keeps them as they are, but for their type.
 CASTS = {Tensor.to, Tensor.long, Tensor.int, Tensor.type, Tensor.contiguous, Tensor.clone}
-EQUALS = {*_both("eq"), Tensor.__eq__}
-SCATTERS = {*_both("scatter"), *_both("scatter_add"), Tensor.scatter_, Tensor.scatter_add_}
-#: What takes the values that indices name.
-TAKES = {*_both("index_select"), *_both("gather")}
+EQUALS = {*both("eq"), Tensor.__eq__}
+SCATTERS = {*both("scatter"), *both("scatter_add"), Tensor.scatter_, Tensor.scatter_add_}
+#: What takes the values that indices name; and the index that most of several have.
+SELECTS, GATHERS, VOTES = both("index_select"), both("gather"), both("mode")
+#: All that is known of functions of indices; but for `F.embedding`, which takes its two in another order than torch's.
+OF_INDICES = {*MOVES, *CASTS, *EQUALS, *SCATTERS, *SELECTS, *GATHERS, *VOTES, F.one_hot}
 #: No more weights than these are held for one index tensor.
 AT_MOST = 2**24
 #: Whole numbers in a table are labels where none is larger.
@@ -55,13 +59,13 @@ class Indices:
 
     def find(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], found: Any) -> None:
         """Keep the index among what a function of scores that have a gradient has found, if there is one."""
-        place, default = {**ALONE, **BESIDE}[func]
-        index = found if func in ALONE else found[1] if isinstance(found, tuple) else None
+        place, default = RANKS[func]
+        index = found[1] if isinstance(found, tuple) else found
         dim = kwargs.get("dim", args[place] if len(args) > place else default)
         scores: Tensor = args[0]
         if dim is None:
             scores, dim = scores.flatten(), 0
-        if index is None or not isinstance(dim, int):
+        if index.is_floating_point() or not isinstance(dim, int):  # the largest of all has no index
             return
         if not scores.dim() or not 0 < index.numel() * scores.shape[dim] <= AT_MOST:
             return
@@ -107,18 +111,12 @@ class Indices:
             rows, index = args[1]
             weights = self._weights(index)
             return None if weights is None else self._of_each(func(*args), weights, args[0], rows)
-        if func in _both("mode") and (weights := self._weights(args[0])) is not None:
+        if func in VOTES and (weights := self._weights(args[0])) is not None:
             return self._most(func(*args, **kwargs), weights, *args[1:], **kwargs)
-        if func in _both("index_select") and not kwargs and args[1] == 0 and (w := self._weights(args[2])) is not None:
+        if func in SELECTS and not kwargs and args[1] == 0 and (w := self._weights(args[2])) is not None:
             return self._rows(func(*args), w, args[0])
-        if func in _both("gather") and not kwargs and (weights := self._weights(args[2])) is not None:
-            table, dim = args[0], args[1] % args[0].dim()
-            if not table.is_floating_point() or table.shape[dim] != weights.shape[-1]:
-                return None
-            every = table.detach().movedim(dim, -1).unsqueeze(dim)
-            rest = [slice(size) for size in args[2].shape]  # an index may be smaller than the table
-            rest[dim] = slice(None)
-            return _with(func(*args), (weights * every[tuple(rest)]).sum(-1))
+        if func in GATHERS and not kwargs and (weights := self._weights(args[2])) is not None:
+            return self._gathered(func(*args), weights, *args)
         if func in SCATTERS and not kwargs and len(args) == 4 and (weights := self._weights(args[2])) is not None:
             return self._scattered(func(*args), weights, *args)
         return None
@@ -147,6 +145,16 @@ class Indices:
         if table.shape[:2] != weights.shape or not torch.equal(rows, torch.arange(len(table), device=rows.device)):
             return None
         return _with(value, (weights.view(*weights.shape, *[1] * (table.dim() - 2)) * table.detach()).sum(1))
+
+    def _gathered(self, value: Tensor, weights: Tensor, table: Tensor, dim: int, index: Tensor) -> Tensor | None:
+        """What an index (…) names along a dimension of a table, which the others need not be as large as."""
+        dim %= table.dim()
+        if not table.is_floating_point() or table.shape[dim] != weights.shape[-1]:
+            return None
+        every = table.detach().movedim(dim, -1).unsqueeze(dim)
+        rest = [slice(size) for size in index.shape]
+        rest[dim] = slice(None)
+        return _with(value, (weights * every[tuple(rest)]).sum(-1))
 
     def _scattered(self, value: Tensor, weights: Tensor, base: Tensor, dim: int, index: Tensor, what: Any) -> Tensor:
         """What was written into places of a base (…): it would have gone elsewhere."""

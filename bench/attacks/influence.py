@@ -30,6 +30,7 @@ _LAST = {
     torch.einsum, torch.cdist,
 }  # fmt: skip
 _CONVOLVES = {F.conv1d, F.conv2d, F.conv3d}  # which are torch.conv1d … as well
+_LAYERS = _LAST | _CONVOLVES
 #: So many units of layers are driven up and down, of those whose influence is below this share of the units' mean.
 UNITS, HARDLY = 8, 1e-2
 
@@ -77,8 +78,8 @@ class _Layers(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        func = by_name(func, _LAST | _CONVOLVES)
-        if (func in _LAST or func in _CONVOLVES) and result.requires_grad and result.dim() > 1:
+        func = by_name(func, _LAYERS)
+        if func in _LAYERS and result.requires_grad and result.dim() > 1:
             axis = 1 if func in _CONVOLVES else -1
             units = result.movedim(axis, -1)
             if units.numel() and units[..., 0].numel() % self.count == 0:
