@@ -378,6 +378,11 @@ class Attends(nn.Module):
             lambda weights: weights[:, :, None, None],
             (),
         ),  # attention to channels
+        (
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 16)),
+            lambda weights: weights.softmax(1)[:, :, None, None],
+            (),
+        ),
         (nn.Conv2d(16, 1, 1), lambda weights: weights, ()),  # to places
         (nn.Conv2d(16, 4, 1), lambda scores: scores.softmax(1)[:, :1], ("gate",)),
         (
