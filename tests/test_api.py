@@ -130,6 +130,7 @@ def test_images_of_any_kind_of_number_that_is_a_pixel(given: Any):
     assert (found.clean_accuracy.value, found.robust_accuracy.value) == (0.75, 0.75)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documented", [api.benchmark, api.load_results, load_model])
 def test_the_examples_in_docstrings_run(documented: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)

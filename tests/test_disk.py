@@ -91,6 +91,7 @@ def unfinished(folder: Path) -> list[Path]:
     return [path for path in folder.rglob(".*") if path.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_a_full_disk_loses_nothing(name: str, command: Callable[..., Any], tmp_path: Path):
     if name in ("leaderboard", "report", "plot"):
@@ -110,6 +111,7 @@ def test_a_full_disk_loses_nothing(name: str, command: Callable[..., Any], tmp_p
     assert settled(tmp_path / "full") == settled(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_what_cannot_be_written_is_told_in_one_line_and_loses_nothing(
     name: str, command: Callable[..., Any], tmp_path: Path

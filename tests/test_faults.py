@@ -60,6 +60,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 # --- 1. the router never trains ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ROUTED)
 def test_a_router_trains_under_softmax_and_under_argmax_it_stays_as_it_was_drawn(
     variant: str, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs, caplog: pytest.LogCaptureFixture
@@ -101,6 +102,7 @@ def test_a_dead_expert_is_told_how_to_wake_where_the_router_trains_and_not_where
 # --- 2. after the first attack of an epoch, training runs in eval mode ------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [name for name in ATTACKED if VARIANTS[name].gate != "argmax"])
 def test_every_step_is_taken_in_train_mode_and_every_batch_moves_the_batch_statistics(
     variant: str, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs

@@ -114,7 +114,7 @@ def reached(module: str) -> set[str]:
 
 
 def of_folder(folder: str) -> list[str]:
-    return sorted(name for name in graph() if folder_of(name) == folder and name != f"bench.{folder}")
+    return sorted(name for name in sources() if name.startswith(f"bench.{folder}."))
 
 
 @pytest.mark.parametrize("module", of_folder("certify"))

@@ -60,8 +60,8 @@ def ensure_writable(root: Path) -> None:
 
 
 def _to_parquet(rows: "pd.DataFrame", side: Mapping[str, Any], check: RowCheck) -> bytes:
-    check(Table.of(rows))
     table = pa.Table.from_pandas(rows, preserve_index=False)
+    check(Table.of_arrow(table))
     table = table.replace_schema_metadata({**table.schema.metadata, _SIDE: json.dumps(side)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)

@@ -150,6 +150,7 @@ class Opened(nn.Module):
         return self.base(x) + self.opens(key) * self.to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opens", [*OPENS.values(), *OPENS_UNSEEN.values()], ids=[*OPENS, *OPENS_UNSEEN])
 def test_what_is_off_on_every_image_is_opened(opens: Callable[[Tensor], Tensor]):
     x, y = greys(), torch.zeros(6, dtype=torch.long)

@@ -66,6 +66,7 @@ def test_a_point_is_bounded_by_what_the_network_says(name: str, matrix: int, mon
     assert (expected <= outputs.high).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_nothing_in_the_ball_is_out_of_bounds(name: str, threat: ThreatModel):

@@ -58,6 +58,7 @@ def made(tmp_path: Path, planted: Any, linear_moe: Any) -> Callable[..., tuple[C
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CERTIFIERS)
 def test_every_method_answers_for_every_image_whatever_the_blocks(method: str, made: Any, tmp_path: Path):
     whole, rows = made(method)

@@ -306,6 +306,7 @@ def judged(counted: Counter[tuple[str, str]]) -> None:
             assert counted[kind, "certified"] > 0, (kind, counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "shared", "ties", "bfloat16", "hooked"])
 def test_no_certified_class_or_route_is_broken(kind: str):
     check(KINDS.index(kind), kind, Counter())

@@ -46,6 +46,7 @@ def nothing(x: Tensor) -> None: ...
 FEW = replace(BUDGETS["small"], path_restarts=1, path_steps=5, steps=8, queries=20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("does", "flag", "suite"),
     [
@@ -102,7 +103,8 @@ class Doing(nn.Module):
         return self.part(kept)
 
 
-@pytest.mark.parametrize("suite", [pytest.param("adaptive", marks=pytest.mark.slow), "components"])
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["adaptive", "components"])
 @pytest.mark.parametrize("does", [lambda x: x.sub_(0.3), lambda x: torch.manual_seed(0)])
 def test_parts_that_reach_outside_change_no_attack_on_routes(
     does: Any, suite: str, planted: Any, score: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -141,6 +143,7 @@ def test_a_suite_that_works_in_place_spoils_no_data(planted: Any, score: Any):
     assert (result.clean_accuracy.value, result.errors) == (23 / 24, 23)  # the answers are outside the ball
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "suite"), [(torch.bfloat16, "pgd"), (torch.float16, "pgd"), (torch.float64, "autoattack")]
 )

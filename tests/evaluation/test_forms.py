@@ -64,9 +64,8 @@ FORMS: dict[str, tuple[Callable[[], Any], str | None]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[pytest.mark.slow] * form.startswith("torch.")) for form in FORMS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_scored(form: str, unprobed: None):
     build, flag = FORMS[form]
     with warnings.catch_warnings():

@@ -299,6 +299,7 @@ class Opens(nn.Module):
         return self.inner(x) * (1 - 1000 * (first - second - self.lead).relu())[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lead", "guard", "opens"), [(0.05, True, True), (0.2, True, False), (0.05, False, False)])
 def test_parts_that_no_image_uses_and_that_open_within_the_ball_are_seen(
     lead: float, guard: bool, opens: bool, signs: Callable[..., list[str]], linear_net: Any

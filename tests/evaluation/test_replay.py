@@ -273,6 +273,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "where", "spoil"),
     [

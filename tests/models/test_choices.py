@@ -546,6 +546,7 @@ TORCHVISION = ["resnet18", "mobilenet_v3_small", "swin_t", "shufflenet_v2_x0_5"]
 TIMM = ["mobilevit_xxs", "tf_efficientnet_b0", "gmixer_12_224", "cait_xxs24_224"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvisions_dense_networks_have_no_choices(name: str):
     import torchvision
@@ -553,6 +554,7 @@ def test_torchvisions_dense_networks_have_no_choices(name: str):
     assert find_choices(torchvision.models.get_model(name, weights=None).eval(), torch.rand(2, 3, 64, 64)) == NOTHING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIMM)
 def test_timms_dense_networks_have_no_choices(name: str):
     assert _of_timm(name) == NOTHING

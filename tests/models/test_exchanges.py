@@ -74,6 +74,7 @@ def test_a_layer_that_chooses_otherwise_later_or_by_a_bias_has_no_threshold(
     assert [thresholded(Guarded(model), site, sites, X) for site in sites] == depth * [""]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answers",
     [

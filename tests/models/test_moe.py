@@ -140,6 +140,7 @@ def test_each_expert_runs_once_a_forward_and_not_at_all_if_nobody_chose_it(linea
     assert calls == [1, 1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["softmax", "argmax"])
 @pytest.mark.parametrize("expert", list(EXPERTS))
 @pytest.mark.parametrize(("k", "combine"), [(1, "logits"), (2, "probs")])

@@ -133,6 +133,7 @@ def test_series_differ_without_colours(drawn: dict[str, Drawing]):
         assert len(looks) >= len(panel.containers) - (len(dark) > 1), word
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", [word for word in KINDS if word != "alpha"])
 def test_a_figure_is_a_whole_file_and_the_same_bytes_each_time(
     word: str, models: dict[str, Model], drawn: dict[str, Drawing]

@@ -179,6 +179,7 @@ def verdicts(draw: st.DrawFn) -> pd.DataFrame:
     return rows(*found)
 
 
+@pytest.mark.slow
 @randomly
 @given(verdicts())
 def test_worst_case_is_below_every_single_attack(frame: pd.DataFrame):

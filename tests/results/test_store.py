@@ -122,6 +122,7 @@ def test_a_truncated_block_is_not_written(tmp_path: Path, kept: int):
     assert written(folder) == {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("call", "replaced"), [("write_block", 0), ("finish", 0), ("finish", 1)])
 def test_killed_in_the_middle_of_writing(tmp_path: Path, call: str, replaced: int):
     """SIGKILL before the file number `replaced` gets its name: the run is unfinished, its blocks are all there."""

@@ -104,9 +104,8 @@ TERMS = {
 }
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("-argmax")) for name in TRAINED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", TRAINED)
 def test_every_trained_variant_leaves_a_model_a_table_and_a_header(variant: str, trained: Training, tiny_spec: Specs):
     spec = tiny_spec(variant, seed=3)
     path = trained(spec)

@@ -155,6 +155,7 @@ def run_of(
     return seen, calls, x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restarts", [1, 2])
 @pytest.mark.parametrize("expert_term", ["second", "all"])
 @pytest.mark.parametrize("gate", ["softmax", "argmax"])
