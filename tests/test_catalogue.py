@@ -1,12 +1,14 @@
 """What there is, and what is shown of it: everything that is listed has a sentence, everything shown its parameters."""
 
 import json
+import re
 from typing import Any
 
 import pytest
 
 from bench import __version__
 from bench.catalogue import details, names, sentence
+from bench.commands import reading
 from bench.errors import UnusableInput
 
 
@@ -61,6 +63,16 @@ def test_commands_print_them(bench: Any):
     _, out, _ = bench("list", "objectives", "--long")
     assert [line.split()[0] for line in out.splitlines()] == names("objectives")
     assert list(json.loads(bench("list", "suites", "--long", "--json")[1])) == names("suites")
+
+
+@pytest.mark.parametrize("words", [("show", "suite", "adaptive"), ("list", "suites", "--long")])
+def test_a_terminal_has_no_line_longer_than_it_is_wide(words: Any, bench: Any, monkeypatch: pytest.MonkeyPatch):
+    _, whole, _ = bench(*words)
+    assert max(map(len, whole.splitlines())) > 80
+    monkeypatch.setattr(reading, "terminal_width", lambda: 80)
+    _, fitted, _ = bench(*words)
+    assert max(map(len, fitted.splitlines())) <= 80
+    assert re.sub(r"[\s-]", "", fitted) == re.sub(r"[\s-]", "", whole)
 
 
 def test_the_version_is_told(bench: Any):

@@ -62,7 +62,7 @@ class Lack:
 
 @dataclass(frozen=True)
 class Row:
-    """A subject on one evaluation set. `rank` and `p_first` are known once it is in a table."""
+    """A subject on one evaluation set. `rank`, `p_first` and `apart` are known once it is in a table."""
 
     result: Result  # of one of its runs on that set
     runs: tuple[Run, ...]  # all that cover the set
@@ -77,6 +77,7 @@ class Row:
     certified: CertifiedShares = field(default_factory=CertifiedShares)
     rank: int | None = None
     p_first: float | None = None
+    apart: str = ""  # what tells it from the table's other rows of the same model's name and α, where there are any
 
     @property
     def ranked(self) -> bool:
@@ -105,8 +106,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The model, with a dual's α, since several are possible."""
-        return self.spec.model if self.alpha is None else f"{self.spec.model} (α {self.alpha:g})"
+        """The model, with a dual's α, since several are possible, and with what tells rows of one name apart."""
+        words = [*([] if self.alpha is None else [f"α {self.alpha:g}"]), *([self.apart] if self.apart else [])]
+        return f"{self.spec.model} ({', '.join(words)})" if words else self.spec.model
 
     @property
     def experts(self) -> str:
@@ -196,15 +198,25 @@ def _ranked(table: list[Row], certificates: Sequence[Certificates]) -> list[Row]
     changes = [(table[0].robust, row.robust) for row in others]
     p = holm([mcnemar(int((a & ~b).sum()), int((~a & b).sum()), "two-sided") for a, b in changes])
     against_first = dict(zip(map(id, others), p, strict=True))
+    of_name = grouped(table, lambda row: row.name)
     return [
         replace(
             row,
+            apart=_apart(row, of_name[row.name]),
             rank=rank if row.ranked else None,
             p_first=against_first.get(id(row)),
             certified=certified_shares(certificates, row.spec, row.info, row.result.fingerprint),
         )
         for rank, row in enumerate(table, start=1)
     ]
+
+
+def _apart(row: Row, namesakes: Sequence[Row]) -> str:
+    """What tells a row from those of its table that have the same name: how it mixes, else its weights."""
+    if len(namesakes) == 1:
+        return ""
+    mixed = len({other.combine for other in namesakes}) == len(namesakes)
+    return f"combine {row.combine}" if mixed else f"checkpoint {row.info.checkpoint_sha256[:8]}"
 
 
 def _subject(run: Run) -> str:

@@ -73,7 +73,7 @@ def _share(own: pd.DataFrame) -> str:
     if not own["status"].isin(ANSWERED).all():
         return "–"
     if (own["method"] == "smoothing-predict").all():
-        return f"{100 * succeeded(Table.of(own)).mean():.2f} (accuracy, no certificate)"
+        return f"{100 * succeeded(Table.of(own)).mean():.2f} (accuracy)"
     if (own["method"] == "paper-formula").all():
         return f"{100 * ((own['radius'] >= own['eps']) & own['correct']).mean():.2f} (no certificate)"
     return f"{100 * succeeded(Table.of(own)).mean():.2f}"

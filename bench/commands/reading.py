@@ -2,6 +2,8 @@
 
 import json
 import sys
+import textwrap
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
@@ -28,6 +30,8 @@ from bench.errors import UnusableInput
 
 if TYPE_CHECKING:
     from bench.boards.leaderboard import Stored
+
+_NARROWEST = 20  # characters that a terminal leaves of a table's last column
 
 
 class Listing(StrEnum):
@@ -82,8 +86,7 @@ def list_(
     if as_json:
         print(json.dumps(dict(zip(found, sentences, strict=True)) if long else found, ensure_ascii=False))
     elif long:
-        width = max(map(len, found), default=0)
-        print("\n".join(f"{name:<{width}}  {text}" for name, text in zip(found, sentences, strict=True)))
+        print(_fitted(list(zip(found, sentences, strict=True)), (), "plain", terminal_width()))
     else:
         print("\n".join(found))
 
@@ -95,22 +98,32 @@ def show(
 ) -> None:
     """Show what a suite or an objective is, and its parameters: type, default and meaning."""
     with redirect_stdout(sys.stderr):
-        from tabulate import tabulate
-
         from bench.catalogue import details
 
         found = details(what, name)
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=1))
         return
-    parameters = found.pop("parameters")
+    parameters, width = found.pop("parameters"), terminal_width()
     for key, value in found.items():
-        print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
-    print(
-        "\n" + tabulate(parameters, headers="keys", disable_numparse=True, missingval="none")
-        if parameters
-        else "\nno parameters"
-    )
+        text = f"{key}: {', '.join(value) if isinstance(value, list) else value}"
+        print(textwrap.fill(text, width, subsequent_indent="  ") if width else text)
+    if not parameters:
+        print("\nno parameters")
+        return
+    rows = [["none" if value is None else str(value) for value in parameter.values()] for parameter in parameters]
+    print("\n" + _fitted(rows, list(parameters[0]), "simple", width))
+
+
+def _fitted(rows: Sequence[Sequence[str]], headers: Sequence[str], style: str, width: int | None) -> str:
+    """A table whose last column is wrapped so that no line is longer than `width`, where it is given."""
+    from tabulate import MIN_PADDING, tabulate
+
+    *others, _ = zip(*([[header + " " * MIN_PADDING for header in headers]] if headers else []), *rows, strict=True)
+    room = width and max(_NARROWEST, width - sum(max(map(len, column)) + 2 for column in others))
+    most = None if room is None else [None] * len(others) + [room]
+    text = tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True, maxcolwidths=most)
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def leaderboard(

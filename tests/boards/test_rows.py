@@ -393,3 +393,21 @@ def test_adaptive_that_attacked_nothing_proves_nothing(tmp_path: Path):
     save(tmp_path, "autoattack", {"clean": "11", "apgd-ce": "11"}, model="m", model_flags=(f"{ROUTES_INSIDE}router",))
     save(tmp_path, "adaptive", {"clean": "11"}, model="m")
     assert table(tmp_path).loc["m", "rank"] == ""
+
+
+def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path: Path):
+    for weights, marks in (("a", "1100"), ("b", "1110")):
+        save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": marks}, info={"checkpoint_sha256": 64 * weights})
+    for combine in ("logits", "probs"):
+        save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1100"}, combine=combine, model="other")
+    save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1000"}, model="alone")
+    (board,) = boards(tmp_path)
+    names = [row.name for row in board.rows]
+    assert sorted(names) == [
+        "alone",
+        "dense-at (checkpoint aaaaaaaa)",
+        "dense-at (checkpoint bbbbbbbb)",
+        "other (combine logits)",
+        "other (combine probs)",
+    ]
+    assert all(f"| {name} " in views.markdown(board) for name in names)
