@@ -74,10 +74,10 @@ MUTATIONS = [
         "tests/boards/test_views.py",
     ),
     Mutation(
-        "models/choices.py",
-        "self.taken |= by if name in _TAKES else {}",
+        "models/operations.py",
+        "self.taken |= by if op.name in _TAKES else {}",
         "pass",
-        "tests/models/test_choices.py tests/evaluation/test_gates.py",
+        "tests/models/test_operations.py tests/evaluation/test_gates.py",
     ),
     Mutation("models/choices.py", "opaque = watch.quantized or", "opaque =", "tests/models/test_choices.py"),
     Mutation("bench/attacks/leaving.py", "<= part.eps)", "<= 2 * part.eps)", "tests/attacks/test_leaving.py"),
@@ -153,19 +153,21 @@ MUTATIONS = [
         'f"{owner}.".startswith(f"{site.name}.") for site in ()',
         "tests/models/test_unused.py -k gate",
     ),
-    Mutation("models/choices.py", "high - low > 10 * near", "high - low > 2 * near", "tests/models/test_choices.py"),
+    Mutation(
+        "models/operations.py", "high - low > 10 * near", "high - low > 2 * near", "tests/models/test_operations.py"
+    ),
     Mutation(
         "models/choices.py", "watch.elementwise - watch.scoring", "watch.elementwise", "tests/models/test_choices.py"
     ),
-    Mutation("models/choices.py", "one.shape == other.shape and ", "", "tests/models/test_choices.py"),
-    Mutation("models/choices.py", " and _bytes(one) == _bytes(other)", "", "tests/models/test_choices.py"),
-    Mutation("models/choices.py", "torch.equal(mask, side.to(mask))", "True", "tests/models/test_choices.py"),
-    Mutation("models/choices.py", "len(keys) == 1 and args[1] == 0", "len(keys) == 1", "tests/models/test_choices.py"),
+    Mutation("models/operations.py", "one.shape == other.shape and ", "", "tests/models/test_choices.py"),
+    Mutation("models/operations.py", " and _bytes(one) == _bytes(other)", "", "tests/models/test_choices.py"),
+    Mutation("models/operations.py", "torch.equal(mask, side.to(mask))", "True", "tests/models/test_operations.py"),
+    Mutation("models/operations.py", " and op.args[1] == 0", "", "tests/models/test_operations.py"),
     Mutation(
-        "models/choices.py",
-        "self.images.difference_update(map(_key, outputs))",
+        "models/operations.py",
+        "self.images.difference_update(op.made)",
         "pass",
-        "tests/models/test_choices.py -k box",
+        "tests/models/test_operations.py -k box",
     ),
     Mutation(
         "bench/attacks/deployed.py",
@@ -318,10 +320,10 @@ MUTATIONS = [
         "tests/models/test_unused.py",
     ),
     Mutation(
-        "models/choices.py",
-        "if finite and not (name in _REPLACES and len(others) == 1):",
+        "models/operations.py",
+        "if finite and not (op.name in _REPLACES and len(others) == 1):",
         "if False:",
-        "tests/models/test_choices.py -k no_number",
+        "tests/models/test_operations.py -k no_number",
     ),
     Mutation(
         "bench/attacks/gradients.py",
@@ -643,7 +645,7 @@ MUTATIONS = [
     Mutation("models/choices.py", "values == features > _COLOURS", "False", "tests/models/test_choices.py"),
     Mutation("models/choices.py", "values >= features", "False", "tests/models/test_choices.py"),
     Mutation(
-        "models/choices.py", "(ratio - ratio[0]).abs().amax() <= _DECIDED", "True", "tests/models/test_choices.py"
+        "models/operations.py", "(ratio - ratio[0]).abs().amax() <= _DECIDED", "True", "tests/models/test_operations.py"
     ),
     Mutation(
         "bench/attacks/gradients.py", "COMPARES[func] * self._step", "self._step", "tests/attacks/test_gradients.py"
@@ -699,19 +701,19 @@ MUTATIONS = [
         "tests/models/test_gates.py -k groups",
     ),
     Mutation(
-        "models/choices.py", "self.scores.discard(_key(tensor))", "pass", "tests/models/test_choices.py -k in_place"
+        "models/operations.py", "self.scores.discard(each)", "pass", "tests/models/test_operations.py -k in_place"
     ),
     Mutation(
-        "models/choices.py",
-        "self.found |= self.by[_key(scores)]",
+        "models/operations.py",
+        "self.found |= self.by[key(scores)]",
         "pass",
         "tests/models/test_choices.py -k second_choice",
     ),
     Mutation(
-        "models/choices.py",
-        "for tensor in answer for choice in self.by[_key(tensor)]",
+        "models/operations.py",
+        "for tensor in answer for choice in self.by[key(tensor)]",
         "for tensor in self.by for choice in self.by[tensor]",
-        "tests/models/test_choices.py -k answer",
+        "tests/models/test_operations.py -k answer",
     ),
     # data sets
     Mutation(
