@@ -43,6 +43,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def __init__(self, kind: str, package: str | None = None, group: str | None = None, in_order: bool = False) -> None:
         self.kind = kind
         self._package, self._group, self._in_order = package, group, in_order
+        self._open = group is not None  # whether plugins may add to it
         self._items: dict[str, T] = {}
         self._modules: dict[str, str] = {}  # of the package, by the name that each registers
         self._origins: dict[str, str] = {}
@@ -98,7 +99,9 @@ class Registry(Mapping[str, T], Generic[T]):
     def _known(self, name: str) -> str:
         """UnusableInput with the nearest name where there is no `name`."""
         if name not in self._own() and name not in self._items and name not in (names := self._names()):
-            raise UnusableInput(f"unknown {self.kind} '{name}': {did_you_mean(name, names)}")
+            hint = did_you_mean(name, names)
+            added = "; --plugin MODULE adds one of your own" if self._open and not hint.endswith("?") else ""
+            raise UnusableInput(f"unknown {self.kind} '{name}': {hint}{added}")
         return name
 
     def __getitem__(self, name: str) -> T:

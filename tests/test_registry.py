@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.errors import UnusableInput
-from bench.registry import Registry, load_plugin
+from bench.registry import SUITES, Registry, load_plugin
 
 
 @pytest.fixture
@@ -40,6 +40,13 @@ def test_a_name_is_registered_once(filled: Registry[int]):
 def test_an_unknown_name_is_refused_with_the_nearest(filled: Registry[int]):
     with pytest.raises(UnusableInput, match=r"^unknown fruit 'aple': did you mean 'apple'\?$"):
         filled["aple"]
+
+
+def test_where_no_name_is_near_it_says_how_one_is_added_if_one_can_be():
+    with pytest.raises(UnusableInput, match=r"^unknown fruit 'zzz': there are: $"):
+        Registry[int]("fruit")["zzz"]
+    with pytest.raises(UnusableInput, match=r"; --plugin MODULE adds one of your own$"):
+        SUITES["zzz"]
 
 
 def test_a_new_file_in_the_folder_is_found_by_existing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
