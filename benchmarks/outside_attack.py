@@ -53,7 +53,7 @@ class Paths:
             [(0,)] if moe is None else list(combinations(range(len(moe.experts)), moe.num_selected_experts))
             for moe in self.routed
         ]
-        self.paths = list(product(*choices))
+        self.paths = list(product(*choices)) if any(self.routed) else []
         with torch.no_grad():
             self.spread = float(model(x).std(1).median())  # of the clean logits: what margins are relative to
         self._tables = [torch.tensor([path[i] for path in self.paths]) for i in range(len(branches))]
@@ -188,6 +188,12 @@ class InnerPaths(Paths):
         return torch.stack(gaps, 1).gather(1, self.gate_of[path][:, None])[:, 0]
 
 
+def paths_of(model: nn.Module, x: Tensor) -> Paths:
+    """The paths of a model, whose scales are read from images x (B, c, H, W); none where it chooses nothing."""
+    model = model.eval().requires_grad_(False)
+    return InnerPaths(model, x) if any(isinstance(m, SparseMoE) for m in model.modules()) else Paths(model, x)
+
+
 def _median_gap(moe: MoE, x: Tensor) -> float:
     with torch.no_grad():
         best = moe.router(x).topk(2, dim=1).values
@@ -244,7 +250,7 @@ class Outcome:
 
 
 def attack(
-    model: nn.Module,
+    paths: Paths,
     x: Tensor,
     y: Tensor,
     eps: float,
@@ -252,16 +258,14 @@ def attack(
     steps: int = 500,
     seed: int = 0,
     copies_at_once: int = CHUNK,
-) -> tuple[Outcome, Paths]:
+) -> Outcome:
     """Attack images x (B, c, H, W) with labels y (B,), all classified correctly, in the L∞ ball and the box.
 
     Everything lies on torch's default device.
     """
-    model = model.eval().requires_grad_(False)
-    paths = InnerPaths(model, x) if any(isinstance(m, SparseMoE) for m in model.modules()) else Paths(model, x)
     outcome = Outcome(x.clone())
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    num_classes = model(x[:1]).shape[1]
+    num_classes = paths.model(x[:1]).shape[1]
     every = torch.arange(-1, len(paths))
     for restart in range(restarts):
         left = torch.tensor([row for row in range(len(x)) if row not in outcome.finds], dtype=torch.long)
@@ -276,7 +280,7 @@ def attack(
                     float(one.push), STARTS[int(one.start)], restart, step,
                 )  # fmt: skip
         print(f"restart {restart + 1}: {len(outcome.finds)} of {len(x)} broken", file=sys.stderr)
-    return outcome, paths
+    return outcome
 
 
 def _draw(example: Tensor, every: Tensor, x: Tensor, y: Tensor, num_classes: int, generator: torch.Generator) -> Copies:
@@ -488,7 +492,8 @@ def main() -> None:
         robust = stored_robust(args.results, name, sha256, getattr(model, "alpha", None), data)
         begin = time.perf_counter()
         model, x, y = model.to(args.device), data.x[robust].to(args.device), data.y[robust].to(args.device)
-        outcome, paths = attack(model, x, y, eps, args.restarts, args.steps, args.seed, args.copies)
+        paths = paths_of(model, data.x.to(args.device))
+        outcome = attack(paths, x, y, eps, args.restarts, args.steps, args.seed, args.copies)
         broken = recheck(model, x, y, outcome, eps)
         for row in broken:
             print(f"{name}: image {int(data.idx[robust[row]])}: {outcome.finds[row]}", file=sys.stderr)
