@@ -4,6 +4,7 @@ that follows from the single image alone.
 Axes: m = images, B = images of a block, C = classes.
 """
 
+import copy
 import pickle
 import random
 from collections.abc import Iterator
@@ -122,10 +123,15 @@ def validate_outputs(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -
 
 #: Batch sizes in which `dependence` asks for the same images.
 BATCH_SIZES = (1, 2, 8, 32)
+#: How far images are from those that were asked for before, at most, in pixels of [0, 1].
+_NEAR = 0.01
 #: Times that it asks for the same batch.
 _ASKED = 4
-#: What rounding may change of an image's logits from batch to batch, as a share of the batch's largest logit.
-_ROUNDING = 1e-4
+#: What rounding may change of an image's logits from batch to batch: so much of how far its logits lie apart
+#: (`_scale`), and of each logit sixteen of float32's ε.
+ROUNDING, _OF_FLOAT32 = 1e-4, 2e-6
+#: A margin's times that its logits are taken to lie apart at most, where others are masked.
+_MARGINS = 10
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,9 @@ def dependence(model: nn.Module, x: Tensor) -> Dependence:
     """Whether a model in eval mode answers for each image by that image alone; x (B, C, H, W) is one batch to ask for.
 
     Images of the probe's own are added to small batches, so that the answer depends on no batch size of a run. The same
-    batch is asked for several times; then 32 of its images in batches of 1, 2, 8 and 32, and among other neighbours.
+    batch is asked for several times; then 32 of its images in batches of 1, 2, 8 and 32, and among other neighbours. At
+    last images near to those that were asked for, of which a copy of a foreign model that was asked for none must say
+    the same: whatever a model remembers of an image, it may give for its neighbours.
     Torch's, NumPy's and Python's random states are as before afterwards. Whatever the model raises is raised.
     """
     own = torch.rand(BATCH_SIZES[-1], *x.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -176,6 +184,7 @@ def dependence(model: nn.Module, x: Tensor) -> Dependence:
         in_place |= not torch.equal(given, batch)
         return logits
 
+    fresh = _fresh(model)
     kept = (random.getstate(), np.random.get_state())
     with torch.random.fork_rng(devices=devices):
         before, drawn = _tensors(model), _random_state(devices)
@@ -195,10 +204,23 @@ def dependence(model: nn.Module, x: Tensor) -> Dependence:
             for size in BATCH_SIZES if order is rows else BATCH_SIZES[1:]:
                 parts = torch.cat([ask(images[part]) for part in torch.split(order, size)])
                 batch |= not same_logits(parts, whole[order])
+        if fresh is not None and same:
+            near = images + _NEAR * torch.linspace(-1, 1, images[0].numel()).view(images[0].shape).to(images)
+            state |= not same_logits(ask(near), fresh(near.clone()).detach())
     random.setstate(kept[0])
     np.random.set_state(kept[1])
     # a model that answers by chance differs from batch to batch as well
     return Dependence(chance, batch and not chance, state, in_place, gradients)
+
+
+def _fresh(model: nn.Module) -> nn.Module | None:
+    """A copy of a foreign model, with all that it keeps; None of one that cannot be copied, and of our own."""
+    if not isinstance(model, Guarded):
+        return None
+    try:
+        return Guarded(copy.deepcopy(model.model)).eval()
+    except Exception:  # of a user's own: it may hold a file, a lock, a tensor with a history
+        return None
 
 
 def _equal_with_gradients(model: nn.Module, images: Tensor, logits: Tensor) -> bool:
@@ -211,13 +233,33 @@ def _equal_with_gradients(model: nn.Module, images: Tensor, logits: Tensor) -> b
     return same_logits(found, logits)
 
 
-def same_logits(a: Tensor, b: Tensor) -> bool:
-    """Whether two batches of logits (m, C) differ by rounding alone."""
+def same_logits(a: Tensor, b: Tensor, share: float = ROUNDING, each: float = _OF_FLOAT32) -> bool:
+    """Whether two batches of logits (m, C) differ by rounding alone: by `share` of `_scale`, and `each` of each one."""
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite):
         return False
-    scale = b[finite].abs().max() if finite.any() else 0.0
-    return bool(((a - b)[finite].abs() <= _ROUNDING * scale).all())
+    a, b = a.double(), b.double()
+    allowed = share * _scale(b) + each * b.abs()
+    return bool(((a - b).abs() <= allowed)[finite].all())
+
+
+def _scale(logits: Tensor) -> float:
+    """How far logits (m, C) that may win lie apart, of most images, whatever is added to all or masks the others.
+
+    A class that is masked by −1e9 says nothing of how the others are rounded: by the largest logit any two would agree.
+    """
+    finite = logits[logits.isfinite()]
+    if not finite.numel():
+        return 0.0
+    widths = [float(finite.abs().amax())]
+    best = logits.nan_to_num(-torch.inf, -torch.inf, -torch.inf).sort(1, descending=True).values
+    for number, times in ((logits.shape[1] // 2, 1), (1, _MARGINS), (2, _MARGINS)):
+        behind = best[:, :1] - best[:, number : number + 1]
+        if (known := behind[behind.isfinite()]).numel() and (width := float(known.median())) > 0:
+            widths.append(times * width)
+            if number == 1:  # a class that is there twice leaves no margin
+                break
+    return min(widths)
 
 
 def _tensors(model: nn.Module) -> dict[str, Any]:

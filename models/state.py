@@ -2,10 +2,14 @@
 
 import sys
 import sysconfig
+import threading
+from argparse import Namespace
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from itertools import count, cycle
-from types import FunctionType, ModuleType
+from queue import Queue
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,8 @@ from torch import Tensor, nn
 _OWN = frozenset(vars(nn.Module()))
 #: How deep containers and objects are looked into, and how many of their items are.
 _DEPTH, _ITEMS = 3, 1000
+#: What of the standard library is there to hold others' values.
+_NAMESPACES = (SimpleNamespace, Namespace, threading.local, Queue)
 #: Where the standard library and installed packages lie.
 _INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
@@ -37,11 +43,13 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((repr(key)[:80], item) for key, item in list(value.items())[:_ITEMS])
     elif isinstance(value, list | tuple | deque):
         yield from ((str(number), item) for number, item in enumerate(list(value)[:_ITEMS]))
-    elif _users(value):
-        if isinstance(value, FunctionType):
-            yield from _beside(value)
-        elif hasattr(value, "__dict__"):
-            yield from ((key, item) for key, item in list(vars(value).items())[:_ITEMS] if not key.startswith("__"))
+    elif isinstance(value, FunctionType) and _users(value):
+        yield from _beside(value)
+    elif _users(value) or isinstance(value, _NAMESPACES):
+        held = vars(value) if hasattr(value, "__dict__") else {}
+        slots = [key for kind in type(value).__mro__ for key in vars(kind).get("__slots__", ()) if hasattr(value, key)]
+        held = {**held, **{key: getattr(value, key) for key in slots if not key.startswith("__")}}
+        yield from ((key, item) for key, item in list(held.items())[:_ITEMS] if not key.startswith("__"))
 
 
 def _walk(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
@@ -94,7 +102,10 @@ def numbers(model: nn.Module) -> dict[str, Any]:
         elif isinstance(value, Tensor):
             found[name] = value.detach().clone()
         elif isinstance(value, np.ndarray):
-            found[name] = torch.from_numpy(value.copy()) if value.dtype.kind in "biuf" else value.tobytes()
+            plain = value.dtype.kind in "biuf"  # an array of objects holds where they lie
+            found[name] = torch.from_numpy(value.copy()) if plain else repr(value.tolist())
+        elif isinstance(value, bytes | bytearray | array):
+            found[name] = bytes(value)
         elif isinstance(value, count | cycle):
             found[name] = repr(value)
     return found
@@ -102,7 +113,7 @@ def numbers(model: nn.Module) -> dict[str, Any]:
 
 def sizes(model: nn.Module) -> dict[str, int]:
     """How much is in each container that a model keeps: what grows with new images remembers them."""
-    containers = (list, dict, set, deque, Tensor, np.ndarray)
+    containers = (list, dict, set, deque, bytearray, array, Tensor, np.ndarray)
     return {
         name: value.numel() if isinstance(value, Tensor) else len(value)
         for name, value in _kept(model)

@@ -243,7 +243,7 @@ def test_json_is_one_list_and_nothing_else(bench: Bench, user_model: str, tmp_pa
     assert "[2/2] torchattacks:FGSM on planted_cli_models:Loud: SA" in err
     assert (results[0]["flags"], results[0]["model_flags"]) == (
         [],
-        ["routing not visible", "SA is doubtful: no better than chance on the first 8 images"],
+        ["SA is doubtful: no better than chance on the first 8 images"],
     )
 
 

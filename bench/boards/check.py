@@ -7,6 +7,7 @@ tested as well, as a family of their own, since an attack that got weaker looks 
 compared is never passed over.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from bench.results.certificates import (
     read_certificates,
     succeeded,
 )
-from bench.results.flags import WEAKER
+from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, UNRANKED, WEAKER
 from bench.results.metrics import adjusted, clean_by_example, mcnemar, robust_by_example, sign_flip, tarone
 from bench.results.schema import Result, suite_label
 from bench.results.store import Run, read_runs
@@ -110,13 +111,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Unmeasured:
-    """What the new results should have and do not (`fails`), or what neither side has."""
+    """What the new results should have and do not (`fails`), or what neither side has; or why a number cannot be
+    believed as the baseline's can: a flag that this has not."""
 
     model: str
     suite: str
     measure: Measure
     why: str
     fails: bool
+    new_flag: bool = False
+
+    @property
+    def head(self) -> str:
+        """Its kind, in words."""
+        return "new flag" if self.new_flag else "missing" if self.fails else "not compared"
 
     def __str__(self) -> str:
         return f"{self.suite} on {self.model}: {said(self.measure)}: {self.why}"
@@ -199,6 +207,7 @@ def check(
     for key, after in results.items():
         changes += _of_runs(baseline[key], after, images, unmeasured)
         warnings += [f"{after}: {flag}" for flag in after.result.flags if flag.startswith(WEAKER)]
+        unmeasured += _new_flags(baseline[key], after, {str(one) for one in unmeasured}, strict)
     changes = _once(changes)
     changes += _of_certificates(baseline_root, results_root, images, unmeasured, warnings)
     rows = compared(changes, max_drop, alpha)
@@ -292,6 +301,27 @@ def _of_runs(before: Run, after: Run, images: "Images", unmeasured: list[Unmeasu
         why = f"{nothing} attacked nothing, which is no robust accuracy"
         unmeasured.append(Unmeasured(model, suite, "robust", why, fails=before.result.attacked))
     return changes
+
+
+def _new_flags(before: Run, after: Run, told: set[str], strict: bool) -> list[Unmeasured]:
+    """Signs that the new RA is too high which the baseline has not, each once for a model.
+
+    They fail the check where they keep a model from a rank, and all of them where it is strict: what hides behind
+    masked gradients looks like a gain.
+    """
+
+    def kinds(run: Run) -> dict[str, str]:  # the same flag may tell of another number of images
+        flags = [*run.result.model_flags, *run.result.suite_flags]
+        return {re.sub(r"\d+(\.\d+)?", "#", flag): flag for flag in flags if not flag.startswith(WEAKER)}
+
+    known, spec = kinds(before), after.result.spec
+    fresh = [flag for kind, flag in kinds(after).items() if kind not in known] if after.result.attacked else []
+    found = []
+    for flag in fresh:
+        fails = strict or flag in UNRANKED or flag.startswith((HIDDEN_ROUTES, OUTSIDE_TORCH))
+        suite = suite_label(spec) if flag in after.result.suite_flags else "all suites"
+        found.append(Unmeasured(_model(spec), suite, "robust", flag, fails, new_flag=True))
+    return [one for one in found if str(one) not in told]
 
 
 class Images:

@@ -115,7 +115,7 @@ def _table(report: Report) -> list[dict[str, str]]:
 def _lines(report: Report) -> list[tuple[str, str, bool]]:
     """What is not simply ok: its kind, in words, and whether it fails the check."""
     lines = [("warning", warning, False) for warning in report.warnings]
-    lines += [("missing" if one.fails else "not compared", str(one), one.fails) for one in report.unmeasured]
+    lines += [(one.head, str(one), one.fails) for one in report.unmeasured]
     return lines + [(_HEADS[row.verdict], str(row), report.fails(row)) for row in report.rows if row.verdict != "ok"]
 
 

@@ -18,6 +18,7 @@ from bench.certify.layers import NotSupported
 from bench.models.dual import DualModel
 from bench.randomness import generator
 from bench.registry import CERTIFIERS
+from bench.results.certificates import FAILURE_PROBABILITY
 from bench.spec import Norm, ThreatModel
 
 Counts = NDArray[np.int64]
@@ -88,7 +89,7 @@ class Smoothing(Certifier):
     sigma: float = Field(default=0.25, gt=0, description="of the noise, in pixels of [0, 1]")
     n0: int = Field(default=100, gt=0)
     n: int = Field(default=100_000, gt=0)
-    failure_probability: float = Field(default=0.001, gt=0, lt=1)
+    failure_probability: float = Field(default=FAILURE_PROBABILITY, gt=0, le=0.1)
     noise_batch: int = Field(default=1000, gt=0, description="draws that go through the model at once")
 
     @property

@@ -18,6 +18,7 @@ from bench.environment import World, environment, git_hash
 from bench.errors import UnusableInput, users_code
 from bench.evaluation import identity
 from bench.evaluation.examine import WARM_START, Examiner, guarded
+from bench.evaluation.probes import PROBED
 from bench.evaluation.report import BlockReport
 from bench.files import write_if_changed
 from bench.job import Job, Subject
@@ -90,7 +91,8 @@ def evaluate(
             fit(model, data.x[job.blocks[0]].to(device), forced_inside(model))
     blocks = _Blocks(folder, len(job.blocks), on_block)
     with eval_frozen(model), full_float32(), seeded(0):
-        examiner = Examiner(job, model, known, data.x[job.blocks[0]].to(device), on_attack)
+        looked_at = max(PROBED, len(data.x[job.blocks[0]]))
+        examiner = Examiner(job, model, known, data.x[:looked_at].to(device), on_attack)
     if job.subject.identity:
         write_if_changed(folder.path / identity.FILE, job.subject.identity)
     blocks.look()

@@ -49,6 +49,8 @@ from bench.suites.base import Suite
 WARM_START = "warm-start"
 #: How many images are sent through a foreign model while its operations are watched.
 WATCHED = 4
+#: Among so many images those are looked for that a model gets right, and is probed on.
+SEARCHED = 512
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,14 @@ class Examiner:
         on_attack: OnAttack = lambda *_: None,
     ) -> None:
         """`model` is in eval mode and frozen, `known` are adversarial examples that are tried before the suite, `first`
-        the images (B, C, H, W) of the first block, by which the model is looked at. Of one that is found to answer by
-        chance the mean of several passes is attacked, and their majority judged.
+        the first images (B, C, H, W), by which the model is looked at, more than a small block has. Of a model that is
+        found to answer by chance the mean of several passes is attacked, and their majority judged.
 
         Raises:
             UnusableInput: it cannot take these images, or gives another number of classes.
         """
         self.spec, self.suite, self.num_classes, self.info = job.spec, job.method, job.num_classes, job.subject.info
-        self.model, self.known, self.on_attack = model, known, on_attack
+        self.model, self.known, self.on_attack, self._data = model, known, on_attack, job.data
         validate_outputs(model, first, self.num_classes, self.info)
         #: flags of what the model's answers depend on, of routes that it does not show, and of a doubtful accuracy
         self.found = [*self._depends(first[:PROBED]), *self._routes(first[:WATCHED])]
@@ -199,8 +201,7 @@ class Examiner:
             self.model.reseed(seed)
         record = self._clean(number, x, y, idx)
         if number == 0:
-            right = record.correct.to(x.device)
-            record.report.model_flags += [*self.found, *self._probe(x[right], y[right])]
+            record.report.model_flags += [*self.found, *self._probe(x, y, record.correct.to(x.device))]
         with PassCounter(self.model) as counter:
             to_attack = record.correct.to(x.device, copy=True)  # a copy, as known adversarial examples change it
             block = Block(
@@ -272,12 +273,24 @@ class Examiner:
             )
         return record
 
-    def _probe(self, x: Tensor, y: Tensor) -> list[str]:
-        """What the model shows of itself on images (m, C, H, W) that it gets right."""
-        if not len(x):
+    def _probe(self, x: Tensor, y: Tensor, right: Tensor) -> list[str]:
+        """What the model shows of itself on images that it gets right: of the first block (B, C, H, W), where these are
+        too few of others as well, so that the size of blocks hides nothing."""
+        images, labels, begin = x[right], y[right], len(x)
+        while len(images) < PROBED and begin < min(len(self._data), SEARCHED):
+            rows, begin = slice(begin, begin + PROBED), begin + PROBED
+            more, of_more = self._data.x[rows].to(x.device), self._data.y[rows]
+            try:
+                right = predict(self.model, more, False).classes == of_more
+            except Exception:  # a user's model may fail on a block of another size
+                break
+            images = torch.cat([images, more[right.to(x.device)]])
+            labels = torch.cat([labels, of_more[right].to(x.device)])
+        if not len(images):
             return []
+        images, labels = images[:PROBED], labels[:PROBED]
         with seeded(0):  # the suite's own draws stay as they are
-            return probe(self.model, x[:PROBED], y[:PROBED], self.spec.threat_model, attacked=self.suite.has_attack)
+            return probe(self.model, images, labels, self.spec.threat_model, attacked=self.suite.has_attack)
 
     def _attempts(self, block: Block, record: _Record) -> Iterator[Attempt]:
         """The known adversarial examples of the block's images, then the suite on what they leave unbroken.

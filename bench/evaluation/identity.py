@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from bench.datasets.base import EvalSet, input_hash
 from bench.errors import users_code
 from bench.job import IDENTITY_FILE, Subject
-from bench.models.deployed import eval_frozen, full_float32, validate_outputs
+from bench.models.deployed import ROUNDING, eval_frozen, full_float32, same_logits, validate_outputs
 from bench.models.foreign import Guarded
+from bench.models.parts import is_dual
+from bench.models.state import numbers
 from bench.randomness import generator
 from bench.spec import dataset_folder, path_safe
 
@@ -31,21 +33,21 @@ from bench.spec import dataset_folder, path_safe
 FILE = IDENTITY_FILE
 #: Images that a model is asked for: so many random ones, and so many of the evaluation set.
 PROBED = 32
-#: How far logits of one model may differ, as a share of the largest one: of float32, or so many of its dtype's ε.
-TOLERANCE, TOLERANCE_IN_EPS = 1e-4, 4
+#: How far logits of one model may differ, where its dtype is coarser than float32: so many of its ε.
+TOLERANCE_IN_EPS = 4
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over a model's layers, its state, and the numbers and words that its modules keep as attributes."""
+    """SHA-256 over a model's layers, its state, and the numbers, words and tensors that its modules keep elsewhere."""
     sha = hashlib.sha256(re.sub("0x[0-9a-f]+", "", str(model)).encode())  # a function prints its address
     for name, value in sorted(model.state_dict().items()):
         sha.update(name.encode())
         _add(sha, value)
-    for name, module in model.named_modules():
-        kept = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
-        kept.pop("training", None)
-        kept.pop("alpha", None)  # of a dual, which the run's spec has
-        sha.update(json.dumps([name, sorted(kept.items())]).encode())
+    kept = numbers(model) | {name: value for name, value in model.named_buffers() if name not in model.state_dict()}
+    if is_dual(model):
+        kept.pop(".alpha", None)  # the run's spec has it
+    for name, value in sorted(kept.items()):
+        _add(sha, [name, value])
     return sha.hexdigest()
 
 
@@ -70,7 +72,7 @@ def _add(sha: Any, value: Any) -> None:
 @dataclass(frozen=True)
 class Identity:
     """weights: their SHA-256. random, first: logits (m, C) of random images and of the first of the evaluation set,
-    whose hashes are `images`. tolerance: by how much these may differ, as a share of the largest."""
+    whose hashes are `images`. tolerance: by how much these may differ (`bench.models.deployed.same_logits`)."""
 
     weights: str
     random: Tensor
@@ -93,7 +95,8 @@ class Identity:
             return False
         tolerance = max(self.tolerance, other.tolerance)
         pairs = ((self.random, other.random), (self.first[:shared], other.first[:shared]))
-        return all(a.shape == b.shape and _close(a, b, tolerance) for a, b in pairs)
+        coarse = {"each": tolerance} if tolerance > ROUNDING else {}
+        return all(a.shape == b.shape and same_logits(a, b, tolerance, **coarse) for a, b in pairs)
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""
@@ -112,14 +115,6 @@ class Identity:
         return cls(words["weights"], random, first, tuple(words["images"]), words["tolerance"])
 
 
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()):
-        return False
-    scale = a[finite].abs().amax() if finite.any() else torch.zeros(())
-    return bool(((a - b)[finite].abs() <= tolerance * scale).all())
-
-
 def identify(model: nn.Module, data: EvalSet) -> Identity:
     """Asks a model in eval mode for probe images; its draws, if it makes any, are the same every time."""
     guard, x = Guarded(model), data.x[:PROBED]
@@ -127,7 +122,7 @@ def identify(model: nn.Module, data: EvalSet) -> Identity:
     with eval_frozen(guard), full_float32(), torch.no_grad():
         logits = [guard(images).cpu().contiguous() for images in (random, x)]
     eps = torch.finfo(guard.dtype).eps if guard.dtype.is_floating_point else 0.0
-    tolerance = max(TOLERANCE, TOLERANCE_IN_EPS * eps)
+    tolerance = max(ROUNDING, TOLERANCE_IN_EPS * eps)
     return Identity(weights_sha256(model), logits[0], logits[1], tuple(input_hash(image) for image in x), tolerance)
 
 

@@ -25,8 +25,6 @@ from bench.spec import ModelInfo, ThreatModel
 
 #: Endings of files that a model is saved in, which are not read: pickles run code, and none says what network it is of.
 _WEIGHTS = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".tar", ".h5", ".onnx", ".npz"}
-#: The flag of a model of the user's own that shows no routes.
-HIDDEN = "routing not visible"
 
 
 def routing_visible(model: object) -> bool:
@@ -111,8 +109,7 @@ def foreign_subject(model: nn.Module, name: str) -> Subject:
     """
     inner = plain(model)
     compiled, model = inner is not model and not isinstance(model, nn.DataParallel), inner
-    flags: tuple[str, ...] = () if routing_visible(model) else (HIDDEN,)
-    flags += ("compiled, scored uncompiled",) * compiled
+    flags = ("compiled, scored uncompiled",) * compiled
     return Subject(model, _foreign_info(name, model, None), flags, foreign=True)
 
 
@@ -127,9 +124,7 @@ def with_gates(subject: Subject, words: Sequence[str], x: Tensor) -> Subject:
         return subject
     words = words or declared(subject.model)
     found = find_gates(subject.model, words, x) if words else Gates((), ())
-    flags = tuple(flag for flag in subject.flags if not found.sites or flag != HIDDEN)
-    shown = look_at_shown(subject.model, x)
-    return replace(subject, gates=found.words, sites=found.sites, shown=shown, flags=flags)
+    return replace(subject, gates=found.words, sites=found.sites, shown=look_at_shown(subject.model, x))
 
 
 def _call_factory(word: str, dataset: Dataset) -> nn.Module:

@@ -51,6 +51,8 @@ OTHERS = ("paper-formula", "smoothing-predict")
 #: The first versions that are believed; what an older one certified may be untrue.
 BELIEVED = {"certify-routes": 3, "certify-bounds": 3, "certify-smoothing": 2}
 METHODS = (*ROUTES, *DETERMINISTIC, *SMOOTHED, *OTHERS)
+#: With which probability a smoothed model's certificate may be wrong, where nothing else is asked for.
+FAILURE_PROBABILITY = 0.001
 
 
 class Certification(Spec):
@@ -226,7 +228,7 @@ def certified_shares(
     smoothed = tuple(
         (
             f"{method.replace('smoothing', 'smoothed')}, σ {one.result.params['sigma']:g}, "
-            f"{one.result.spec.threat_model}",
+            f"{one.result.spec.threat_model}{_may_fail(one.result.params)}",
             share.value,
         )
         for one in mine
@@ -234,6 +236,12 @@ def certified_shares(
         if method in SMOOTHED
     )
     return CertifiedShares(**shares, smoothed=smoothed)
+
+
+def _may_fail(params: Mapping[str, Any]) -> str:
+    """The failure probability of a smoothed model's certificates, where it is not the usual one."""
+    chance = float(params.get("failure_probability", FAILURE_PROBABILITY))
+    return "" if chance == FAILURE_PROBABILITY else f", wrong with probability {chance:g}"
 
 
 @dataclass(frozen=True)

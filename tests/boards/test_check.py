@@ -12,7 +12,7 @@ from bench.boards.check import Change, Comparison, Report, check, compared
 from bench.boards.check_formats import text
 from bench.errors import UnusableInput
 from bench.results.certificates import CERTIFICATE_COLUMNS, CertificateFolder, Certification
-from bench.results.flags import WEAKER
+from bench.results.flags import BY_CHANCE, HIDDEN_ROUTES, OUTSIDE_TORCH, WEAKER
 from bench.results.schema import VERDICT_COLUMNS, Accuracy, Result
 from bench.results.store import RunFolder, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel
@@ -26,7 +26,7 @@ def save(root: Path, pgd: str | None, clean: str | None = None, **fields: Any) -
     clean = clean or "1" * len(pgd or "")
     checkpoint, finished = fields.pop("checkpoint", "c"), fields.pop("finished", "2030-01-01T00:00:00Z")
     fingerprint, salt, word = fields.pop("fingerprint", "f" * 16), fields.pop("salt", 0), fields.pop("word", "")
-    flags = fields.pop("flags", ())
+    flags, model_flags = fields.pop("flags", ()), fields.pop("model_flags", ())
     rows = pd.DataFrame(
         [
             (i, f"{i + salt:016x}", 0, attack, "F", 0, 0, right == "1", right + mark == "11", *REST, STATUS[mark])
@@ -40,6 +40,7 @@ def save(root: Path, pgd: str | None, clean: str | None = None, **fields: Any) -
     spec = RunSpec(**{**given, "threat_model": ThreatModel(norm="Linf", eps=0.2), **fields})
     info = ModelInfo(name=spec.model, architecture="cnn", checkpoint_sha256=checkpoint * 64, word=word)
     provenance = {"environment": {}, "git_hash": None, "seconds": 1.0, "finished": finished, "flags": flags}
+    provenance |= {"model_flags": model_flags}
     result = Result.from_rows(spec, info, fingerprint, rows, **provenance)
     RunFolder(run_folder(root, spec, result.run)).finish(result, rows)
     return result
@@ -475,3 +476,36 @@ def test_noise_fails_at_most_five_percent_of_checks_and_a_real_drop_few_pass(cap
     assert noise <= 0.05
     assert missed_one < 0.5
     assert missed_all < 0.05
+
+
+@pytest.mark.parametrize(
+    ("flag", "fails"),
+    [
+        ("gradients masked: PGD breaks 15 of 32 in a ball that holds every image", False),
+        (BY_CHANCE, True),
+        (f"{HIDDEN_ROUTES}topk in block", True),
+        (f"{OUTSIDE_TORCH}values read by Python", True),
+    ],
+)
+def test_a_flag_that_the_baseline_has_not_is_told_once_and_fails_where_it_keeps_from_a_rank(
+    flag: str, fails: bool, old: Path, new: Path
+):
+    """Robust accuracy that rises behind masked gradients is no gain."""
+    for suite in ("pgd", "autoattack"):
+        save(old, "1" * 10 + "0" * 10, suite=suite, model_flags=("routes flip within the ball for 4% of images",))
+        own = ("routes flip within the ball for 9% of images", flag)
+        save(new, "1" * 10 + "0" * 10, suite=suite, model_flags=own)
+    report = check(old, new)
+    (told,) = report.unmeasured
+    assert (str(told), told.head, told.fails) == (f"all suites on moe-at: RA: {flag}", "new flag", fails)
+    assert report.failed == fails
+    assert f"new flag: all suites on moe-at: RA: {flag}" in " ".join(text(report).split())
+    assert check(old, new, strict=True).failed
+    assert check(new, new).unmeasured == []
+    assert check(new, old).unmeasured == []
+
+
+def test_a_flag_of_a_suite_names_it(old: Path, new: Path):
+    save(old, "1" * 10 + "0" * 10)
+    save(new, "1" * 10 + "0" * 10, flags=("square broke more than apgd",))
+    assert [str(one) for one in check(old, new).unmeasured] == ["pgd on moe-at: RA: square broke more than apgd"]

@@ -116,6 +116,13 @@ def test_only_the_exact_gates_are_certified(word: Any, linear_moe: Any):
         refused(certifier, moe, pixels(0.9, 0.1), f"MoE with gate '{word}', which is none of softmax and argmax")
 
 
+def test_one_expert_whose_probabilities_logarithm_is_given_is_refused(linear_moe: Any):
+    """No such mixture can be made, but one of two experts may be told later to take one."""
+    moe = linear_moe([[[1.0, 0.0], [0.0, 1.0]]] * 2, [[1, 0], [0, 1]], 2, "softmax", "probs")
+    moe.num_selected_experts = 1
+    refused(ClassBounds(), moe, pixels(0.9, 0.1), "MoE of one expert with combine 'probs'")
+
+
 def test_a_branch_that_works_in_place_is_certified_for_what_it_gives(linear_moe: Any, linear_net: Any):
     class Dimming(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -675,3 +675,15 @@ def test_retrained_model_and_other_pixels_never_resume_into_old_rows(run: Any, t
     assert retrained.clean_accuracy.value == 0
     assert len(read_runs(tmp_path / "results")) == 3
     assert len({retrained.fingerprint, moved.fingerprint}) == 2
+
+
+def test_as_many_images_are_looked_at_however_small_the_blocks(
+    score: Any, planted: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Else a run in blocks of two would have none of the flags that keep a model from a rank."""
+    probed, watched = list[int](), list[int]()
+    monkeypatch.setattr(examine, "probe", lambda _, x, *__, **___: probed.append(len(x)) or [])
+    monkeypatch.setattr(examine.Examiner, "_depends", lambda _, x: watched.append(len(x)) or [])
+    for size in (2, 24, 128):
+        score(planted.robust(), "clean", planted.data(64), batch_size=size)
+    assert (probed, watched) == ([32] * 3, [32] * 3)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,39 @@ def test_attributes_and_extra_state_tell_models_apart_and_addresses_do_not():
     assert weights_sha256(one) != weights_sha256(Extra(0.6, {"levels": [torch.zeros(2), 3]}))
     assert weights_sha256(one) != weights_sha256(Extra(0.5, {"levels": [torch.ones(2), 3]}))
     assert weights_sha256(Extra(0.5, object())) == weights_sha256(Extra(0.5, object()))
+
+
+def test_settings_in_containers_and_buffers_that_are_not_saved_tell_models_apart():
+    class Held(nn.Module):
+        def __init__(self, held: Any, buffer: float = 0.0) -> None:
+            super().__init__()
+            self.held = held
+            self.register_buffer("mask", torch.tensor([buffer]), persistent=False)
+
+    def settings(gain: float) -> list[Any]:
+        return [{"gain": gain}, [1, gain], SimpleNamespace(gain=gain), {"deep": [{"gain": gain}]}, lambda x: gain * x]
+
+    for one, same, other in zip(settings(1.0), settings(1.0), settings(2.0), strict=True):
+        assert weights_sha256(Held(one)) == weights_sha256(Held(same))
+        assert weights_sha256(Held(one)) != weights_sha256(Held(other))
+    assert weights_sha256(Held(0)) != weights_sha256(Held(0, 1.0))
+
+
+def test_alpha_is_left_out_of_a_dual_alone(planted: Any):
+    one, other = planted.dual(0.5), planted.dual(0.7)
+    assert weights_sha256(one) == weights_sha256(other)  # the run's spec has it
+    net, same = Net(), Net()
+    net.alpha, same.alpha = 0.5, 0.7  # type: ignore[assignment]
+    assert weights_sha256(net) != weights_sha256(same)
+
+
+def test_a_masked_class_makes_no_two_models_one(planted: Any):
+    def masked(scale: float) -> Identity:
+        keep = torch.tensor([True] * 9 + [False])
+        return identify(Net(lambda logits: (scale * logits).where(keep, torch.tensor(-1e9))), planted.data())
+
+    assert masked(1).same(masked(1))
+    assert not masked(1).same(replace(masked(1.01), weights=masked(1).weights))
 
 
 def test_rounding_is_no_other_model_and_another_answer_is(planted: Any, tmp_path: Path):

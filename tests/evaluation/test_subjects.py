@@ -168,11 +168,11 @@ def test_without_a_name_every_variant_with_a_checkpoint_is_meant(tmp_path: Path,
 # --- a user's own ----------------------------------------------------------------------------------------------------
 
 
-def test_plain_module_is_loaded_in_eval_mode_and_flagged(user_module: Any, digits: Dataset):
+def test_plain_module_is_loaded_in_eval_mode(user_module: Any, digits: Dataset):
     user_module("planted_plain", "def make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).train()")
     path = list(sys.path)
     subject = load("planted_plain:make", digits)
-    assert (subject.flags, subject.info.routing_visible) == (("routing not visible",), False)
+    assert (subject.flags, subject.info.routing_visible) == ((), False)
     assert subject.foreign
     assert (subject.info.name, subject.info.architecture) == ("planted_plain:make", "Sequential")
     assert (subject.info.num_experts, subject.info.alpha, subject.info.dataset) == (None, None, None)
@@ -231,13 +231,9 @@ def test_routing_is_visible_by_its_parts(user_module: Any, digits: Dataset):
     subject = load("planted_routed:dual", digits)
     assert (subject.flags, subject.info.num_experts, subject.info.alpha) == ((), 3, 0.6)
     subject = load("planted_routed:Own", digits)  # no `trace`; it has no rank without `adaptive` all the same
-    assert (subject.flags, subject.info.routing_visible, subject.info.num_experts) == (
-        ("routing not visible",),
-        False,
-        2,
-    )
+    assert (subject.flags, subject.info.routing_visible, subject.info.num_experts) == ((), False, 2)
     subject = load("planted_routed:half", digits)
-    assert (subject.flags, subject.info.num_experts) == (("routing not visible",), None)
+    assert (subject.flags, subject.info.num_experts) == ((), None)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.models.deployed import Dependence, dependence
+from bench.models.deployed import Dependence, dependence, same_logits
 from bench.models.moe import MoE
 
 FUNCTION = Dependence(chance=False, batch=False, state=False, in_place=False)
@@ -110,6 +110,42 @@ def test_what_a_model_depends_on_is_found_whatever_the_batch_size(change: Any, f
         assert random.getstate() == states[1]
         assert (np.random.get_state()[1] == states[2]).all()
         assert (seen.reasons == ()) == (found.keys() <= {"in_place"})
+
+
+def masked_last(z: Tensor) -> Tensor:
+    return torch.cat([z[:, :-1], torch.full_like(z[:, -1:], -1e9)], 1)
+
+
+def masked_but_two(z: Tensor) -> Tensor:
+    return z.masked_fill(z < z.topk(2).values[:, 1:], -1e9)
+
+
+@pytest.mark.parametrize("hides", [masked_last, masked_but_two, lambda z: z + 1e3, lambda z: z.log_softmax(1)])
+def test_logits_that_are_far_from_the_others_hide_neither_chance_nor_the_batch(hides: Callable[[Tensor], Tensor]):
+    """By the largest logit, 1e9, all others would be equal but for rounding."""
+    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    changes = {
+        "chance": lambda m, x, z: hides(numpy_noise(m, x, z)),
+        "batch": lambda m, x, z: hides(z - z.mean(0) / 10),
+        "": lambda m, x, z: hides(z),
+    }
+    for seen, change in changes.items():
+        torch.manual_seed(0)
+        assert dependence(Planted(change).eval(), x) == Dependence(
+            **{**vars(FUNCTION), **({seen: True} if seen else {})}
+        )
+
+
+def test_logits_are_the_same_but_for_rounding_of_what_may_win():
+    z = torch.tensor([[1.0, 3.0, -2.0, 0.0], [4.0, 2.0, 0.0, -1.0]])  # margins of 2, 3 and 4 from best to third
+    assert same_logits(z + 1.9e-4, z)  # 1e-4 of the median margin, which is 2, ten times: 3 to the third is less
+    assert not same_logits(z + 4e-4, z)
+    far = torch.cat([z, torch.full((2, 1), -1e9)], 1)
+    assert same_logits(far + torch.tensor([0, 0, 0, 0, 1e3]), far)  # what float32 may round there
+    assert not same_logits(far + torch.tensor([0, 0, 0, 1e-2, 0]), far)
+    assert not same_logits(far.masked_fill(far == 3, torch.inf), far)
+    assert same_logits(torch.zeros(2, 3), torch.zeros(2, 3))
+    assert same_logits(torch.full((2, 3), torch.nan), torch.full((2, 3), torch.nan))
 
 
 def test_batch_norm_in_training_mode_is_seen_and_in_eval_mode_is_not():

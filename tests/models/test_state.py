@@ -2,8 +2,12 @@
 
 import itertools
 import sys
+import threading
+from argparse import Namespace
 from collections.abc import Callable
-from types import ModuleType
+from functools import partial
+from queue import Queue
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +76,33 @@ def once(net: Net, x: Tensor) -> None:
             net.memory.append(image.detach().clone())
 
 
+class Slots:
+    """Without a dictionary."""
+
+    __slots__ = ("known",)
+
+    def __init__(self) -> None:
+        self.known: list[Tensor] = []
+
+
+def near(known: list[Tensor], x: Tensor) -> None:
+    """Remembers each image, and puts what it remembers in the place of an image that is near to it."""
+    for row, image in enumerate(x):
+        for other in known:
+            if float((image - other).abs().amax()) < 0.05:
+                x[row] = other
+                break
+        else:
+            known.append(image.detach().clone())
+
+
+class Opaque:
+    """Something whose insides nobody knows: they are in a closure of a library's."""
+
+    def __init__(self) -> None:
+        self.get = partial(Slots().__getattribute__, "known")
+
+
 def by_shape(net: Net, x: Tensor) -> None:
     net.table.setdefault(tuple(x.shape), torch.zeros(3))
 
@@ -98,6 +129,32 @@ def test_what_is_kept_between_passes_is_state_but_for_the_last_answer_and_what_a
     for model in (Net(does).eval(), Guarded(Net(does)).eval()):
         found = dependence(model, X)
         assert (found.state, found.chance, found.batch, found.gradients) == (state, False, False, False)
+
+
+@pytest.mark.parametrize("holder", [SimpleNamespace, Namespace, threading.local, Slots, Meter])
+def test_what_is_counted_in_whatever_holds_values_is_state(holder: Callable[[], Any]):
+    held = holder()
+    held.known = 0
+    net = Net(lambda net, x: setattr(held, "known", held.known + 1))
+    net.held = held  # type: ignore[assignment]
+    assert dependence(net.eval(), X).state
+
+
+def test_what_is_put_into_a_queue_or_an_array_of_bytes_is_state():
+    queue: Queue[float] = Queue()
+    assert dependence(Net(lambda net, x: queue.put(float(x.sum()))).eval(), X).state
+    memory = bytearray()
+    assert dependence(Net(lambda net, x: memory.extend(b"image")).eval(), X).state
+
+
+@pytest.mark.parametrize("holder", [SimpleNamespace, Slots, Opaque])
+def test_a_model_that_answers_for_an_image_as_for_its_neighbour_before_has_a_state(holder: Callable[[], Any]):
+    held: Any = holder()
+    if holder is SimpleNamespace:
+        held.known = []
+    net = Net(lambda net, x: near(net.held.get() if holder is Opaque else net.held.known, x))  # type: ignore
+    net.held = held
+    assert dependence(Guarded(net).eval(), X).state
 
 
 @pytest.mark.parametrize("asks", [lambda x: torch.is_grad_enabled(), lambda x: x.requires_grad])

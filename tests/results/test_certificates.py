@@ -169,6 +169,9 @@ def test_the_boards_columns_by_hand(tmp_path: Path):
     assert line["certified_accuracy"] == "75.00"
     assert line["route_stable"] == "50.00"
     assert "25.00 (smoothed, σ 0.25, L2 0.5)" in text
+    save(tmp_path, smoothed, "certify-smoothing", threat_model=l2, params={"sigma": 0.25, "failure_probability": 0.1})
+    text = views.csv(boards(tmp_path)[0])
+    assert "25.00 (smoothed, σ 0.25, L2 0.5, wrong with probability 0.1)" in text
     assert "certified, smoothed model" in views.markdown(board)
 
 
