@@ -76,7 +76,7 @@ class Benchmark:
 
 def benchmark(
     model: str | nn.Module,
-    dataset: str = "cifar10",
+    dataset: str = "digits",
     threat_model: str | None = None,
     eps: float | str | None = None,
     n_examples: int | None = None,
@@ -139,6 +139,7 @@ def benchmark(
     from bench.evaluation.subjects import foreign_subject
     from bench.models.checkpoints import ZOO
     from bench.progress import RunProgress
+    from bench.spec import build
     from bench.suites.base import open_suites
 
     if not isinstance(model, str | nn.Module):
@@ -148,18 +149,19 @@ def benchmark(
     if (x is None) != (y is None):
         raise UnusableInput("x and y are given together: the images, and the class of each")
     opened = open_dataset(dataset) if x is None else _own(x, y, model)
-    request = RunRequest(
-        suites=_words(suites),
-        dataset=opened.name,
-        models=(model,) if isinstance(model, str) else (model_name or type(model).__name__,),
-        norm=threat_model,
-        eps=None if eps is None else str(eps),
-        n_examples=n_examples,
-        seed=seed,
-        batch_size=batch_size,
-        settings=settings or {},
-        gates=_words(gates),
-    )
+    values: dict[str, Any] = {
+        "suites": _words(suites),
+        "dataset": opened.name,
+        "models": (model,) if isinstance(model, str) else (model_name or type(model).__name__,),
+        "norm": threat_model,
+        "eps": None if eps is None else str(eps),
+        "n_examples": n_examples,
+        "seed": seed,
+        "batch_size": batch_size,
+        "settings": settings or {},
+        "gates": _words(gates),
+    }
+    request = build(RunRequest, "benchmark()", values)
     where = torch_device(device)
     with ExitStack() as stack:
         if to_disk and results is None:
@@ -178,7 +180,7 @@ def benchmark(
         found: dict[str, Result] = {}
         frames: list[pd.DataFrame] = []
         bars = stack.enter_context(RunProgress())
-        bars.expect(len(jobs))
+        bars.expect([job.spec.suite for job in jobs])
         for job in jobs:
             bars.start(job.spec)
             result, reused = score(job, folder, where, bars.on_block, bars.on_attack)

@@ -1,7 +1,7 @@
 """What a person sees while a command works: bars on standard error, one line for what is done."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -99,16 +99,18 @@ class RunProgress(_Bar):
         super().__init__(TextColumn("{task.fields[blocks]}", markup=False))
         self._runs, self._number, self._counted = 0, 0, counted
         self._attack = self._found = ""
-        self._taken: list[float] = []  # seconds of each run that was computed
+        self._taken: dict[str, list[float]] = {}  # by suite, seconds of each run that was computed
+        self._coming: list[str] = []  # the suites of the runs after this one, as far as is known
         self._progress.below = self._below
 
-    def expect(self, runs: int) -> None:
-        """So many runs are still to come, as far as is known."""
-        self._runs = self._number + runs
+    def expect(self, suites: Sequence[str]) -> None:
+        """Runs of these suites are still to come, as far as is known."""
+        self._coming, self._runs = list(suites), self._number + len(suites)
 
     def start(self, spec: RunSpec) -> None:
         self._progress.start()
         self._number += 1
+        self._suite, self._coming = spec.suite, self._coming[1:]
         self._label = f"[{self._number}/{max(self._runs, self._number)}] {spec.suite} on {spec.model}"
         if spec.alpha is not None:
             self._label += f" (α {spec.alpha:g})"
@@ -147,16 +149,17 @@ class RunProgress(_Bar):
         words = [_clock(elapsed)]
         if self._ends is not None:
             left = max(0.0, self._ends - self._progress.get_time())
-            others = self._runs - self._number
-            mean = (sum(self._taken) + elapsed + left) / (len(self._taken) + 1)
             words.append(f"{_clock(left)} left")
-            words += [f"{_clock(left + others * mean)} left of all runs"] * (others > 0)
+            known = {**self._taken, self._suite: [*self._taken.get(self._suite, ()), elapsed + left]}
+            if self._coming and all(suite in known for suite in self._coming):  # one may take a thousand times another
+                others = sum(sum(known[suite]) / len(known[suite]) for suite in self._coming)
+                words.append(f"{_clock(left + others)} left of all runs")
         return ", ".join(words)
 
     def finish(self, result: Result, reused: bool = False) -> None:
         """Tell of a finished run; `reused`: it was finished before, and nothing was computed."""
         if not reused:
-            self._taken.append(result.seconds)
+            self._taken.setdefault(self._suite, []).append(result.seconds)
         accuracy = f"SA {result.clean_accuracy.value:.2%}"
         accuracy += f" RA {result.robust_accuracy.value:.2%}" if result.attacked else ""
         forwards = sum(counts["forwards"] for counts in result.passes.values())

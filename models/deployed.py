@@ -113,7 +113,9 @@ def validate_outputs(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UnusableInput(f"'{name}' cannot take {shape} images: {reason}") from None
     if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        if isinstance(logits, dict) and "logits" not in logits:
+            got += f" of {', '.join(map(repr, logits))} without 'logits'"
         raise UnusableInput(
             f"'{name}' gives {got} for {len(x)} images, where logits of {num_classes} classes are needed"
         )

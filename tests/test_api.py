@@ -145,3 +145,15 @@ def test_the_examples_in_docstrings_run(documented: Any, tmp_path: Path, monkeyp
 def test_what_the_package_offers_is_there_and_typed():
     assert all(hasattr(package, name) for name in package.__all__)
     assert (Path(package.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"seed": [0, 1]}, "seed: Input should be a valid integer"),
+        ({"n_examples": 20.5}, "n_examples: Input should be"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused_in_a_line(option: dict[str, Any], said: str):
+    with pytest.raises(UnusableInput, match=said):
+        api.benchmark("moe-at", **option)

@@ -440,6 +440,7 @@ BAD: list[tuple[str, str]] = [
     ("run --model nowhere:make", "--model 'nowhere:make' cannot be made: ModuleNotFoundError"),
     ("leaderboard --format robustbench", "there is no results folder 'results': make it with: bench run --results"),
     ("leaderboard", "there is no results folder 'results': make it with: bench run --results results"),
+    (f"leaderboard --results {__file__}", "is a file: name a folder of results"),
     ("check --baseline nowhere", "there is no results folder 'nowhere'"),
     ("check --baseline nowhere --alpha 2", "--alpha 2.0 is not in (0, 1)"),
 ]

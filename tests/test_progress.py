@@ -40,7 +40,7 @@ RESULT = Result(
 
 def test_a_run_leaves_one_line_where_nobody_watches(capsys: pytest.CaptureFixture[str]):
     with RunProgress() as progress:
-        progress.expect(2)
+        progress.expect(["torchattacks:CW"] * 2)
         progress.start(SPEC)
         progress.on_block(0, 3, 0)
         (task,) = progress._progress.tasks
@@ -81,7 +81,7 @@ def test_the_attack_under_way_and_the_time_for_all_runs_are_told():
     clock = 0.0
     with RunProgress() as progress:
         progress._progress.get_time = lambda: clock
-        progress.expect(3)
+        progress.expect(["torchattacks:CW"] * 3)
         progress.start(SPEC)
         progress.on_block(0, 4, 0)
         progress.on_attack("paths", 60, 60)
@@ -100,6 +100,23 @@ def test_the_attack_under_way_and_the_time_for_all_runs_are_told():
         clock += 50
         progress.on_block(1, 4, 0)
         assert "0:50, 2:30 left, 10:50 left of all runs" in progress._below()  # 150 s, and (800 + 200) / 2 s
+
+
+def test_no_time_for_all_runs_is_told_before_each_suite_was_seen():
+    """One suite may take a thousand times another."""
+    clock = 0.0
+    with RunProgress() as progress:
+        progress._progress.get_time = lambda: clock
+        progress.expect(["pgd", "autoattack", "pgd", "autoattack"])
+        for suite, seconds in (("pgd", 1.0), ("autoattack", 100.0)):
+            progress.start(SPEC.model_copy(update={"suite": suite}))
+            progress.on_block(0, 2, 0)
+            clock += seconds / 2
+            progress.on_block(1, 2, 0)
+            told = progress._below()
+            progress.finish(RESULT.model_copy(update={"seconds": seconds}))
+            assert ("left of all runs" in told) == (suite == "autoattack")
+        assert "0:50 left, 2:31 left of all runs" in told  # 50 s, 1 s and 100 s
 
 
 @pytest.mark.parametrize(("rank", "seen"), [("0", True), ("1", False)])

@@ -52,6 +52,10 @@ class Scores:
     components: Mapping[str, Accuracy]
 
 
+#: How a row's name tells its weights from others'.
+CHECKPOINT = "checkpoint"
+
+
 @dataclass(frozen=True)
 class Lack:
     """Why a row has no rank, and the suite that has to be run for one; None: no suite helps."""
@@ -212,11 +216,14 @@ def _ranked(table: list[Row], certificates: Sequence[Certificates]) -> list[Row]
 
 
 def _apart(row: Row, namesakes: Sequence[Row]) -> str:
-    """What tells a row from those of its table that have the same name: how it mixes, else its weights."""
-    if len(namesakes) == 1:
-        return ""
-    mixed = len({other.combine for other in namesakes}) == len(namesakes)
-    return f"combine {row.combine}" if mixed else f"checkpoint {row.info.checkpoint_sha256[:8]}"
+    """What tells a row from those of its table that have the same name: what of these is not the same in all."""
+
+    def words(one: Row) -> tuple[str, ...]:
+        gates = f"gates {', '.join(one.spec.gates)}" if one.spec.gates else "no gates named"
+        return f"combine {one.combine}", gates, f"{CHECKPOINT} {one.info.checkpoint_sha256[:8]}"
+
+    columns = zip(*map(words, namesakes), strict=True)
+    return ", ".join(own for own, column in zip(words(row), columns, strict=True) if len(set(column)) > 1)
 
 
 def _subject(run: Run) -> str:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from tabulate import MIN_PADDING, tabulate
 
 from bench.boards.columns import MAIN, ROUTED, Column, chosen, columns, percent, record, span
-from bench.boards.rows import Board, Row, grouped
+from bench.boards.rows import CHECKPOINT, Board, Row, grouped
 from bench.results.store import Run
 from bench.spec import RunSpec
 
@@ -250,6 +250,8 @@ def constants(table: Sequence[Row], shown: Sequence[Column]) -> tuple[list[tuple
 def lacking(table: Sequence[Row], results: Path | None = None, together: bool = False) -> list[tuple[str, str, str]]:
     """Of each row without a rank its model, what it lacks in words, and the command that supplies that, if one does.
 
+    None is named where several checkpoints have the model's name: the command would attack the one that it means now.
+
     `together`: rows that one command supplies share a note. The command names the folder `results`, but not in files,
     which are the same wherever the results lie.
     """
@@ -258,7 +260,10 @@ def lacking(table: Sequence[Row], results: Path | None = None, together: bool = 
         named = [lack.suite for lack in row.lacks if lack.suite]
         suites = ",".join(named) if len(named) == len(row.lacks) else ""  # a command that gives no rank misleads
         update = {"suite": suites, "suite_params": {}, "warm_start": False, "seed": 0, "model": ""}
-        return "; ".join(lack.why for lack in row.lacks), row.spec.model_copy(update=update) if suites else None
+        why = "; ".join(lack.why for lack in row.lacks)
+        if suites and CHECKPOINT in row.apart:
+            return f"{why}: run {suites.replace(',', ' and ')} on this checkpoint", None
+        return why, row.spec.model_copy(update=update) if suites else None
 
     unranked = [row for row in table if row.lacks]
     alike = list(grouped(unranked, missing).values()) if together else [[row] for row in unranked]

@@ -280,6 +280,7 @@ def doctor(
         findings = list(examine(data_root, folders))
     width = max(len(what) for what, _, _ in findings)
     for what, found, fine in findings:
-        print(f"{what:<{width}}  {found}{'' if fine else '  ← missing'}")
+        line, screen = f"{what:<{width}}  {found}{'' if fine else '  ← missing'}", terminal_width()
+        print(textwrap.fill(line, screen, subsequent_indent=" " * (width + 2)) if screen else line)
     if not all(fine for *_, fine in findings):
         raise typer.Exit(FAILED)

@@ -178,7 +178,7 @@ def _work_off(plan: "Plan[Any]", score: Callable[[Any, "RunProgress"], Any], cou
         left_out = [name for name in plan.methods if name not in {job.spec.suite for job in jobs}]
         if plan.request.named and left_out:
             note(f"{model} has no routes: {', '.join(left_out)} is left out")
-        progress.expect(len(jobs) + plan.expected(still))
+        progress.expect([*(job.spec.suite for job in jobs), *still * list(plan.methods)])
         for job in jobs:
             progress.start(job.spec)
             result = score(job, progress)

@@ -92,7 +92,7 @@ def diagnose(plan: Plan[Suite], model: str, device: str) -> Diagnosis:
             _model(job, network),
             _input(job),
             *_outputs(network, logits, job),
-            *_accuracy(network, x, y, logits, job.num_classes),
+            *_accuracy(network, x, y, logits, job),
             *_depends(examiner.found),
             _routes(network, gates, paths, hidden, unforced, declared_none=job.spec.gates == (NONE,)),
             *_gradients(network, x, y, job),
@@ -108,7 +108,7 @@ def _model(job: Job[Suite], network: nn.Module) -> Finding:
     info = job.subject.info
     count = sum(parameter.numel() for parameter in network.parameters())
     made = f", {info.trained}" if info.trained else ""
-    return Finding("model", f"{info.architecture}, {count:,} parameters{made}")
+    return Finding("model", f"{info.name}: {info.architecture}, {count:,} parameters{made}")
 
 
 def _input(job: Job[Suite]) -> Finding:
@@ -135,7 +135,7 @@ def _outputs(network: nn.Module, logits: Tensor, job: Job[Suite]) -> Iterator[Fi
         )
 
 
-def _accuracy(network: nn.Module, x: Tensor, y: Tensor, logits: Tensor, num_classes: int) -> Iterator[Finding]:
+def _accuracy(network: nn.Module, x: Tensor, y: Tensor, logits: Tensor, job: Job[Suite]) -> Iterator[Finding]:
     """The accuracy, and whether it is better on images of another scale: the normalisation belongs into the model."""
     found = float((logits.argmax(1) == y).float().mean())
     yield Finding("accuracy", f"{found:.1%} of {len(y)} clean images")
@@ -143,11 +143,11 @@ def _accuracy(network: nn.Module, x: Tensor, y: Tensor, logits: Tensor, num_clas
         return
     if better := better_scale(network, x, y, found):
         yield Finding("normalisation", better, "put it in front, inside the module: pixels in [0, 1] in, logits out")
-    elif by_chance(found, len(y), num_classes):
+    elif by_chance(found, len(y), job.num_classes):
         yield Finding(
             "accuracy",
-            f"no better than chance, which is {1 / num_classes:.1%}",
-            "look at the weights, and at the order of the classes, which has to be the data set's",
+            f"no better than chance, which is {1 / job.num_classes:.1%}",
+            f"look at the weights, and at the order of the classes, which has to be that of {job.spec.dataset}",
         )
 
 

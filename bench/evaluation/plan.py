@@ -109,10 +109,6 @@ class Plan(Generic[M]):
             return True
         return self.request.named and (subject.foreign or len(self.methods) == 1)
 
-    def expected(self, models: int) -> int:
-        """How many runs so many models are, if none has an α to be swept over."""
-        return models * len(self.methods)
-
     def has_dual(self) -> bool:
         """Whether any of the models has an α; one that cannot be loaded may have one."""
         for model in self.models:

@@ -67,9 +67,10 @@ def replay(
     _, at, part = spec.model.partition("@")  # a baseline is made of the same file
     if found != asked or subject.info.name.partition("@")[2] != part:
         what = "identity" if subject.foreign else "SHA-256"
+        named = "what makes it with --model" if subject.foreign else f"its file with --model FILE{at}{part}"
         raise UnusableInput(
             f"'{model or spec.model}' ({what} {found[:12]}) is not the model of {run} ({what} {asked[:12]}): name"
-            f" its file with --model FILE{at}{part}"
+            f" {named}"
         )
     if spec.alpha is not None:
         set_alpha(subject.model, spec.alpha)

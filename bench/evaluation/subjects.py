@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bench.datasets.base import Dataset
-from bench.errors import UnusableInput, users_code
+from bench.errors import UnusableInput, did_you_mean, users_code
 from bench.job import Subject
 from bench.models.checkpoints import available, checkpoint_path, find_checkpoint, load_checkpoint
 from bench.models.choices import plain
@@ -134,6 +134,10 @@ def _call_factory(word: str, dataset: Dataset) -> nn.Module:
     try:
         with seeded(0), settings_kept():
             module = importlib.import_module(module_name)
+            if not hasattr(module, attribute):
+                hint = did_you_mean(attribute, [name for name in vars(module) if not name.startswith("_")])
+                near = f": {hint}" if hint.endswith("?") else ""
+                raise AttributeError(f"module '{module_name}' has no attribute '{attribute}'{near}")
             made = getattr(module, attribute)
             model = made if isinstance(made, nn.Module) else made()
     finally:

@@ -288,6 +288,8 @@ def read_runs(root: Path) -> list[Run]:
     What is under way has no `result.json` and is passed over; so are certificates, which are no runs of a suite. Rows
     are read, and checked, when they are asked for: of many large runs they do not fit into memory together.
     """
+    if root.exists() and not root.is_dir():
+        raise UnusableInput(f"'{root}' is a file: name a folder of results")
     if not root.is_dir():
         raise UnusableInput(f"there is no results folder '{root}': make it with: bench run --results {root}")
     folders = finished_folders(root)

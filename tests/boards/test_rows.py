@@ -400,6 +400,8 @@ def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path: Path):
         save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": marks}, info={"checkpoint_sha256": 64 * weights})
     for combine in ("logits", "probs"):
         save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1100"}, combine=combine, model="other")
+    for gates in ((), ("none",), ("a.gate", "b.gate")):
+        save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1100"}, gates=gates, model="gated")
     save(tmp_path, "autoattack", {"clean": "1111", "apgd-ce": "1000"}, model="alone")
     (board,) = boards(tmp_path)
     names = [row.name for row in board.rows]
@@ -407,6 +409,9 @@ def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path: Path):
         "alone",
         "dense-at (checkpoint aaaaaaaa)",
         "dense-at (checkpoint bbbbbbbb)",
+        "gated (gates a.gate, b.gate)",
+        "gated (gates none)",
+        "gated (no gates named)",
         "other (combine logits)",
         "other (combine probs)",
     ]

@@ -137,10 +137,13 @@ def test_a_command_that_gives_no_rank_is_not_offered(tmp_path: Path):
     assert "bench run" not in text
 
 
-def test_two_of_one_name_are_named_once_in_the_command(tmp_path: Path):
-    for sha in ("1", "2"):
-        save(tmp_path, "pgd", "11110000", info={"checkpoint_sha256": sha * 64})
+def test_of_two_checkpoints_of_one_name_no_command_is_told_which_would_attack_one_alone(tmp_path: Path):
+    save(tmp_path, "pgd", "11110000")
     assert " --model dense-at --n-examples" in views.terminal(boards(tmp_path)[0])
+    save(tmp_path, "pgd", "11110000", info={"checkpoint_sha256": "1" * 64})
+    text = " ".join(views.terminal(boards(tmp_path)[0]).split())
+    assert "--model" not in text
+    assert text.count("parameters: run autoattack on this checkpoint") == 1
 
 
 def test_the_headline_is_of_the_first_table_and_claims_no_more_than_there_is(tmp_path: Path):

@@ -269,7 +269,7 @@ def test_logits_that_are_not_finite_in_a_later_block_are_errors(run: Any):
         (lambda x: x.flatten(1) @ torch.ones(5, 2), "'m' cannot take 1×1×2 images: RuntimeError: mat1 and mat2"),
         (lambda x: torch.zeros(len(x), 3), r"'m' gives shape \(2, 3\) for 2 images, where logits of 2 classes"),
         (lambda x: torch.zeros(2), r"'m' gives shape \(2,\) for 2 images"),
-        (lambda x: {"logits": x}, "'m' gives dict for 2 images"),
+        (lambda x: {"y": x}, "'m' gives a dict of 'y' without 'logits' for 2 images"),
     ],
 )
 def test_model_for_other_images_or_classes_is_refused(forward: Any, message: str, run: Any):

@@ -239,7 +239,7 @@ def test_routing_is_visible_by_its_parts(user_module: Any, digits: Dataset):
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
-        ("planted_bad:absent", "AttributeError: module 'planted_bad' has no attribute 'absent'"),
+        ("planted_bad:absent", "AttributeError: module 'planted_bad' has no attribute 'absent': did you mean 'wants'?"),
         ("planted_nowhere:make", "ModuleNotFoundError: No module named 'planted_nowhere'"),
         ("planted_bad:raises", "RuntimeError: first second"),
         ("planted_bad:wants", "TypeError: wants() missing 1 required positional argument: 'x'"),
