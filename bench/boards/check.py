@@ -204,6 +204,8 @@ def check(
     changes: list[Change] = []
     unmeasured: list[Unmeasured] = []
     warnings: list[str] = []
+    if baseline_root.resolve() == results_root.resolve():
+        warnings.append("the baseline and the results are one folder: nothing can differ")
     for key, after in results.items():
         changes += _of_runs(baseline[key], after, images, unmeasured)
         warnings += [f"{after}: {flag}" for flag in after.result.flags if flag.startswith(WEAKER)]

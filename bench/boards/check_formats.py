@@ -1,6 +1,7 @@
 """The report of the regression check: as text, JSON, JUnit, markdown, and annotations of GitHub Actions. No torch."""
 
 import json
+import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -11,26 +12,33 @@ from bench.boards.check import Comparison, Report, Unmeasured, said
 
 _VERDICTS = {"ok": "ok", "regression": "REGRESSION", "drop": "drop?", "gain": "GAIN"}
 _HEADS = {"regression": "regression", "drop": "not significant", "gain": "gain"}
-#: No line of the table is longer; the texts of these columns are broken into lines where they have to be.
+#: No line of the table is longer in a file; the texts of these columns are broken into lines where they have to be.
 _WIDTH, _BROKEN = 99, ("model", "suite")
 
 
-def text(report: Report) -> str:
-    """A table in percent, under 100 columns wide, and a line for whatever in it is not simply ok."""
+def text(report: Report, width: int | None = None) -> str:
+    """A table in percent, under 100 columns wide, and a line for whatever in it is not simply ok.
+
+    width: of the terminal, if it is one, to which both are fitted.
+    """
     table = _table(report)
-    widths = _widths(table) if table else None
+    if width and width < _WIDTH:  # which weights they are is the least of what a narrow one has to tell
+        table = [{key: cell for key, cell in row.items() if key != "weights"} for row in table]
+    widths = _widths(table, min(width or _WIDTH, _WIDTH)) if table else None
     shown = tabulate(table, headers="keys", tablefmt="simple", disable_numparse=True, maxcolwidths=widths)
-    return "\n".join([shown, *(f"{head}: {line}" for head, line, _ in _lines(report))]) + "\n"
+    lines = [f"{head}: {line}" for head, line, _ in _lines(report)]
+    lines = [textwrap.fill(line, width, subsequent_indent="  ") for line in lines] if width else lines
+    return "\n".join([*(line.rstrip() for line in shown.splitlines()), *lines]) + "\n"
 
 
-def _widths(table: list[dict[str, str]]) -> list[int | None]:
+def _widths(table: list[dict[str, str]], most: int) -> list[int | None]:
     """Of each column the most characters of a line; None: as many as it needs."""
     needs = {key: max(len(key) + MIN_PADDING, *(len(row[key]) for row in table)) for key in table[0]}
-    room = _WIDTH - sum(need for key, need in needs.items() if key not in _BROKEN) - 2 * (len(needs) - 1)
+    room = most - sum(need for key, need in needs.items() if key not in _BROKEN) - 2 * (len(needs) - 1)
     first, second = (needs[key] for key in _BROKEN)
     if first + second > room:
-        first = min(first, max(room - second, room - 12, room // 2))
-        second = min(second, room - first)
+        first = max(1, min(first, max(room - second, room - 12, room // 2)))
+        second = max(1, min(second, room - first))
     widths = dict(zip(_BROKEN, (first, second), strict=True))
     return [widths.get(key) for key in table[0]]
 

@@ -39,7 +39,10 @@ def terminal(result: Certification, rows: pd.DataFrame, width: int | None = None
     shown = [at for at in range(len(headers)) if at < 3 or any(row[at] != "–" for row in body)]
     cells = [[row[at] for at in shown] for row in body]
     text = tabulate(cells, headers=[headers[at] for at in shown], tablefmt="simple", disable_numparse=True)
-    reasons = dict.fromkeys(row[-1] for row in body if row[-1] != "–")
+    unknown = {row[0] for row in body if "not_supported" in row[3]}
+    reasons = dict.fromkeys(
+        f"{row[0]}: {'not supported: ' if row[0] in unknown else ''}{row[-1]}" for row in body if row[-1] != "–"
+    )
     said = [textwrap.fill(reason, width or 10**6, subsequent_indent="  ") for reason in (*reasons, _NOTE)]
     below = "\n".join(said)
     return f"{_title(result)}\n\n{text}\n\n{below}\n{_by_radius(rows, result.spec.threat_model, 'simple')}"

@@ -240,10 +240,11 @@ def check(
 ) -> None:
     """Compare results with a baseline, example by example; exit status 1 on a regression."""
     from bench.boards.check import check as compare
-    from bench.boards.check_formats import FORMATS
+    from bench.boards.check_formats import FORMATS, text
 
     report = compare(baseline, results, max_drop, alpha, strict)
-    print(FORMATS[report_format](report))
+    in_text = report_format is CheckFormat.text
+    print(text(report, terminal_width()) if in_text else FORMATS[report_format](report))
     if report.failed:
         raise typer.Exit(FAILED)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from enum import StrEnum
@@ -221,22 +222,26 @@ def _table(results: "Sequence[Result]") -> str:
             "SA %": f"{result.clean_accuracy.value:.2%}".rstrip("%"),
             "RA % [95 %]": accuracy if result.attacked or not result.clean_accuracy.value else "–",
         })  # fmt: skip
-    tables = [tabulate(rows, headers="keys", disable_numparse=True)]
+    width = terminal_width()
+    others = [max(map(len, (f"{key}  ", *(str(row[key]) for row in rows)))) + 2 for key in rows[0] if key != "model"]
+    room = [None if width is None else max(12, width - sum(others)), *[None] * len(others)]
+    tables = [tabulate(rows, headers="keys", disable_numparse=True, maxcolwidths=room)]
     flags = dict.fromkeys(f"{r.spec.model}: {flag}" for r in results for flag in r.model_flags)
     flags |= dict.fromkeys(f"{r.spec.suite} on {r.spec.model}: {flag}" for r in results for flag in r.suite_flags)
-    tables += ["\n".join(flags)] * bool(flags)
+    lines = [textwrap.fill(flag, width, subsequent_indent="  ") if width else flag for flag in flags]
+    tables += ["\n".join(lines)] * bool(flags)
     for result in results:
         if result.components:
-            lines = [
+            parts = [
                 [name, f"{100 * rate.value:.2f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"]
                 for name, rate in result.components.items()
             ]
             for name, use in result.gates.items():
                 load = "/".join(f"{100 * share:.0f}" for share in use.load)
-                lines.append([f"{name} load", f"{load} (entropy {use.entropy:.2f} of {math.log(len(use.load)):.2f})"])
-                lines.append([f"{name} route-flip rate", f"{100 * use.flipped:.2f}"])
+                parts.append([f"{name} load", f"{load} (entropy {use.entropy:.2f} of {math.log(len(use.load)):.2f})"])
+                parts.append([f"{name} route-flip rate", f"{100 * use.flipped:.2f}"])
             headers = [f"{result.spec.model}: {result.spec.suite}", "% [95 %]"]
-            tables.append(tabulate(lines, headers=headers, disable_numparse=True))
+            tables.append(tabulate(parts, headers=headers, disable_numparse=True))
     return "\n\n".join(tables)
 
 

@@ -509,3 +509,18 @@ def test_a_flag_of_a_suite_names_it(old: Path, new: Path):
     save(old, "1" * 10 + "0" * 10)
     save(new, "1" * 10 + "0" * 10, flags=("square broke more than apgd",))
     assert [str(one) for one in check(old, new).unmeasured] == ["pgd on moe-at: RA: square broke more than apgd"]
+
+
+def test_a_folder_that_is_its_own_baseline_is_told(old: Path):
+    save(old, "1" * 20)
+    assert check(old, old / ".." / "old").warnings == [
+        "the baseline and the results are one folder: nothing can differ"
+    ]
+    assert not check(old, old).failed
+
+
+def test_the_text_is_fitted_to_a_terminal(old: Path, new: Path):
+    save(old, "1" * 40, model="a.long.name.of.a:model", flags=())
+    save(new, "1" * 20 + "0" * 20, model="a.long.name.of.a:model", flags=("square broke more than apgd",))
+    assert max(map(len, text(check(old, new)).splitlines())) > 100
+    assert max(map(len, text(check(old, new), 80).splitlines())) <= 80

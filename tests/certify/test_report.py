@@ -75,7 +75,7 @@ def test_a_terminal_gets_the_same_without_markup_and_the_reasons_below():
     assert lines[4].split(maxsplit=3) == ["union", "0.2", "40.00", "certified 3, not_certified 2  1: 3, 2: 2"]
     nothing = rows("network", RADII, RIGHT, status="not_applicable")
     lines = terminal(certification(nothing), nothing, 60).splitlines()
-    assert lines[6] == "a | b"
+    assert lines[6] == "network: a | b"
     assert lines[2].split()[-1] == "rows"
     assert max(map(len, lines[5:])) <= 60
 
