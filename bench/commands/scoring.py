@@ -40,6 +40,7 @@ from bench.commands.options import (
 )
 from bench.console import note, say
 from bench.errors import UnusableInput
+from bench.spec import NOT_FORCED
 
 if TYPE_CHECKING:
     from bench.certify.base import Certifier
@@ -60,6 +61,9 @@ class CertifyMethod(StrEnum):
 
 
 #: Why a suite had nothing to attack on a model that gets images right, and what to do.
+_UNFORCED = (
+    "its gates are not read as it shows them: name them, such as --gates 'blocks.*.gate' (docs/your-own-model.md)"
+)
 _IDLE = "it shows no router with experts, and no gates are named (docs/your-own-model.md); show them, or run autoattack"
 
 
@@ -148,7 +152,8 @@ def run(
     attackable = [r for r in queue.done if r.clean_accuracy.value > 0 and r.spec.suite != "clean" and not r.errors]
     idle = [result for result in attackable if not result.attacked]
     for result in idle if request.models else ():  # of all that are there, some have no routes
-        say(f"error: {result.spec.suite} on {result.spec.model} attacked nothing: {_IDLE}")
+        why = _UNFORCED if any(NOT_FORCED in flag for flag in result.suite_flags) else _IDLE
+        say(f"error: {result.spec.suite} on {result.spec.model} attacked nothing: {why}")
     if failed and not queue.status:
         raise typer.Exit(FAILED)
     if queue.status or (idle and request.models):

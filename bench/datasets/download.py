@@ -21,7 +21,8 @@ def archive_folder(root: Path, folder: str, url: str, md5: str) -> Path:
     """
     if not root.is_dir():
         raise UnusableInput(
-            f"data root {root} is not a folder: create it to download {folder} there, or pass --data-root DIR"
+            f"data root {root} is not a folder: create it to download {folder} there, pass --data-root DIR, or set"
+            " BENCH_DATA_ROOT to one"
         )
     path = root / folder
     if not path.exists():
