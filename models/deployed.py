@@ -130,7 +130,7 @@ _NEAR = 0.01
 #: Times that it asks for the same batch.
 _ASKED = 4
 #: What rounding may change of an image's logits from batch to batch: so much of how far its logits lie apart
-#: (`_scale`), and of each logit sixteen of float32's ε.
+#: (`spread`), and of each logit sixteen of float32's ε.
 ROUNDING, _OF_FLOAT32 = 1e-4, 2e-6
 #: A margin's times that its logits are taken to lie apart at most, where others are masked.
 _MARGINS = 10
@@ -236,20 +236,21 @@ def _equal_with_gradients(model: nn.Module, images: Tensor, logits: Tensor) -> b
 
 
 def same_logits(a: Tensor, b: Tensor, share: float = ROUNDING, each: float = _OF_FLOAT32) -> bool:
-    """Whether two batches of logits (m, C) differ by rounding alone: by `share` of `_scale`, and `each` of each one."""
+    """Whether two batches of logits (m, C) differ by rounding alone: by `share` of `spread`, and `each` of each one."""
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite):
         return False
     a, b = a.double(), b.double()
-    allowed = share * _scale(b) + each * b.abs()
+    allowed = share * spread(b) + each * b.abs()
     return bool(((a - b).abs() <= allowed)[finite].all())
 
 
-def _scale(logits: Tensor) -> float:
+def spread(logits: Tensor) -> float:
     """How far logits (m, C) that may win lie apart, of most images, whatever is added to all or masks the others.
 
     A class that is masked by −1e9 says nothing of how the others are rounded: by the largest logit any two would agree.
     """
+    logits = logits.detach()
     finite = logits[logits.isfinite()]
     if not finite.numel():
         return 0.0

@@ -15,10 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.models.deployed import spread
 from bench.models.foreign import Guarded
 from bench.models.sites import Site, intercepted, opened, read
 
-#: How far logits may differ from rounding, as a share of the largest one.
+#: How far logits may differ from rounding, as a share of how far they lie apart.
 ROUNDING = 1e-5
 #: Where a bias decides, the scores are spread so many times as widely, and the place of a jump is halved so often.
 SPREADS, _HALVED = (1.0, 12.0), 10
@@ -37,7 +38,7 @@ class Exchanges:
         self.guard, self.site, self.x = guard, site, x
         self.others = [other for other in sites if other is not site and not other.whole]
         self.order: Tensor | None = None
-        self.largest = 1e-12  # of all logits so far
+        self.widest = 1e-12  # how far the logits of an answer so far lie apart
         self.far = 0.8 / (site.num_experts - 1)
 
     def _ranked(self, rank: int, apart: float, spread: float, scores: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class Exchanges:
     def _answer(self, change: Callable[[Tensor], Tensor]) -> Tensor:
         drawn = [(other, partial(_drawn, seed=1 + number)) for number, other in enumerate(self.others)]
         found = _answer(self.guard, self.x, [(self.site, change), *drawn])
-        self.largest = max(self.largest, float(found.abs().max()))
+        self.widest = max(self.widest, spread(found))
         return found
 
     def _at(self, rank: int, apart: float, spread: float = 1.0) -> Tensor:
@@ -64,8 +65,8 @@ class Exchanges:
         return self._share(self._at(rank, apart), self._at(rank, -apart))
 
     def _share(self, first: Tensor, second: Tensor) -> float:
-        """Of the largest logit."""
-        return float((first - second).abs().max()) / self.largest
+        """Of how far logits lie apart."""
+        return float((first - second).abs().max()) / self.widest
 
     def effects(self) -> dict[int, float]:
         """The change by each rank's exchange with the next."""
@@ -209,4 +210,4 @@ def _answer(guard: Guarded, x: Tensor, changes: Sequence[tuple[Site, Callable[[T
         for site, change in changes:
             stack.enter_context(intercepted(site, change))
         logits = guard(x).nan_to_num(0.0)
-    return logits - logits.mean(1, keepdim=True)  # which a score may be added to
+    return logits - logits.median(1, keepdim=True).values  # a score may be added to all; one may be masked by −1e9

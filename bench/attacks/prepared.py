@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-#: How far the prepared model's logits may be from the original's, relative to the largest.
+from bench.models.deployed import same_logits
+
+#: How far the prepared model's logits may be from the original's, relative to how far these lie apart.
 TOLERANCE = 1e-5
 #: The same on images that an attack made, among which an MoE's may lie so near a tie that rounding decides the route;
 #: and the least share of images that must have the same gradient.
@@ -60,7 +62,7 @@ def faithful(ready: nn.Module, model: nn.Module, x: Tensor, tolerance: float = U
     """Whether a copy gives the model's logits on the images x (B, c, H, W), and the gradients of them.
 
     A class may say itself how it is copied, and a model may know that it is a copy: what it then hides from attacks
-    must not be hidden from the verdict. The tolerance is relative to the largest logit. A kink of the network, on which
+    must not be hidden from the verdict. The tolerance is that of `same_logits`. A kink of the network, on which
     rounding decides, may give a few images another gradient.
     """
     try:
@@ -70,8 +72,7 @@ def faithful(ready: nn.Module, model: nn.Module, x: Tensor, tolerance: float = U
         return False
     logits, other = (torch.cat(parts) for parts in zip(*halves, strict=True))
     same = (other - slope).norm(dim=1) <= 0.01 * slope.norm(dim=1)
-    close = (logits - expected).abs() <= tolerance * expected.abs().max()
-    return bool(close.all()) and float(same.float().mean()) >= SAME_GRADIENTS
+    return same_logits(logits, expected, tolerance) and float(same.float().mean()) >= SAME_GRADIENTS
 
 
 def _answer(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

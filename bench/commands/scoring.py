@@ -40,7 +40,6 @@ from bench.commands.options import (
 )
 from bench.console import note, say
 from bench.errors import UnusableInput
-from bench.spec import NOT_FORCED
 
 if TYPE_CHECKING:
     from bench.certify.base import Certifier
@@ -105,6 +104,7 @@ def run(
         from bench.evaluation.plan import RunRequest, plan
         from bench.models.checkpoints import ZOO
         from bench.results.store import ensure_writable, run_folder
+        from bench.spec import NOT_FORCED
         from bench.suites.base import DEFAULT_SUITES
 
         request = RunRequest(

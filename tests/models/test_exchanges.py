@@ -52,6 +52,20 @@ def of_the_best_group(scores: Tensor) -> Tensor:
     return p * selected(p.masked_fill(~group.repeat_interleave(2, -1), 0.0), 1)
 
 
+class Masked(Layers):
+    """With a class that is never given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).masked_fill(torch.arange(10) == 3, -1e9)
+
+
+def test_a_masked_class_hides_no_jump():
+    torch.manual_seed(0)
+    for k in (1, 2):
+        (site,) = find_gates(Masked(lambda scores, k=k: hot(scores, k), 1).eval(), ["gates.*"], X).sites
+        assert site.k == k
+
+
 @pytest.mark.parametrize("depth", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "weigh",
