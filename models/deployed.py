@@ -256,11 +256,12 @@ def spread(logits: Tensor) -> float:
         return 0.0
     widths = [float(finite.abs().amax())]
     best = logits.nan_to_num(-torch.inf, -torch.inf, -torch.inf).sort(1, descending=True).values
-    for number, times in ((logits.shape[1] // 2, 1), (1, _MARGINS), (2, _MARGINS)):
+    most = logits.shape[1] - 1
+    for number, times in ((max(most // 2, min(2, most)), 1), (1, _MARGINS), (2, _MARGINS)):
         behind = best[:, :1] - best[:, number : number + 1]
         if (known := behind[behind.isfinite()]).numel() and (width := float(known.median())) > 0:
             widths.append(times * width)
-            if number == 1:  # a class that is there twice leaves no margin
+            if times > 1:  # a class that is there twice leaves no margin
                 break
     return min(widths)
 

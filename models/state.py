@@ -47,8 +47,11 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
         yield from _beside(value)
     elif _users(value) or isinstance(value, _NAMESPACES):
         held = vars(value) if hasattr(value, "__dict__") else {}
-        slots = [key for kind in type(value).__mro__ for key in vars(kind).get("__slots__", ()) if hasattr(value, key)]
-        held = {**held, **{key: getattr(value, key) for key in slots if not key.startswith("__")}}
+        declared = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+        slots = [
+            key for keys in declared for key in ((keys,) if isinstance(keys, str) else keys) if hasattr(value, key)
+        ]
+        held = {**held, **{key: getattr(value, key) for key in slots}}
         yield from ((key, item) for key, item in list(held.items())[:_ITEMS] if not key.startswith("__"))
 
 

@@ -314,7 +314,7 @@ def _new_flags(before: Run, after: Run, told: set[str], strict: bool) -> list[Un
 
     def kinds(run: Run) -> dict[str, str]:  # the same flag may tell of another number of images
         flags = [*run.result.model_flags, *run.result.suite_flags]
-        return {re.sub(r"\d+(\.\d+)?", "#", flag): flag for flag in flags if not flag.startswith(WEAKER)}
+        return {re.sub(r"\d[\d,.]*", "#", flag): flag for flag in flags if not flag.startswith(WEAKER)}
 
     known, spec = kinds(before), after.result.spec
     fresh = [flag for kind, flag in kinds(after).items() if kind not in known] if after.result.attacked else []
