@@ -166,7 +166,9 @@ def finished_runs(results_root: Path) -> list[Run]:
     """All finished runs below `results_root`; UnusableInput if there is none or one cannot be used."""
     runs = read_runs(results_root)
     if not runs:
-        raise UnusableInput(f"there is no finished run below '{results_root}': run one with: bench run")
+        stopped = len({path.parent for path in results_root.rglob("block-*.parquet")})
+        way = f"{stopped} are not finished: start their commands again" if stopped else "run one with: bench run"
+        raise UnusableInput(f"there is no finished run below '{results_root}': {way}")
     return runs
 
 

@@ -216,7 +216,7 @@ def _table(results: "Sequence[Result]") -> str:
 
     rows = []
     for result in results:
-        spec, robust = result.spec, result.robust_accuracy
+        spec, robust, clean = result.spec, result.robust_accuracy, result.clean_accuracy.value
         accuracy = f"{100 * robust.value:.2f} [{100 * robust.low:.1f}, {100 * robust.high:.1f}]"
         rows.append({
             "model": spec.model,
@@ -224,8 +224,8 @@ def _table(results: "Sequence[Result]") -> str:
             "suite": suite_label(spec),
             "threat": str(spec.threat_model),
             "n": spec.n_examples,
-            "SA %": f"{result.clean_accuracy.value:.2%}".rstrip("%"),
-            "RA % [95 %]": accuracy if result.attacked or not result.clean_accuracy.value else "–",
+            "SA %": f"{clean:.2%}".rstrip("%"),
+            "RA % [95 %]": accuracy if result.attacked or (spec.suite != "clean" and not clean) else "–",
         })  # fmt: skip
     width = terminal_width()
     others = [max(map(len, (f"{key}  ", *(str(row[key]) for row in rows)))) + 2 for key in rows[0] if key != "model"]

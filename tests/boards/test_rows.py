@@ -416,3 +416,15 @@ def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path: Path):
         "other (combine probs)",
     ]
     assert all(f"| {name} " in views.markdown(board) for name in names)
+
+
+def test_where_nothing_is_finished_what_was_stopped_is_told(tmp_path: Path):
+    with pytest.raises(UnusableInput, match=r"no finished run below '.*': run one with: bench run$"):
+        boards(tmp_path)
+    for run in ("a", "b"):
+        blocks = tmp_path / "digits" / run / "blocks"
+        blocks.mkdir(parents=True)
+        for number in range(2):
+            (blocks / f"block-{number:05d}.parquet").touch()
+    with pytest.raises(UnusableInput, match="2 are not finished: start their commands again"):
+        boards(tmp_path)
