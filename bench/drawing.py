@@ -45,7 +45,7 @@ _RC: dict[Any, Any] = {
     "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK,
     "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none",
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "xtick.labelsize": 8, "ytick.labelsize": 8, "xtick.major.size": 3, "ytick.major.size": 3,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "xtick.bottom": False, "ytick.left": False,  # the grid has lines
     "grid.color": GRID, "grid.linewidth": 0.6,
     "legend.frameon": False, "legend.fontsize": 8, "legend.handlelength": 2.2,
     "lines.linewidth": 1.6, "lines.markersize": 5, "hatch.linewidth": 0.7, "path.simplify": True,

@@ -153,7 +153,6 @@ def bounds(rows: Sequence[Row], names: bool = True) -> Drawing | None:
                     axes.plot(known[label], at, marker, markeredgewidth=0.6, **look)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), labels)
-        axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         _across(axes)
     told = "; ".join(f"{row.name}: {sentence(chain(row))}" for row in rows[:30])
@@ -291,7 +290,6 @@ def attacks(model: Model) -> Drawing | None:
         axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
         for text, bar in zip(axes.get_yticklabels(), bars, strict=True):
             text.set_fontweight("bold" if bar.head else "normal")
-        axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         _across(axes)
         axes.set_xlabel("not yet broken; hatched: broken by this attack")
@@ -339,7 +337,6 @@ def _grouped(table: pd.DataFrame, labels: Sequence[str], title: str, what: str) 
             look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": PAPER, "linewidth": 0.8}
             axes.bar(x, values.fillna(0), width, label=str(column), **look)
         axes.set_xticks(range(len(table)), labels)
-        axes.tick_params(axis="x", length=0)
         axes.set_xlabel(what)
         shares_upward(axes)
         _legend(figure, axes.get_legend_handles_labels()[0])
