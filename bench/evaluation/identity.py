@@ -40,10 +40,11 @@ TOLERANCE_IN_EPS = 4
 def weights_sha256(model: nn.Module) -> str:
     """SHA-256 over a model's layers, its state, and the numbers, words and tensors that its modules keep elsewhere."""
     sha = hashlib.sha256(re.sub("0x[0-9a-f]+", "", str(model)).encode())  # a function prints its address
-    for name, value in sorted(model.state_dict().items()):
+    state = model.state_dict()
+    for name, value in sorted(state.items()):
         sha.update(name.encode())
         _add(sha, value)
-    kept = numbers(model) | {name: value for name, value in model.named_buffers() if name not in model.state_dict()}
+    kept = numbers(model) | {name: value for name, value in model.named_buffers() if name not in state}
     if is_dual(model):
         kept.pop(".alpha", None)  # the run's spec has it
     for name, value in sorted(kept.items()):
