@@ -86,6 +86,29 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+def fitted(
+    rows: Sequence[Sequence[object]],
+    headers: Sequence[str],
+    style: str,
+    width: int | None,
+    at: int = -1,
+    least: int = 20,
+) -> str:
+    """A table whose column `at` is wrapped so that no line is longer than `width`, where it is given.
+
+    least: characters that are left of that column, however narrow the terminal is.
+    """
+    from tabulate import MIN_PADDING, tabulate
+
+    columns = zip(*([[header + " " * MIN_PADDING for header in headers]] if headers else []), *rows, strict=True)
+    needs = [max(len(str(cell)) for cell in column) + 2 for column in columns]
+    most: list[int | None] = [None] * len(needs)
+    if width is not None:
+        most[at] = max(least, width - sum(needs) + needs[at])
+    text = tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True, maxcolwidths=most)
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
 def seeds_of(words: Sequence[str] | None) -> tuple[int, ...]:
     """The values of `--seed` where it takes several; 0 if there is none."""
     seeds = split(words) or ("0",)

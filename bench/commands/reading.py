@@ -3,7 +3,6 @@
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
@@ -22,6 +21,7 @@ from bench.commands.options import (
     JsonOption,
     ModelOption,
     ResultsOption,
+    fitted,
     split,
     terminal_width,
 )
@@ -30,8 +30,6 @@ from bench.errors import UnusableInput
 
 if TYPE_CHECKING:
     from bench.boards.leaderboard import Stored
-
-_NARROWEST = 20  # characters that a terminal leaves of a table's last column
 
 
 class Listing(StrEnum):
@@ -86,7 +84,7 @@ def list_(
     if as_json:
         print(json.dumps(dict(zip(found, sentences, strict=True)) if long else found, ensure_ascii=False))
     elif long:
-        print(_fitted(list(zip(found, sentences, strict=True)), (), "plain", terminal_width()))
+        print(fitted(list(zip(found, sentences, strict=True)), (), "plain", terminal_width()))
     else:
         print("\n".join(found))
 
@@ -112,18 +110,7 @@ def show(
         print("\nno parameters")
         return
     rows = [["none" if value is None else str(value) for value in parameter.values()] for parameter in parameters]
-    print("\n" + _fitted(rows, list(parameters[0]), "simple", width))
-
-
-def _fitted(rows: Sequence[Sequence[str]], headers: Sequence[str], style: str, width: int | None) -> str:
-    """A table whose last column is wrapped so that no line is longer than `width`, where it is given."""
-    from tabulate import MIN_PADDING, tabulate
-
-    *others, _ = zip(*([[header + " " * MIN_PADDING for header in headers]] if headers else []), *rows, strict=True)
-    room = width and max(_NARROWEST, width - sum(max(map(len, column)) + 2 for column in others))
-    most = None if room is None else [None] * len(others) + [room]
-    text = tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True, maxcolwidths=most)
-    return "\n".join(line.rstrip() for line in text.splitlines())
+    print("\n" + fitted(rows, list(parameters[0]), "simple", width))
 
 
 def leaderboard(

@@ -33,6 +33,7 @@ from bench.commands.options import (
     SeedOption,
     SettingsOption,
     alphas_of,
+    fitted,
     settings_of,
     split,
     terminal_width,
@@ -228,9 +229,8 @@ def _table(results: "Sequence[Result]") -> str:
             "RA % [95 %]": accuracy if result.attacked or (spec.suite != "clean" and not clean) else "–",
         })  # fmt: skip
     width = terminal_width()
-    others = [max(map(len, (f"{key}  ", *(str(row[key]) for row in rows)))) + 2 for key in rows[0] if key != "model"]
-    room = [None if width is None else max(12, width - sum(others)), *[None] * len(others)]
-    tables = [tabulate(rows, headers="keys", disable_numparse=True, maxcolwidths=room)]
+    cells = [[str(cell) for cell in row.values()] for row in rows]
+    tables = [fitted(cells, list(rows[0]), "simple", width, at=0, least=12)]
     flags = dict.fromkeys(f"{r.spec.model}: {flag}" for r in results for flag in r.model_flags)
     flags |= dict.fromkeys(f"{r.spec.suite} on {r.spec.model}: {flag}" for r in results for flag in r.suite_flags)
     lines = [textwrap.fill(flag, width, subsequent_indent="  ") if width else flag for flag in flags]
