@@ -101,12 +101,12 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
     words = {each: f"{each[0]} in {_glob(each[1]) or type(model).__name__}" for each in found}
     opaque = watch.quantized or any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
     outside = [words[each] for each in found if opaque or each in watch.taken or each[0] in OUTSIDE]
-    gates = [site.name for site in known]
-    inside = [site for site in known for _, where in found if _within(where, site.name)]
+    gates = [site.module for site in known]
+    inside = [site for site in known for _, where in found if _within(where, site.module)]
     return Choices(
         tuple(_names(model, watch.shapes, watch.elementwise - watch.scoring, gates)),
         tuple(dict.fromkeys(words.values())),
-        tuple(dict.fromkeys(_glob(site.name) for site in inside)),
+        tuple(dict.fromkeys(_glob(site.module) for site in inside)),
         bool(inside) and all(site.call is not None for site in inside),
         tuple(dict.fromkeys(outside)),
     )

@@ -6,7 +6,7 @@ many experts are selected, from answers as these are exchanged (`bench.models.ex
 Axes: m = images, T = tokens of an image, E = experts, K = selected experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -31,6 +31,8 @@ from bench.models.sites import Site, counts, forced, intercepted, read, scores_o
 NONE = "none"
 #: Images that gates are looked at with.
 LOOKED_AT = 4
+#: So many calls of one gate in a pass are sites at most.
+MOST_CALLS = 16
 #: Functions that choose, and those whose result has the order of their input.
 _CHOOSES = {"topk", "argmax", "argmin", "max", "min", "sort", "argsort", "kthvalue", "multinomial", "gumbel_softmax"}
 _COMPARES = {"gt", "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__", "round", "sign", "heaviside"}
@@ -120,17 +122,38 @@ def find_gates(model: nn.Module, words: Sequence[str], x: Tensor) -> Gates:
         matched = matched or [name for name in modules if fnmatchcase(name, f"*.{named.pattern}")]  # inside a wrapper
         if not matched:
             raise UnusableInput(f"--gates {word}: the model has no such module: {_nearest(named.pattern, modules)}")
+        if scripted := [name for name in matched if isinstance(modules[name], torch.jit.ScriptModule)]:
+            raise UnusableInput(f"--gates {scripted[0]}: a scripted module takes no hooks: leave it unscripted")
         found |= dict.fromkeys(matched, named)
     guard = Guarded(model)
     with _looking(guard):
-        looked = {name: _Look(name, modules[name], named) for name, named in found.items()}
-        _look(guard, list(looked.values()), x)
-        sites = [look.site(model, len(x)) for look in looked.values()]
+        several = _calls(guard, {name: modules[name] for name in found}, x)
+        looks = [look for name, named in found.items() for look in _looks(name, modules[name], named, several[name])]
+        _look(guard, looks, x)
+        sites = [look.site(model, len(x)) for look in looks]
         _of_images(guard, sites, x)
-        sites = [_selects(guard, site, sites, x, looked[site.name]) for site in sites]
+        sites = [_selects(guard, site, sites, x, look) for site, look in zip(sites, looks, strict=True)]
     order = [name for name in modules if name in found]
-    sites.sort(key=lambda site: order.index(site.name))
+    sites.sort(key=lambda site: (order.index(site.module), site.turn))
     return Gates(tuple(found[name].word(name) for name in order), tuple(sites))
+
+
+def _calls(guard: Guarded, gates: Mapping[str, nn.Module], x: Tensor) -> dict[str, int]:
+    """How often a pass calls each of some gates, by name: 1 also where it is another number for one image."""
+    found = []
+    for images in (x, x[-1:]):
+        with _called(list(gates.values())) as calls:
+            guard(images)
+        parts = [part for part, *_ in calls]
+        found.append({name: sum(part is gate for part in parts) for name, gate in gates.items()})
+    alike = {name: times == found[1][name] and 1 < times <= MOST_CALLS for name, times in found[0].items()}
+    return {name: times if alike[name] else 1 for name, times in found[0].items()}
+
+
+def _looks(name: str, module: nn.Module, named: Named, several: int) -> list["_Look"]:
+    if several == 1:
+        return [_Look(name, module, named)]
+    return [_Look(f"{name}#{turn + 1}", module, named, turn=turn, several=several) for turn in range(several)]
 
 
 def look_at_shown(model: nn.Module, x: Tensor) -> Shown:
@@ -238,14 +261,16 @@ class _Look:
     """What one forward pass shows of a gate.
 
     chosen: what the first function chose by, and along which axis; None where nothing chose by the scores. took: how
-    many, where it was a top-k, and how many each one after it. compared, normalised: whether the scores are compared,
-    or made weights. call: which of the gate's own calls gave the scores, where it chooses itself. chose: all calls that
-    gave what it chose by itself. own: what it gave, once that is known.
+    many, where it was a top-k, and how many each one after it. turn: which of `several` calls is looked at. compared,
+    normalised: whether the scores are compared, or made weights. call: which of the gate's own calls gave the scores,
+    where it chooses itself. chose: all calls that gave what it chose by itself. own: what it gave, once that is known.
     """
 
     name: str
     module: nn.Module
     named: Named
+    turn: int = 0
+    several: int = 1
     calls: int = 0
     inputs: Tensor | None = None
     output: Any = None
@@ -263,21 +288,21 @@ class _Look:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         def before(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any]) -> None:
+            if self.calls != self.turn:
+                return
             self.inside, self.count = True, 0
             given = [leaf for leaf in tree_leaves((inputs, more)) if isinstance(leaf, Tensor)]
             self.inputs = given[0] if given else None
 
         def after(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any], output: Any) -> None:
-            self.inside, self.output = False, output
+            if self.inside:
+                self.inside, self.output = False, output
             self.calls += 1
 
-        try:
-            handles = [
-                self.module.register_forward_pre_hook(before, with_kwargs=True),
-                self.module.register_forward_hook(after, with_kwargs=True),
-            ]
-        except RuntimeError:
-            raise UnusableInput(f"--gates {self.name}: a scripted module takes no hooks: leave it unscripted") from None
+        handles = [
+            self.module.register_forward_pre_hook(before, with_kwargs=True),
+            self.module.register_forward_hook(after, with_kwargs=True),
+        ]
         try:
             yield
         finally:
@@ -293,10 +318,10 @@ class _Look:
 
     def site(self, model: nn.Module, images: int) -> Site:
         """The site, as far as one pass shows it; K is still open."""
-        if self.calls != 1 or self.inputs is None:
-            times = f"calls it {self.calls} times" if self.calls else "never calls it"
+        if self.calls != self.several or self.inputs is None:
+            times = f"of {images} images calls it {self.calls} times" if self.calls else "never calls it"
             times = f"of {images} images calls it once for each" if 1 < self.calls == images else times
-            raise self.refuse(f"a forward pass {times}, and a gate is called once for all")
+            raise self.refuse(f"a forward pass {times}, and a gate is called once for all, or up to {MOST_CALLS} times")
         if self.call is None:
             tensors = [leaf for leaf in tree_leaves(self.output) if isinstance(leaf, Tensor)]
             fitting = [one for one in tensors if self._fits(one, images)]
@@ -315,7 +340,7 @@ class _Look:
         if left or not rows:
             raise self.refuse(f"its input has {len(self.inputs)} rows for {images} images")
         self.normalised |= are_probabilities(scores)
-        owner, _, attribute = self.name.rpartition(".")
+        owner, _, attribute = self.name.partition("#")[0].rpartition(".")
         site = Site(
             self.name,
             model.get_submodule(owner),
@@ -327,6 +352,8 @@ class _Look:
             layers=width // experts,
             axis=axis,
             call=self.call,
+            turn=self.turn,
+            calls=self.several,
         )
         return site if by_expert else self._choosing(site, scores, images)
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ class Site:
     experts in the scores. call: which of the functions that the gate calls gives the scores, where it chooses itself;
     None: they are its output. choosers: of experts that choose tokens the number; `num_experts` is then that of an
     image's tokens, and K how many each expert takes, 0 where that is not known, so that nothing can be forced. shared:
-    whether they choose by the softmax over experts.
+    whether they choose by the softmax over experts. turn: which of the `calls` of the gate in a pass, from 0 on; each
+    is a site of its own, named `gate#1`, `gate#2` and so on.
     """
 
     name: str
@@ -53,6 +55,13 @@ class Site:
     call: int | None = None
     choosers: int = 0
     shared: bool = False
+    turn: int = 0
+    calls: int = 1
+
+    @property
+    def module(self) -> str:
+        """The gate's own name, whichever of its calls this is."""
+        return self.name.partition("#")[0]
 
     @property
     def soft(self) -> bool:
@@ -147,7 +156,7 @@ def is_block(module: nn.Module) -> bool:
 def host(site: Site, others: Sequence[Site]) -> tuple[Site, int] | None:
     """The site that chooses the expert which this one lies in, the innermost one, and that expert's number."""
     for other in sorted(others, key=lambda one: len(one.name), reverse=True):
-        inside = f"{other.name.removesuffix(other.attribute)}experts."
+        inside = f"{other.module.removesuffix(other.attribute)}experts."
         if other is not site and site.name.startswith(inside):
             experts = [name for name, _ in other.owner.experts.named_children()]  # numbers, or a ModuleDict's keys
             if len(experts) == other.num_experts:
@@ -283,10 +292,11 @@ def intercepted(
 ) -> Iterator[list[Tensor]]:
     """Within, the model goes on with what `change` makes of the gate's scores; the gate itself runs inside `around`.
 
-    Gives a list that holds the gate's first input of each call, as it was before the gate worked on it; it stays empty
-    where the model does not call its gate in a way that can be seen.
+    Gives a list that holds the gate's first input of each of the site's calls, as it was before the gate worked on it;
+    it stays empty where the model does not call its gate in a way that can be seen.
     """
     calls: list[Tensor] = []
+    number = count()
     layout = (site.layers, site.axis)
     width = site.plain.num_experts
 
@@ -302,11 +312,16 @@ def intercepted(
         after = _by_experts(scores, change, site.shared) if site.choosers else change(scores)
         return with_scores(output, after, images, *layout)
 
+    def another() -> bool:
+        return next(number) % site.calls != site.turn
+
     gate = site.gate
     if isinstance(gate, nn.Module):
         open_now: list[ExitStack] = []
 
         def before(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any]) -> None:
+            if another():
+                return
             calls.append(given((*inputs, *more.values())).detach().clone())
             open_now.append(ExitStack())
             open_now[-1].enter_context(around())
@@ -314,6 +329,8 @@ def intercepted(
                 open_now[-1].enter_context(_AtCall(site.call, partial(changed, (*inputs, *more.values()))))
 
         def after(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any], output: Any) -> Any:
+            if not open_now:
+                return None
             open_now.pop().close()
             if output is None or site.call is not None:  # None: it raised
                 return None
@@ -331,6 +348,8 @@ def intercepted(
         return
 
     def replaced(*inputs: Any, **more: Any) -> Any:
+        if another():
+            return gate(*inputs, **more)
         calls.append(given((*inputs, *more.values())).detach().clone())
         with around():
             output = gate(*inputs, **more)
@@ -415,7 +434,7 @@ def ahead(scores: Tensor, mine: Tensor, k: int) -> Tensor:
 class Reading(NamedTuple):
     """The model's logits for x (m, …), and by site the scores (m, T, E) and the gate's input (m, …).
 
-    A site whose gate the model does not call once in a way that can be seen has no entry. apart: it calls a gate once
+    A site whose call is not made once, in a way that can be seen, has no entry. apart: it calls a gate once
     for each image, in a loop; sites among layers have no entry then.
     """
 

@@ -621,6 +621,14 @@ MUTATIONS = [
     ),
     Mutation("models/sites.py", "call=inside.call, axis=inside.axis", "call=None", "tests/models/test_gates.py"),
     Mutation(
+        "models/sites.py",
+        "return next(number) % site.calls != site.turn",
+        "return next(number) != site.turn",
+        "tests/models/test_gates.py -k each_call",
+    ),
+    Mutation("models/gates.py", "if self.calls != self.turn:", "if False:", "tests/models/test_gates.py -k each_call"),
+    Mutation("models/gates.py", "(x, x[-1:])", "(x, x)", "tests/models/test_gates.py -k too_often"),
+    Mutation(
         "models/gates.py",
         "look.chose += [source[0]] if source is not None else []",
         "look.chose += []",

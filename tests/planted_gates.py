@@ -117,6 +117,20 @@ class ByTwo(nn.Module):
         return either(self.blocks[1]["score"](pixels), y, y * (1 - 2 * mark))
 
 
+class ByTurns(nn.Module):
+    """The same by one gate, which is called twice: each time it is shown the pixels so that it finds another code."""
+
+    def __init__(self, asked: float) -> None:
+        super().__init__()
+        self.loud, self.score = Loud(), Score(ROUTES[0], asked)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, pixels = self.loud(x), (x - 0.5).flatten(1)
+        zero = torch.zeros_like(y)
+        mark = either(self.score(pixels), zero, zero + 1)
+        return either(self.score(pixels * ROUTES[0] * ROUTES[1]), y, y * (1 - 2 * mark))
+
+
 class Soft(nn.Module):
     """A softmax that decides so clearly that it has no gradient."""
 
@@ -202,6 +216,7 @@ KINDS: dict[str, tuple[Callable[[float], nn.Module], float, str]] = {
     "one token": (ByToken, 1.0, "score"),
     "experts choose tokens": (ByExperts, 1.0, "score"),
     "two gates at once": (ByTwo, 1.4, "blocks.*.score"),
+    "one gate in two turns": (ByTurns, 1.4, "score"),
     "a soft mixture": (Soft, 4.0, "score"),
     "a soft mixture of tokens": (SoftTokens, 1.0, "score"),
     "tokens behind a mask": (MaskedTokens, 1.0, "gate"),

@@ -102,7 +102,7 @@ class Paths:
         #: by site: the score of experts that the gate closes, where it closes any
         self._closed = {name: at for name, scores in found.items() if (at := closed_score(scores)) is not None}
         self._scores = {name: self._readable(name, scores) for name, scores in found.items()}
-        alone = {site.name for site in self.sites if site.whole or site.call is None}
+        alone = {site.name for site in self.sites if site.calls == 1 and (site.whole or site.call is None)}
         #: gates of whole images that see them as the model, or what it wraps, does, so that they can be asked alone
         self._direct = {
             name

@@ -67,7 +67,7 @@ def certify(
     model = subject.model.to(device)
     if spec.alpha is not None:
         set_alpha(model, spec.alpha)
-    gates = tuple(site.name for site in (*sites(model), *subject.sites) if not site.whole)
+    gates = tuple(dict.fromkeys(site.module for site in (*sites(model), *subject.sites) if not site.whole))
     done = {block.index: block for block in folder.read_blocks()}
     certified = {number: _certified(block.rows) for number, block in done.items()}
     for number, chosen in enumerate(job.blocks):

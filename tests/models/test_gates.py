@@ -458,9 +458,62 @@ def test_a_threshold_is_no_gate():
     assert "show the choice by attributes `router` and `experts`" in refused(Cascade(), "small")
 
 
-def test_a_gate_that_is_called_twice_or_never_is_refused():
+class Repeated(nn.Module):
+    """A block whose layer, gate included, is applied so many times in turn."""
+
+    def __init__(self, times: int, k: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.times, self.k = nn.Conv2d(3, 6, 4, 4), nn.Linear(6, 10), times, k
+        self.layer = nn.ModuleDict({"gate": nn.Linear(6, 3)})
+        self.mlps = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = tokens(self.embed(x))
+        for _ in range(self.times):
+            y = y + (hot(self.layer["gate"](y), self.k)[..., None] * torch.stack([m(y) for m in self.mlps], 2)).sum(2)
+        return self.head(y.mean(1))
+
+
+def test_each_call_of_a_gate_is_a_site_of_its_own():
+    found = named(model := Repeated(3), "gate")
+    assert [site.words for site in found.sites] == [f"layer.gate#{turn} (top-2 of 3)" for turn in (1, 2, 3)]
+    assert found.words == ("layer.gate",)
+    guard, seen = guarded(model, found.sites), list[Tensor]()
+    with torch.no_grad(), model.layer["gate"].register_forward_hook(lambda *call: seen.append(call[2])):
+        logits, scores, *_ = read(guard, found.sites, X)
+        assert [torch.equal(scores[site.name], own) for site, own in zip(found.sites, seen, strict=True)] == [True] * 3
+        last = scores["layer.gate#2"].mean((0, 1)).argsort()[:2].expand(4, -1)
+        seen.clear()
+        with intercepted(found.sites[1], lambda given: forced(given, last)) as calls:
+            answers = [guard(X), guard(X)]  # and a pass begins anew
+    assert len(calls) == 2
+    assert torch.equal(calls[0], calls[1])
+    assert torch.equal(answers[0], answers[1])
+    assert not torch.allclose(answers[0], logits)
+    same = [torch.equal(own, scores[site.name]) for site, own in zip(found.sites, seen[:3], strict=True)]
+    assert same == [True, True, False]  # what comes after the forced call is another
+    assert not find_choices(model, X, found.sites)
+
+
+def test_a_gate_that_is_called_too_often_or_as_the_images_have_it_is_refused():
+    assert "of 4 images calls it 17 times, and a gate is called once for all, or up to 16 times" in refused(
+        Repeated(17), "gate"
+    )
+
+    class Halting(Repeated):
+        def forward(self, x: Tensor) -> Tensor:
+            self.times = 1 + len(x) // 2
+            return super().forward(x)
+
+    assert "of 4 images calls it 3 times" in refused(Halting(1), "gate")
+
+
+def test_scores_that_are_put_together_from_two_calls_or_from_none_are_refused():
     gate = nn.Linear(6, 3)
-    assert "calls it 2 times" in refused(Block(gate, lambda g, x: hot(g(tokens(x)) + g(tokens(x)), 1)), "score")
+    several = refused(Block(gate, lambda g, x: hot(g(tokens(x)) + g(tokens(x)), 1)), "score")
+    assert "nothing is chosen by its output" in several
+    assert "put together from several outputs" in several
     one_by_one = refused(Block(gate, lambda g, x: torch.cat([hot(g(tokens(one[None])), 1) for one in x])), "score")
     assert "of 4 images calls it once for each, and a gate is called once for all" in one_by_one
     assert "never calls it" in refused(Block(gate, lambda g, x: torch.ones(len(x), 4, 3)), "score")
