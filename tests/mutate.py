@@ -626,7 +626,9 @@ MUTATIONS = [
         "return next(number) != site.turn",
         "tests/models/test_gates.py -k each_call",
     ),
-    Mutation("models/gates.py", "if self.calls != self.turn:", "if False:", "tests/models/test_gates.py -k each_call"),
+    Mutation(
+        "models/gates.py", "if self.calls != self.turn:", "if False:", "tests/models/test_gates.py -k put_together"
+    ),
     Mutation("models/gates.py", "(x, x[-1:])", "(x, x)", "tests/models/test_gates.py -k too_often"),
     Mutation(
         "models/gates.py",

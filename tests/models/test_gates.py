@@ -514,6 +514,8 @@ def test_scores_that_are_put_together_from_two_calls_or_from_none_are_refused():
     several = refused(Block(gate, lambda g, x: hot(g(tokens(x)) + g(tokens(x)), 1)), "score")
     assert "nothing is chosen by its output" in several
     assert "put together from several outputs" in several
+    unlike = refused(Block(gate, lambda g, x: hot(g(tokens(x)), 1) + g(tokens(x))), "score")
+    assert "--gates score#2: nothing is chosen by its output" in unlike
     one_by_one = refused(Block(gate, lambda g, x: torch.cat([hot(g(tokens(one[None])), 1) for one in x])), "score")
     assert "of 4 images calls it once for each, and a gate is called once for all" in one_by_one
     assert "never calls it" in refused(Block(gate, lambda g, x: torch.ones(len(x), 4, 3)), "score")
