@@ -51,9 +51,8 @@ class Choices:
     def __bool__(self) -> bool:
         return bool(self.names or self.operations)
 
-    @property
-    def words(self) -> str:
-        """What was seen, and what to type, in one line."""
+    def words(self, named: bool = False) -> str:
+        """What was seen, and what to type, in one line. named: the user has named gates, beside which none are left."""
         seen = []
         if self.operations:
             seen.append(f"choices that depend on the image ({few(self.operations)})")
@@ -61,17 +60,17 @@ class Choices:
             seen.append(f"names that speak of routes ({few(self.names)})")
         if self.read:
             return f"{' and '.join(seen)}: beside the scores of '{self.gates[0]}', so that they cannot be forced alone"
-        named = (name for name in self.names if _GATE.search(_last(name)) or "router" in _last(name))
-        gate = next(iter((*self.gates, *named)), None)
+        likely = (name for name in self.names if _GATE.search(_last(name)) or "router" in _last(name))
+        gate = next(iter((*self.gates, *likely)), None)
         example = f"'{gate}'" if gate else "GLOB"
-        name = f"name its gates with --gates {example}"
+        name = f"name {'these gates as well' if named else 'its gates'} with --gates {example}"
         inside = "choose by torch alone, which attacks can follow"
         if self.outside and self.gates:
             advice = inside
         elif any(operation.startswith(OUTSIDE) for operation in self.outside):
             advice = f"{name}, and {inside}"
         else:
-            advice = name if self.outside else f"{name}, or declare --gates none"
+            advice = name if self.outside or named else f"{name}, or declare --gates none"
         return f"{' and '.join(seen)}: {advice}"
 
 

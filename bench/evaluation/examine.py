@@ -157,7 +157,7 @@ class Examiner:
         except Exception as error:  # what cannot be watched may choose
             return [f"{HIDDEN_ROUTES}the forward pass cannot be watched ({type(error).__name__})"]
         if choices:
-            return [f"{HIDDEN_ROUTES}{choices.words}"]
+            return [f"{HIDDEN_ROUTES}{choices.words(bool(self.model.gates))}"]
         if wrong:
             return [f"{HIDDEN_ROUTES}{'; '.join(wrong)}"]
         found = [site.words if site in self.model.gates else site.name for site in sites(self.model)]
@@ -187,7 +187,8 @@ class Examiner:
                 found = unused_parts(Guarded(self.model.model), x, sites(self.model))
         except Exception as error:  # of a user's own model, as where a derivative is not there
             return [f"probe of unused parts failed: {type(error).__name__}"]
-        advice = "name its gates with --gates GLOB, or declare --gates none"
+        none = "" if self.model.gates else ", or declare --gates none"
+        advice = f"name its gates with --gates GLOB{none}"
         return [f"{HIDDEN_ROUTES}parts that images hardly use ({few(found)}): {advice}"] if found else []
 
     def run(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> ExaminedBlock:

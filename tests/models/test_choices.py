@@ -30,8 +30,8 @@ def test_every_shape_of_routed_model_is_noticed(name: str):
     found = find_choices(third_party.build(name), torch.rand(4, 3, 8, 8))
     assert found
     assert bool(found.outside) == (name in OUTSIDE)
-    assert ("--gates none" in found.words) != bool(found.outside)
-    assert ("choose by torch alone" in found.words) == (name == "router outside torch")
+    assert ("--gates none" in found.words()) != bool(found.outside)
+    assert ("choose by torch alone" in found.words()) == (name == "router outside torch")
     if name == "soft mixture of nine":  # nothing is chosen: its name alone tells
         assert found == Choices(("gate",), ())
     else:
@@ -62,15 +62,17 @@ def test_no_attack_follows_choices_of_scripted_or_quantized_networks():
 
 def test_what_was_seen_and_what_to_type_is_said_with_the_blocks_numbers_left_open():
     found = find_choices(third_party.build("gate gives (scores, routing)"), torch.rand(4, 3, 8, 8))
-    assert found.words == (
+    assert found.words() == (
         "choices that depend on the image (argmax in layers.*.gate) and names that speak of routes (layers.*.gate):"
         " name its gates with --gates 'layers.*.gate', or declare --gates none"
     )
+    beside = found.words(named=True)  # a word that cannot stand beside a named gate is not offered
+    assert beside.endswith(": name these gates as well with --gates 'layers.*.gate'")
 
 
 def test_a_router_that_gives_indices_alone_is_told_how_to_be_named():
     model = third_party.build("router gives the index alone")
-    assert find_choices(model, torch.rand(4, 3, 8, 8), shown_sites(model)).words == (
+    assert find_choices(model, torch.rand(4, 3, 8, 8), shown_sites(model)).words() == (
         "choices that depend on the image (argmax in router): name its gates with --gates 'router', or declare"
         " --gates none"
     )
