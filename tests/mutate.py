@@ -145,7 +145,7 @@ MUTATIONS = [
         "return self.aimed()",
         "tests/suites/test_planted_routes.py -k wrong",
     ),
-    Mutation("models/gates.py", '{*_MONOTONE, "masked_fill_"}', "_MONOTONE", "tests/models/test_gates.py -k groups"),
+    Mutation("models/looks.py", '{*_MONOTONE, "masked_fill_"}', "_MONOTONE", "tests/models/test_looks.py -k groups"),
     Mutation("models/unused.py", "weight.data.fill_(FILLED)", "pass", "tests/models/test_unused.py -k zero"),
     Mutation(
         "models/unused.py",
@@ -301,9 +301,9 @@ MUTATIONS = [
         "[]",
         "tests/models/test_exchanges.py -k bias",
     ),
-    Mutation("models/gates.py", "took = tensor.shape[axis] - took", "pass", "tests/models/test_gates.py -k found_out"),
+    Mutation("models/looks.py", "took = tensor.shape[axis] - took", "pass", "tests/models/test_gates.py -k found_out"),
     Mutation(
-        "models/gates.py", "return next(fitting, members)", "return members", "tests/models/test_gates.py -k groups"
+        "models/looks.py", "return next(fitting, members)", "return members", "tests/models/test_looks.py -k groups"
     ),
     Mutation(
         "models/unused.py",
@@ -339,10 +339,10 @@ MUTATIONS = [
     ),
     Mutation("models/sites.py", "closed & ~mine), at)", "closed & ~mine), 0)", "tests/models/test_sites.py"),
     Mutation(
-        "models/gates.py",
+        "models/looks.py",
         "name in _COMPARES and len(depending) == 2",
         "name in _COMPARES and len(depending) == 3",
-        "tests/models/test_gates.py -k masks",
+        "tests/models/test_looks.py -k masks",
     ),
     Mutation(
         "bench/report/page.py", "if elsewhere is None else []", "if True else []", "tests/report/test_page.py -k rank"
@@ -627,11 +627,11 @@ MUTATIONS = [
         "tests/models/test_gates.py -k each_call",
     ),
     Mutation(
-        "models/gates.py", "if self.calls != self.turn:", "if False:", "tests/models/test_gates.py -k put_together"
+        "models/looks.py", "if self.calls != self.turn:", "if False:", "tests/models/test_gates.py -k put_together"
     ),
     Mutation("models/gates.py", "(x, x[-1:])", "(x, x)", "tests/models/test_gates.py -k too_often"),
     Mutation(
-        "models/gates.py",
+        "models/looks.py",
         "look.chose += [source[0]] if source is not None else []",
         "look.chose += []",
         "tests/models/test_gates.py",
@@ -705,10 +705,10 @@ MUTATIONS = [
     ),
     Mutation("models/gates.py", "sum(one or count for one in took)", "took[0] or count", "tests/models/test_gates.py"),
     Mutation(
-        "models/gates.py",
+        "models/looks.py",
         "return last and members.shape[-1] > groups.shape[-1] and",
         "return False and",
-        "tests/models/test_gates.py -k groups",
+        "tests/models/test_looks.py -k groups",
     ),
     Mutation(
         "models/operations.py", "self.scores.discard(each)", "pass", "tests/models/test_operations.py -k in_place"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import third_party
 import torch
+from one_layer import Block, X, hot, named, tokens
 from torch import Tensor, nn
 
 from bench.attacks.deviations import LOST, SCOPE, Deviations
@@ -15,15 +16,9 @@ from bench.errors import UnusableInput
 from bench.models.choices import find_choices
 from bench.models.dual import DualModel
 from bench.models.foreign import Guarded, Shown, bare
-from bench.models.gates import Gates, declared, find_gates, look_at_shown
+from bench.models.gates import Gates, declared, look_at_shown
 from bench.models.parts import is_dual, parts, routed_branches
 from bench.models.sites import Site, forced, intercepted, lifted, read, selected, sites
-
-X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def named(model: nn.Module, *words: str, x: Tensor = X) -> Gates:
-    return find_gates(model.eval(), words, x)
 
 
 def refused(model: nn.Module, *words: str, x: Tensor = X) -> str:
@@ -97,28 +92,6 @@ def test_a_feature_layer_explains_no_choice():
     assert find_choices(model, X, [Site("embed", model, "embed", 12, 1, whole=False, axis=1)]).operations
 
 
-class Block(nn.Module):
-    """An MoE block of linear experts whose weights for each token come from `weigh`."""
-
-    def __init__(self, gate: nn.Module, weigh: Any, width: int = 6, experts: int = 3) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, width, 4, 4)
-        self.score, self.weigh = gate, weigh
-        self.mlps = nn.ModuleList(nn.Linear(width, width) for _ in range(experts))
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)  # (B, D, 2, 2)
-        weights = self.weigh(self.score, x)  # (B, T, E)
-        x = x.flatten(2).transpose(1, 2)
-        return self.head((weights[..., None] * torch.stack([mlp(x) for mlp in self.mlps], 2)).sum((1, 2)))
-
-
-def hot(scores: Tensor, k: int) -> Tensor:
-    p = scores.softmax(-1)
-    return p * torch.zeros_like(p).scatter(-1, p.topk(k, -1).indices, 1.0)
-
-
 def best(scores: Tensor) -> Tensor:
     return scores.topk(1, -1).indices[..., 0]
 
@@ -136,10 +109,6 @@ def biased(scores: Tensor, most: float) -> Tensor:
     chosen = (p + most * torch.tensor([1.0, -1.0, 0.5])).topk(2, -1).indices
     p = torch.zeros_like(p).scatter(-1, chosen, p.gather(-1, chosen))
     return p / p.sum(-1, keepdim=True)
-
-
-def tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)
 
 
 WAYS = {
@@ -202,38 +171,6 @@ WAYS = {
 }
 
 
-class Grouped(nn.Module):
-    """Two experts of the best group of them (DeepSeek-V2), chosen inside; a group is as good as its best expert."""
-
-    def __init__(self, experts: int, groups: int, in_place: bool = False) -> None:
-        super().__init__()
-        self.fc, self.groups, self.in_place = nn.Linear(6, experts), groups, in_place
-
-    def forward(self, x: Tensor) -> Tensor:
-        p = self.fc(x).softmax(-1).to(x.dtype)  # the same tensor
-        best = p.unflatten(-1, (self.groups, -1)).max(-1).values.topk(1, -1).indices
-        group = torch.zeros(*p.shape[:-1], self.groups).scatter(-1, best, 1.0)
-        closed = group.repeat_interleave(p.shape[-1] // self.groups, -1) == 0
-        if self.in_place:  # DeepSeek's own code
-            among, shape = p.clone().unflatten(-1, (self.groups, -1)), (*p.shape[:-1], self.groups, -1)
-            chosen = among.masked_fill_(closed.view(shape), -1.0).flatten(-2).topk(2, -1).indices
-        else:
-            chosen = p.masked_fill(closed, 0.0).topk(2, -1).indices
-        return p * torch.zeros_like(p).scatter(-1, chosen, 1.0)
-
-
-@pytest.mark.parametrize(("groups", "in_place"), [(1, False), (2, False), (2, True)])
-def test_a_choice_among_groups_of_experts_is_not_taken_for_that_among_experts(groups: int, in_place: bool):
-    torch.manual_seed(0)
-    model = Block(Grouped(6, groups, in_place), lambda gate, x: gate(tokens(x)), experts=6)
-    (site,) = named(model, "score").sites
-    assert site.words == "score (top-2 of 6)"
-    assert not find_choices(model, X, [site])  # forced before the groups are chosen
-    scores = read(model, [site], X).scores["score"]
-    with torch.no_grad():
-        assert torch.equal(scores, model.score.fc(tokens(model.embed(X))))
-
-
 @pytest.mark.parametrize("way", list(WAYS))
 def test_how_a_gate_selects_is_found_out(way: str):
     gate, weigh, words = WAYS[way]
@@ -277,41 +214,6 @@ def test_what_cannot_be_a_gate_is_refused_in_one_line():
     assert "no scores of 2 experts" in refused(third_party.build("gate rounded"), "fc")
     assert refused(model, "none", "embed") == "--gates none says that there are no gates: drop embed"
     assert named(model, "none") == Gates(("none",), ())
-
-
-class Masking(nn.Module):
-    """A gate that leaves the two largest of its scores."""
-
-    def __init__(self, mask: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.linear, self.mask = nn.Linear(6, 3), mask
-
-    def forward(self, z: Tensor) -> Tensor:
-        scores = self.linear(z)
-        return self.mask(scores, scores.topk(2, -1).values[..., [-1]])
-
-
-def in_place(scores: Tensor, least: Tensor) -> Tensor:
-    scores[scores < least] = -torch.inf
-    return scores
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [
-        lambda scores, least: scores.masked_fill(scores < least, -torch.inf),
-        lambda scores, least: torch.where(least > scores, -1e9, scores),
-        in_place,
-    ],
-)
-def test_a_gate_that_masks_by_its_own_scores_is_forced_at_these(mask: Callable[[Tensor, Tensor], Tensor]):
-    torch.manual_seed(0)
-    model = Block(Masking(mask), lambda gate, x: gate(tokens(x)).softmax(-1))
-    (site,) = (found := named(model, "score")).sites
-    assert (site.k, site.num_experts, site.call) == (2, 3, 0)
-    assert not find_choices(model, X, found.sites)
-    scores = read(model, [site], X).scores["score"]
-    assert scores.isfinite().all()
 
 
 class Sparse(nn.Module):
