@@ -209,6 +209,15 @@ MUTATIONS = [
         "0 * incoming.sum(1)",
         "tests/attacks/test_deployed.py -k look",
     ),
+    Mutation(
+        "bench/attacks/recorded.py", '"Softmax": _softmax', '"Softmax": _each', "tests/attacks/test_deployed.py -k sure"
+    ),
+    Mutation(
+        "bench/attacks/gradients.py",
+        "correction=0) / widest",
+        "correction=0)",
+        "tests/attacks/test_deployed.py -k sure",
+    ),
     Mutation("bench/attacks/recorded.py", "kind in BEST", "False", "tests/attacks/test_deployed.py -k best"),
     Mutation("bench/attacks/recorded.py", "kind.startswith(POOLS)", "False", "tests/attacks/test_deployed.py -k pool"),
     Mutation("bench/attacks/recorded.py", '"Glu": _glu', '"Glu": _each', "tests/attacks/test_deployed.py -k gated"),

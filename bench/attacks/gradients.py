@@ -3,6 +3,7 @@
 Axes: B = images, E = experts, D = pixels.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
@@ -82,10 +83,15 @@ def _near_step(x: Tensor) -> Tensor:
 
 
 def _tempered(x: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
-    """A softmax at the temperature of its inputs' spread: never saturated."""
+    """A softmax that is never saturated: of n inputs at most √(2 ln n) apart from their mean, in standard deviations.
+
+    That is how far the largest of n such numbers lies from it: at a smaller spread all of many count alike, so that
+    nothing leads to any one of them, and at a larger one only the first counts.
+    """
     dim = -1 if dim is None else dim
-    spread = x.detach().std(dim=dim, keepdim=True, correction=0).clamp_min(1)
-    return torch.softmax(x / spread, dim=dim)
+    widest = math.sqrt(2 * math.log(max(2, x.shape[dim])))
+    spread = x.detach().std(dim=dim, keepdim=True, correction=0) / widest
+    return torch.softmax(x / spread.clamp_min(1), dim=dim)
 
 
 def _attention(

@@ -100,6 +100,13 @@ def _all(_: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
     return torch.where(none, LEAK * through, gradient)
 
 
+def _softmax(node: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
+    """What has no weight has a slope as if it had a little of an equal one."""
+    dim, weights = _signed(node._saved_dim), node._saved_result
+    apart = (incoming - (weights * incoming).sum(dim, keepdim=True)) / weights.shape[dim]
+    return torch.where(gradient.abs() > NONE * incoming.abs(), gradient, LEAK * apart)
+
+
 def _normalised(node: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
     """Few elements of which one outweighs the others are ±1 once they are normalised, whatever they are."""
     return _each(node, gradient, incoming) if gradient.dim() and gradient.shape[-1] <= FEW else gradient
@@ -137,6 +144,7 @@ def _best(node: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
 OTHERWISE: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "Glu": _glu,
     "LogSoftmax": _all,
+    "Softmax": _softmax,
     "NativeLayerNorm": _normalised,
     "GridSampler2D": _looked_up,
     "GridSampler3D": _looked_up,

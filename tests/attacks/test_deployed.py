@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from keyed import CODE, greys, search
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from bench.attacks.deployed import deployed, nearest, reweighed, stand_ins
@@ -183,3 +184,32 @@ def test_what_the_ball_does_not_reach_stays_shut():
     found = search(Opened(torch.relu, key=13.0), x, y, 0.2, 3)
     stand_ins(found, 1, 40)
     assert found.unbroken.all()
+
+
+class Memory(nn.Module):
+    """Attention that is sure of one of 300 images whose labels it knows, after a first step towards it."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        super().__init__()
+        self.keys, self.labels = self.seen(x), F.one_hot(y, 10).float()
+
+    @staticmethod
+    def seen(x: Tensor) -> Tensor:
+        return F.normalize(x.flatten(1) - 0.3, dim=1)
+
+    def found(self, query: Tensor, values: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query[None], self.keys[None], values[None], scale=150.0)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearer = self.found(self.seen(x), self.keys)
+        return 10 * self.found(F.normalize(nearer, dim=1), self.labels)
+
+
+@pytest.mark.slow
+def test_attention_that_is_sure_of_one_key_of_many_is_led_to_others():
+    digits = load_digits()
+    x, y = torch.tensor(digits.images / 16).float()[:, None], torch.tensor(digits.target)
+    s = search(Memory(x[:300], y[:300]), x[1200:1220], y[1200:1220], eps=0.2, classes=10)
+    torch.manual_seed(0)
+    stand_ins(s, 2, 100)
+    assert int(s.unbroken.sum()) <= 6
