@@ -218,6 +218,18 @@ MUTATIONS = [
         "correction=0)",
         "tests/attacks/test_deployed.py -k sure",
     ),
+    Mutation(
+        "bench/attacks/paths.py",
+        "while number in self._inside:",
+        "while False:",
+        "tests/attacks/test_paths.py -k nested",
+    ),
+    Mutation(
+        "bench/attacks/paths.py",
+        "if expert < 0 or expert in",
+        "if True or expert in",
+        "tests/attacks/test_paths.py -k nested",
+    ),
     Mutation("bench/attacks/recorded.py", "kind in BEST", "False", "tests/attacks/test_deployed.py -k best"),
     Mutation("bench/attacks/recorded.py", "kind.startswith(POOLS)", "False", "tests/attacks/test_deployed.py -k pool"),
     Mutation("bench/attacks/recorded.py", '"Glu": _glu', '"Glu": _each', "tests/attacks/test_deployed.py -k gated"),

@@ -8,7 +8,7 @@ the weakest first. Where experts choose tokens the two change places, and a toke
 Axes: B = examples of the block, m = rows that are attacked, N = sites, T = tokens, E = experts, K = selected experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -102,32 +102,39 @@ class Deviations:
         return torch.where((scope == LOST)[:, None, None], selected(others, self.sites[number].k), mine)
 
 
-def combined(
-    singles: list[list[list[int]]], limit: int, weakness: Callable[[list[list[int]]], float], free: list[int]
-) -> list[list[list[int]]]:
+#: The choices (K,) of a path at each site (N,); −1 is none.
+Path = list[list[int]]
+
+
+def alone(number: int, chosen: list[int], sites: int) -> Path:
+    """The path that makes this choice at one of so many sites, and none at the others."""
+    free = [-1] * len(chosen)
+    return [free] * number + [chosen] + [free] * (sites - number - 1)
+
+
+def joined(first: Path, second: Path) -> Path | None:
+    """What both paths choose; None where they choose differently at a site."""
+    both = [one if two[0] < 0 else two for one, two in zip(first, second, strict=True)]
+    agree = all(one in (both[n], other) or one[0] < 0 for n, (one, other) in enumerate(zip(first, second, strict=True)))
+    return both if agree else None
+
+
+def combined(singles: Sequence[Sequence[Path]], limit: int, weakness: Callable[[Path], float]) -> list[Path]:
     """At most `limit` paths (N, K): single deviations and combinations of them, the weakest first.
 
-    singles: of each site. weakness: of a path, the larger the weaker. Half of the paths, at least, are single
-    deviations, of each site in turn; the rest are combinations, each begun by the next of these: what weakens the path
-    most is added, site by site, as long as it weakens it.
+    singles: the paths that each site begins. weakness: of a path, the larger the weaker. Half of the paths, at least,
+    are single deviations, of each site in turn; the rest are combinations, each begun by the next of these: what
+    weakens the path most is added, site by site, as long as it weakens it.
     """
-    alone = {}
-    for number, choices in enumerate(singles):
-        paths = [[free] * number + [chosen] + [free] * (len(singles) - number - 1) for chosen in choices]
-        alone[number] = sorted(((weakness(path), path) for path in paths), key=lambda one: -one[0])
-    turns = [
-        found[turn] for turn in range(max(map(len, alone.values()))) for found in alone.values() if turn < len(found)
-    ]
+    known = [sorted(((weakness(path), path) for path in paths), key=lambda one: -one[0]) for paths in singles]
+    turns = [found[turn] for turn in range(max(map(len, known))) for found in known if turn < len(found)]
     room = limit if len(singles) == 1 else limit - limit // 2
     kept = [path for _, path in turns[:room]]
     for start in sorted(turns, key=lambda one: -one[0]) if len(singles) > 1 else ():
         value, path = start
         while len(kept) < limit:
-            more = []
-            for number, found in alone.items():
-                if path[number] is free:
-                    joined = [*path[:number], found[0][1][number], *path[number + 1 :]]
-                    more.append((weakness(joined), joined))
+            both = (joined(path, found[0][1]) for found in known)
+            more = [(weakness(one), one) for one in both if one is not None and one != path]
             best = max(more, key=lambda one: one[0], default=None)
             if best is None or best[0] <= value or best[1] in kept:
                 break

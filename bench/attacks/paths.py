@@ -8,11 +8,11 @@ Axes: B = examples of the block, m = rows that are attacked, P = paths, N = site
 experts of the site with the most, D = pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import combinations, islice, product
+from itertools import chain, combinations, islice, product
 from math import comb, prod
 from typing import Literal
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.attacks.affine import affine_map, reachable_pairs
-from bench.attacks.deviations import Deviations, combined
+from bench.attacks.deviations import Deviations, Path, alone, combined, joined
 from bench.attacks.gradients import StraightThrough, in_place_allowed, logarithms, readable, slopes
 from bench.attacks.search import RAISED, Search, climbs, margin, raised, standardised
 from bench.models import sites as routing
@@ -38,6 +38,8 @@ Gradient = Literal["own", "gates", "slopes", "local", "through", "neighbours", "
 #: How many sets of experts are tried at one site with more: the likeliest by the router and the weakest by the experts'
 #: margins, in turn; and how many are compared for that.
 MOST_SETS, COMPARED = 64, 5000
+#: How many choices at single sites are compared, by a pass each, where there are too many paths for all.
+SINGLES = 256
 #: How far slopes are measured, in ε, in turn.
 DISTANCES = (1.0, 0.25)
 #: From which score on the lowest one can be a mask's: that of code for half precision is the largest in use.
@@ -99,6 +101,7 @@ class Paths:
             for number, site in enumerate(self.sites)
             if (host := hosts[site.name]) is not None
         }
+        self._hosts_first = sorted(range(len(self.sites)), key=self._depth)
         #: by site: the score of experts that the gate closes, where it closes any
         self._closed = {name: at for name, scores in found.items() if (at := closed_score(scores)) is not None}
         self._scores = {name: self._readable(name, scores) for name, scores in found.items()}
@@ -147,6 +150,10 @@ class Paths:
         best = self._scores[site.name].topk(site.k + 1, dim=-1).values
         return (best[..., site.k - 1] - best[..., site.k]).median().clamp_min(1e-6)
 
+    def _depth(self, number: int) -> int:
+        """How many sites lead to one."""
+        return 1 + self._depth(self._inside[number][0]) if number in self._inside else 0
+
     # --- which paths there are ----------------------------------------------------------------------------------------
 
     def _options(self, site: Site) -> list[tuple[int, ...]]:
@@ -185,28 +192,51 @@ class Paths:
         return torch.stack([margin(standardised(expert(x)), y).mean() for expert in experts])
 
     def _enumerated(self) -> Tensor:
-        """The choices of all paths; where they are too many, of those that force one site, then two.
+        """The choices of all paths; where they are too many, of those that force few sites, the weakest first.
 
         A site inside an expert is free where that expert is not chosen.
         """
         width = max((site.k for site in self.sites), default=1)
         options = [
-            [(*chosen, *chosen[-1:] * (width - site.k)) for chosen in self._options(site)] for site in self.sites
+            [[*chosen, *chosen[-1:] * (width - site.k)] for chosen in self._options(site)] for site in self.sites
         ]
         if not options:
             return torch.zeros(0, 0, width, dtype=torch.long)
         if self.deviations is not None:
-            singles = [self.deviations.singles(number) for number in range(len(self.sites))]
-            return torch.tensor(combined(singles, self.limit, self._weakness_of, [-1] * width))
-        free = (-1,) * width
-        every = [[free, *sets] if number in self._inside else sets for number, sets in enumerate(options)]
-        whole = list(islice((path for path in product(*every) if self._fits(path)), self.limit + 1))
-        if len(whole) <= self.limit:
-            return torch.tensor(whole)
-        some = [[free, *sets] for sets in options]
-        forced = (path for count in (1, 2) for path in product(*some) if sum(one[0] >= 0 for one in path) == count)
-        fitting = (path for path in forced if all(path[n][0] < 0 or i in path[o] for n, (o, i) in self._inside.items()))
-        return torch.tensor(list(islice(fitting, self.limit)))
+            options = [self.deviations.singles(number) for number in range(len(options))]
+        else:
+            whole = list(islice(self._whole(options, [[-1] * width] * len(options)), self.limit + 1))
+            if len(whole) <= self.limit:
+                return torch.tensor(whole)
+            if len(options) == 1:
+                return torch.tensor(whole[: self.limit])
+            options = [sets[: max(2, SINGLES // len(options))] for sets in options]
+        singles = [[self._led(number, chosen, options) for chosen in sets] for number, sets in enumerate(options)]
+        found = combined(singles, self.limit, self._weakness_of)
+        if self.deviations is None:  # few forced sites are more than one of them made weaker
+            pairs = (joined(*both) for some in combinations(singles, 2) for both in product(*some))
+            for path in chain(*singles, pairs):
+                if path is not None and path not in found and len(found) < self.limit:
+                    found.append(path)
+        return torch.tensor(found)
+
+    def _whole(self, options: Sequence[Sequence[list[int]]], path: Path, at: int = 0) -> Iterator[Path]:
+        """The paths that choose at every site, but for those inside an expert that is not chosen."""
+        if at == len(options):
+            yield path
+            return
+        number = self._hosts_first[at]
+        outer, expert = self._inside.get(number, (number, -1))
+        for chosen in options[number] if expert < 0 or expert in path[outer] else [path[number]]:
+            yield from self._whole(options, [*path[:number], chosen, *path[number + 1 :]], at + 1)
+
+    def _led(self, number: int, chosen: list[int], options: Sequence[Sequence[list[int]]]) -> Path:
+        """The path that makes a choice at one site, and those at the sites around it which lead there."""
+        path = alone(number, chosen, len(self.sites))
+        while number in self._inside:
+            number, expert = self._inside[number]
+            path[number] = next((sets for sets in options[number] if expert in sets), [expert] * len(chosen))
+        return path
 
     def _readable(self, name: str, scores: Tensor) -> Tensor:
         """A site's scores as leads are measured in: of probabilities the logarithms, of closed experts finite ones."""
@@ -245,10 +275,6 @@ class Paths:
         logits, _ = self.on_path(block.x[rows], torch.tensor(path).to(rows).expand(len(rows), -1, -1), rows=rows)
         return float(margin(standardised(logits), block.y[rows]).nan_to_num(-1e9).mean())
 
-    def _fits(self, path: Sequence[tuple[int, ...]]) -> bool:
-        """Whether sites inside experts are forced where their expert is chosen, and only there."""
-        return all((path[n][0] >= 0) == (i in path[o]) for n, (o, i) in self._inside.items())
-
     def _count(self) -> int:
         """How many paths there are."""
         if not self.sites:
@@ -256,10 +282,10 @@ class Paths:
         counts = [comb(site.num_experts, site.k) ** self._scores[site.name].shape[1] for site in self.sites]
         if any(site.whole for site in self.sites):
             counts = [comb(site.num_experts, site.k) for site in self.sites]
-        for number, (outer, _) in sorted(self._inside.items(), reverse=True):  # inner sites come after their hosts
-            site = self.sites[outer]
-            with_it = comb(site.num_experts - 1, site.k - 1)
-            counts[outer] += with_it * (counts[number] - 1)
+        for number in reversed(self._hosts_first):
+            if number in self._inside:
+                outer, site = self._inside[number][0], self.sites[self._inside[number][0]]
+                counts[outer] += comb(site.num_experts - 1, site.k - 1) * (counts[number] - 1)
         return prod(count for number, count in enumerate(counts) if number not in self._inside)
 
     @cached_property

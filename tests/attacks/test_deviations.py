@@ -3,7 +3,19 @@
 import torch
 from torch import Tensor, nn
 
-from bench.attacks.deviations import ALL, FIRST, NEAREST, QUARTER, RUNNER_UP, SCOPE, TOKEN, Deviations, combined
+from bench.attacks.deviations import (
+    ALL,
+    FIRST,
+    NEAREST,
+    QUARTER,
+    RUNNER_UP,
+    SCOPE,
+    TOKEN,
+    Deviations,
+    alone,
+    combined,
+    joined,
+)
 from bench.models.sites import Site
 
 #: Of one image, three tokens and three experts: the first token chooses 0, the others 1, and only just the last.
@@ -88,6 +100,9 @@ def test_each_row_is_forced_by_its_own_choice_on_its_own_image():
 FREE = [-1]
 #: What a choice adds to a path's weakness, at each of two sites.
 ADDS = [{0: 1.0, 1: 5.0, 2: 3.0}, {0: 2.0, 1: -1.0}]
+#: The paths that two sites begin, of three and of two choices; and those of one site by itself.
+SINGLES = [[alone(number, [i], 2) for i in range(count)] for number, count in enumerate((3, 2))]
+ONLY = [[[i]] for i in range(3)]
 
 
 def weakness(path: list[list[int]]) -> float:
@@ -99,16 +114,16 @@ def short(paths: list[list[list[int]]]) -> list[tuple[int, ...]]:
 
 
 def test_half_of_the_paths_are_single_of_each_site_in_turn_and_the_rest_begin_with_the_weakest():
-    paths = combined([[[0], [1], [2]], [[0], [1]]], 6, weakness, FREE)
+    paths = combined(SINGLES, 6, weakness)
     # alone they weaken by 5, 2 and 3; then 5 + 2, 3 + 2, and, since 5 + 2 is there already, 1 + 2
     assert short(paths) == [(1, -1), (-1, 0), (2, -1), (1, 0), (2, 0), (0, 0)]
 
 
 def test_what_does_not_weaken_a_path_is_not_added():
-    def alone(path: list[list[int]]) -> float:
+    def barely(path: list[list[int]]) -> float:
         return weakness(path) if FREE in path else -9
 
-    paths = combined([[[0], [1], [2]], [[0], [1]]], 10, alone, FREE)
+    paths = combined(SINGLES, 10, barely)
     assert short(paths) == [(1, -1), (-1, 0), (2, -1), (-1, 1), (0, -1)]
 
 
@@ -118,5 +133,11 @@ def test_one_site_has_single_deviations_alone_and_all_the_room():
     def one(path: list[list[int]]) -> float:
         return only[0][path[0][0]]
 
-    assert short(combined([[[0], [1], [2]]], 2, one, FREE)) == [(1,), (2,)]
-    assert short(combined([[[0], [1], [2]]], 9, one, FREE)) == [(1,), (2,), (0,)]
+    assert short(combined([ONLY], 2, one)) == [(1,), (2,)]
+    assert short(combined([ONLY], 9, one)) == [(1,), (2,), (0,)]
+
+
+def test_paths_are_joined_where_they_do_not_choose_differently():
+    assert joined([[1, 2], [-1, -1]], [[-1, -1], [3, 3]]) == [[1, 2], [3, 3]]
+    assert joined([[1, 2], [-1, -1]], [[1, 2], [3, 3]]) == [[1, 2], [3, 3]]
+    assert joined([[1, 2], [-1, -1]], [[2, 1], [3, 3]]) is None

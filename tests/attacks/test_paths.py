@@ -1,6 +1,7 @@
 """Paths: which there are, which can be reached, and the model led along them."""
 
-from itertools import islice
+from collections.abc import Iterator
+from itertools import count, islice, product
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from planted_routes import Frozen, images
 from torch import Tensor, nn
 from two_pixels import ROUTER, SAME, Stepped, X, paths
 
-from bench.attacks.paths import MOST_SETS, closed_score
+from bench.attacks.paths import MOST_SETS, Paths, closed_score
 from bench.attacks.restarts import in_turn, kinds
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
@@ -30,12 +31,68 @@ def test_the_paths_of_a_dual_are_pairs(linear_moe: Any):
     assert len({tuple(map(frozenset, path.tolist())) for path in found.choices}) == 9
 
 
-def test_too_many_paths_are_counted_and_those_with_few_forced_sites_come_first(linear_moe: Any):
+def test_too_many_paths_are_counted_and_half_of_them_force_few_sites(linear_moe: Any):
     dual = DualModel(linear_moe(SAME, ROUTER, 1, "argmax"), linear_moe(SAME, ROUTER, 1, "argmax"))
     found = paths(dual, X, limit=7)
     assert found.notes == ["7 of 9 paths attacked"]
-    assert (found.choices < 0).any(1).sum() == 6  # three of each site with the other free
-    assert (found.choices[6] >= 0).all()
+    assert found.choices[:4, :, 0].T.ge(0).sum(1).tolist() == [2, 2]  # the weakest of each; none is weaker with another
+    assert (found.choices < 0).flatten(1).any(1).tolist() == [True] * 6 + [
+        False
+    ]  # so the others come first, then of both
+
+
+class Nested(nn.Module):
+    """Routers of two experts each, so many levels of them, down to networks that answer with a class of their own."""
+
+    def __init__(self, levels: int, width: int, at: Iterator[int]) -> None:
+        super().__init__()
+        self.router = nn.Sequential(nn.Flatten(), nn.Linear(2, width))
+        inner = [Nested(levels - 1, width, at) if levels > 1 else Class(next(at)) for _ in range(width)]
+        self.experts = nn.ModuleList(inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(1)
+        return torch.stack([expert(x) for expert in self.experts], 1)[torch.arange(len(x)), chosen]
+
+
+class Class(nn.Module):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.eye(3)[self.number % 3].expand(len(x), 3) + 0 * x.flatten(1)[:, :1]
+
+
+def leaves(model: nn.Module, found: Paths) -> set[tuple[int, ...]]:
+    """The experts along each path, outermost first, down to the last that it forces."""
+    names = {site.name: number for number, site in enumerate(found.sites)}
+    ways = set()
+    for path in found.choices[..., 0].tolist():
+        way, place = [], "router"
+        while place in names and path[names[place]] >= 0:
+            way.append(path[names[place]])
+            place = f"{place.removesuffix('router')}experts.{way[-1]}.router"
+        assert len(way) == sum(chosen >= 0 for chosen in path)  # and no site is forced that they do not lead to
+        ways.add(tuple(way))
+    return ways
+
+
+def test_the_paths_of_nested_experts_are_those_that_lead_somewhere():
+    torch.manual_seed(0)
+    model = Nested(3, 3, count()).eval()
+    found = paths(model, X, limit=27)
+    assert (found.possible, found.notes) == (27, [])
+    assert leaves(model, found) == set(product(range(3), repeat=3))
+    some = paths(model, X, limit=12)
+    assert (some.possible, some.notes) == (27, ["12 of 27 paths attacked"])
+    assert max(map(len, leaves(model, some))) == 3  # a site deep inside is forced with all that lead to it
+
+
+def test_many_nested_experts_are_no_matter_of_all_combinations():
+    torch.manual_seed(0)
+    found = paths(Nested(2, 12, count()).eval(), X, limit=20)  # 12 · 13¹² products of options
+    assert (found.possible, len(found.choices)) == (144, 20)
 
 
 def test_paths_that_no_point_of_the_ball_leads_to_are_left_out(linear_moe: Any):
