@@ -417,7 +417,8 @@ def lifted(scores: Tensor, mine: Tensor, k: int, at: float | None = None) -> Ten
         kept = first_of(found, room)
         return found.masked_fill(torch.where(full, ~kept, closed & ~mine), at)
     values = scores.detach()
-    slack = 1e-4 * values.abs().amax(-1, keepdim=True) + 1e-6
+    share = max(1e-4, 4 * torch.finfo(values.dtype).eps)  # what is no more than rounding wins nothing
+    slack = share * values.abs().amax(-1, keepdim=True) + 1e-6
     lift = (_best_others(values, mine, k) + slack - values).clamp_min(0)
     return scores + torch.where(mine, lift, torch.zeros_like(lift))
 

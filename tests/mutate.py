@@ -137,7 +137,7 @@ MUTATIONS = [
         "bench/attacks/paths.py",
         "every += [replace(site, k=1) for site in asked]",
         "every += [replace(site, k=1) for site in asked if site.whole]",
-        "tests/attacks/test_gates.py -k mixture",
+        "tests/attacks/test_gates.py -k themselves",
     ),
     Mutation(
         "bench/attacks/restarts.py",
@@ -195,7 +195,7 @@ MUTATIONS = [
         "bench/attacks/recorded.py",
         "own or (kind not in LINEAR and kind not in EITHER_WAY)",
         "own",
-        "tests/attacks/test_deployed.py -k binary",
+        "tests/attacks/test_recorded.py",
     ),
     Mutation(
         "bench/attacks/recorded.py",
@@ -230,6 +230,16 @@ MUTATIONS = [
         "if True or expert in",
         "tests/attacks/test_paths.py -k nested",
     ),
+    Mutation("bench/attacks/recorded.py", '"Mul": _times,', "", "tests/attacks/test_recorded.py -k product"),
+    Mutation(
+        "bench/attacks/gradients.py",
+        "func(*map(_on, args), **kwargs)",
+        "func(*args, **kwargs)",
+        "tests/attacks/test_gradients.py -k off",
+    ),
+    Mutation(
+        "bench/attacks/gradients.py", "+ LEAK * off.sum(dim, **more)", "", "tests/attacks/test_gradients.py -k off"
+    ),
     Mutation("bench/attacks/recorded.py", "kind in BEST", "False", "tests/attacks/test_deployed.py -k best"),
     Mutation("bench/attacks/recorded.py", "kind.startswith(POOLS)", "False", "tests/attacks/test_deployed.py -k pool"),
     Mutation("bench/attacks/recorded.py", '"Glu": _glu', '"Glu": _each', "tests/attacks/test_deployed.py -k gated"),
@@ -246,7 +256,7 @@ MUTATIONS = [
         "search.rows",
         "tests/attacks/test_restarts.py -k near",
     ),
-    Mutation("bench/attacks/recorded.py", "inputs == 1 or", "True or", "tests/attacks/test_influence.py"),
+    Mutation("bench/attacks/recorded.py", "inputs == 1 or", "True or", "tests/attacks/test_recorded.py"),
     Mutation("bench/attacks/recorded.py", "dim - 2**64 if", "dim if", "tests/attacks/test_deployed.py -k kthvalue"),
     Mutation(
         "bench/attacks/deployed.py",
@@ -639,6 +649,9 @@ MUTATIONS = [
         "len(inputs[site.name]) == len(x) for site",
         "len(inputs[site.name]) < 0 for site",
         "tests/suites/test_planted_routes.py -k by",
+    ),
+    Mutation(
+        "models/sites.py", "max(1e-4, 4 * torch.finfo(values.dtype).eps)", "1e-4", "tests/models/test_sites.py -k half"
     ),
     Mutation("models/sites.py", "call=inside.call, axis=inside.axis", "call=None", "tests/models/test_gates.py"),
     Mutation(

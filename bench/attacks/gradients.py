@@ -117,6 +117,19 @@ def _inverse_quotient(y: Tensor, x: Any, *_: Any, **__: Any) -> Tensor:
     return x * _inverse(y)
 
 
+def _product(x: Tensor, dim: Any = None, *_: Any, **more: Any) -> Tensor:
+    """With a slope by each factor that is off, whatever the others are."""
+    off = torch.where(x.detach().abs() < NEAR, x, 0.0)
+    if dim is None:
+        return x.prod() + LEAK * off.sum()
+    return x.prod(dim, **more) + LEAK * off.sum(dim, **more)
+
+
+def _on(one: Any) -> Any:
+    """A factor that is off as if it were on a little, so that the other one has a slope where both are."""
+    return one + LEAK * (one.detach().abs() < NEAR) if _graded(one) else one
+
+
 #: The call behind `tensor.data`.
 _DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 #: A function → one with nearly the same shape whose gradient is nowhere zero.
@@ -154,6 +167,7 @@ SMOOTH: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((Tensor.__rtruediv__, Tensor.__rdiv__), _inverse_quotient),
     F.softmin: _tempered_least,
     F.scaled_dot_product_attention: _attention,
+    **dict.fromkeys(both("prod"), _product),
 }
 #: Of two tensors these are the larger or the smaller one in each place, of one they are something else.
 OF_TWO = {torch.max: torch.maximum, Tensor.max: torch.maximum, torch.min: torch.minimum, Tensor.min: torch.minimum}
@@ -185,6 +199,10 @@ MOVES = {
 COUNTS = {Tensor.int, Tensor.long, Tensor.byte}
 CASTS = {Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type, Tensor.type_as}
 TIMES = {*both("mul"), *both("multiply"), Tensor.__mul__, Tensor.__rmul__}
+#: Products of two, and sums of such: where both factors are off, none has a slope.
+PRODUCTS = {
+    *TIMES, *both("matmul"), *both("bmm"), *both("mm"), Tensor.__matmul__, Tensor.__rmatmul__, torch.einsum, F.bilinear,
+}  # fmt: skip
 
 
 #: Where the two are that `where` takes its values from: one of them may be a mask's constant.
@@ -192,7 +210,7 @@ EITHER: dict[Any, tuple[int, int]] = {torch.where: (1, 2), Tensor.where: (0, 2)}
 
 
 #: All functions that something else than themselves is done for, as Python code calls them.
-KNOWN = {*SMOOTH, *OF_TWO, *COMPARES, *MOVES, *COUNTS, *CASTS, *TIMES, *EITHER, *RANKS, *OF_INDICES}
+KNOWN = {*SMOOTH, *OF_TWO, *COMPARES, *MOVES, *COUNTS, *CASTS, *PRODUCTS, *EITHER, *RANKS, *OF_INDICES}
 
 
 class _WithGradientOf(torch.autograd.Function):
@@ -272,6 +290,11 @@ class StraightThrough(TorchFunctionMode):
                 result = func(*args, **kwargs)
                 self._indices.find(func, args, kwargs, result)
                 return result
+            if func is torch.einsum and len(args) == 2 and isinstance(args[1], list | tuple):
+                args = args[0], *args[1]
+            if func in PRODUCTS and sum(map(_graded, args)) > 1:
+                value = func(*args, **kwargs)
+                return _WithGradientOf.apply(func(*map(_on, args), **kwargs), value.detach())
             smooth = SMOOTH.get(func)
             if smooth in (_larger, _smaller) and not _graded(first):
                 args = first, *_ = args[::-1]

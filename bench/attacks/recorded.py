@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.attacks.gradients import LEAK
+from bench.attacks.gradients import LEAK, NEAR
 
 #: Below this share of the gradient that comes in, what goes out is none.
 NONE = 1e-6
@@ -107,6 +107,17 @@ def _softmax(node: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
     return torch.where(gradient.abs() > NONE * incoming.abs(), gradient, LEAK * apart)
 
 
+def _times(node: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
+    """Where both factors are off, each has a slope as if the other were on a little."""
+    both = [one for which in ("self", "other") if isinstance(one := getattr(node, f"_saved_{which}", None), Tensor)]
+    if len(both) < 2:  # times a constant
+        return _each(node, gradient, incoming)
+    if any(one.shape != gradient.shape for one in (incoming, *both)):
+        return gradient
+    off = torch.stack(both).abs().amax(0) < NEAR
+    return torch.where(off, LEAK * incoming, gradient)
+
+
 def _normalised(node: Any, gradient: Tensor, incoming: Tensor) -> Tensor:
     """Few elements of which one outweighs the others are ±1 once they are normalised, whatever they are."""
     return _each(node, gradient, incoming) if gradient.dim() and gradient.shape[-1] <= FEW else gradient
@@ -145,6 +156,7 @@ OTHERWISE: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "Glu": _glu,
     "LogSoftmax": _all,
     "Softmax": _softmax,
+    "Mul": _times,
     "NativeLayerNorm": _normalised,
     "GridSampler2D": _looked_up,
     "GridSampler3D": _looked_up,

@@ -36,6 +36,11 @@ def test_adaptive_breaks_what_a_named_gate_leads_to(kind: str):
     assert left(kind, False) == 0
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "mixture" in kind])
+def test_paths_to_each_expert_break_a_mixture_by_themselves(kind: str):
+    assert left(kind, False, attacks_to_run=["mixtures"]) == 0
+
+
 @pytest.mark.slow
 def test_a_layer_that_shows_its_router_routes_tokens_apart():
     model = planted_gates.ByLayer(1.0).eval()

@@ -136,7 +136,11 @@ def test_a_dead_relu_has_a_tenth_of_the_slope():
     [F.gelu, F.silu, F.mish, F.hardswish, F.softplus, F.elu, F.celu, F.selu, lambda x: F.threshold(x, 0.0, 0.0),
      lambda x: x.clamp_min(0), lambda x: torch.maximum(x, torch.zeros(())), lambda x: torch.max(torch.zeros(1), x),
      lambda x: x.relu().square(), lambda x: x.relu() ** 2, nn.PReLU(init=0.0), lambda x: F.rrelu(x, 0.0, 0.0),
-     F.hardsigmoid, torch.erf, lambda x: (x + x.abs()) / 2],
+     F.hardsigmoid, torch.erf, lambda x: (x + x.abs()) / 2,
+     lambda x: (h := x.relu()) * h, lambda x: x.relu() * F.relu6(x),
+     lambda x: (40 * x).sigmoid() * (40 * x - 9).sigmoid(), lambda x: torch.stack([x.relu()] * 3).prod(0),
+     lambda x: torch.einsum("i,i->i", x.relu(), x.relu()), lambda x: torch.einsum("i,i->i", [x.relu()] * 2),
+     lambda x: (x.relu()[:, None, None] @ x.relu()[:, None, None])[:, 0, 0]],
 )  # fmt: skip
 def test_an_activation_that_is_off_leads_to_where_it_opens(function: Callable[[Tensor], Tensor]):
     x = torch.tensor([-40.0, -2.0, 2.0])

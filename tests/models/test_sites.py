@@ -88,6 +88,16 @@ def test_the_shift_is_the_least_that_wins_and_none_where_the_path_is_natural():
     assert two.topk(2, dim=-1).indices[:, 0].sort(1).values.tolist() == [[1, 2], [0, 2], [1, 2]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_shift_wins_in_half_precision_too(dtype: torch.dtype):
+    scores = torch.randn(50, 4, 6, generator=torch.Generator().manual_seed(0)).mul(5).to(dtype)
+    for expert in range(6):
+        found = forced(scores, torch.full((50, 1), expert))
+        others = found.masked_fill(torch.arange(6) == expert, -torch.inf).amax(-1)
+        assert (found[..., expert] > others).all()
+        assert (found - scores)[..., expert].max() < 40  # and no more than has to be
+
+
 def test_experts_that_a_gate_closes_are_opened_and_as_many_closed():
     inf = torch.inf
     scores = torch.tensor([[[3.0, 1.0, -inf, -inf]], [[0.0, -inf, -inf, -inf]], [[2.0, 1.0, -inf, -inf]]])
