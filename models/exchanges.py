@@ -8,6 +8,7 @@ is taken where no score is high enough shows as each rises from where all are ab
 Axes: m = images, T = tokens of an image, E = experts, K = selected experts, C = classes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,6 +24,8 @@ from bench.models.sites import Site, intercepted, opened, read
 ROUNDING = 1e-5
 #: Where a bias decides, the scores are spread so many times as widely, and the place of a jump is halved so often.
 SPREADS, _HALVED = (1.0, 12.0), 10
+#: Scores below this one are masks'.
+_MASK = -1e4
 #: Scores that are about alike differ by so much of what one is raised by, at most so many are, and halved so often.
 _SLOPE, _RAISED, _FINELY = 1e-4, 8, 16
 
@@ -81,7 +84,15 @@ class Exchanges:
 
     def jumps_between(self, rank: int, spread: float) -> bool:
         """Whether the answer jumps somewhere else than at equal scores: a bias may be added for the choice alone."""
-        return self._jumps(partial(self._at, rank, spread=spread), -spread * self.far, spread * self.far, _HALVED)
+        far = spread * self.far
+        finer = max(0, math.ceil(math.log2(far / (max(SPREADS) * 0.4))))  # as finely as of three experts
+        return self._jumps(partial(self._at, rank, spread=spread), -far, far, _HALVED + finer)
+
+    def spreads(self, scores: Tensor) -> tuple[float, ...]:
+        """Those at which a bias is looked for that is no more than twice as far as the scores themselves lie apart."""
+        known = scores[scores > _MASK]
+        own = 2 * float(known.max() - known.min()) / self.far if len(known) else 0.0
+        return (*SPREADS, own) if own > max(SPREADS) else SPREADS
 
     def falls_back(self, scores: Tensor) -> bool:
         """Whether something else than an expert is taken where all scores are about alike, low or high ones.
@@ -166,8 +177,11 @@ def misshown(guard: Guarded, site: Site, sites: Sequence[Site], x: Tensor) -> st
                 return f"{site.name} {known}: correct num_selected_experts"
         elif site.soft:
             return ""
-        elif any(exchanges.jumps_between(rank, spread) for spread in SPREADS for rank in effects):
-            return f"{site.name}: the choice adds something to its scores: let it give what is compared"
+        elif any(exchanges.jumps_between(rank, spread) for spread in exchanges.spreads(scores) for rank in effects):
+            return f"{site.name}: the choice is by more than the order of its scores: let it give what is compared"
+        elif max(effects.values()) > ROUNDING:
+            known = f"mixes all of its {site.num_experts} experts, where num_selected_experts is {site.k}"
+            return f"{site.name} {known}: correct num_selected_experts"
     return thresholded(guard, site, sites, x)
 
 

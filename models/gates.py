@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from bench.errors import UnusableInput, did_you_mean
 from bench.models.choices import plain
 from bench.models.deployed import eval_frozen
-from bench.models.exchanges import ROUNDING, SPREADS, Exchanges, measured_k
+from bench.models.exchanges import ROUNDING, Exchanges, measured_k
 from bench.models.foreign import Guarded, Shown
 from bench.models.looks import MOST_CALLS, Follow, Look
 from bench.models.parts import is_dual, is_moe
@@ -273,13 +273,14 @@ def _selects(guard: Guarded, site: Site, sites: list[Site], x: Tensor, look: Loo
         effects = exchanges.effects()
     if max(effects.values()) <= ROUNDING:
         raise look.refuse("the model answers alike whatever the order of its scores")
-    jumps = exchanges.jumps(effects, 2 * torch.finfo(look.scores.dtype).eps if look.scores is not None else 0.0)
+    assert look.scores is not None
+    jumps = exchanges.jumps(effects, 2 * torch.finfo(look.scores.dtype).eps)
     took = look.took if look.chosen is not None and look.chosen[0].shape[look.chosen[1]] == count else (None,)
     if jumps:  # code that also wants the runner-up takes one more than it selects; some takes one after the other
         return replace(site, k=min(max(jumps), sum(one or count for one in took)))
     if took[0]:
         return replace(site, k=took[0])
-    for spread in SPREADS if look.compared or look.chosen is not None else ():
+    for spread in exchanges.spreads(look.scores) if look.compared or look.chosen is not None else ():
         if jumps := [rank for rank in effects if exchanges.jumps_between(rank, spread)]:
             return replace(site, k=min(jumps))  # a bias may reorder them; what is too few forces each alone
     if look.compared:

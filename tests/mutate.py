@@ -240,6 +240,18 @@ MUTATIONS = [
     Mutation(
         "bench/attacks/gradients.py", "+ LEAK * off.sum(dim, **more)", "", "tests/attacks/test_gradients.py -k off"
     ),
+    Mutation(
+        "models/exchanges.py",
+        "return (*SPREADS, own) if own > max(SPREADS) else SPREADS",
+        "return SPREADS",
+        "tests/evaluation/test_foreign.py -k more_than",
+    ),
+    Mutation(
+        "models/exchanges.py",
+        "elif max(effects.values()) > ROUNDING:",
+        "elif False:",
+        "tests/evaluation/test_foreign.py -k more_than",
+    ),
     Mutation("bench/attacks/recorded.py", "kind in BEST", "False", "tests/attacks/test_deployed.py -k best"),
     Mutation("bench/attacks/recorded.py", "kind.startswith(POOLS)", "False", "tests/attacks/test_deployed.py -k pool"),
     Mutation("bench/attacks/recorded.py", '"Glu": _glu', '"Glu": _each', "tests/attacks/test_deployed.py -k gated"),
@@ -324,7 +336,7 @@ MUTATIONS = [
         "models/exchanges.py",
         "for level in (low - width, middle, high + width)",
         "for level in ()",
-        "tests/models/test_gates.py",
+        "tests/models/test_exchanges.py",
     ),
     Mutation(
         "models/exchanges.py",

@@ -342,12 +342,24 @@ class ByTwo(Chosen):
 
 
 class Biased(Chosen):
-    """The third expert is ahead by what the router does not show."""
+    """The third expert is ahead by what the router does not show; by far, where it is as far behind there."""
+
+    def __init__(self, by: float, behind: float = 0.0) -> None:
+        super().__init__(1)
+        self.by = by
+        self.router[-1].bias.data[2] -= behind
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen = (self.router(x) + torch.tensor([0.0, 0.0, 2.0])).argmax(1)
+        chosen = (self.router(x) + torch.tensor([0.0, 0.0, self.by])).argmax(1)
         weights = nn.functional.one_hot(chosen, 3).to(x)
         return (weights[..., None] * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
+
+
+class Mixed(Chosen):
+    """All experts, each by its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.router(x).softmax(1)[..., None] * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
 
 
 class Fallback(Chosen):
@@ -372,11 +384,19 @@ class Unsure(Chosen):
         return torch.where(weights < 0.35, none, found)
 
 
+BY_MORE = "router: the choice is by more than the order of its scores: let it give what is compared"
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [
         (ByTwo, "router selects 2 of 3, where num_selected_experts is 1: correct num_selected_experts"),
-        (lambda: Biased(1), "router: the choice adds something to its scores: let it give what is compared"),
+        (lambda: Biased(2.0), BY_MORE),
+        (lambda: Biased(20.0, 20.0), BY_MORE),
+        (
+            lambda: Mixed(1),
+            "router mixes all of its 3 experts, where num_selected_experts is 1: correct num_selected_experts",
+        ),
         (
             lambda: Fallback(1),
             "router: the choice compares its scores with a threshold: show what is taken then as an expert",
