@@ -52,7 +52,7 @@ class Choices:
         return bool(self.names or self.operations)
 
     def words(self, named: bool = False) -> str:
-        """What was seen, and what to type, in one line. named: the user has named gates, beside which none are left."""
+        """What was seen, and what to type, in one line. named: the user has named gates, or said there are none."""
         seen = []
         if self.operations:
             seen.append(f"choices that depend on the image ({few(self.operations)})")
@@ -67,10 +67,13 @@ class Choices:
         inside = "choose by torch alone, which attacks can follow"
         if self.outside and self.gates:
             advice = inside
+        elif self.gates and named:
+            advice = f"let '{self.gates[0]}' give the scores that it chooses by"
         elif any(operation.startswith(OUTSIDE) for operation in self.outside):
             advice = f"{name}, and {inside}"
         else:
-            advice = name if self.outside or named else f"{name}, or declare --gates none"
+            none = "add none" if named else "declare --gates none"
+            advice = name if self.outside or self.gates else f"{name}, or {none}"
         return f"{' and '.join(seen)}: {advice}"
 
 

@@ -27,7 +27,7 @@ from bench.models.looks import MOST_CALLS, Follow, Look
 from bench.models.parts import is_dual, is_moe
 from bench.models.sites import Site, forced, intercepted, read, shown_sites
 
-#: A user's word for a model that makes no choices.
+#: A user's word for a model that makes no choices; beside gates, for one that makes no others.
 NONE = "none"
 #: Images that gates are looked at with.
 LOOKED_AT = 4
@@ -87,15 +87,14 @@ def find_gates(model: nn.Module, words: Sequence[str], x: Tensor) -> Gates:
         UnusableInput: a word that names no module, or one whose output cannot be scores, or scores that the model's
             answer does not depend on.
     """
-    if NONE in words:
-        if len(words) > 1:
-            raise UnusableInput(f"--gates none says that there are no gates: drop {', '.join(set(words) - {NONE})}")
+    others = [word for word in words if word != NONE]
+    if not others and NONE in words:
         return Gates((NONE,), ())
     model = plain(model)
     modules = dict(model.named_modules())
     modules.pop("")
     found: dict[str, Named] = {}
-    for word in words:
+    for word in others:
         named = Named.parse(word)
         matched = [name for name in modules if fnmatchcase(name, named.pattern)]
         matched = matched or [name for name in modules if fnmatchcase(name, f"*.{named.pattern}")]  # inside a wrapper
@@ -116,7 +115,8 @@ def find_gates(model: nn.Module, words: Sequence[str], x: Tensor) -> Gates:
         ]
     order = [name for name in modules if name in found]
     sites.sort(key=lambda site: (order.index(site.module), site.turn))
-    return Gates(tuple(found[name].word(name) for name in order), tuple(sites))
+    said = [found[name].word(name) for name in order] + [NONE] * (NONE in words)
+    return Gates(tuple(said), tuple(sites))
 
 
 def _calls(guard: Guarded, gates: Mapping[str, nn.Module], x: Tensor) -> dict[str, int]:

@@ -252,6 +252,12 @@ MUTATIONS = [
         "elif False:",
         "tests/evaluation/test_foreign.py -k more_than",
     ),
+    Mutation(
+        "bench/evaluation/examine.py",
+        "if declared and not choices.gates and not wrong:",
+        "if declared:",
+        "tests/evaluation/test_gates.py -k declared_away",
+    ),
     Mutation("bench/attacks/recorded.py", "kind in BEST", "False", "tests/attacks/test_deployed.py -k best"),
     Mutation("bench/attacks/recorded.py", "kind.startswith(POOLS)", "False", "tests/attacks/test_deployed.py -k pool"),
     Mutation("bench/attacks/recorded.py", '"Glu": _glu', '"Glu": _each', "tests/attacks/test_deployed.py -k gated"),

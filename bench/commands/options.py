@@ -53,7 +53,7 @@ GatesOption = Annotated[
         "--gates",
         metavar="GLOB",
         help="modules of a model of your own whose output scores experts, such as 'blocks.*.gate' or gate:k=2; `none`:"
-        " it makes no choices",
+        " it makes no (other) choices",
     ),
 ]
 AlphaOption = Annotated[list[str] | None, typer.Option("--alpha", help="a dual's α; several make a sweep")]

@@ -94,7 +94,7 @@ def diagnose(plan: Plan[Suite], model: str, device: str) -> Diagnosis:
             *_outputs(network, logits, job),
             *_accuracy(network, x, y, logits, job),
             *_depends(examiner.found),
-            _routes(network, gates, paths, hidden, unforced, declared_none=job.spec.gates == (NONE,)),
+            _routes(network, gates, paths, hidden, unforced, declared_none=NONE in job.spec.gates),
             *_gradients(network, x, y, job),
         ]
         forward, both = _timed(network, x, y)

@@ -144,8 +144,8 @@ class Examiner:
         """Routes of a foreign model that its attributes do not show, as a flag: hidden ones, or those found inside."""
         if not isinstance(self.model, Guarded):
             return []
-        if self.spec.gates == (NONE,):
-            return self._declared(self.model, x)
+        declared = NONE in self.spec.gates
+        said = f"{DECLARED}{'other ' if self.model.gates else ''}routes"
         try:
             with seeded(0), settings_kept():
                 shown = shown_sites(self.model)
@@ -154,25 +154,18 @@ class Examiner:
                 guard = Guarded(self.model.model)
                 wrong = [words for site in shown if (words := misshown(guard, site, known, x))]
                 wrong += [words for site in self.model.gates if (words := thresholded(guard, site, known, x))]
-        except Exception as error:  # what cannot be watched may choose
-            return [f"{HIDDEN_ROUTES}the forward pass cannot be watched ({type(error).__name__})"]
-        if choices:
-            return [f"{HIDDEN_ROUTES}{choices.words(bool(self.model.gates))}"]
-        if wrong:
-            return [f"{HIDDEN_ROUTES}{'; '.join(wrong)}"]
+        except Exception as error:  # what cannot be watched may choose, or is as the user says
+            start = f"{said}; its" if declared else f"{HIDDEN_ROUTES}the"
+            return [f"{start} forward pass cannot be watched ({type(error).__name__})"]
         found = [site.words if site in self.model.gates else site.name for site in sites(self.model)]
-        return [f"{ROUTES_INSIDE}{', '.join(found)}"] if found and not self.info.routing_visible else []
-
-    def _declared(self, model: Guarded, x: Tensor) -> list[str]:
-        """What choices a model makes all the same that is declared to make none."""
-        try:
-            with seeded(0), settings_kept():
-                choices = find_choices(model.model, x.clone())
-        except Exception as error:  # what cannot be watched is as the user says
-            return [f"{DECLARED}; its forward pass cannot be watched ({type(error).__name__})"]
-        outside = [f"{OUTSIDE_TORCH}{few(choices.outside)}"] if choices.outside else []
-        seen = f", though it chooses by the image ({few(choices.operations)})" if choices.operations else ""
-        return [f"{DECLARED}{seen}", *outside]
+        inside = [f"{ROUTES_INSIDE}{', '.join(found)}"] if found and not self.info.routing_visible else []
+        if declared and not choices.gates and not wrong:  # a choice in a gate that is shown is none to be declared away
+            outside = [f"{OUTSIDE_TORCH}{few(choices.outside)}"] if choices.outside else []
+            seen = f", though it chooses by the image ({few(choices.operations)})" if choices.operations else ""
+            return [f"{said}{seen}", *outside, *inside]
+        if choices:
+            return [f"{HIDDEN_ROUTES}{choices.words(declared or bool(self.model.gates))}"]
+        return [f"{HIDDEN_ROUTES}{'; '.join(wrong)}"] if wrong else inside
 
     def _unused(self, x: Tensor) -> list[str]:
         """Parts that images hardly use, as a flag of hidden routes where nothing else has shown any.
@@ -187,8 +180,8 @@ class Examiner:
                 found = unused_parts(Guarded(self.model.model), x, sites(self.model))
         except Exception as error:  # of a user's own model, as where a derivative is not there
             return [f"probe of unused parts failed: {type(error).__name__}"]
-        none = "" if self.model.gates else ", or declare --gates none"
-        advice = f"name its gates with --gates GLOB{none}"
+        none = "add none" if self.model.gates else "declare --gates none"
+        advice = f"name its gates with --gates GLOB, or {none}"
         return [f"{HIDDEN_ROUTES}parts that images hardly use ({few(found)}): {advice}"] if found else []
 
     def run(self, number: int, x: Tensor, y: Tensor, idx: Tensor) -> ExaminedBlock:

@@ -17,7 +17,7 @@ HIDDEN_ROUTES = "routes not named: "
 ROUTES_INSIDE = "routes inside: "
 #: How the flag of a model begins whose clean accuracy is low enough that something else may be wrong.
 DOUBTFUL = "SA is doubtful: "
-#: Of a model that the user says makes no choices (`--gates none`).
-DECLARED = "declared by the user to have no routes"
+#: Beginning of the flag of a model that the user says makes no choices, or no others (`--gates none`).
+DECLARED = "declared by the user to have no "
 #: Beginning of its flag where it makes some all the same that no attack can follow, so that it has no rank.
 OUTSIDE_TORCH = "choices outside torch: "

@@ -101,6 +101,90 @@ def test_what_python_chooses_has_no_rank_whatever_is_declared(bench: Any, tmp_pa
     assert "choices outside torch" in out
 
 
+BUCKETS = """
+import torch
+from torch import nn
+
+class Buckets(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.table = nn.Linear(64, 1), nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x):
+        return self.table[torch.bucketize(self.linear(x.flatten(1))[:, 0].contiguous(), torch.tensor([-0.1, 0.1]))]
+
+class Shown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = Buckets()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2))
+
+    def forward(self, x):
+        chosen = self.router(x).argmax(1)
+        return torch.stack([expert(x) for expert in self.experts], 1)[torch.arange(len(x)), chosen]
+"""
+
+
+@pytest.mark.parametrize(
+    ("gates", "advice"),
+    [
+        ([], "name its gates with --gates 'router'"),
+        (["--gates", "router"], "let 'router' give the scores that it chooses by"),
+        (["--gates", "none"], "let 'router' give the scores that it chooses by"),
+    ],
+)
+def test_a_choice_inside_a_shown_router_is_not_declared_away(
+    gates: list[str], advice: str, bench: Any, tmp_path: Path, unprobed: None
+):
+    (tmp_path / "buckets.py").write_text(BUCKETS)
+    words = ["--model", "buckets:Shown", "--suite", "clean", "--n-examples", "8"]
+    status, out, err = bench("run", *words, *gates)
+    assert status == 0, err
+    assert f"routes not named: choices that depend on the image (bucketize in router): {advice}\n" in out
+
+
+OTHERS = """
+import torch
+from torch import nn
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+
+    def forward(self, x, weights):
+        return x + (weights[..., None] * torch.stack([expert(x) for expert in self.experts], 1)).sum(1)
+
+class ByTask(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.layers, self.head = nn.Linear(64, 2), nn.ModuleList([Layer(), Layer()]), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        scores = self.gate(x)
+        weights = torch.zeros_like(scores).scatter(1, scores.argmax(1, keepdim=True), 1.0)
+        for layer in self.layers:
+            x = layer(x, weights)
+        return self.head(x)
+"""
+
+
+def test_what_remains_beside_named_gates_is_declared_by_none(bench: Any, tmp_path: Path, unprobed: None):
+    """One gate at the root, whose choice all layers take: only the names of their experts are left."""
+    (tmp_path / "bytask.py").write_text(OTHERS)
+    words = ["--model", "bytask:ByTask", "--suite", "clean", "--n-examples", "8"]
+    _, out, _ = bench("run", *words, "--gates", "gate")
+    assert "names that speak of routes (layers.*.experts): name these gates as well" in out
+    assert ", or add none" in out
+    status, out, err = bench("run", *words, "--gates", "gate,none")
+    assert status == 0, err
+    assert "declared by the user to have no other routes\n" in out
+    assert "routes inside: gate (top-1 of 2)" in out
+    assert "routes not named" not in out
+
+
 @pytest.mark.parametrize(
     ("model", "gate", "why"),
     [

@@ -66,16 +66,16 @@ def test_what_was_seen_and_what_to_type_is_said_with_the_blocks_numbers_left_ope
         "choices that depend on the image (argmax in layers.*.gate) and names that speak of routes (layers.*.gate):"
         " name its gates with --gates 'layers.*.gate', or declare --gates none"
     )
-    beside = found.words(named=True)  # a word that cannot stand beside a named gate is not offered
-    assert beside.endswith(": name these gates as well with --gates 'layers.*.gate'")
+    beside = found.words(named=True)
+    assert beside.endswith(": name these gates as well with --gates 'layers.*.gate', or add none")
 
 
 def test_a_router_that_gives_indices_alone_is_told_how_to_be_named():
     model = third_party.build("router gives the index alone")
-    assert find_choices(model, torch.rand(4, 3, 8, 8), shown_sites(model)).words() == (
-        "choices that depend on the image (argmax in router): name its gates with --gates 'router', or declare"
-        " --gates none"
-    )
+    found = find_choices(model, torch.rand(4, 3, 8, 8), shown_sites(model))
+    seen = "choices that depend on the image (argmax in router)"
+    assert found.words() == f"{seen}: name its gates with --gates 'router'"
+    assert found.words(named=True) == f"{seen}: let 'router' give the scores that it chooses by"
 
 
 def test_names_count_on_modules_attributes_parameters_and_classes():

@@ -212,7 +212,6 @@ def test_what_cannot_be_a_gate_is_refused_in_one_line():
     assert "nothing is chosen by its output" in refused(model, "embed")
     assert "the model answers alike whatever the order of its scores" in refused(model, "layers.1.mlps.0")
     assert "no scores of 2 experts" in refused(third_party.build("gate rounded"), "fc")
-    assert refused(model, "none", "embed") == "--gates none says that there are no gates: drop embed"
     assert named(model, "none") == Gates(("none",), ())
 
 
@@ -358,6 +357,15 @@ def test_a_threshold_is_no_gate():
             return torch.where(sure[:, None], y, self.large(x))
 
     assert "show the choice by attributes `router` and `experts`" in refused(Cascade(), "small")
+
+
+def test_none_beside_gates_says_that_there_are_no_others():
+    torch.manual_seed(0)
+    model = Block(nn.Linear(6, 3), lambda gate, x: hot(gate(tokens(x)), 1))
+    alone, others = named(model, "none"), named(model, "score", "none")
+    assert (alone.words, alone.sites) == (("none",), ())
+    assert others.words == ("score", "none")
+    assert [site.name for site in others.sites] == ["score"]
 
 
 class Repeated(nn.Module):
