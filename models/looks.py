@@ -197,6 +197,7 @@ class Follow(TorchFunctionMode):
         self.of: dict[int, set[str]] = {}  # gates whose scores alone a tensor is computed from
         self.made: dict[int, tuple[str, Tensor | None, int | None]] = {}  # the function, its input, the gate's call
         self.pending: dict[int, tuple[Look, Look | None, Tensor, int, int | None]] = {}
+        self.sorted: set[int] = set()  # what was put in order, of which a part may be a choice
         self.kept: list[Tensor] = []  # so that no later tensor gets the number of one that is gone
 
     def _depends(self, tensor: Tensor) -> bool:
@@ -224,7 +225,8 @@ class Follow(TorchFunctionMode):
         depending = [one for one in inputs if self._depends(one)]
         if depending or (inside is not None and inputs):
             self.data |= {id(one) for one in outputs} if depending else set()
-            known = [self.of.get(id(one), set()) for one in depending if name not in _LAYERS]
+            weights = name in _LAYERS and len(depending) == 1  # else it is a product of scores and what they chose
+            known = [self.of.get(id(one), set()) for one in depending if not weights]
             alone = set.intersection(*known) if known else set()
             source = depending[0] if depending else None
             for one in outputs:
@@ -271,6 +273,7 @@ class Follow(TorchFunctionMode):
                     took = kwargs.get("k", args[1] if len(args) > 1 else None) if name == "topk" else None
                     if took is not None and not kwargs.get("largest", args[3] if len(args) > 3 else True):
                         took = tensor.shape[axis] - took  # those with the higher scores are the others
+                    self.sorted |= {id(tensor)} if name in ("sort", "argsort") else set()
                     for one in indices:
                         self.pending[id(one)] = (look, inside, tensor, axis % tensor.dim(), took)
             elif look.name in alone:
@@ -287,6 +290,8 @@ class Follow(TorchFunctionMode):
         inner = inside is not look or source is not None
         if look.chosen is not None and inner and _among_groups(look.chosen, (chosen, axis)):
             source = self._source(self._before(look.chosen[0], chosen)) if inside is look else None
+            look.chosen, look.took = None, ()
+        if look.chosen is not None and id(look.chosen[0]) in self.sorted and _orders(look.chosen[0], chosen, axis):
             look.chosen, look.took = None, ()
         look.took += (took,)
         if look.chosen is not None:
@@ -330,6 +335,11 @@ def _among_groups(first: tuple[Tensor, int], then: tuple[Tensor, int]) -> bool:
     (groups, axis), (members, later) = first, then
     last = groups.dim() - 1 == axis and members.dim() - 1 == later and groups.shape[:-1] == members.shape[:-1]
     return last and members.shape[-1] > groups.shape[-1] and members.shape[-1] % groups.shape[-1] == 0
+
+
+def _orders(tokens: Tensor, chosen: Tensor, axis: int) -> bool:
+    """Whether the first choice was an order of the tokens, in which they choose among the last axis."""
+    return axis == chosen.dim() - 1 and chosen.shape[:-1] == tokens.shape
 
 
 def _axis(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -184,7 +184,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             return
         depending = [each for each in op.keys if each in self.data or each in self.decided]
         self._scales(op, len(depending))
-        if depending and self.scores.issuperset(depending) and op.name not in _LAYERS:
+        weights = op.name in _LAYERS and len(depending) == 1  # else it is a product of scores and what they chose
+        if depending and self.scores.issuperset(depending) and not weights:
             # what gates that are attacked choose; a layer with weights ends it
             self.scores.update(op.made)
             self.data.update(op.made)

@@ -258,6 +258,18 @@ MUTATIONS = [
         "if declared:",
         "tests/evaluation/test_gates.py -k declared_away",
     ),
+    Mutation(
+        "models/operations.py",
+        "op.name in _LAYERS and len(depending) == 1",
+        "op.name in _LAYERS",
+        "tests/models/test_looks.py -k computed",
+    ),
+    Mutation(
+        "models/looks.py",
+        "id(look.chosen[0]) in self.sorted and",
+        "False and",
+        "tests/models/test_looks.py -k computed",
+    ),
     Mutation("bench/attacks/recorded.py", "kind in BEST", "False", "tests/attacks/test_deployed.py -k best"),
     Mutation("bench/attacks/recorded.py", "kind.startswith(POOLS)", "False", "tests/attacks/test_deployed.py -k pool"),
     Mutation("bench/attacks/recorded.py", '"Glu": _glu', '"Glu": _each', "tests/attacks/test_deployed.py -k gated"),

@@ -76,3 +76,35 @@ def test_a_gate_that_masks_by_its_own_scores_is_forced_at_these(mask: Callable[[
     assert not find_choices(model, X, found.sites)
     scores = read(model, [site], X).scores["score"]
     assert scores.isfinite().all()
+
+
+def in_priority(scores: Tensor) -> Tensor:
+    """V-MoE: the tokens of an image choose in the order of their best weights, and the last ones choose in vain."""
+    weights, chosen = scores.softmax(-1).topk(2, -1)
+    order = weights.amax(-1).argsort(1, descending=True)
+    kept = order.argsort(1) < 3
+    return torch.zeros_like(scores).scatter(-1, chosen, weights * kept[..., None])
+
+
+def dispatched(scores: Tensor) -> Tensor:
+    """GShard: weights are products of scores and the mask of the choice, and where they are not 0 is dispatched to."""
+    weights = scores.softmax(-1)
+    mask = nn.functional.one_hot(weights.argmax(-1), 3).to(weights)
+    combined = torch.einsum("bt,bte->bte", torch.einsum("bte,bte->bt", weights, mask), mask)
+    return combined * combined.bool()
+
+
+@pytest.mark.parametrize(("made", "k"), [(in_priority, 2), (dispatched, 1)])
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_is_computed_from_scores_and_their_choice_is_no_other_choice(
+    made: Callable[[Tensor], Tensor], k: int, inside: bool
+):
+    class Gate(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return made(super().forward(x)) if inside else super().forward(x)
+
+    torch.manual_seed(0)
+    model = Block(Gate(6, 3), lambda gate, x: gate(tokens(x)) if inside else made(gate(tokens(x))))
+    (site,) = named(model, "score").sites
+    assert site.words == f"score (top-{k} of 3)"
+    assert not find_choices(model, X, [site])
