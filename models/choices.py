@@ -37,6 +37,7 @@ _COLOURS = 3
 class Choices:
     """Signs of routes. `names`: modules and attributes as globs over block numbers, such as `blocks.*.mlp.gate`;
     `operations`: what was chosen by, each with the module (as a glob) that did it, such as `topk in blocks.*.mlp`;
+    `where`: the module of the first of them, "" for the model itself;
     `gates`: known ones that choose inside, by what their scores do not show; `read`: whether they are read inside;
     `outside`: those of the operations that Python acts on, or another library, or which are in a model that is scripted
     or quantized: no attack follows them.
@@ -44,6 +45,7 @@ class Choices:
 
     names: tuple[str, ...] = ()
     operations: tuple[str, ...] = ()
+    where: str = ""
     gates: tuple[str, ...] = ()
     read: bool = False
     outside: tuple[str, ...] = ()
@@ -61,7 +63,7 @@ class Choices:
         if self.read:
             return f"{' and '.join(seen)}: beside the scores of '{self.gates[0]}', so that they cannot be forced alone"
         likely = (name for name in self.names if _GATE.search(_last(name)) or "router" in _last(name))
-        gate = next(iter((*self.gates, *likely)), None)
+        gate = next(iter((*self.gates, *likely)), self.where)
         example = f"'{gate}'" if gate else "GLOB"
         name = f"name {'these gates as well' if named else 'its gates'} with --gates {example}"
         inside = "choose by torch alone, which attacks can follow"
@@ -108,6 +110,7 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
     return Choices(
         tuple(_names(model, watch.shapes, watch.elementwise - watch.scoring, gates)),
         tuple(dict.fromkeys(words.values())),
+        next((_glob(where) for _, where in found), ""),
         tuple(dict.fromkeys(_glob(site.module) for site in inside)),
         bool(inside) and all(site.call is not None for site in inside),
         tuple(dict.fromkeys(outside)),

@@ -121,6 +121,8 @@ class Look:
         if not self._fits(scores, images):
             raise self.refuse(f"its scores {tuple(scores.shape)} for {images} images cannot be those of experts")
         axis, width, experts, by_expert = self._axes(scores)
+        if width == 1 and by_expert:
+            raise self.refuse("its output is one value a row (leave it out where it only weighs a part)")
         if experts < 1 + by_expert or width % experts:
             raise self.refuse(f"its output has {width} values a row, which are no scores of {max(experts, 2)} experts")
         rows, left = divmod(len(self.inputs), images)

@@ -208,7 +208,11 @@ def _routes(
             seen, remedy = hidden[0], "choose by torch alone, which attacks can follow"
         return Finding("routes", seen, f"{remedy or 'let its forward pass be traced'} (docs/your-own-model.md)")
     if unforced:
-        return Finding("routes", "; ".join(unforced), "let the model call its gate once for each batch, as a module")
+        return Finding(
+            "routes",
+            "; ".join(unforced),
+            "let the model call its gate once for each batch, as a module, or name what gives its scores with --gates",
+        )
     if gates:
         known = {site.name: site.words for site in sites(network)}  # a mixture is forced as a top-1 gate
         words = [known[gate.name] for gate in gates[:3]]

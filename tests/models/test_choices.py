@@ -60,6 +60,24 @@ def test_no_attack_follows_choices_of_scripted_or_quantized_networks():
     assert find_choices(dense.eval(), x) == NOTHING
 
 
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Hardest()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts[0](x.flatten(1))
+
+
+class Hardest(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(self.linear(x).argmax(1), 3).float()
+
+
 def test_what_was_seen_and_what_to_type_is_said_with_the_blocks_numbers_left_open():
     found = find_choices(third_party.build("gate gives (scores, routing)"), torch.rand(4, 3, 8, 8))
     assert found.words() == (
@@ -68,6 +86,8 @@ def test_what_was_seen_and_what_to_type_is_said_with_the_blocks_numbers_left_ope
     )
     beside = found.words(named=True)
     assert beside.endswith(": name these gates as well with --gates 'layers.*.gate', or add none")
+    unnamed = find_choices(Blocks(), torch.rand(4, 3, 2, 2)).words()  # no name of it speaks of a gate: where it chooses
+    assert unnamed.endswith("(argmax in parts.*): name its gates with --gates 'parts.*', or declare --gates none")
 
 
 def test_a_router_that_gives_indices_alone_is_told_how_to_be_named():

@@ -211,7 +211,7 @@ def test_what_cannot_be_a_gate_is_refused_in_one_line():
     )
     assert "nothing is chosen by its output" in refused(model, "embed")
     assert "the model answers alike whatever the order of its scores" in refused(model, "layers.1.mlps.0")
-    assert "no scores of 2 experts" in refused(third_party.build("gate rounded"), "fc")
+    assert "its output is one value a row (leave it out" in refused(third_party.build("gate rounded"), "fc")
     assert named(model, "none") == Gates(("none",), ())
 
 
