@@ -145,7 +145,6 @@ class Examiner:
         if not isinstance(self.model, Guarded):
             return []
         declared = NONE in self.spec.gates
-        said = f"{DECLARED}{'other ' if self.model.gates else ''}routes"
         try:
             with seeded(0), settings_kept():
                 shown = shown_sites(self.model)
@@ -155,14 +154,14 @@ class Examiner:
                 wrong = [words for site in shown if (words := misshown(guard, site, known, x))]
                 wrong += [words for site in self.model.gates if (words := thresholded(guard, site, known, x))]
         except Exception as error:  # what cannot be watched may choose, or is as the user says
-            start = f"{said}; its" if declared else f"{HIDDEN_ROUTES}the"
+            start = f"{DECLARED}routes; its" if declared else f"{HIDDEN_ROUTES}the"
             return [f"{start} forward pass cannot be watched ({type(error).__name__})"]
         found = [site.words if site in self.model.gates else site.name for site in sites(self.model)]
         inside = [f"{ROUTES_INSIDE}{', '.join(found)}"] if found and not self.info.routing_visible else []
         if declared and not choices.gates and not wrong:  # a choice in a gate that is shown is none to be declared away
             outside = [f"{OUTSIDE_TORCH}{few(choices.outside)}"] if choices.outside else []
             seen = f", though it chooses by the image ({few(choices.operations)})" if choices.operations else ""
-            return [f"{said}{seen}", *outside, *inside]
+            return [f"{DECLARED}{'other ' if found else ''}routes{seen}", *outside, *inside]
         if choices:
             return [f"{HIDDEN_ROUTES}{choices.words(declared or bool(self.model.gates))}"]
         return [f"{HIDDEN_ROUTES}{'; '.join(wrong)}"] if wrong else inside

@@ -66,7 +66,7 @@ class GateUse(Spec):
     def of(cls, counts: dict[str, list[int]], images: int) -> Self:
         """From how often each expert was selected (`load`), and in how many of the images a route was changed."""
         load = tuple(count / max(1, sum(counts["load"])) for count in counts["load"])
-        entropy = -sum(share * math.log(share) for share in load if share)
+        entropy = sum(-share * math.log(share) for share in load if share)  # of one expert 0, not −0
         return cls(load=load, entropy=entropy, flipped=counts["flipped"][0] / images)
 
 
