@@ -114,9 +114,10 @@ def alone(number: int, chosen: list[int], sites: int) -> Path:
 
 def joined(first: Path, second: Path) -> Path | None:
     """What both paths choose; None where they choose differently at a site."""
-    both = [one if two[0] < 0 else two for one, two in zip(first, second, strict=True)]
-    agree = all(one in (both[n], other) or one[0] < 0 for n, (one, other) in enumerate(zip(first, second, strict=True)))
-    return both if agree else None
+    pairs = list(zip(first, second, strict=True))
+    if any(one != two and one[0] >= 0 and two[0] >= 0 for one, two in pairs):
+        return None
+    return [one if two[0] < 0 else two for one, two in pairs]
 
 
 def combined(singles: Sequence[Sequence[Path]], limit: int, weakness: Callable[[Path], float]) -> list[Path]:

@@ -284,8 +284,9 @@ class Paths:
             counts = [comb(site.num_experts, site.k) for site in self.sites]
         for number in reversed(self._hosts_first):
             if number in self._inside:
-                outer, site = self._inside[number][0], self.sites[self._inside[number][0]]
-                counts[outer] += comb(site.num_experts - 1, site.k - 1) * (counts[number] - 1)
+                outer, _ = self._inside[number]
+                with_it = comb(self.sites[outer].num_experts - 1, self.sites[outer].k - 1)
+                counts[outer] += with_it * (counts[number] - 1)
         return prod(count for number, count in enumerate(counts) if number not in self._inside)
 
     @cached_property
