@@ -244,7 +244,7 @@ def test_our_own_dense_models_have_no_choices_and_a_wrapped_moe_has():
         assert find_choices(Calls(model), x, known=shown_sites(Calls(model))) == NOTHING
     moe = load_checkpoint(ZOO / "digits" / "Linf" / "moe-rt_er-argmax.safetensors")[0]
     seen = ("topk in inner",)  # by Python, which groups images by their expert
-    assert find_choices(Calls(moe), x) == Choices(("inner.experts", "inner.router"), seen, outside=seen)
+    assert find_choices(Calls(moe), x) == Choices(("inner.experts", "inner.router"), seen, "inner", outside=seen)
 
 
 @pytest.mark.slow
