@@ -144,9 +144,12 @@ class Examiner:
         """Routes of a foreign model that its attributes do not show, as a flag: hidden ones, or those found inside."""
         if not isinstance(self.model, Guarded):
             return []
-        declared = NONE in self.spec.gates
+        declared, said, inside = NONE in self.spec.gates, f"{DECLARED}routes", list[str]()
         try:
             with seeded(0), settings_kept():
+                if found := [site.words if site in self.model.gates else site.name for site in sites(self.model)]:
+                    said = f"{DECLARED}other routes"
+                    inside = [] if self.info.routing_visible else [f"{ROUTES_INSIDE}{', '.join(found)}"]
                 shown = shown_sites(self.model)
                 known = [*shown, *self.model.gates]
                 choices = find_choices(self.model.model, x.clone(), known)
@@ -154,14 +157,12 @@ class Examiner:
                 wrong = [words for site in shown if (words := misshown(guard, site, known, x))]
                 wrong += [words for site in self.model.gates if (words := thresholded(guard, site, known, x))]
         except Exception as error:  # what cannot be watched may choose, or is as the user says
-            start = f"{DECLARED}routes; its" if declared else f"{HIDDEN_ROUTES}the"
-            return [f"{start} forward pass cannot be watched ({type(error).__name__})"]
-        found = [site.words if site in self.model.gates else site.name for site in sites(self.model)]
-        inside = [f"{ROUTES_INSIDE}{', '.join(found)}"] if found and not self.info.routing_visible else []
+            why = f"forward pass cannot be watched ({type(error).__name__})"
+            return [f"{said}; its {why}", *inside] if declared else [f"{HIDDEN_ROUTES}the {why}"]
         if declared and not choices.gates and not wrong:  # a choice in a gate that is shown is none to be declared away
             outside = [f"{OUTSIDE_TORCH}{few(choices.outside)}"] if choices.outside else []
             seen = f", though it chooses by the image ({few(choices.operations)})" if choices.operations else ""
-            return [f"{DECLARED}{'other ' if found else ''}routes{seen}", *outside, *inside]
+            return [f"{said}{seen}", *outside, *inside]
         if choices:
             return [f"{HIDDEN_ROUTES}{choices.words(declared or bool(self.model.gates))}"]
         return [f"{HIDDEN_ROUTES}{'; '.join(wrong)}"] if wrong else inside

@@ -101,6 +101,20 @@ def test_what_python_chooses_has_no_rank_whatever_is_declared(bench: Any, tmp_pa
     assert "choices outside torch" in out
 
 
+def test_gates_that_are_named_count_where_a_pass_cannot_be_watched_whatever_is_declared(
+    bench: Any, vmoe: str, unprobed: None, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no hooks here")
+
+    monkeypatch.setattr("bench.evaluation.examine.find_choices", fail)
+    words = ["--model", f"{vmoe}:build", "--gates", "blocks.*.gate,none", "--suite", "clean", "--n-examples", "8"]
+    status, out, err = bench("run", *words)
+    assert status == 0, err
+    assert "declared by the user to have no other routes; its forward pass cannot be watched (RuntimeError)" in out
+    assert "routes inside: blocks.0.gate" in out  # so that a rank takes suite adaptive
+
+
 BUCKETS = """
 import torch
 from torch import nn
