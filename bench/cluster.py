@@ -115,6 +115,17 @@ class Trainings:
     def __init__(
         self, specs: Sequence[TrainSpec], data_root: Path, checkpoints: Path, resume: bool, restart: bool
     ) -> None:
+        """UnusableInput where one starts from what another makes: they are trained in no order."""
+        from bench.training.initial_weights import checkpoint_named
+
+        made = {spec.checkpoint_name for spec in specs}
+        for spec in specs:
+            for init in filter(None, (spec.recipe.init, spec.recipe.init_standard)):
+                if (start := checkpoint_named(init, spec.seed)) in made:
+                    raise UnusableInput(
+                        f"'{spec.checkpoint_name}' starts from '{start}', and on Ray they are trained in no order:"
+                        f" train '{start}' first, by a command of its own"
+                    )
         self.specs, self.data_root, self.checkpoints = specs, data_root.resolve(), checkpoints.resolve()
         self.resume, self.restart = resume, restart
 

@@ -294,7 +294,8 @@ class Recipe(Spec):
     )
     init: str | None = Field(
         default=None,
-        description="a checkpoint of the same network, dense, whose weights every expert starts from; of a dual, R's",
+        description="a dense model of the same network, whose weights every expert starts from; of a dual, R's. A"
+        " variant's name is its checkpoint of the same training seed; or a file",
     )
     init_standard: str | None = Field(default=None, description="the same for the experts of a dual's S")
     pretrained: bool | str = Field(default=False, description="timm's ImageNet weights of a ViT, or a file of weights")

@@ -183,7 +183,7 @@ def _trial(
 ) -> Trial:
     folder = checkpoints / "tuning" / spec.key
     path = checkpoint_path(folder, spec.dataset, spec.threat_model.norm, spec.checkpoint_name)
-    train(spec, data_root, folder, device, resume=StateFiles(path).exist())
+    train(spec, data_root, folder, device, resume=StateFiles(path).exist(), starts_in=checkpoints)
     routed = get_variant(spec.variant).kind != "dense"
     methods = open_suites(("adaptive",), {"budget": "small"}) if routed else open_suites(("autoattack",), {})
     request = RunRequest(suites=tuple(methods), dataset=dataset.name, seed=spec.seed)

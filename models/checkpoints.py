@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,7 +188,7 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, Header, str]:
     return model.eval(), header, sha256
 
 
-def find_checkpoint(name: str, dataset: str, norm: str, folders: list[Path]) -> Path:
+def find_checkpoint(name: str, dataset: str, norm: str, folders: Sequence[Path]) -> Path:
     """The first of `folders` that has it.
 
     Raises:
@@ -197,14 +198,15 @@ def find_checkpoint(name: str, dataset: str, norm: str, folders: list[Path]) -> 
     for path in candidates:
         if path.is_file():
             return path
-    variant, seed = _without_seed(name)
+    variant, seed = without_seed(name)
     get_variant(variant)
     looked = " and ".join(f"'{path}'" for path in candidates)
     make = f"bench train {variant} --dataset {dataset}" + (f" --seed {seed}" if seed else "")
+    make += "" if norm == "Linf" else f" --norm {norm} --eps EPS"
     raise UnusableInput(f"no {norm} checkpoint of '{name}' for {dataset}: looked for {looked}; make one with `{make}`")
 
 
-def _without_seed(name: str) -> tuple[str, str]:
+def without_seed(name: str) -> tuple[str, str]:
     """The variant of a model's name, and its training seed, "" where the name has none."""
     variant, _, seed = name.rpartition("-s")
     return (variant, seed) if seed.isdigit() else (name, "")
@@ -218,7 +220,7 @@ def available(dataset: str, norm: str, folders: list[Path]) -> list[str]:
         for path in checkpoint_path(folder, dataset, norm, "*").parent.glob("*.safetensors")
     }
     order = list(VARIANTS)
-    variants = {stem: _without_seed(stem)[0] for stem in stems}
+    variants = {stem: without_seed(stem)[0] for stem in stems}
     known = [stem for stem in stems if variants[stem] in VARIANTS]
     return sorted(known, key=lambda stem: (order.index(variants[stem]), stem))
 

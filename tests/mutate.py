@@ -587,6 +587,31 @@ MUTATIONS = [
     ),
     # training
     Mutation(
+        "bench/training/initial_weights.py",
+        'return init if own or not seed else f"{init}-s{seed}"',
+        "return init",
+        "tests/training/test_initial_weights.py",
+    ),
+    Mutation(
+        "bench/training/loop.py",
+        "folders = (starts_in or checkpoints, ZOO)",
+        "folders = (ZOO, starts_in or checkpoints)",
+        "tests/training/test_initial_weights.py",
+    ),
+    Mutation("bench/tune.py", ", starts_in=checkpoints)", ")", "tests/test_tune.py"),
+    Mutation(
+        "bench/training/recipes/__init__.py",
+        'kinds[name].kind != "dense"))',
+        "True))",
+        "tests/training/test_recipes.py",
+    ),
+    Mutation(
+        "bench/cluster.py",
+        "checkpoint_named(init, spec.seed)) in made",
+        "checkpoint_named(init, spec.seed)) is made",
+        "tests/test_cluster.py -k starts_from",
+    ),
+    Mutation(
         "bench/training/sampling.py",
         "own = whole[self.rank :: self.processes]",
         "own = whole[:: self.processes]",

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 from bench.certify.run import certification_of, certify
-from bench.cluster import Blocks, Queue, Task, Worker, on_ray
+from bench.cluster import Blocks, Queue, Task, Trainings, Worker, on_ray
 from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
 from bench.evaluation.plan import RunRequest, plan_on
@@ -91,6 +91,13 @@ def test_what_cannot_be_done_is_refused(words: tuple[str, ...], wanted: str, ben
     shelve(Path("checkpoints"), "moe-at")
     status, _, err = bench("run", "--suite", "pgd", "--n-examples", "4", "--model", "moe-at", *words)
     assert (status, err.splitlines()[-1]) == (2, f"error: {wanted}")
+
+
+def test_what_starts_from_another_of_the_same_command_is_not_trained_beside_it(tiny_spec: Any, tmp_path: Path):
+    specs = [tiny_spec("dense-at", seed=1), tiny_spec("moe-at", seed=1, init="dense-at")]
+    with pytest.raises(UnusableInput, match=r"^'moe-at-s1' starts from 'dense-at-s1', .*: train 'dense-at-s1' first"):
+        Trainings(specs, tmp_path, tmp_path, resume=False, restart=False)
+    Trainings([specs[0], tiny_spec("moe-at", init="dense-at")], tmp_path, tmp_path, resume=False, restart=False)
 
 
 @pytest.fixture(autouse=True)

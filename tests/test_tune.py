@@ -15,6 +15,7 @@ from bench.models.variants import VARIANTS
 from bench.results.store import read_runs
 from bench.settings import parse_grid
 from bench.training.data import read_training_data
+from bench.training.loop import train
 from bench.training.recipes import train_spec
 from bench.tune import Search, Trial, best, draw, open_search, own_grid, table_path, tune
 
@@ -70,6 +71,16 @@ def test_what_cannot_be_searched_is_refused_before_anything_trains(
 ):
     with pytest.raises(UnusableInput, match=message):
         search(variant, grid, **fixed)
+
+
+def test_a_trial_starts_from_the_users_own_dense_model(tmp_path: Path, tiny_spec: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bench.training.loop.ZOO", tmp_path / "nothing shipped")
+    train(tiny_spec("dense-at", epochs=1), Path("nowhere"), tmp_path, "cpu")
+    started = search("moe-at", {"lr": [0.3]}, init="dense-at", balance=0.5, inner_steps=1, **TINY)
+    (trial,) = tune(started, 1, 4, Path("nowhere"), tmp_path, "cpu")
+    assert trial.settings == {"lr": 0.3}
+    (header,) = [read_header(path) for path in (tmp_path / "tuning").rglob("moe-at.safetensors")]
+    assert header.init["init"].name == "dense-at"
 
 
 def test_more_trials_than_points_are_refused_with_their_number():

@@ -13,7 +13,7 @@ from bench.spec import ThreatModel, dataset_name, folder_and_size
 
 # torchvision's ImageFolder takes the same
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-LARGEST_OF_CIFAR = 48  # pixels of a side: what is larger is trained as Tiny-ImageNet is
+LARGEST_OF_CIFAR = 48  # pixels of a side: what is larger is trained as small ViTs are on Tiny-ImageNet
 
 
 @DATASETS.register("imagefolder:PATH")
@@ -61,7 +61,7 @@ class ImageFolder(Dataset):
         if self.size is not None:
             height = width = self.size
         self.input_shape = (len(self.mean), height, width)
-        self.recipe = "cpu-cifar10" if max(height, width) <= LARGEST_OF_CIFAR else "cpu-tinyimagenet"
+        self.recipe = "cpu-cifar10" if max(height, width) <= LARGEST_OF_CIFAR else "cpu-vit-tinyimagenet"
 
     def read(self, split: Split, root: Path, limit: int | None = None) -> Images:
         """The split's first `limit` images, (n, C, H, W); only these are decoded, and `root` is not looked at.

@@ -1,6 +1,6 @@
 """Where a model's weights come from, other than from random numbers: timm's, or a dense checkpoint of our own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from bench.errors import UnusableInput
 from bench.models.architecture import Architecture, Dense, Dual, Network
 from bench.models.base import Classifier
-from bench.models.checkpoints import Header, Origin, load_checkpoint
+from bench.models.checkpoints import Header, Origin, find_checkpoint, load_checkpoint, without_seed
+from bench.models.variants import VARIANTS
 from bench.spec import Recipe, TrainSpec
 from bench.training.data import TrainingData, split
 
@@ -34,19 +35,41 @@ class Start:
     additional_data: bool
 
 
-def read_starts(spec: TrainSpec, arch: Architecture, data: TrainingData) -> dict[str, Start]:
-    """The checkpoints that the recipe's `init` and `init_standard` name, by these keys.
+def read_starts(spec: TrainSpec, arch: Architecture, data: TrainingData, folders: Sequence[Path]) -> dict[str, Start]:
+    """The checkpoints that the recipe's `init` and `init_standard` name, by these keys; variants' lie in `folders`.
 
     Raises:
         UnusableInput: there is none, it is not dense or of another network, or it was trained on images that this
             training holds out, which would flatter the choice of the best epoch.
     """
-    files = {"init": spec.recipe.init, "init_standard": spec.recipe.init_standard}
-    return {key: _read_start(f"--set {key}={file}", file, spec, arch, data) for key, file in files.items() if file}
+    named = {"init": spec.recipe.init, "init_standard": spec.recipe.init_standard}
+    return {
+        key: _read_start(f"{key}={name}", _file(f"{key}={name}", name, spec, folders), spec, arch, data)
+        for key, name in named.items()
+        if name
+    }
 
 
-def _read_start(what: str, file: str, spec: TrainSpec, arch: Architecture, data: TrainingData) -> Start:
-    model, header, sha256 = load_checkpoint(Path(file))
+def checkpoint_named(init: str, seed: int) -> str | None:
+    """The name of the checkpoint that a training of this seed starts from; None where `init` is a file."""
+    variant, own = without_seed(init)
+    if variant not in VARIANTS:
+        return None
+    return init if own or not seed else f"{init}-s{seed}"
+
+
+def _file(what: str, name: str, spec: TrainSpec, folders: Sequence[Path]) -> Path:
+    if (own := checkpoint_named(name, spec.seed)) is None:
+        return Path(name)
+    try:
+        return find_checkpoint(own, spec.dataset, spec.threat_model.norm, folders)
+    except UnusableInput as error:
+        key = what.partition("=")[0]
+        raise UnusableInput(f"{what}: {error}; or begin with random weights: --set {key}=null") from None
+
+
+def _read_start(what: str, file: Path, spec: TrainSpec, arch: Architecture, data: TrainingData) -> Start:
+    model, header, sha256 = load_checkpoint(file)
     if not isinstance(header.architecture, Dense) or header.training is None:
         raise UnusableInput(f"{what}: '{header.name}' is not a dense model trained by `bench train`: name one")
     network = arch.robust if isinstance(arch, Dual) else arch
@@ -57,7 +80,7 @@ def _read_start(what: str, file: str, spec: TrainSpec, arch: Architecture, data:
     if header.dataset == spec.dataset and (shared := _trained_on_held_out(header, data)):
         raise UnusableInput(
             f"{what} was trained on {shared:,} of the images that are held out here: train both with the same n_train"
-            " and n_val"
+            f" and n_val, or begin with random weights: --set {what.partition('=')[0]}=null"
         )
     info = header.info(sha256)
     origin = Origin(name=header.name, sha256=sha256, trained=info.trained)

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,15 @@ from bench.environment import World, git_hash, torch_device
 from bench.errors import TrainingFailed, UnusableInput
 from bench.files import write_atomically
 from bench.models.architecture import Dense, Dual, Inside, Routed
-from bench.models.checkpoints import Header, Part, checkpoint_path, load_checkpoint, read_header, save_checkpoint
+from bench.models.checkpoints import (
+    ZOO,
+    Header,
+    Part,
+    checkpoint_path,
+    load_checkpoint,
+    read_header,
+    save_checkpoint,
+)
 from bench.models.deployed import eval_frozen
 from bench.models.moe import MoE
 from bench.models.variants import get_variant
@@ -110,12 +118,14 @@ def train(
     restart: bool = False,
     on_step: OnStep = lambda *_: None,
     on_epoch: OnEpoch = lambda _: None,
+    starts_in: Path | None = None,
 ) -> Path:
     """Train by `spec` and return the checkpoint's path; the model of the best held-out epoch is kept.
 
     Beside it lie `<name>.csv`, a line an epoch, and until training is finished `<name>.state.pt` with the state after
     the last finished epoch, and the state before that one in case the newest is damaged. `resume` continues from it,
-    `restart` removes it. A checkpoint of the same spec and data is returned without training.
+    `restart` removes it. A checkpoint of the same spec and data is returned without training. A variant that the
+    recipe's `init` names is looked for in `starts_in`, by default in `checkpoints`, then among the shipped models.
 
     Raises:
         UnusableInput: data missing or too few; the path holds a checkpoint of another spec; or an unfinished training
@@ -130,7 +140,8 @@ def train(
     dataset = open_dataset(spec.dataset)
     data = read_training_data(spec, dataset, data_root)
     files = StateFiles(path)
-    if _is_there(path, spec, data):
+    folders = (starts_in or checkpoints, ZOO)
+    if _is_there(path, spec, data, folders):
         files.remove()  # of a training that was killed at its very end
         return path
     if restart:
@@ -142,24 +153,24 @@ def train(
         )
     elif resume and not files.exist() and World.here().rank == 0:
         logger.warning("nothing to resume at '%s': training starts at epoch 1", files.newest)
-    return Trainer(spec, dataset, data, path, device).train(resume, on_step, on_epoch)
+    return Trainer(spec, dataset, data, path, device, folders).train(resume, on_step, on_epoch)
 
 
-def _is_there(path: Path, spec: TrainSpec, data: TrainingData | None) -> bool:
+def _is_there(path: Path, spec: TrainSpec, data: TrainingData | None, folders: Sequence[Path] = ()) -> bool:
     """Whether the same training has made the checkpoint already; UnusableInput if another one has.
 
-    `data` is None for a dual that is put together.
+    `data` is None for a dual that is put together. folders: where models that it started from are looked for.
     """
     if not path.is_file():
         return False
     header = read_header(path)
     wanted: dict[str, tuple[object, object]] = {"another spec": (header.training_key, spec.key)}
     if data is not None and header.training_key == spec.key:
-        starts = read_starts(spec, header.architecture, data)
+        starts = read_starts(spec, header.architecture, data, folders)
         wanted |= {
             "other training images": (header.train_fingerprint, data.fingerprint),
             "another number of processes": (header.processes, World.here().processes),
-            "another --set init": (header.init, {key: start.origin for key, start in starts.items()}),
+            "another init": (header.init, {key: start.origin for key, start in starts.items()}),
         }
     for what in [what for what, (found, asked) in wanted.items() if found != asked]:
         raise UnusableInput(f"'{path}' was made by {what} and is not overwritten: move it, or pass --checkpoints DIR")
@@ -218,7 +229,16 @@ class Trainer:
     `deployed` is what is validated and kept: the model itself, or the average of its weights (`ema_decay`).
     """
 
-    def __init__(self, spec: TrainSpec, dataset: Dataset, data: TrainingData, path: Path, device: str) -> None:
+    def __init__(
+        self,
+        spec: TrainSpec,
+        dataset: Dataset,
+        data: TrainingData,
+        path: Path,
+        device: str,
+        folders: Sequence[Path] = (),
+    ) -> None:
+        """folders: where the models that its experts start from are looked for."""
         self.spec, self.path, self.files = spec, path, StateFiles(path)
         recipe = spec.recipe
         self.objective = objective_class(get_variant(spec.variant)).model_validate(spec.objective_params)
@@ -228,7 +248,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             self.model: nn.Module = self.architecture.build().to(memory_format=memory_format)
-        self.starts = read_starts(spec, self.architecture, data)
+        self.starts = read_starts(spec, self.architecture, data, folders)
         start_from(self.model, self.starts)
         self.engine = self.fabric.setup_module(Engine(self.model))  # on its device from here on
         # Its decay grows with the number of steps (1 − (1 + step)^−⅔) up to the recipe's, so that a short training

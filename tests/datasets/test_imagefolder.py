@@ -110,7 +110,7 @@ def test_train_alone_cannot_be_evaluated(folder: Path) -> None:
         opened(folder).evaluation_set(NONE, None)
 
 
-@pytest.mark.parametrize(("side", "recipe"), [(48, "cpu-cifar10"), (49, "cpu-tinyimagenet")])
+@pytest.mark.parametrize(("side", "recipe"), [(48, "cpu-cifar10"), (49, "cpu-vit-tinyimagenet")])
 def test_recipe_goes_by_the_larger_side(tmp_path: Path, side: int, recipe: str) -> None:
     for name in "ab":
         write(tmp_path / "val" / name / "0.png", pixels(0, (8, side)))
@@ -303,7 +303,7 @@ def test_the_command_that_is_suggested_trains_and_runs(folder: Path, bench: Any)
     run = ["run", *asked, "--suite", "clean", "--model", "moe-at"]
     status, _, err = bench(*run[:-2])
     assert status == 2
-    command = re.search(r"train one with `bench (.*)` \(under an hour on two cores\)$", err.strip())
+    command = re.search(r"train one with `bench (.*)` \(under 90 minutes on two cores\)$", err.strip())
     assert command, err
     words = shlex.split(command[1])
     assert words[words.index("--set") + 1 :: 2][:2] == ["n_train=20", "n_val=4"]

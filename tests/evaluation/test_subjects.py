@@ -152,7 +152,7 @@ def test_where_nothing_was_trained_the_command_has_the_users_folders_and_its_tim
     command = (
         f"bench train moe-at --dataset tinyimagenet --data-root '{tmp_path}/my data' --checkpoints {tmp_path}/mine"
     )
-    assert f"train one with `{command}` (under an hour on two cores)" in str(refused.value)
+    assert f"train one with `{command}` (under 90 minutes on two cores)" in str(refused.value)
 
 
 def test_without_a_name_every_variant_with_a_checkpoint_is_meant(tmp_path: Path, digits: Dataset):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
-from bench.models.checkpoints import load_checkpoint, read_header, save_checkpoint
+from bench.models.checkpoints import checkpoint_path, load_checkpoint, read_header, save_checkpoint
 from bench.spec import TrainSpec
 from bench.training.data import read_training_data
 from bench.training.loop import Trainer, train
@@ -63,6 +63,31 @@ def test_the_branches_of_a_dual_start_from_a_checkpoint_each(dense: dict[str, Pa
     assert not equal(weights(one.standard.experts[0]), weights(one.standard.experts[1]))
 
 
+def test_a_variants_name_is_its_checkpoint_of_the_same_seed_the_users_own_before_the_shipped(
+    dense: dict[str, Path], tiny_spec: Specs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def started(seed: int = 0, init: str = "dense-at", **more: Any) -> str:
+        folder = tmp_path / "own" / str(len(list((tmp_path / "own").glob("*"))))
+        path = train(tiny_spec("moe-at", seed=seed, init=init, epochs=1), NONE, folder, "cpu", **more)
+        return read_header(path).init["init"].sha256
+
+    def put(file: Path, folder: str, name: str) -> Path:
+        at = checkpoint_path(tmp_path / folder, "digits", "Linf", name)
+        at.parent.mkdir(parents=True, exist_ok=True)
+        at.write_bytes(file.read_bytes())
+        return tmp_path / folder
+
+    sha256 = {name: load_checkpoint(path)[2] for name, path in dense.items()}
+    monkeypatch.setattr("bench.training.loop.ZOO", put(dense["dense-at"], "shipped", "dense-at"))
+    put(dense["dense-standard"], "shipped", "dense-at-s1")
+    assert started() == started(init=str(dense["dense-at"])) == sha256["dense-at"]
+    assert started(seed=1) == started(init="dense-at-s1") == sha256["dense-standard"]
+    assert started(starts_in=put(dense["dense-standard"], "mine", "dense-at")) == sha256["dense-standard"]
+    missing = r"^init=dense-at: no Linf checkpoint of 'dense-at-s2' for digits: .*; make one with `bench train dense-at"
+    with pytest.raises(UnusableInput, match=rf"{missing} --dataset digits --seed 2`; or .*: --set init=null$"):
+        started(seed=2)
+
+
 def test_the_header_and_the_row_name_the_checkpoint(dense: dict[str, Path], tiny_spec: Specs, tmp_path: Path):
     path = train(tiny_spec("moe-at", init=str(dense["dense-at"])), NONE, tmp_path, "cpu")
     header = read_header(path)
@@ -101,7 +126,7 @@ def test_the_same_path_with_other_weights_is_another_training(dense: dict[str, P
     with pytest.raises(KeyboardInterrupt):
         train(spec, NONE, tmp_path / "stopped", "cpu", on_epoch=stop)
     start.write_bytes(dense["dense-standard"].read_bytes())
-    with pytest.raises(UnusableInput, match=f"^'{path}' was made by another --set init and is not overwritten: "):
+    with pytest.raises(UnusableInput, match=f"^'{path}' was made by another init and is not overwritten: "):
         train(spec, NONE, tmp_path, "cpu")
     missing = tiny_spec("moe-at", init=str(tmp_path / "none.safetensors"))
     with pytest.raises(UnusableInput, match=f"^'{path}' was made by another spec and is not overwritten: "):
@@ -115,7 +140,7 @@ def test_what_cannot_be_started_from_is_refused(dense: dict[str, Path], tiny_spe
     routed = str(train(tiny_spec("moe-standard"), NONE, tmp_path, "cpu"))
     for settings, expected in (
         ({"init": str(tmp_path / "none.safetensors")}, r"^no checkpoint at '.*none.safetensors'"),
-        ({"init": routed}, rf"^--set init={routed}: 'moe-standard' is not a dense model trained by `bench train`"),
+        ({"init": routed}, rf"^init={routed}: 'moe-standard' is not a dense model trained by `bench train`"),
         (
             {"init": path, "width": 5},
             r" has expert_params {'width': 4}, and the experts of 'moe-at' have {'width': 5}$",

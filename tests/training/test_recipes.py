@@ -28,6 +28,8 @@ def test_several_variants_have_those_of_the_settings_that_they_know():
         ("moe-rt_er", settings), ("moe-standard", {"epochs": 3}), ("dual", {"epochs": 3})  # put together last
     ] for seed in (0, 7)]  # fmt: skip
     assert found == trained
+    started = train_specs(["moe-at", "dual", "dense-at"], DIGITS, DIGITS.threat_model, None, {}, [0])
+    assert [each.variant for each in started] == ["dense-at", "moe-at", "dual"]  # an MoE may start from a dense model
     assert found[1].checkpoint_name == "moe-rt_er-s7"
     with pytest.raises(UnusableInput, match=r"^--set betta: 'moe-at' has no such parameter"):
         train_specs(["moe-at", "moe-standard"], DIGITS, DIGITS.threat_model, None, {"betta": 1}, [0])
@@ -56,9 +58,24 @@ def test_every_preset_serves_every_variant(name: str, variant: str):
         ):
             spec(variant, name)
         return
-    made = spec(variant, name)
+    if name.startswith("upcycled") and get_variant(variant).network:
+        with pytest.raises(UnusableInput, match=f"those of '{variant}' are no whole networks: train it with --recipe "):
+            spec(variant, name)
+        return
+    (dataset,) = [open_dataset(own) for own in ("digits", "cifar10", "tinyimagenet") if name.endswith(own)]
+    made = train_spec(variant, dataset, dataset.threat_model, name)
     assert (made.recipe_name, made.variant) == (name, variant)
-    assert architecture(made, DIGITS).num_classes == 10
+    found = architecture(made, dataset)
+    assert found.num_classes == dataset.num_classes
+    if not name.startswith(("paper", "released")):  # whose networks take seconds
+        found.build()  # of sizes that fit each other
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("upcycled")])
+def test_by_an_upcycled_preset_experts_that_are_whole_networks_start_from_a_dense_model(name: str):
+    starts = {variant: spec(variant, name).recipe for variant in ("moe-at", "moe-rt_er", "dual-jtdmoe")}
+    assert {recipe.init for recipe in starts.values()} == {"dense-at"}
+    assert starts["dual-jtdmoe"].init_standard == "dense-at"
 
 
 def test_every_data_set_has_its_preset():
@@ -100,9 +117,9 @@ def test_the_presets_objective_parameters_go_to_the_objectives_that_have_them():
 
 def test_what_a_preset_says_of_one_objective_goes_over_what_it_says_of_all():
     objective = read_recipe("cpu-cifar10").objective
-    assert (objective["inner_steps"], objective["advmoe"]["inner_steps"]) == (5, 2)
+    assert [of["inner_steps"] for of in (objective, objective["trades"], objective["advmoe"])] == [1, 3, 2]
     steps = {name: spec(name, "cpu-cifar10").objective_params["inner_steps"] for name in ("moe-trades", "moe-advmoe")}
-    assert steps == {"moe-trades": 5, "moe-advmoe": 2}
+    assert steps == {"moe-trades": 3, "moe-advmoe": 2}
     assert spec("moe-advmoe", "cpu-cifar10", inner_steps=3).objective_params["inner_steps"] == 3
 
 
@@ -125,7 +142,8 @@ def test_a_preset_may_give_an_objective_a_schedule_of_its_own():
     assert [getattr(own, name) for name in chosen] == ["sgd", 0.1, 1, 5e-4, "cosine", 100, 128, 0.8]
     assert spec("moe-rt_er", "paper-cifar10").recipe.optimizer == "adam"
     assert {name: spec("moe-advmoe", name).recipe.router_lr for name in RECIPES if not read_recipe(name).gate} == {
-        "cpu-cifar10": 1, "cpu-tinyimagenet": 1, "digits": 1,
+        "cpu-cifar10": 1, "cpu-tinyimagenet": 1, "cpu-vit-tinyimagenet": 1, "digits": 1, "upcycled-cifar10": 1,
+        "upcycled-tinyimagenet": 1,
     }  # fmt: skip
 
 
@@ -249,5 +267,5 @@ def test_combine_of_a_dual_is_that_of_its_branches_outputs(variant: str, combine
 
 def test_sizes_that_are_not_set_are_the_networks_own():
     assert Recipe().width is None
-    arch = architecture(spec(recipe="cpu-tinyimagenet", image_size=32), DIGITS)
+    arch = architecture(spec(recipe="cpu-vit-tinyimagenet", image_size=32), DIGITS)
     assert arch.expert_params == {"image_size": 32}

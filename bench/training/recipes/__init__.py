@@ -23,7 +23,12 @@ _SIZES = ("width", "image_size", "patch_size", "norm", *_INSIDE)
 
 
 #: How long one variant takes by the recipes that are made for two CPU cores.
-TAKES = {"digits": "under 90 seconds", "cpu-cifar10": "under an hour", "cpu-tinyimagenet": "under an hour"}
+TAKES = {
+    "digits": "under 90 seconds",
+    "cpu-cifar10": "under 90 minutes",
+    "cpu-tinyimagenet": "under 90 minutes",
+    "cpu-vit-tinyimagenet": "under an hour",
+}
 
 
 def first_training(dataset: Dataset, data_root: Path, checkpoints: Path) -> str:
@@ -74,6 +79,11 @@ def train_spec(
     objective, network = objective_class(about), about.network
     name = recipe or dataset.recipe
     preset = read_recipe(name)
+    if preset.init and network:
+        raise UnusableInput(
+            f"recipe '{name}' starts experts from a dense model, and those of '{variant}' are no whole networks: train"
+            f" it with --recipe {dataset.recipe}"
+        )
     of_network = {"pretrained": False, **preset.network.get(network, {})} if network else {}
     special = of_network | preset.objective.get(about.objective or "", {}) | dict(about.settings)
     for key in set(special) - {*objective.model_fields, *Recipe.model_fields}:
@@ -128,12 +138,14 @@ def train_specs(
 ) -> list[TrainSpec]:
     """Each variant with each seed, and with those of the settings that it has.
 
-    Duals that are put together come last, since others may be their parts.
+    Dense ones come first, which others may start from, and duals that are put together last, since others may be their
+    parts.
 
     Raises:
         UnusableInput: as `train_spec` does, for a setting where no variant has it.
     """
-    variants = sorted(variants, key=lambda variant: get_variant(variant).parts is not None)
+    kinds = {name: get_variant(name) for name in variants}
+    variants = sorted(variants, key=lambda name: (kinds[name].parts is not None, kinds[name].kind != "dense"))
     taken = {variant: {key for key in settings if _takes(get_variant(variant), key)} for variant in variants}
     nobodys = set(settings).difference(*taken.values())
     return [
