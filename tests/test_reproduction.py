@@ -65,6 +65,31 @@ def test_methods_are_compared_over_their_training_seeds(script: Any):
     assert script.over_seeds(data) == []  # one seed each
 
 
+def test_passes_of_a_training_step_and_of_an_answer(script: Any):
+    """AT: 10 inner steps and the loss. RT-ER: two attacks, F(x'), and the second expert's answers to both images."""
+    assert script.passes("dense-at") == script.passes("moe-at") == (11, 1)
+    assert script.passes("moe-rt_er") == (23, 1)
+    assert script.passes("moe-at-paths")[0] == 4 * 11 + 1  # every expert by itself, and F(x) for the router
+    assert script.passes("dual-jtdmoe")[1] == 2
+
+
+def test_all_trials_of_joint_training_are_told_with_their_intervals(script: Any, monkeypatch: pytest.MonkeyPatch):
+    table = pd.DataFrame({
+        "beta": [6.0, 1.0], "lr": [0.1, 0.1], "sa": [0.9, 0.8], "ra": [0.0, 0.25], "dead_experts": 0, "seconds": 1.0,
+        "images": 200,
+    })  # fmt: skip
+    monkeypatch.setitem(script.joint.__globals__, "trials", lambda _: {"dual-jtdmoe": table})
+    lines = script.joint(SimpleNamespace(board=None))[-1].splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
+    assert cells == [
+        ["beta", "SA", "RA"],  # lr is the same in both
+        ["6.0", "90.0 [85.1, 93.4]", "0.0 [0.0, 1.9]"],
+        ["1.0", "80.0 [73.9, 85.0]", "25.0 [19.5, 31.4]"],
+    ]
+    monkeypatch.setitem(script.joint.__globals__, "trials", lambda _: {})
+    assert script.joint(SimpleNamespace(board=None)) == []
+
+
 def test_a_dual_is_compared_with_itself_at_its_least_and_largest_alpha(script: Any, monkeypatch: pytest.MonkeyPatch):
     right = {0.5: (90, 10), 0.7: (80, 20), 1.0: (70, 40)}
     found = {
