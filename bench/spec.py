@@ -334,7 +334,9 @@ class Recipe(Spec):
         default=0.0, ge=0, lt=1, description="per step, of averaged weights, which are then validated and kept; 0: none"
     )
     clip_grad_norm: float | None = Field(default=1.0, gt=0)
-    precision: Precision = "32"
+    precision: Literal[Precision, "auto"] = Field(
+        default="32", description="auto: 32 or bf16-mixed, by a timing at the start"
+    )
     channels_last: bool = Field(default=False, description="images and convolutions in memory as (B, H, W, C)")
     val_steps: int = Field(default=10, gt=0, description="PGD steps of the validation's robust accuracy")
     # presets by objective, and by the network of a variant with MoE blocks inside

@@ -45,7 +45,8 @@ class Header(Spec):
     `training` is the whole TrainSpec that made it and `training_key` its key;
     `train_fingerprint` the hash of the training images and labels; `parts`, of a model that is put together, the file
     name and SHA-256 of each part, which lie in the same folder; `additional_data`, whether anything but the data set's
-    own images went into the weights, such as those of a pretrained network.
+    own images went into the weights, such as those of a pretrained network; `precision`, what the recipe's came to,
+    "" in headers of earlier versions.
     """
 
     format: Literal[1] = 1
@@ -66,6 +67,7 @@ class Header(Spec):
     )
     additional_data: bool = False
     processes: int = 1
+    precision: str = ""
     seconds: float = 0.0
     device: str = Field(default="", description="that it was trained on; '' in headers of earlier versions")
     bench_version: str = ""

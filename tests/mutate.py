@@ -587,6 +587,19 @@ MUTATIONS = [
     ),
     # training
     Mutation(
+        "bench/training/precision.py",
+        "half * AT_LEAST_FASTER <= single",
+        "half <= single",
+        "tests/training/test_precision.py",
+    ),
+    Mutation("bench/training/precision.py", "min(own[1:])", "min(own)", "tests/training/test_precision.py"),
+    Mutation(
+        "bench/training/loop.py",
+        "return chosen or faster(",
+        "return faster(",
+        "tests/training/test_precision.py",
+    ),
+    Mutation(
         "bench/training/initial_weights.py",
         'return init if own or not seed else f"{init}-s{seed}"',
         "return init",

@@ -47,6 +47,7 @@ from bench.training.data import TrainingData, read_training_data
 from bench.training.initial_weights import load_pretrained, read_starts, start_from
 from bench.training.objectives.base import Batch, Terms
 from bench.training.optimisers import make_optimizer, make_schedule, router_parameters
+from bench.training.precision import faster, steps_of
 from bench.training.recipes import architecture, objective_class
 from bench.training.routing_metrics import dead_experts, flips, routing
 from bench.training.sampling import Augmentation, Sampler, ahead
@@ -243,7 +244,8 @@ class Trainer:
         recipe = spec.recipe
         self.objective = objective_class(get_variant(spec.variant)).model_validate(spec.objective_params)
         self.architecture = architecture(spec, dataset)
-        self.fabric = _fabric(device, recipe.precision, routed=not isinstance(self.architecture, Dense))
+        self.precision = self._precision(dataset, device)
+        self.fabric = _fabric(device, self.precision, routed=not isinstance(self.architecture, Dense))
         memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
@@ -286,6 +288,15 @@ class Trainer:
         self.epochs: list[Epoch] = []
         self.best: tuple[float, float, int] | None = None  # selecting accuracy, the other one, epoch
         self.best_weights: dict[str, Tensor] = {}
+
+    def _precision(self, dataset: Dataset, device: str) -> Precision:
+        """The recipe's; of `auto` what the state of a training that goes on says, or a timing."""
+        if (asked := self.spec.recipe.precision) != "auto":
+            return asked
+        if World.here().processes > 1:
+            return "bf16-mixed"  # each would time for itself
+        chosen: Precision | None = self.files.recorded("chosen precision")
+        return chosen or faster(steps_of(self.spec, dataset, torch.device(torch_device(device))))
 
     def train(
         self, resume: bool = False, on_step: OnStep = lambda *_: None, on_epoch: OnEpoch = lambda _: None
@@ -376,7 +387,7 @@ class Trainer:
             norm = self.fabric.clip_gradients(part, optimizer, max_norm=limit, error_if_nonfinite=False)
             # In fp16 a gradient may overflow: the scaler then skips the step and halves its scale.
             self.skipped[step.part] = 0 if norm is None or norm.isfinite() else self.skipped[step.part] + 1
-            if self.skipped[step.part] > (SKIPPED_AT_MOST if self.spec.recipe.precision == "16-mixed" else 0):
+            if self.skipped[step.part] > (SKIPPED_AT_MOST if self.precision == "16-mixed" else 0):
                 times = self.skipped[step.part]
                 again = f" in {times} steps in a row, the last" if times > 1 else ""
                 self._stop(f"the gradient is not finite{again} {where} ({values})")
@@ -452,6 +463,7 @@ class Trainer:
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
             "precision": self.fabric._precision.state_dict(),
+            "chosen precision": self.precision,
             "epochs": [vars(record) for record in self.epochs],
             "best": self.best,
             "best_weights": self.best_weights,
@@ -491,6 +503,7 @@ class Trainer:
             or any(start.additional_data for start in self.starts.values()),
             init={key: start.origin for key, start in self.starts.items()},
             processes=self.fabric.world_size,
+            precision=self.precision,
             seconds=round(sum(record.seconds for record in self.epochs), 1),
             device=torch.cuda.get_device_name(device) if (device := self.fabric.device).type == "cuda" else device.type,
         )

@@ -64,6 +64,11 @@ class StateFiles:
             raise UnusableInput(f"'{paths[0]}' is damaged or not a state of bench: start again with --restart")
         return None
 
+    def recorded(self, name: str) -> Any:
+        """An entry of the newest undamaged state, whichever training's; None where there is none."""
+        states = (_load(path, torch.device("cpu")) for path in (self.newest, self.before) if path.is_file())
+        return next((state.get(name) for state in states if state is not None), None)
+
     def remove(self) -> None:
         """Remove the states, and temporary files of a training that was killed while it wrote one."""
         name = glob.escape(self.checkpoint.stem)
