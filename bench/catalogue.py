@@ -1,15 +1,17 @@
 """What there is, by name, and what is to be known of it: `bench list` and `bench show`."""
 
 import inspect
+import itertools
 import sys
 from typing import Any, Literal, get_args, get_origin
 
 from bench.errors import UnusableInput
 from bench.registry import DATASETS, OBJECTIVES, RECIPES, SUITES
-from bench.spec import TORCHATTACKS
+from bench.settings import setting
+from bench.spec import TORCHATTACKS, Recipe
 
 #: Kinds of things that have parameters, so that there is something to show.
-SHOWN = ("suite", "objective")
+SHOWN = ("suite", "objective", "recipe")
 
 
 def names(what: str) -> list[str]:
@@ -40,7 +42,8 @@ def sentence(what: str, name: str) -> str:
 
         recipe = read_recipe(name)
         images = "all images" if recipe.n_train is None else f"{recipe.n_train:,} images"
-        return f"{recipe.expert}, {recipe.epochs} epochs, {images}, {recipe.optimizer}, batches of {recipe.batch_size}"
+        words = [recipe.expert, f"{recipe.epochs} epochs", images, recipe.optimizer, f"batches of {recipe.batch_size}"]
+        return ", ".join([*words, *([f"experts start from {recipe.init}"] if recipe.init else [])])
     if name.startswith("torchattacks:"):
         from bench.suites.torchattacks import about
 
@@ -54,9 +57,13 @@ def sentence(what: str, name: str) -> str:
 def details(what: str, name: str) -> dict[str, Any]:
     """Of a suite or an objective: what it is, its version and norms, and its parameters with type, default and meaning.
 
+    Of a recipe, its settings with value and meaning, and what it presets of single objectives and networks.
+
     Raises:
         UnusableInput: there is none of that name; the message has the nearest.
     """
+    if what == "recipe":
+        return _of_recipe(name)
     kind = _kind(what, name)
     found: dict[str, Any] = {"name": name, "what": sentence(f"{what}s", name)}
     if what == "suite":
@@ -100,6 +107,27 @@ def _fields(kind: Any) -> list[dict[str, Any]]:
         }
         for name, field in kind.model_fields.items()
     ]
+
+
+def _of_recipe(name: str) -> dict[str, Any]:
+    from bench.training.recipes import read_recipe
+
+    recipe = read_recipe(name)
+    lines = RECIPES[name].read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.strip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
+    found: dict[str, Any] = {"name": name, "what": sentence("recipes", name), "notes": comment}
+    presets = recipe.objective | recipe.network
+    own = {key: value for key, value in presets.items() if isinstance(value, dict)}
+    of_all = {key: value for key, value in presets.items() if key not in own}
+    for whose, values in (("all objectives", of_all), *own.items()):
+        if values:
+            found[f"of {whose}"] = [setting(*item) for item in values.items()]
+    found["parameters"] = [
+        {"name": field["name"], "value": getattr(recipe, field["name"]), "meaning": field["meaning"]}
+        for field in _fields(Recipe)
+        if field["name"] not in ("objective", "network")
+    ]
+    return found
 
 
 def _of_torchattacks(name: str) -> list[dict[str, Any]]:

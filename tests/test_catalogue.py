@@ -37,10 +37,23 @@ def test_parameters_have_type_default_and_meaning():
     assert engine["type"] == "fast | reference"
 
 
-@pytest.mark.parametrize("what", ["suite", "objective"])
+@pytest.mark.parametrize("what", ["suite", "objective", "recipe"])
 def test_whatever_is_listed_can_be_shown(what: str):
     for name in names(f"{what}s"):
         assert json.dumps(details(what, name)), name
+
+
+def test_of_a_recipe_the_values_of_its_settings_and_what_it_presets_of_each_objective():
+    shown = details("recipe", "upcycled-cifar10")
+    assert shown["what"].endswith("batches of 128, experts start from dense-at")
+    assert shown["notes"].startswith("CIFAR-10 on a CPU, half an hour or less a variant: every expert starts")
+    assert shown["of all objectives"] == ["inner_steps=1", "start_radius=2"]
+    assert shown["of rt_er"] == ["epochs=3", "lr=0.05", "beta=0.3", "balance=0.25"]
+    by_name = {parameter["name"]: parameter for parameter in shown["parameters"]}
+    assert (by_name["epochs"]["value"], by_name["momentum"]["value"]) == (4, 0.9)  # its own, and the default
+    assert {"objective", "network"}.isdisjoint(by_name)
+    assert "of vmoe" in details("recipe", "cpu-cifar10")
+    assert [key for key in details("recipe", "paper-tinyimagenet") if key.startswith("of ")]
 
 
 def test_what_is_not_there_is_answered_with_the_nearest():
@@ -65,7 +78,9 @@ def test_commands_print_them(bench: Any):
     assert list(json.loads(bench("list", "suites", "--long", "--json")[1])) == names("suites")
 
 
-@pytest.mark.parametrize("words", [("show", "suite", "adaptive"), ("list", "suites", "--long")])
+@pytest.mark.parametrize(
+    "words", [("show", "suite", "adaptive"), ("show", "recipe", "cpu-cifar10"), ("list", "suites", "--long")]
+)
 def test_a_terminal_has_no_line_longer_than_it_is_wide(words: Any, bench: Any, monkeypatch: pytest.MonkeyPatch):
     _, whole, _ = bench(*words)
     assert max(map(len, whole.splitlines())) > 80

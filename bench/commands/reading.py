@@ -47,6 +47,7 @@ class Shown(StrEnum):
 
     suite = "suite"
     objective = "objective"
+    recipe = "recipe"
 
 
 class BoardFormat(StrEnum):
@@ -94,7 +95,7 @@ def show(
     name: Annotated[str, typer.Argument(help="such as adaptive; `bench list suites` shows all")],
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a suite or an objective is, and its parameters: type, default and meaning."""
+    """Show what a suite, an objective or a recipe is, and its parameters: type, default or value, and meaning."""
     with redirect_stdout(sys.stderr):
         from bench.catalogue import details
 
