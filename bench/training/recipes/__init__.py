@@ -79,10 +79,10 @@ def train_spec(
     objective, network = objective_class(about), about.network
     name = recipe or dataset.recipe
     preset = read_recipe(name)
-    if preset.init and network:
+    if preset.init and (network or about.kind == "dense"):
+        other = f"those of '{variant}' are no whole networks" if network else f"'{variant}' is one"
         raise UnusableInput(
-            f"recipe '{name}' starts experts from a dense model, and those of '{variant}' are no whole networks: train"
-            f" it with --recipe {dataset.recipe}"
+            f"recipe '{name}' starts experts from a dense model, and {other}: train it with --recipe {dataset.recipe}"
         )
     of_network = {"pretrained": False, **preset.network.get(network, {})} if network else {}
     special = of_network | preset.objective.get(about.objective or "", {}) | dict(about.settings)
