@@ -29,8 +29,8 @@ SOURCE = files("pyautoattack") / "examples" / "model_test.pt"
 NAME = "moe-rt_er-resnet18"
 EXPERT = {"expert": "resnet18", "width": 64}
 SETTINGS = EXPERT | {
-    "optimizer": "sgd", "weight_decay": 5e-4, "lr": 0.02, "inner_steps": 1,
-    "start_radius": 2, "n_val": 500, "val_steps": 10,
+    "optimizer": "sgd", "weight_decay": 5e-4, "lr": 0.02, "ema_decay": 0.0, "precision": "bf16-mixed",
+    "inner_steps": 1, "start_radius": 2, "beta": 6.0, "balance": 0.5, "n_val": 500, "val_steps": 10,
 }  # fmt: skip
 
 

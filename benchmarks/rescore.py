@@ -8,14 +8,15 @@ of an image under a run: robust, or not. Another device rounds otherwise, so the
 
 import argparse
 import random
+import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 from tabulate import tabulate
 
 from bench.boards.leaderboard import Stored, boards_of
 from bench.boards.rows import Row
+from bench.models.checkpoints import ZOO, checkpoint_path
 from bench.results.metrics import robust_by_example
 from bench.results.schema import suite_label
 from bench.results.store import Run, read_run, run_folder
@@ -28,20 +29,8 @@ SAID = ["idx", "attack", "target", "adv_pred", "robust"]
 def again(run: Run, folder: Path, data_root: Path) -> Run:
     """The same run, made here."""
     spec = run.result.spec
-    words = ["run", "--suite", spec.suite, "--dataset", spec.dataset, "--model", spec.model]
-    words += [
-        "--n-examples",
-        str(spec.n_examples),
-        "--norm",
-        spec.threat_model.norm,
-        "--eps",
-        repr(spec.threat_model.eps),
-    ]
-    words += ["--seed", str(spec.seed), "--batch-size", str(spec.batch_size)]
-    words += ["--alpha", str(spec.alpha)] if spec.alpha is not None else []
-    words += [word for key, value in spec.suite_params.items() for word in ("--set", f"{key}={value}")]
-    words += ["--results", str(folder), "--data-root", str(data_root), "--checkpoints", str(folder / "none")]
-    subprocess.run([sys.executable, "-m", "bench", *words, "--quiet"], check=True, stdout=subprocess.DEVNULL)
+    command = spec.command(folder, data_root=data_root, checkpoints=folder / "none")
+    subprocess.run([*shlex.split(command), "--quiet"], check=True, stdout=subprocess.DEVNULL)
     return read_run(run_folder(folder, spec, run.result.run))
 
 
@@ -73,7 +62,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     args = parser.parse_args()
-    every = [row for board in boards_of(Stored.read(ROOT / "results")) for row in board.rows]
+    every = [
+        row
+        for board in boards_of(Stored.read(ROOT / "results"))
+        for row in board.rows
+        if checkpoint_path(ZOO, row.spec.dataset, row.spec.threat_model.norm, row.spec.model).is_file()
+    ]
     picked = random.Random(args.seed).sample(every, args.rows)
     found = []
     for row in picked:

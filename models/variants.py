@@ -14,7 +14,7 @@ class Variant:
     """`objective` is None for a variant that is put together from the trained `parts` (standard, robust).
 
     `network`: of kind `inside`, the network with MoE blocks (`bench.models.layers`); the others take a recipe's expert.
-    `settings`: of the objective, where they are not a recipe's.
+    `settings`: of the objective or the recipe, whatever a recipe presets.
     """
 
     name: str
@@ -45,6 +45,8 @@ _INSIDE = {"blockmoe": ("standard", "at"), "vmoe": ("standard", "at"), "softmoe"
 #: Objectives whose loss is of experts, or of routers, that see the image itself.
 _WHOLE_NETWORKS = {"advmoe": "moe-advmoe", "rt_er": "moe-rt_er", "jtdmoe": "dual-jtdmoe"}
 
+#: What the paper gives of both its objectives, as its released code sums it.
+_PUBLISHED = {"beta": 6.0, "expert_reduction": "sum"}
 #: In the order in which lists show them. `-argmax`: routed as the released code does it; `dual-logits`: its mixing;
 #: `-published`: by the paper's β = 6, beside what `bench tune` has chosen; `-all`: RT-ER's term is on all experts.
 VARIANTS: Registry[Variant] = Registry("variant", group="bench.variants", in_order=True)
@@ -53,11 +55,16 @@ for _variant in [
     Variant("dense-at", "dense", "at"),
     *_routed("softmax", ""),
     Variant(
-        "moe-rt_er-published", "moe", "rt_er", "softmax", "logits", settings={"beta": 6.0, "expert_term": "second"}
+        "moe-rt_er-published", "moe", "rt_er", "softmax", "logits", settings={**_PUBLISHED, "expert_term": "second"}
     ),
     Variant("moe-rt_er-all", "moe", "rt_er", "softmax", "logits", settings={"expert_term": "all"}),
     Variant(
-        "dual-jtdmoe-published", "dual", "jtdmoe", "softmax", "probs", settings={"beta": 6.0, "expert_term": "all"}
+        "dual-jtdmoe-published",
+        "dual",
+        "jtdmoe",
+        "softmax",
+        "probs",
+        settings={**_PUBLISHED, "expert_term": "all", "alpha": 0.7},
     ),
     *_routed("argmax", "-argmax"),
     *(Variant(f"{network}-{o}", "inside", o, network=network) for network, own in _INSIDE.items() for o in own),

@@ -587,6 +587,19 @@ MUTATIONS = [
     ),
     # training
     Mutation(
+        "bench/training/recipes/__init__.py",
+        'taken = {name: keys - {"init"} if',
+        "taken = {name: keys if",
+        "tests/training/test_recipes.py",
+    ),
+    Mutation(
+        "bench/training/recipes/__init__.py",
+        'own.pop("start_radius", None)',
+        "pass",
+        "tests/training/test_recipes.py",
+    ),
+    Mutation("bench/commands/training.py", "made_by[key] = str(", "_ = str(", "tests/test_tune.py"),
+    Mutation(
         "bench/training/precision.py",
         "half * AT_LEAST_FASTER <= single",
         "half <= single",
@@ -601,8 +614,8 @@ MUTATIONS = [
     ),
     Mutation(
         "bench/training/initial_weights.py",
-        'return init if own or not seed else f"{init}-s{seed}"',
-        "return init",
+        "number = int(own) if own else seed",
+        "number = int(own or 0)",
         "tests/training/test_initial_weights.py",
     ),
     Mutation(

@@ -46,9 +46,9 @@ def test_whatever_is_listed_can_be_shown(what: str):
 def test_of_a_recipe_the_values_of_its_settings_and_what_it_presets_of_each_objective():
     shown = details("recipe", "upcycled-cifar10")
     assert shown["what"].endswith("batches of 128, experts start from dense-at")
-    assert shown["notes"].startswith("CIFAR-10 on a CPU, half an hour or less a variant: every expert starts")
+    assert shown["notes"].startswith("CIFAR-10 on a CPU, 40 minutes or less a variant: experts start from")
     assert shown["of all objectives"] == ["inner_steps=1", "start_radius=2"]
-    assert shown["of rt_er"] == ["epochs=3", "lr=0.05", "beta=0.3", "balance=0.25"]
+    assert shown["of rt_er"] == ["epochs=3", "lr=0.05", "beta=0.3", "expert_reduction=mean", "balance=0.25"]
     by_name = {parameter["name"]: parameter for parameter in shown["parameters"]}
     assert (by_name["epochs"]["value"], by_name["momentum"]["value"]) == (4, 0.9)  # its own, and the default
     assert {"objective", "network"}.isdisjoint(by_name)

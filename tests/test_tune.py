@@ -83,6 +83,17 @@ def test_a_trial_starts_from_the_users_own_dense_model(tmp_path: Path, tiny_spec
     assert header.init["init"].name == "dense-at"
 
 
+def test_the_training_that_is_printed_starts_from_what_the_trials_did(
+    tmp_path: Path, tiny_spec: Any, monkeypatch: pytest.MonkeyPatch, bench: Any
+):
+    own = train(tiny_spec("dense-at", epochs=1), Path("nowhere"), tmp_path, "cpu")
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: [Trial({"lr": 0.1}, 0.9, 0.2, 3.0)])
+    words = ["tune", "moe-at", "--trials", "1", "--checkpoints", str(tmp_path), "--set", "init=dense-at"]
+    assert bench(*words)[1].endswith(f" --set init=dense-at --set lr=0.1 --checkpoints {tmp_path}\n")
+    (own.parent / "moe-at.safetensors").touch()
+    assert bench(*words)[1].endswith(f" --set init={own} --set lr=0.1 --checkpoints {tmp_path}/tuned\n")
+
+
 def test_more_trials_than_points_are_refused_with_their_number():
     with pytest.raises(UnusableInput, match=r"--trials 5: the grid of 'dense-at' has 3 points \(lr\): ask for 1 … 3"):
         draw(search("dense-at"), 5)
@@ -174,7 +185,7 @@ def test_the_command_prints_the_training_of_the_best(tmp_path: Path, monkeypatch
     assert status == 0
     assert out.splitlines()[-1] == (
         "best: SA 90.00% RA 50.00%: bench train dense-at --dataset digits --seed 0 --data-root data --set epochs=3"
-        " --set lr=0.3"
+        f" --set lr=0.3 --checkpoints {tmp_path}"
     )
     there = tmp_path / "digits" / "Linf" / "dense-at.safetensors"
     there.parent.mkdir(parents=True)

@@ -143,9 +143,10 @@ def tune(
     with redirect_stdout(sys.stderr):
         from bench.datasets.base import open_dataset
         from bench.evaluation.plan import threat_model
-        from bench.models.checkpoints import checkpoint_path
+        from bench.models.checkpoints import ZOO, checkpoint_path
         from bench.results.store import ensure_writable
         from bench.settings import parse_grid, setting
+        from bench.training.initial_weights import start_file
         from bench.tune import Trial, best, open_search, table_path
         from bench.tune import tune as run_trials
 
@@ -167,8 +168,13 @@ def tune(
     command = [*registry.command_words(), "train", variant, "--dataset", dataset, "--seed", str(seed)]
     chosen_by_user = {"--recipe": recipe, "--norm": norm, "--eps": eps, "--data-root": data_root}
     command += [word for name, value in chosen_by_user.items() if value for word in (name, str(value))]
-    command += [word for item in {**fixed, **chosen.settings}.items() for word in ("--set", setting(*item))]
+    made_by, folder = {**fixed, **chosen.settings}, checkpoints
     if checkpoint_path(checkpoints, dataset, threat.norm, search.spec.checkpoint_name).is_file():
-        command += ["--checkpoints", str(checkpoints / "tuned")]  # what is there is another training's
+        folder = checkpoints / "tuned"  # what is there is another training's
+        for key in ("init", "init_standard"):  # which would be looked for in that folder
+            if name := getattr(search.spec.recipe, key):
+                made_by[key] = str(start_file(name, search.spec, (checkpoints, ZOO)))
+    command += [word for item in made_by.items() for word in ("--set", setting(*item))]
+    command += ["--checkpoints", str(folder)]
     by_sa = "" if chosen.ra else " (no trial is robust: chosen by SA)"
     print(f"best: SA {chosen.sa:.2%} RA {chosen.ra:.2%}{by_sa}: {shlex.join(command)}")

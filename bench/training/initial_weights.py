@@ -10,7 +10,7 @@ from bench.errors import UnusableInput
 from bench.models.architecture import Architecture, Dense, Dual, Network
 from bench.models.base import Classifier
 from bench.models.checkpoints import Header, Origin, find_checkpoint, load_checkpoint, without_seed
-from bench.models.variants import VARIANTS
+from bench.models.variants import VARIANTS, get_variant
 from bench.spec import Recipe, TrainSpec
 from bench.training.data import TrainingData, split
 
@@ -43,11 +43,14 @@ def read_starts(spec: TrainSpec, arch: Architecture, data: TrainingData, folders
             training holds out, which would flatter the choice of the best epoch.
     """
     named = {"init": spec.recipe.init, "init_standard": spec.recipe.init_standard}
-    return {
-        key: _read_start(f"{key}={name}", _file(f"{key}={name}", name, spec, folders), spec, arch, data)
-        for key, name in named.items()
-        if name
-    }
+    found = {}
+    for key, name in named.items():
+        if name:
+            try:
+                found[key] = _read_start(start_file(name, spec, folders), spec, arch, data)
+            except UnusableInput as error:
+                raise UnusableInput(f"{key}={name}: {error}; or begin with random weights: --set {key}=null") from None
+    return found
 
 
 def checkpoint_named(init: str, seed: int) -> str | None:
@@ -55,32 +58,41 @@ def checkpoint_named(init: str, seed: int) -> str | None:
     variant, own = without_seed(init)
     if variant not in VARIANTS:
         return None
-    return init if own or not seed else f"{init}-s{seed}"
+    number = int(own) if own else seed
+    return f"{variant}-s{number}" if number else variant
 
 
-def _file(what: str, name: str, spec: TrainSpec, folders: Sequence[Path]) -> Path:
+def start_file(name: str, spec: TrainSpec, folders: Sequence[Path]) -> Path:
+    """Where what the recipe's `init` or `init_standard` names lies: a file, or a variant's checkpoint in a folder.
+
+    Raises:
+        UnusableInput: there is none of that name, with how to get one; it is the training's own.
+    """
     if (own := checkpoint_named(name, spec.seed)) is None:
-        return Path(name)
+        if "/" not in name and not name.endswith(".safetensors"):
+            get_variant(without_seed(name)[0])  # raises, with the nearest name
+        return Path(name).expanduser()
+    if own == spec.checkpoint_name:
+        raise UnusableInput("it would start from itself: name another model, or a file")
     try:
         return find_checkpoint(own, spec.dataset, spec.threat_model.norm, folders)
     except UnusableInput as error:
-        key = what.partition("=")[0]
-        raise UnusableInput(f"{what}: {error}; or begin with random weights: --set {key}=null") from None
+        raise UnusableInput(f"{error}, with the same --checkpoints, n_train and n_val") from None
 
 
-def _read_start(what: str, file: Path, spec: TrainSpec, arch: Architecture, data: TrainingData) -> Start:
+def _read_start(file: Path, spec: TrainSpec, arch: Architecture, data: TrainingData) -> Start:
     model, header, sha256 = load_checkpoint(file)
     if not isinstance(header.architecture, Dense) or header.training is None:
-        raise UnusableInput(f"{what}: '{header.name}' is not a dense model trained by `bench train`: name one")
+        raise UnusableInput(f"'{header.name}' is not a dense model trained by `bench train`: name one")
     network = arch.robust if isinstance(arch, Dual) else arch
     for field in Network.model_fields:
         theirs, ours = getattr(header.architecture, field), getattr(network, field)
         if theirs != ours:
-            raise UnusableInput(f"{what} has {field} {theirs}, and the experts of '{spec.variant}' have {ours}")
+            raise UnusableInput(f"its {field} is {theirs}, and that of the experts of '{spec.variant}' {ours}")
     if header.dataset == spec.dataset and (shared := _trained_on_held_out(header, data)):
         raise UnusableInput(
-            f"{what} was trained on {shared:,} of the images that are held out here: train both with the same n_train"
-            f" and n_val, or begin with random weights: --set {what.partition('=')[0]}=null"
+            f"it was trained on {shared:,} of the images that are held out here: train both with the same n_train and"
+            " n_val"
         )
     info = header.info(sha256)
     origin = Origin(name=header.name, sha256=sha256, trained=info.trained)

@@ -244,13 +244,13 @@ class Trainer:
         recipe = spec.recipe
         self.objective = objective_class(get_variant(spec.variant)).model_validate(spec.objective_params)
         self.architecture = architecture(spec, dataset)
+        self.starts = read_starts(spec, self.architecture, data, folders)
         self.precision = self._precision(dataset, device)
         self.fabric = _fabric(device, self.precision, routed=not isinstance(self.architecture, Dense))
         memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             self.model: nn.Module = self.architecture.build().to(memory_format=memory_format)
-        self.starts = read_starts(spec, self.architecture, data, folders)
         start_from(self.model, self.starts)
         self.engine = self.fabric.setup_module(Engine(self.model))  # on its device from here on
         # Its decay grows with the number of steps (1 − (1 + step)^−⅔) up to the recipe's, so that a short training

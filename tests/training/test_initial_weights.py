@@ -82,9 +82,10 @@ def test_a_variants_name_is_its_checkpoint_of_the_same_seed_the_users_own_before
     put(dense["dense-standard"], "shipped", "dense-at-s1")
     assert started() == started(init=str(dense["dense-at"])) == sha256["dense-at"]
     assert started(seed=1) == started(init="dense-at-s1") == sha256["dense-standard"]
+    assert started(seed=1, init="dense-at-s0") == sha256["dense-at"]
     assert started(starts_in=put(dense["dense-standard"], "mine", "dense-at")) == sha256["dense-standard"]
     missing = r"^init=dense-at: no Linf checkpoint of 'dense-at-s2' for digits: .*; make one with `bench train dense-at"
-    with pytest.raises(UnusableInput, match=rf"{missing} --dataset digits --seed 2`; or .*: --set init=null$"):
+    with pytest.raises(UnusableInput, match=rf"{missing} --dataset digits --seed 2`, with .*; or .*: --set init=null$"):
         started(seed=2)
 
 
@@ -139,14 +140,17 @@ def test_what_cannot_be_started_from_is_refused(dense: dict[str, Path], tiny_spe
     path = str(dense["dense-at"])
     routed = str(train(tiny_spec("moe-standard"), NONE, tmp_path, "cpu"))
     for settings, expected in (
-        ({"init": str(tmp_path / "none.safetensors")}, r"^no checkpoint at '.*none.safetensors'"),
+        ({"init": str(tmp_path / "none.safetensors")}, r"^init=.*: no checkpoint at '.*none.safetensors'"),
+        ({"init": "~/none.safetensors"}, rf"^init=.*: no checkpoint at '{Path.home()}/none.safetensors'"),
+        ({"init": "dense-att"}, "^init=dense-att: unknown variant 'dense-att': did you mean 'dense-at'"),
+        ({"init": "moe-at"}, "^init=moe-at: it would start from itself: name another model"),
         ({"init": routed}, rf"^init={routed}: 'moe-standard' is not a dense model trained by `bench train`"),
         (
             {"init": path, "width": 5},
-            r" has expert_params {'width': 4}, and the experts of 'moe-at' have {'width': 5}$",
+            r"its expert_params is {'width': 4}, and that of the experts of 'moe-at' {'width': 5}; or begin with ",
         ),
         # of 280 images, in another order, 50 are held out
-        ({"init": path, "n_train": 230}, r" was trained on \d+ of the images that are held out here: train both with "),
+        ({"init": path, "n_train": 230}, r": it was trained on \d+ of the images that are held out here: train both "),
         ({"init": path, "pretrained": True}, r"^--set init=… and --set pretrained=… both say where the weights start"),
     ):
         with pytest.raises(UnusableInput, match=expected):

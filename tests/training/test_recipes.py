@@ -30,6 +30,10 @@ def test_several_variants_have_those_of_the_settings_that_they_know():
     assert found == trained
     started = train_specs(["moe-at", "dual", "dense-at"], DIGITS, DIGITS.threat_model, None, {}, [0])
     assert [each.variant for each in started] == ["dense-at", "moe-at", "dual"]  # an MoE may start from a dense model
+    started = train_specs(["moe-at", "dense-at"], DIGITS, DIGITS.threat_model, None, {"init": "dense-at"}, [0])
+    assert [each.recipe.init for each in started] == [None, "dense-at"]
+    (alone,) = train_specs(["dense-at"], DIGITS, DIGITS.threat_model, None, {"init": "dense-standard"}, [0])
+    assert alone.recipe.init == "dense-standard"
     assert found[1].checkpoint_name == "moe-rt_er-s7"
     with pytest.raises(UnusableInput, match=r"^--set betta: 'moe-at' has no such parameter"):
         train_specs(["moe-at", "moe-standard"], DIGITS, DIGITS.threat_model, None, {"betta": 1}, [0])
@@ -134,6 +138,34 @@ def test_a_variants_own_settings_override_the_presets():
     }
     joint = spec("dual-jtdmoe-published").objective_params
     assert (joint["beta"], joint["expert_term"], joint["expert_reduction"]) == (6.0, "all", "sum")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not read_recipe(name).gate])
+def test_what_is_published_is_so_whatever_a_preset_says(name: str):
+    one, joint = (spec(variant, name) for variant in ("moe-rt_er-published", "dual-jtdmoe-published"))
+    asked = ("beta", "expert_term", "expert_reduction")
+    assert [one.objective_params[key] for key in asked] == [6.0, "second", "sum"]
+    assert [joint.objective_params[key] for key in asked] == [6.0, "all", "sum"]
+    assert joint.recipe.alpha == 0.7
+
+
+def test_a_radius_for_one_step_is_not_kept_for_several():
+    assert spec("moe-at", "cpu-cifar10").objective_params["start_radius"] == 2
+    assert spec("moe-at", "cpu-cifar10", inner_steps=5).objective_params["start_radius"] == 1
+    with pytest.raises(UnusableInput, match="start_radius 2 is above 1: it needs inner_steps=1"):
+        spec("moe-at", "cpu-cifar10", inner_steps=5, start_radius=2)
+
+
+def test_random_weights_are_those_of_both_branches():
+    named, none = (
+        spec("dual-jtdmoe", "upcycled-cifar10").recipe,
+        spec("dual-jtdmoe", "upcycled-cifar10", init=None).recipe,
+    )
+    assert (named.init, named.init_standard) == ("dense-at", "dense-at")
+    assert (none.init, none.init_standard) == (None, None)
+    assert (
+        spec("dual-jtdmoe", "upcycled-cifar10", init=None, init_standard="dense-at").recipe.init_standard == "dense-at"
+    )
 
 
 def test_a_preset_may_give_an_objective_a_schedule_of_its_own():

@@ -90,7 +90,8 @@ def train_spec(
         raise UnusableInput(f"recipe '{name}' presets '{key}' of '{variant}', which has no such parameter")
     own = {key: value for key, value in (preset.objective | special).items() if key in objective.model_fields}
     changed = {key: value for key, value in special.items() if key in Recipe.model_fields}
-    for key, value in (settings or {}).items():
+    given = settings or {}
+    for key, value in given.items():
         if key in _idle(about):
             raise UnusableInput(f"--set {key}: nothing of '{variant}' depends on it: drop it")
         if key in objective.model_fields:
@@ -100,6 +101,10 @@ def train_spec(
         else:
             known = sorted({*objective.model_fields, *Recipe.model_fields} - {"objective", "network"})
             raise UnusableInput(f"--set {key}: '{variant}' has no such parameter: {did_you_mean(key, known)}")
+    if given.get("inner_steps", 1) != 1 and "start_radius" not in given:
+        own.pop("start_radius", None)  # above 1 a preset of it is for one step
+    if "init" in given and given["init"] is None and "init_standard" not in given:
+        changed["init_standard"] = None
     params = build(objective, f"objective of '{variant}'", own)
     merged = build(Recipe, f"recipe '{name}'", {**preset.model_dump(exclude={"objective", "network"}), **changed})
     gate = about.gate
@@ -138,8 +143,8 @@ def train_specs(
 ) -> list[TrainSpec]:
     """Each variant with each seed, and with those of the settings that it has.
 
-    Dense ones come first, which others may start from, and duals that are put together last, since others may be their
-    parts.
+    Dense ones come first, since others may start from them: `init` is then of those others. Duals that are put together
+    come last, since others may be their parts.
 
     Raises:
         UnusableInput: as `train_spec` does, for a setting where no variant has it.
@@ -147,6 +152,8 @@ def train_specs(
     kinds = {name: get_variant(name) for name in variants}
     variants = sorted(variants, key=lambda name: (kinds[name].parts is not None, kinds[name].kind != "dense"))
     taken = {variant: {key for key in settings if _takes(get_variant(variant), key)} for variant in variants}
+    if any(variant.kind != "dense" for variant in kinds.values()):
+        taken = {name: keys - {"init"} if kinds[name].kind == "dense" else keys for name, keys in taken.items()}
     nobodys = set(settings).difference(*taken.values())
     return [
         train_spec(variant, dataset, threat_model, recipe, {key: settings[key] for key in settings if key in own}, seed)
