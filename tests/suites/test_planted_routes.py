@@ -97,7 +97,7 @@ def test_adaptive_breaks_the_victim(kind: str, gate: Gate, budget: str, verdict:
     if kind in WITHOUT_SLOPES:
         monkeypatch.setattr(restarts, "CORNERS", restarts.FEW_CORNERS)
     if kind in DEAR:
-        monkeypatch.setitem(adaptive.BUDGETS, "small", replace(adaptive.BUDGETS["small"], path_steps=20))
+        monkeypatch.setitem(adaptive.BUDGETS, "small", replace(adaptive.BUDGETS["small"], path_steps=30))
     guarded = kind not in DEAR or kind == "gate noise"
     count = 3 if kind == "gate noise" else 5 if kind in FEW else 10
     assert verdict(VICTIMS[kind].model(gate), budget, count, guarded).robust_accuracy.value == 0
@@ -142,7 +142,7 @@ def test_adaptive_breaks_it_where_so_many_pixels_tell_little_by_chance(
 @pytest.mark.slow
 def test_adaptive_breaks_it_behind_a_normalisation(verdict: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(restarts, "CORNERS", restarts.FEW_CORNERS)
-    monkeypatch.setitem(adaptive.BUDGETS, "small", replace(adaptive.BUDGETS["small"], path_steps=20))
+    monkeypatch.setitem(adaptive.BUDGETS, "small", replace(adaptive.BUDGETS["small"], path_steps=30))
     assert verdict(Normalised.behind(VICTIMS["labels alone"].model("softmax")), "small", 2).robust_accuracy.value == 0
 
 
