@@ -55,7 +55,8 @@ SETTINGS = {
         " paper's β = 6."
     ),
     "cifar10": (
-        "Hyper-parameters: as in the first table above, not those that tuning chose afterwards (see *Tuning*)."
+        "Hyper-parameters: as in the first table above, not those that tuning chose afterwards, which differ from these"
+        " by less than two trainings do (docs/training.md)."
     ),
     "tinyimagenet": "Hyper-parameters: as in the table above, one setting of each method, not tuned.",
 }
