@@ -120,7 +120,7 @@ class Trainings:
 
         made = {spec.checkpoint_name for spec in specs}
         for spec in specs:
-            for init in filter(None, (spec.recipe.init, spec.recipe.init_standard)):
+            for init in spec.recipe.starts.values():
                 if (start := checkpoint_named(init, spec.seed)) in made:
                     raise UnusableInput(
                         f"'{spec.checkpoint_name}' starts from '{start}', and on Ray they are trained in no order:"

@@ -343,6 +343,11 @@ class Recipe(Spec):
     objective: dict[str, Any] = Field(default_factory=dict)
     network: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
+    @property
+    def starts(self) -> dict[str, str]:
+        """What experts start from, `init` and `init_standard`, as far as they are set."""
+        return {key: name for key in ("init", "init_standard") if (name := getattr(self, key))}
+
     @field_validator("precision", mode="before")
     @classmethod
     def _precision_as_text(cls, value: Any) -> Any:
@@ -374,6 +379,11 @@ ADDED_PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 
+def model_name(variant: str, seed: int) -> str:
+    """How a trained model is called, and its file named: `<variant>` for seed 0, `<variant>-s<seed>` otherwise."""
+    return f"{variant}-s{seed}" if seed else variant
+
+
 class TrainSpec(Spec):
     """One training: a variant on a data set, by a recipe, with a seed."""
 
@@ -398,7 +408,7 @@ class TrainSpec(Spec):
     @property
     def checkpoint_name(self) -> str:
         """`<variant>` for seed 0, `<variant>-s<seed>` otherwise."""
-        return self.variant if self.seed == 0 else f"{self.variant}-s{self.seed}"
+        return model_name(self.variant, self.seed)
 
 
 class ModelInfo(Spec):

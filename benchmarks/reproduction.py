@@ -183,9 +183,9 @@ class Scored:
         )
 
 
-def scored() -> Iterator[Scored]:
+def scored(boards: Sequence[Board]) -> Iterator[Scored]:
     """The boards of models at the threat model that they were trained for."""
-    for board in boards_of(Stored.read(ROOT / "results")):
+    for board in boards:
         spec = board.rows[0].spec
         if TRAINED_FOR.get(spec.dataset) != spec.threat_model:
             continue
@@ -306,16 +306,12 @@ def page() -> str:
         " Approach*, ICML 2025 (arXiv 2502.06832). RA-worst, accuracy under all attacks that ran, is an upper bound"
         " of true robustness.",
     ]  # fmt: skip
-    for data, own in adjusted([(data, claims(data)) for data in scored()]):
+    stored = Stored.read(ROOT / "results")
+    boards = boards_of(stored)
+    for data, own in adjusted([(data, claims(data)) for data in scored(boards)]):
         n = next(iter(data.rows.values())).n
-        lines += [
-            "",
-            f"## {data.board.title}: the first {n} test images",
-            "",
-            *trained(data),
-            *tuned(data),
-            *joint(data),
-        ]
+        lines += ["", f"## {data.board.title}: the first {n} test images", ""]
+        lines += [*trained(data), *tuned(data), *joint(data)]
         for claim in own:
             lines += ["", f"### {claim.title}", "", claim.asked]
             if claim.tests:
@@ -326,7 +322,7 @@ def page() -> str:
                 lines += ["", f"**Cannot be told**: {claim.open or 'the models that it compares are not scored here.'}"]
             lines += ["", claim.note] if claim.note and claim.tests else []
         lines += [*by_alpha(data), *over_seeds(data)]
-    lines += [*training_cost(), *certificates()]
+    lines += [*training_cost(), *certificates(stored, boards)]
     return "\n".join(lines) + "\n"
 
 
@@ -499,10 +495,9 @@ def passes(variant: str, inner_steps: int = 10) -> tuple[int, int]:
     return round(counted[0] / len(x)), round(answer / len(x))
 
 
-def certificates() -> list[str]:
+def certificates(stored: Stored, boards: Sequence[Board]) -> list[str]:
     """What is certified of each model on each board, beside the accuracy that all attacks leave."""
-    stored = Stored.read(ROOT / "results")
-    found = [row for board in boards_of(stored) for row in board.rows if row.certified.accuracy is not None]
+    found = [row for board in boards for row in board.rows if row.certified.accuracy is not None]
     rows = [
         {
             "": f"{row.spec.dataset}, {row.spec.threat_model}",

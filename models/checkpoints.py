@@ -17,7 +17,7 @@ from bench.errors import UnusableInput
 from bench.files import write_atomically
 from bench.models.architecture import Architecture, Dual, Routed
 from bench.models.variants import VARIANTS, get_variant
-from bench.spec import ModelInfo, Spec, ThreatModel, dataset_folder, dataset_name, path_safe
+from bench.spec import ModelInfo, Spec, ThreatModel, dataset_folder, dataset_name, model_name, path_safe
 
 ZOO = Path(__file__).parent / "zoo"
 USER_CHECKPOINTS = Path("checkpoints")
@@ -84,7 +84,7 @@ class Header(Spec):
     @property
     def name(self) -> str:
         """The variant, and its training seed unless that is 0: how a model is called and how its file is named."""
-        return self.variant if self.seed == 0 else f"{self.variant}-s{self.seed}"
+        return model_name(self.variant, self.seed)
 
     def info(self, sha256: str) -> ModelInfo:
         """The model info of this checkpoint, whose file has the given SHA-256."""

@@ -614,8 +614,8 @@ MUTATIONS = [
     ),
     Mutation(
         "bench/training/initial_weights.py",
-        "number = int(own) if own else seed",
-        "number = int(own or 0)",
+        "int(own) if own else seed)",
+        "int(own or 0))",
         "tests/training/test_initial_weights.py",
     ),
     Mutation(

@@ -171,9 +171,8 @@ def tune(
     made_by, folder = {**fixed, **chosen.settings}, checkpoints
     if checkpoint_path(checkpoints, dataset, threat.norm, search.spec.checkpoint_name).is_file():
         folder = checkpoints / "tuned"  # what is there is another training's
-        for key in ("init", "init_standard"):  # which would be looked for in that folder
-            if name := getattr(search.spec.recipe, key):
-                made_by[key] = str(start_file(name, search.spec, (checkpoints, ZOO)))
+        for key, name in search.spec.recipe.starts.items():  # which would be looked for in that folder
+            made_by[key] = str(start_file(name, search.spec, (checkpoints, ZOO)))
     command += [word for item in made_by.items() for word in ("--set", setting(*item))]
     command += ["--checkpoints", str(folder)]
     by_sa = "" if chosen.ra else " (no trial is robust: chosen by SA)"

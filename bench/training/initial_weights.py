@@ -11,7 +11,7 @@ from bench.models.architecture import Architecture, Dense, Dual, Network
 from bench.models.base import Classifier
 from bench.models.checkpoints import Header, Origin, find_checkpoint, load_checkpoint, without_seed
 from bench.models.variants import VARIANTS, get_variant
-from bench.spec import Recipe, TrainSpec
+from bench.spec import Recipe, TrainSpec, model_name
 from bench.training.data import TrainingData, split
 
 
@@ -42,14 +42,12 @@ def read_starts(spec: TrainSpec, arch: Architecture, data: TrainingData, folders
         UnusableInput: there is none, it is not dense or of another network, or it was trained on images that this
             training holds out, which would flatter the choice of the best epoch.
     """
-    named = {"init": spec.recipe.init, "init_standard": spec.recipe.init_standard}
     found = {}
-    for key, name in named.items():
-        if name:
-            try:
-                found[key] = _read_start(start_file(name, spec, folders), spec, arch, data)
-            except UnusableInput as error:
-                raise UnusableInput(f"{key}={name}: {error}; or begin with random weights: --set {key}=null") from None
+    for key, name in spec.recipe.starts.items():
+        try:
+            found[key] = _read_start(start_file(name, spec, folders), spec, arch, data)
+        except UnusableInput as error:
+            raise UnusableInput(f"{key}={name}: {error}; or begin with random weights: --set {key}=null") from None
     return found
 
 
@@ -58,8 +56,7 @@ def checkpoint_named(init: str, seed: int) -> str | None:
     variant, own = without_seed(init)
     if variant not in VARIANTS:
         return None
-    number = int(own) if own else seed
-    return f"{variant}-s{number}" if number else variant
+    return model_name(variant, int(own) if own else seed)
 
 
 def start_file(name: str, spec: TrainSpec, folders: Sequence[Path]) -> Path:

@@ -118,7 +118,7 @@ def train_spec(
             f"--set noise_sigma={merged.noise_sigma:g}: '{variant}' trains on adversarial examples, which stay in"
             " [0, 1] and near the image: train a -standard variant with noise"
         )
-    if merged.pretrained and (merged.init or merged.init_standard):
+    if merged.pretrained and merged.starts:
         raise UnusableInput("--set init=… and --set pretrained=… both say where the weights start: drop one of them")
     if threat_model.norm == "L1":
         raise UnusableInput("no training inside an L1 ball: take --norm Linf or L2, and evaluate the file under L1")
