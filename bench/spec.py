@@ -333,6 +333,12 @@ class Recipe(Spec):
     ema_decay: float = Field(
         default=0.0, ge=0, lt=1, description="per step, of averaged weights, which are then validated and kept; 0: none"
     )
+    swa_start: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="part of the training after which weights are averaged, all alike (SWA); kept as of ema_decay",
+    )
     clip_grad_norm: float | None = Field(default=1.0, gt=0)
     precision: Literal[Precision, "auto"] = Field(
         default="32", description="auto: 32 or bf16-mixed, by a timing at the start"
@@ -354,6 +360,14 @@ class Recipe(Spec):
         return str(value)  # `--set precision=32` is a number to YAML
 
     @model_validator(mode="after")
+    def _one_average(self) -> Self:
+        if self.ema_decay and self.swa_start is not None:
+            raise ValueError(
+                "ema_decay and swa_start are two ways to average weights: set ema_decay=0 or swa_start=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _experts_suffice(self) -> Self:
         if self.num_selected_experts > self.num_experts:
             raise ValueError(
@@ -370,6 +384,7 @@ ADDED_PARAMETERS: dict[str, dict[str, Any]] = {
         "init": None,
         "init_standard": None,
         "ema_decay": 0.0,
+        "swa_start": None,
         "eps_warmup": 0,
         "balance_loss": "switch",
         "route_by": "image",

@@ -99,7 +99,8 @@ class Header(Spec):
             trained += f", a variant of {plugin}"
         if sigma := (self.training or {}).get("recipe", {}).get("noise_sigma"):
             trained += f", noise σ {sigma:g}"
-        if (self.training or {}).get("recipe", {}).get("ema_decay"):
+        recipe = (self.training or {}).get("recipe", {})
+        if recipe.get("ema_decay") or recipe.get("swa_start") is not None:
             trained += ", averaged weights"
         for role, origin in self.init.items():
             whose = "S's experts" if role == "init_standard" else "R's experts" if arch.kind == "dual" else "experts"

@@ -606,6 +606,10 @@ MUTATIONS = [
         "tests/training/test_precision.py",
     ),
     Mutation("bench/training/precision.py", "min(own[1:])", "min(own)", "tests/training/test_precision.py"),
+    Mutation("bench/training/loop.py", "warmup_power=1.0", "warmup_power=0.5", "tests/training/test_loop.py -k swa"),
+    Mutation(
+        "bench/training/loop.py", "update_after_step=start", "update_after_step=0", "tests/training/test_loop.py -k swa"
+    ),
     Mutation(
         "bench/training/loop.py",
         "return chosen or faster(",

@@ -229,6 +229,7 @@ def test_a_training_without_what_was_added_later_keeps_the_key_that_it_had_befor
     [
         ("recipe", "noise_sigma", 0.25),
         ("recipe", "ema_decay", 0.9),
+        ("recipe", "swa_start", 0.5),
         ("recipe", "init", "a.safetensors"),
         ("recipe", "init_standard", "a.safetensors"),
         ("objective_params", "start_radius", 2.0),
@@ -252,6 +253,11 @@ def test_what_was_added_later_is_in_the_key_where_it_is_used(part: str, name: st
 def test_the_defaults_of_what_was_added_later_are_those_of_the_recipe():
     recipe = Recipe().model_dump()
     assert {name: recipe[name] for name in ADDED_PARAMETERS["recipe"]} == ADDED_PARAMETERS["recipe"]
+
+
+def test_weights_are_averaged_in_one_way():
+    with pytest.raises(ValueError, match="ema_decay and swa_start are two ways to average weights"):
+        Recipe(ema_decay=0.9, swa_start=0.0)
 
 
 @pytest.mark.parametrize("value", [32, "32"])

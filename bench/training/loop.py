@@ -42,7 +42,7 @@ from bench.models.deployed import eval_frozen
 from bench.models.moe import MoE
 from bench.models.variants import get_variant
 from bench.pgd import default_step_size, pgd, random_start
-from bench.spec import Precision, TrainSpec
+from bench.spec import Precision, Recipe, TrainSpec
 from bench.training.data import TrainingData, read_training_data
 from bench.training.initial_weights import load_pretrained, read_starts, start_from
 from bench.training.objectives.base import Batch, Terms
@@ -227,7 +227,7 @@ def _header(spec: TrainSpec, arch: Dense | Routed | Inside | Dual, **more: Any) 
 class Trainer:
     """One training: its model, optimisers and data, and the loop over them.
 
-    `deployed` is what is validated and kept: the model itself, or the average of its weights (`ema_decay`).
+    `deployed` is what is validated and kept: the model itself, or an average of its weights (`ema_decay`, `swa_start`).
     """
 
     def __init__(
@@ -253,10 +253,6 @@ class Trainer:
             self.model: nn.Module = self.architecture.build().to(memory_format=memory_format)
         start_from(self.model, self.starts)
         self.engine = self.fabric.setup_module(Engine(self.model))  # on its device from here on
-        # Its decay grows with the number of steps (1 − (1 + step)^−⅔) up to the recipe's, so that a short training
-        # does not average in its random beginning.
-        self.ema = _average(self.model, recipe.ema_decay) if recipe.ema_decay else None
-        self.deployed: nn.Module = self.ema.module if self.ema else self.model
         deal = partial(
             Sampler,
             images=data.images,
@@ -277,6 +273,8 @@ class Trainer:
         self.validation = deal(indices=data.held_out, batch_size=500, seed=0)
         self.train_fingerprint = data.fingerprint
         total = recipe.epochs * len(self.sampler)
+        self.average = _average(self.model, recipe, total)
+        self.deployed: nn.Module = self.average.module if self.average else self.model
         self.parts = self.objective.parts(self.model)
         self.optimizers: dict[str, Any] = {}
         self.schedules: dict[str, torch.optim.lr_scheduler.LRScheduler] = {}
@@ -315,8 +313,8 @@ class Trainer:
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 values = self.step(batch, epoch, done)
-                if self.ema:
-                    self.ema.update(self.model, step=epoch * len(self.sampler) + done)
+                if self.average:
+                    self.average.update(self.model, step=epoch * len(self.sampler) + done)
                 losses += sum(values.values())
                 for name, value in values.items():
                     terms[name] = terms.get(name, 0.0) + value / len(self.sampler)
@@ -459,7 +457,7 @@ class Trainer:
         self.files.write({
             "key": self._key,
             "model": self.model.state_dict(),
-            "average": self.ema.state_dict() if self.ema else {},
+            "average": self.average.state_dict() if self.average else {},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
             "precision": self.fabric._precision.state_dict(),
@@ -471,8 +469,8 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        if self.ema:
-            self.ema.load_state_dict(state["average"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
         for name in self.parts:
             self.optimizers[name].load_state_dict(state["optimizers"][name])
             self.schedules[name].load_state_dict(state["schedules"][name])
@@ -517,11 +515,19 @@ class Trainer:
         return self.path
 
 
-def _average(model: nn.Module, decay: float) -> Any:
-    """timm's average of the model's weights; imported here, because timm takes longer than torch."""
-    from timm.utils.model_ema import ModelEmaV3
+def _average(model: nn.Module, recipe: Recipe, total_steps: int) -> Any:
+    """timm's average of the model's weights, if the recipe asks for one.
 
-    return ModelEmaV3(model, decay=decay, use_warmup=True)
+    The decay of an EMA grows with the number of steps (1 − (1 + step)^−⅔) up to the recipe's, so that a short training
+    does not average in its random beginning. SWA (Izmailov et al. 2018) has the weights after each later step, not each
+    later epoch alone: a training on a CPU has few epochs.
+    """
+    from timm.utils.model_ema import ModelEmaV3  # here, because timm takes longer than torch
+
+    if recipe.swa_start is not None:  # a decay of 1 − (1 + step)^−1 is the mean
+        start = round(recipe.swa_start * total_steps)
+        return ModelEmaV3(model, decay=1.0, use_warmup=True, warmup_power=1.0, update_after_step=start)
+    return ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
 
 
 def _fabric(device: str, precision: Precision, routed: bool) -> Fabric:

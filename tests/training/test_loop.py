@@ -476,6 +476,30 @@ def test_averaged_weights_are_validated_and_kept(loop: Callable[[TrainSpec], Tra
     assert header.info("").trained == "200 images × 2 epochs, averaged weights"
 
 
+@pytest.mark.parametrize(("start", "alone"), [(0.0, 1), (0.5, 3)])
+def test_all_weights_after_the_start_of_swa_count_alike(
+    start: float, alone: int, loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs
+):
+    run = loop(tiny_spec("moe-standard", swa_start=start))  # 2 epochs of 2 steps
+    each, averages = [], []
+
+    def watch(*_: object) -> None:
+        each.append(weights(run.model))
+        averages.append(weights(run.deployed))
+
+    path = run.train(on_step=watch)
+    assert len(each) == 4
+    for step in range(4):
+        counted = each[min(alone - 1, step) : step + 1]
+        for key, value in averages[step].items():
+            expected = sum(w[key] for w in counted) / len(counted) if value.is_floating_point() else each[step][key]
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    assert not equal(each[-1], averages[-1])
+    best = int(read_header(path).validation["epoch"])
+    assert equal(loaded(path), averages[2 * best - 1])
+    assert read_header(path).info("").trained == "200 images × 2 epochs, averaged weights"
+
+
 def test_averaged_weights_lie_where_the_model_does(
     loop: Callable[[TrainSpec], Trainer], tiny_spec: Specs, monkeypatch: pytest.MonkeyPatch
 ):
