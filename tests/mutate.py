@@ -606,6 +606,18 @@ MUTATIONS = [
         "tests/training/test_precision.py",
     ),
     Mutation("bench/training/precision.py", "min(own[1:])", "min(own)", "tests/training/test_precision.py"),
+    Mutation(
+        "bench/evaluation/probes.py",
+        "return scores + added[name][-1]",
+        "return scores",
+        "tests/evaluation/test_probes.py -k inside",
+    ),
+    Mutation(
+        "bench/evaluation/probes.py",
+        "for shift in shifts if loss.requires_grad else []:",
+        "for shift in shifts:",
+        "tests/evaluation/test_probes.py -k logits",
+    ),
     Mutation("bench/training/loop.py", "warmup_power=1.0", "warmup_power=0.5", "tests/training/test_loop.py -k swa"),
     Mutation(
         "bench/training/loop.py", "update_after_step=start", "update_after_step=0", "tests/training/test_loop.py -k swa"

@@ -8,7 +8,9 @@ Axes: B = probed images, C = classes, E = experts.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +26,7 @@ from bench.attacks.search import RAISED, TRIED, Search, raised
 from bench.models.foreign import Guarded, bare
 from bench.models.moe import MoE
 from bench.models.parts import is_dual, parts, routed_branches
-from bench.models.sites import sites
+from bench.models.sites import intercepted, sites
 from bench.pgd import ascend_once, default_step_size, pgd, random_start
 from bench.results.flags import ROUTES_INSIDE
 from bench.spec import NO_GRADIENT, ThreatModel
@@ -140,6 +142,7 @@ def _routed(model: object, x: Tensor) -> dict[str, _Routed]:
 
 def _router_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:
     """Whether the loss's gradient reaches the routers' scores: AutoAttack looks at the pixels' alone."""
+    yield from _gate_gradients(model, x, y)
     for name, moe in _routed(model, x).items():
         gradients = _gradient_at(moe, model, x, y)
         if gradients is None:
@@ -150,6 +153,31 @@ def _router_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:
             yield f"{name}router gradient zero on {zero:.0%} of images"
         if not has_gradient(moe.scores, x):
             yield f"{name}router has no gradient by the pixels"
+
+
+def _gate_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:
+    """The same of gates inside a network, in one flag: the share of images at the gate that lacks most gradients."""
+    if not (inside := [site for site in sites(model) if not site.whole]):
+        return
+    added: dict[str, list[Tensor]] = {site.name: [] for site in inside}
+
+    def shifted(name: str, scores: Tensor) -> Tensor:
+        added[name].append(torch.zeros_like(scores, requires_grad=True))
+        return scores + added[name][-1]
+
+    with ExitStack() as stack, torch.enable_grad():
+        for site in inside:
+            stack.enter_context(intercepted(site, partial(shifted, site.name)))
+        loss = F.cross_entropy(model(x.detach().requires_grad_()), y, reduction="sum")
+    shifts = [shift for calls in added.values() for shift in calls]
+    for shift in shifts if loss.requires_grad else []:
+        (shift.grad,) = torch.autograd.grad(loss, shift, retain_graph=True, allow_unused=True)
+    without = []
+    for calls in filter(None, added.values()):
+        missing = [torch.ones(len(z)) if z.grad is None else (z.grad == 0).flatten(1).all(1).float() for z in calls]
+        without.append(float(torch.cat([each.cpu() for each in missing]).mean()))
+    if count := sum(share > 0 for share in without):
+        yield f"router gradient zero on {max(without):.0%} of images at {count} of {len(inside)} gates inside"
 
 
 def _gradient_at(moe: _Routed, model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:

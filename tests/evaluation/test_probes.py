@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bench.evaluation.probes import probe
 from bench.models.deployed import eval_frozen
 from bench.models.foreign import Guarded
+from bench.models.layers import SparseMoE
 from bench.models.moe import MoE
 from bench.randomness import seeded
 from bench.results.flags import ROUTES_INSIDE
@@ -123,6 +124,50 @@ def test_experts_that_are_not_selected_need_no_gradient(signs: Callable[..., lis
     half = [[weight / 2 for weight in row] for row in HALVES]
     moe = linear_moe([HALVES, half, HALVES], [[0.5, 0, 0, 0], [0, 0.5, 0, 0], [0, 0, 0, -1.0]], 2, "softmax")
     assert signs(moe, attacked=False) == []
+
+
+class Blocks(nn.Module):
+    """Two blocks of two experts, each with a gate; of those in `hard` the weight is 1 whatever the scores."""
+
+    def __init__(self, hard: tuple[int, ...], one_by_one: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            SparseMoE(nn.Linear(4, 2), [nn.Linear(4, 4), nn.Linear(4, 4)], num_selected_experts=1) for _ in range(2)
+        )
+        for number in hard:
+            self.blocks[number].gate = nn.Sequential(nn.Linear(4, 2), Certain())
+        self.head = nn.Linear(4, 2)
+        self.one_by_one = one_by_one
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.one_by_one and len(x) > 1:
+            return torch.cat([self(one) for one in x.split(1)])
+        z = x.flatten(1)
+        for block in self.blocks:
+            z = z + block(z)
+        return self.head(z)
+
+
+class Certain(nn.Module):
+    """Scores whose softmax is 1 for the first and 0 for the others, exactly."""
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores * 1e6
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("hard", [(), (1,), (0, 1)])
+def test_gates_inside_a_network_need_a_gradient_as_well(
+    hard: tuple[int, ...], one_by_one: bool, signs: Callable[..., list[str]]
+):
+    flags = [flag for flag in signs(Blocks(hard, one_by_one), attacked=False) if "router gradient" in flag]
+    assert flags == [f"router gradient zero on 100% of images at {len(hard)} of 2 gates inside"] * bool(hard)
+
+
+def test_gates_of_a_network_whose_logits_have_no_gradient_have_none(signs: Callable[..., list[str]]):
+    flags = signs(Changed(Blocks(()), Tensor.detach), attacked=False)
+    assert "router gradient zero on 100% of images at 2 of 2 gates inside" in flags
 
 
 def test_logits_without_a_gradient_have_none_for_the_router(signs: Callable[..., list[str]], linear_moe: Any):
