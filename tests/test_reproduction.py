@@ -1,6 +1,7 @@
 """docs/reproduction.md is what the committed results give, and its verdicts follow from them."""
 
 import runpy
+from math import comb
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,58 @@ def test_a_verdict_needs_a_difference_beyond_chance(script: Any, only_first: int
     claim = script.Claim("title", "asked", [test])
     ((_, (adjusted,)),) = script.adjusted([(None, [claim])])
     assert adjusted.tests[0].verdict == verdict
+
+
+def test_shares_of_unlike_images_are_tested_by_fisher(script: Any):
+    """Of what AutoAttack leaves others break 8 of 10 and 1 of 12."""
+    left = np.arange(40) < 10, np.arange(40) < 12
+    worst = np.arange(40) < 2, np.arange(40) < 11
+    found = {model: {"RA, autoattack": ra, "RA-worst": own} for model, ra, own in zip("ab", left, worst, strict=True)}
+    data = script.Scored(None, dict.fromkeys(found))
+    object.__setattr__(data, "series", found.__getitem__)
+    (test,) = data.left_open("a", "b")
+    assert (int(test.a.sum()), len(test.a), int(test.b.sum()), len(test.b)) == (8, 10, 1, 12)
+    assert data.left_open("a", "c") == []
+    chances = [comb(10, k) * comb(12, 9 - k) / comb(22, 9) for k in range(10)]  # of k of the 9 among the first ten
+    expected = sum(chance for chance in chances if chance <= chances[8] * (1 + 1e-7))
+    assert test.alone == pytest.approx(expected)
+    claim = script.Claim("title", "asked", [test])
+    ((_, ((told,),)),) = [(data, [own.tests]) for data, (own,) in script.adjusted([(None, [claim])])]
+    assert (told.verdict, told.row()["only one right"]) == ("holds for these models", "–")
+
+
+def test_models_count_under_the_same_attacks(script: Any):
+    def run(suite: str, version: int, seed: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            result=SimpleNamespace(spec=SimpleNamespace(suite=suite, suite_version=version, seed=seed))
+        )
+
+    kept = [run("adaptive", 3, 0), run("pgd", 1, 0)]
+    assert script.alike([run("adaptive", 2, 0), kept[0], run("adaptive", 3, 1), kept[1]]) == kept
+
+
+def test_joint_and_separate_training_are_compared_where_they_start_alike(script: Any):
+    right = dict.fromkeys(("SA", "RA, pgd", "RA, autoattack", "RA-worst"), np.arange(10) < 5)
+    board = SimpleNamespace(rows=[SimpleNamespace(spec=SimpleNamespace(dataset="digits"))])
+
+    def joint(**starts: dict[str, str]) -> Any:
+        headers = {
+            model: SimpleNamespace(init={role: SimpleNamespace(name=name) for role, name in own.items()})
+            for model, own in starts.items()
+        }
+        data = script.Scored(board, dict.fromkeys(("dual", "dual-jtdmoe", "moe-rt_er", "moe-standard")), headers)
+        object.__setattr__(data, "series", lambda _: right)
+        found = {claim.title.partition(" of ")[0]: claim for claim in script.claims(data)}
+        price = found["The dual model is more accurate than its robust branch, and less robust"]
+        assert "not put to the test" in price.note  # both branches are as accurate
+        return found["Joint training"]
+
+    start = {"moe-standard": {"init": "dense-standard"}}
+    assert len(joint(**start, **{"dual-jtdmoe": {"init_standard": "dense-standard", "init": "dense-at"}}).tests) == 4
+    other = joint(**start, **{"dual-jtdmoe": {"init_standard": "dense-at"}})
+    assert (len(other.tests), "dense-at in joint" in other.open) == (0, True)
+    assert "random weights in joint" in joint(**start).open
+    assert len(joint().tests) == 4
 
 
 def test_methods_are_compared_over_their_training_seeds(script: Any):
