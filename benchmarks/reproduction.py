@@ -276,7 +276,8 @@ def claims(data: Scored) -> list[Claim]:
         ),
         Claim(
             "One more robust expert is enough",
-            "The term of RT-ER covers the second-ranked expert alone.",
+            "The term of RT-ER covers the second-ranked expert alone. Enough is no worse than all: what is tested is a"
+            " difference either way.",
             data.compare("moe-rt_er", "moe-rt_er-all", ACCURACIES),
             open="no RT-ER whose term covers all experts (`moe-rt_er-all`) is scored on test images.",
             note=settings,

@@ -1,8 +1,8 @@
 """The attacks made for models that route, whose robustness standard suites overstate, in the order they run.
 
 AutoAttack follows gradients, and a hard route has none: it changes the expert by accident. These attacks aim at it
-(the paper's section 4 asks for none of them). Success is judged on the deployed model, and each attack runs on the examples
-that those before it have not broken.
+(the paper's section 4 asks for none of them). Success is judged on the deployed model, and each attack runs on the
+examples that those before it have not broken.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
