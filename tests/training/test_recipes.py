@@ -76,11 +76,13 @@ def test_every_preset_serves_every_variant(name: str, variant: str):
         found.build()  # of sizes that fit each other
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("upcycled")])
-def test_by_an_upcycled_preset_experts_that_are_whole_networks_start_from_a_dense_model(name: str):
+@pytest.mark.parametrize(
+    ("name", "standard"), [("upcycled-cifar10", "dense-standard"), ("upcycled-tinyimagenet", "dense-at")]
+)
+def test_by_an_upcycled_preset_experts_that_are_whole_networks_start_from_a_dense_model(name: str, standard: str):
     starts = {variant: spec(variant, name).recipe for variant in ("moe-at", "moe-rt_er", "dual-jtdmoe")}
     assert {recipe.init for recipe in starts.values()} == {"dense-at"}
-    assert starts["dual-jtdmoe"].init_standard == "dense-at"
+    assert starts["dual-jtdmoe"].init_standard == spec("moe-standard", name).recipe.init == standard
 
 
 def test_every_data_set_has_its_preset():
@@ -159,7 +161,7 @@ def test_random_weights_are_those_of_both_branches():
         spec("dual-jtdmoe", "upcycled-cifar10").recipe,
         spec("dual-jtdmoe", "upcycled-cifar10", init=None).recipe,
     )
-    assert (named.init, named.init_standard) == ("dense-at", "dense-at")
+    assert (named.init, named.init_standard) == ("dense-at", "dense-standard")
     assert (none.init, none.init_standard) == (None, None)
     assert (
         spec("dual-jtdmoe", "upcycled-cifar10", init=None, init_standard="dense-at").recipe.init_standard == "dense-at"
