@@ -46,16 +46,23 @@ def eval_frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No TensorFloat32, and the same convolution every time: a GPU must not round where a CPU does not."""
-    cudnn = torch.backends.cudnn
+    """No TensorFloat32, and the same convolution every time: a GPU must not round where a CPU does not.
+
+    Nor torch's faster attention, which it takes where no gradient is: in half precision it rounds otherwise, and what
+    is attacked would not be what is judged.
+    """
+    cudnn, attention = torch.backends.cudnn, torch.backends.mha
     before = (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+    fast = attention.get_fastpath_enabled()
     try:
         torch.set_float32_matmul_precision("highest")
         cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, True, False
+        attention.set_fastpath_enabled(False)
         yield
     finally:
         torch.set_float32_matmul_precision(before[0])
         cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before[1:]
+        attention.set_fastpath_enabled(fast)
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,9 @@ def validate_outputs(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -
             first_expert(model, x)
     except Exception as error:  # a user's model may fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UnusableInput(f"'{name}' cannot take {shape} images: {reason}") from None
+        kinds = {each.dtype for each in model.parameters() if each.is_floating_point()} - {x.dtype}
+        cast = f"; images are float32: cast them inside to {' or '.join(sorted(map(str, kinds)))}" if kinds else ""
+        raise UnusableInput(f"'{name}' cannot take {shape} images: {reason}{cast}") from None
     if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         if isinstance(logits, dict) and "logits" not in logits:
@@ -132,6 +141,8 @@ _ASKED = 4
 #: What rounding may change of an image's logits from batch to batch: so much of how far its logits lie apart
 #: (`spread`), and of each logit sixteen of float32's ε.
 ROUNDING, _OF_FLOAT32 = 1e-4, 2e-6
+#: Of a model that answers in half precision, so many ε of that of how far its logits lie apart, if that is more.
+_OF_HALF = 4
 #: A margin's times that its logits are taken to lie apart at most, where others are masked.
 _MARGINS = 10
 
@@ -199,13 +210,16 @@ def dependence(model: nn.Module, x: Tensor) -> Dependence:
         chance = not same or _random_state(devices) != drawn
         batch = False
         gradients = same and not _equal_with_gradients(model, images, whole)
+        # in half precision kernels round otherwise by the size of the batch
+        dtype: Any = model.dtype if isinstance(model, Guarded) else None
+        share = _OF_HALF * torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else ROUNDING
         # half of them x's own, half the probe's, spread over the batch
         rows = torch.linspace(0, len(images) - 1, BATCH_SIZES[-1], device=x.device).round().long()
         orders = [rows, rows.flip(0), rows[torch.arange(len(rows)).view(2, -1).T.flatten()]]
         for order in orders:
             for size in BATCH_SIZES if order is rows else BATCH_SIZES[1:]:
                 parts = torch.cat([ask(images[part]) for part in torch.split(order, size)])
-                batch |= not same_logits(parts, whole[order])
+                batch |= not same_logits(parts, whole[order], share)
         if fresh is not None and same:
             near = images + _NEAR * torch.linspace(-1, 1, images[0].numel()).view(images[0].shape).to(images)
             state |= not same_logits(ask(near), fresh(near.clone()).detach())

@@ -20,8 +20,9 @@ from bench.models.deployed import spread
 from bench.models.foreign import Guarded
 from bench.models.sites import Site, intercepted, opened, read
 
-#: How far logits may differ from rounding, as a share of how far they lie apart.
-ROUNDING = 1e-5
+#: How far logits may differ from rounding, as a share of how far they lie apart; and at least so many ε of the type of
+#: the gate's scores, since in half precision weights that are normalised over the selected experts are rounded as well.
+ROUNDING, _ROUNDED = 1e-5, 4
 #: Where a bias decides, the scores are spread so many times as widely, and the place of a jump is halved so often.
 SPREADS, _HALVED = (1.0, 12.0), 10
 #: Scores below this one are masks'.
@@ -42,6 +43,7 @@ class Exchanges:
         self.others = [other for other in sites if other is not site and not other.whole]
         self.order: Tensor | None = None
         self.widest = 1e-12  # how far the logits of an answer so far lie apart
+        self.eps = torch.finfo(torch.float32).eps  # of the type of the gate's scores
         self.far = 0.8 / (site.num_experts - 1)
 
     def _ranked(self, rank: int, apart: float, spread: float, scores: Tensor) -> Tensor:
@@ -55,9 +57,19 @@ class Exchanges:
 
     def _answer(self, change: Callable[[Tensor], Tensor]) -> Tensor:
         drawn = [(other, partial(_drawn, seed=1 + number)) for number, other in enumerate(self.others)]
-        found = _answer(self.guard, self.x, [(self.site, change), *drawn])
+
+        def noted(scores: Tensor) -> Tensor:
+            self.eps = torch.finfo(scores.dtype).eps
+            return change(scores)
+
+        found = _answer(self.guard, self.x, [(self.site, noted), *drawn])
         self.widest = max(self.widest, spread(found))
         return found
+
+    @property
+    def rounding(self) -> float:
+        """How far answers may differ from rounding, as a share of how far logits lie apart."""
+        return max(ROUNDING, _ROUNDED * self.eps)
 
     def _at(self, rank: int, apart: float, spread: float = 1.0) -> Tensor:
         """The answer where the expert of `rank` leads by so much."""
@@ -79,7 +91,9 @@ class Exchanges:
         """The ranks at which the answer jumps where the scores are equal."""
         near = max(1e-3 * self.far, near)
         return [
-            rank for rank, effect in effects.items() if effect > ROUNDING and self._changed(rank, near) > effect / 2
+            rank
+            for rank, effect in effects.items()
+            if effect > self.rounding and self._changed(rank, near) > effect / 2
         ]
 
     def jumps_between(self, rank: int, spread: float) -> bool:
@@ -102,7 +116,7 @@ class Exchanges:
         """
         if are_probabilities(scores):
             return self._falls_back(1 / self.site.num_experts, 1.0)
-        known = opened(scores)
+        known, self.eps = opened(scores), torch.finfo(scores.dtype).eps
         low, middle, high = float(known.min()), float((known.min() + known.max()) / 2), float(known.max())
         width = max(high - low, max(SPREADS))
         return any(self._falls_back(level, 3 * width) for level in (low - width, middle, high + width))
@@ -111,7 +125,8 @@ class Exchanges:
         count = self.site.num_experts
 
         def raised(expert: int, by: float) -> Tensor:
-            values = level + _SLOPE * far * torch.linspace(1, 0, count)
+            apart = max(_SLOPE * far, 2 * self.eps * (count - 1))  # else half precision makes ties of them
+            values = level + apart * torch.linspace(1, 0, count)
             values[expert] += by
             return self._answer(partial(_instead, values=values))
 
@@ -121,7 +136,7 @@ class Exchanges:
         flat = raised(0, 0.0)
         tried = 0
         for expert in range(count):
-            if tried < _RAISED and self._share(raised(expert, -far), flat) > ROUNDING:  # it is taken
+            if tried < _RAISED and self._share(raised(expert, -far), flat) > self.rounding:  # it is taken
                 if not jumps(expert):
                     return False
                 tried += 1
@@ -131,7 +146,7 @@ class Exchanges:
         """Whether the answer, which changes between low and high, does so at one place."""
         below, above = answer(low), answer(high)
         effect = self._share(above, below)
-        if effect <= ROUNDING:
+        if effect <= self.rounding:
             return False
         for _ in range(halved):
             middle = (low + high) / 2
@@ -179,7 +194,7 @@ def misshown(guard: Guarded, site: Site, sites: Sequence[Site], x: Tensor) -> st
             return ""
         elif any(exchanges.jumps_between(rank, spread) for spread in exchanges.spreads(scores) for rank in effects):
             return f"{site.name}: the choice is by more than the order of its scores: let it give what is compared"
-        elif max(effects.values()) > ROUNDING:
+        elif max(effects.values()) > exchanges.rounding:
             known = f"mixes all of its {site.num_experts} experts, where num_selected_experts is {site.k}"
             return f"{site.name} {known}: correct num_selected_experts"
     return thresholded(guard, site, sites, x)

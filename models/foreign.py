@@ -321,6 +321,8 @@ class Guarded(nn.Module):
             self.dtype = logits.dtype
             self.seen.add(f"logits are {str(logits.dtype).removeprefix('torch.')}, cast to float32")
             logits = logits.float()
+        else:  # attacks write into what they are given, which may be a part of the model's own parameters
+            logits = logits.clone()
         if x.requires_grad and torch.is_grad_enabled() and not self._reaches(logits, x):
             self.seen.add(NO_GRADIENT)
             logits = logits + 0 * x.flatten(1).sum(1).view(-1, *[1] * (logits.ndim - 1))

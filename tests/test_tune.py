@@ -183,23 +183,24 @@ def test_the_command_prints_the_training_of_the_best(tmp_path: Path, monkeypatch
     monkeypatch.setattr(tuning, "tune", lambda *_, **__: trials)
     status, out, _ = bench("tune", "dense-at", "--trials", "2", "--checkpoints", str(tmp_path), "--set", "epochs=3")
     assert status == 0
-    assert out.splitlines()[-1] == (
-        "best: SA 90.00% RA 50.00%: bench train dense-at --dataset digits --seed 0 --data-root data --set epochs=3"
-        f" --set lr=0.3 --checkpoints {tmp_path}"
-    )
+    assert out.splitlines()[-2:] == [
+        "best: SA 90.00% RA 50.00%; this trains it:",
+        "bench train dense-at --dataset digits --seed 0 --data-root data --set epochs=3 --set lr=0.3"
+        f" --checkpoints {tmp_path}",
+    ]
     there = tmp_path / "digits" / "Linf" / "dense-at.safetensors"
     there.parent.mkdir(parents=True)
     there.touch()
     trials[:] = [Trial({"lr": 0.1}, 0.9, 0.0, 3.0)]
     out = bench("tune", "dense-at", "--trials", "1", "--checkpoints", str(tmp_path))[1]
-    assert "best: SA 90.00% RA 0.00% (no trial is robust: chosen by SA): bench train dense-at" in out
+    assert "best: SA 90.00% RA 0.00% (no trial is robust: chosen by SA); this trains it:\nbench train dense-at" in out
     assert out.endswith(f" --set lr=0.1 --checkpoints {tmp_path}/tuned\n")
 
 
 def test_the_training_that_is_printed_has_the_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Any):
     monkeypatch.setattr(tuning, "tune", lambda *_, **__: [Trial({"lr": 0.1}, 0.9, 0.2, 3.0)])
     words = ("tune", "dense-at", "--trials", "1", "--checkpoints", str(tmp_path))
-    assert ": bench --plugin json train dense-at " in bench("--plugin", "json", *words)[1]
+    assert "\nbench --plugin json train dense-at " in bench("--plugin", "json", *words)[1]
 
 
 def test_a_grid_of_what_there_is_not_is_refused_as_it_was_written():

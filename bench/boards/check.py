@@ -245,7 +245,25 @@ def _only(root: Path, side: str) -> dict[Key, Run]:
             raise UnusableInput(
                 f"{runs[0]}: there are {len(runs)} such runs in the {side}, of other checkpoints: keep one of {folders}"
             )
+    kept = [run for (run,) in found.values()]
+    for runs in grouped(kept, _deployed).values():
+        one, other = runs[0], next((run for run in runs if _weights(run) != _weights(runs[0])), None)
+        if other is not None:  # each suite would tell of other weights
+            raise UnusableInput(
+                f"the {side} has runs of other checkpoints of {one.result.spec.model}, {one.path} and {other.path}:"
+                " keep those of one, and run the suites of the other again"
+            )
     return {key: run for key, (run,) in found.items()}
+
+
+def _deployed(run: Run) -> tuple[str, str, str]:
+    """The model that is deployed under a name: of each data set and norm another may be trained."""
+    spec = run.result.spec
+    return spec.model, spec.dataset, spec.threat_model.norm
+
+
+def _weights(run: Run) -> str:
+    return run.result.model_info.checkpoint_sha256
 
 
 def _refusal(run: Run, others: list[Run], side: str, root: Path) -> UnusableInput:

@@ -233,6 +233,10 @@ def _subject(run: Run) -> str:
     return run.result.spec.subject_key(run.result.model_info.checkpoint_sha256, fingerprint="")
 
 
+def _default_autoattack(run: Run) -> bool:
+    return suite_label(run.result.spec) == "autoattack"
+
+
 def _adaptive(run: Run) -> bool:
     """Whether it is `adaptive` at no less than its standard budget; known adversarial examples only add to it."""
     spec = run.result.spec
@@ -246,7 +250,7 @@ def _lacks(covering: Sequence[Run], failed: Sequence[Run], info: ModelInfo, rout
     for suite in dict.fromkeys(run.result.spec.suite for run in failed):
         if suite in RANKED_BY and suite not in whole:  # what it would have broken is not known
             yield Lack(f"suite `{suite}` ended in errors")
-    default = [run for run in covering if suite_label(run.result.spec) == "autoattack"]
+    default = [run for run in covering if _default_autoattack(run)]
     if not any(run.result.attacked for run in default):
         nothing = "suite `autoattack` had nothing to attack" if default else "no autoattack with its default parameters"
         yield Lack(nothing, None if default else "autoattack")
@@ -311,9 +315,13 @@ def _shared(verdicts: Table, other: Table) -> Table:
 def _row(rows_of: Mapping[Path, Table], covering: list[Run], own: list[Run], failed: list[Run]) -> Row:
     """The row of `own`, the runs on this evaluation set: all `covering` runs count in it, the scores are of its own.
 
+    Only RA is that of a larger set's autoattack where there is none of its own, since the row may have a rank by it.
+
     `rows_of`: the rows of each of them, by its path. failed: as `_lacks` takes it.
     """
-    one, scores = own[0], _scores(own, rows_of)
+    one = own[0]
+    ranked_by = [] if any(_default_autoattack(run) for run in own) else filter(_default_autoattack, covering)
+    scores = _scores([*own, *ranked_by], rows_of)
     robust = np.logical_and.reduce([robust_by_example(rows_of[run.path]) for run in covering])
     clean = [clean_by_example(rows_of[run.path]) for run in covering]
     named = [_named(rows_of[run.path], run) for run in covering]
@@ -375,7 +383,7 @@ def _scores(own: list[Run], rows_of: Mapping[Path, Table]) -> Scores:
         if label == "autoattack":
             ra = robust if any(run.result.attacked for run in runs) else None
             if len({run.result.spec.seed for run in runs}) > 1:
-                by_seed = tuple(run.result.robust_accuracy.value for run in runs)
+                by_seed = tuple(Accuracy.of(robust_by_example(table)).value for table in tables)
             names = dict.fromkeys(name for run in runs for name in run.result.accuracy_after if name != "clean")
             shares = accuracy_after(rows, names)
             after = {name: shares[name] for name in names}

@@ -176,4 +176,4 @@ def tune(
     command += [word for item in made_by.items() for word in ("--set", setting(*item))]
     command += ["--checkpoints", str(folder)]
     by_sa = "" if chosen.ra else " (no trial is robust: chosen by SA)"
-    print(f"best: SA {chosen.sa:.2%} RA {chosen.ra:.2%}{by_sa}: {shlex.join(command)}")
+    print(f"best: SA {chosen.sa:.2%} RA {chosen.ra:.2%}{by_sa}; this trains it:\n{shlex.join(command)}")

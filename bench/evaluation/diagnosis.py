@@ -203,7 +203,8 @@ def _routes(
     declared_none: bool,
 ) -> Finding:
     if hidden:
-        seen, _, remedy = hidden[0].removeprefix(HIDDEN_ROUTES).partition(": ")
+        *what, remedy = hidden[0].removeprefix(HIDDEN_ROUTES).rsplit(": ", 1)
+        seen, remedy = (what[0], remedy) if what else (remedy, "")
         if hidden[0].startswith(OUTSIDE_TORCH):
             seen, remedy = hidden[0], "choose by torch alone, which attacks can follow"
         return Finding("routes", seen, f"{remedy or 'let its forward pass be traced'} (docs/your-own-model.md)")
@@ -301,7 +302,7 @@ def _rank(findings: Sequence[Finding], *, routed: bool) -> Finding:
     reasons = [
         finding.seen
         for finding in findings
-        if finding.remedy and finding.what in ("chance", "batch", "state", "routes")
+        if finding.remedy and finding.what in ("chance", "batch", "state", "under no_grad", "routes")
     ]
     if reasons:
         return Finding("rank", f"none: {'; '.join(reasons)}", "mend what is named above")

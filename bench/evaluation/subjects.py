@@ -1,8 +1,9 @@
 """Who is scored: from the words of `--model` to a model that can be attacked."""
 
 import importlib
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +140,7 @@ def _call_factory(word: str, dataset: Dataset) -> nn.Module:
                 near = f": {hint}" if hint.endswith("?") else ""
                 raise AttributeError(f"module '{module_name}' has no attribute '{attribute}'{near}")
             made = getattr(module, attribute)
-            model = made if isinstance(made, nn.Module) else made()
+            model = made if isinstance(made, nn.Module) else _called(made)
     finally:
         sys.path.pop(0)
     if not isinstance(model, nn.Module):
@@ -155,6 +156,17 @@ def _call_factory(word: str, dataset: Dataset) -> nn.Module:
         ):  # LazyLinear; what fails is refused with the data's images
             model(torch.zeros(2, *dataset.input_shape))
     return model
+
+
+def _called(factory: Callable[[], Any]) -> Any:
+    """What it returns; TypeError for one that needs arguments, with what to do about it."""
+    with suppress(ValueError):  # of a builtin no signature is known
+        if callable(factory):
+            try:
+                inspect.signature(factory).bind()
+            except TypeError as error:
+                raise TypeError(f"{error}: it is called without any, so name a function that passes them") from None
+    return factory()
 
 
 def _foreign_info(word: str, model: Any, dataset: str | None) -> ModelInfo:

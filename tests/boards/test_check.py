@@ -189,6 +189,15 @@ def test_several_checkpoints_of_one_work_are_refused(old: Path, new: Path):
         check(old, new)
 
 
+def test_suites_of_several_checkpoints_are_refused(old: Path, new: Path):
+    """A suite that was not run again tells of the weights that it was run with."""
+    save(old, "1" * 10, checkpoint="a")
+    save(new, "1" * 10, checkpoint="a")
+    save(new, "1" * 10, suite="autoattack", checkpoint="b")
+    with pytest.raises(UnusableInput, match=r"the results has runs of other checkpoints of .*, .* and .*: keep"):
+        check(old, new)
+
+
 def test_seeds_and_alphas_are_paired_with_their_own(old: Path, new: Path):
     for seed in (0, 1):
         for alpha in (0.5, 0.7):

@@ -238,7 +238,7 @@ def test_a_superset_counts_in_the_worst_case(tmp_path: Path):
     assert (large["n"], large["ra"], large["ra_worst"]) == ("6", "66.67", "66.67")  # the four do not cover the six
     assert large["run"] == many.run[:8]
     # example 1 falls to the larger run, 3 to the smaller; another checkpoint's run does not count
-    assert (small["n"], small["ra"], small["ra_worst"]) == ("4", "", "50.00")
+    assert (small["n"], small["ra"], small["ra_worst"]) == ("4", "75.00", "50.00")  # RA is the larger run's on the four
     assert small["run"] == f"{many.run[:8]}, {few.run[:8]}"
 
 

@@ -56,6 +56,10 @@ MODELS = """
             self.calls += 1
             return self.net(x)
 
+    class Asks(Own):
+        def forward(self, x):
+            return self.net(x) + torch.is_grad_enabled() * torch.arange(10)
+
     class Flat(Own):
         def forward(self, x):
             return self.net(x.detach())
@@ -128,6 +132,7 @@ def test_a_sound_model_has_no_problem_and_earns_its_rank_by_autoattack(seen: Cal
         ("Noisy", "chance", "outputs depend on chance", "draw nothing"),
         ("OfBatch", "batch", "outputs depend on the batch", "running statistics"),
         ("Counts", "state", "change the model's state", "change no buffer"),
+        ("Asks", "under no_grad", "whether gradients are taken", "not ask"),
         ("Flat", "gradients", "none reaches the pixels", "differentiable"),
         ("Hidden", "routes", "choices that depend on the image", "docs/your-own-model.md"),
     ],
@@ -140,7 +145,7 @@ def test_each_planted_fault_is_told_with_its_remedy(
     assert words in problem.seen
     assert remedy in problem.remedy
     rank = next(finding for finding in found.findings if finding.what == "rank")
-    assert rank.seen.startswith("none") == (what in ("chance", "batch", "state", "routes"))
+    assert rank.seen.startswith("none") == (what in ("chance", "batch", "state", "under no_grad", "routes"))
 
 
 @pytest.mark.parametrize(("kind", "words"), [("Routed", "top-1 of 3"), ("Mixed", "soft, of 3")])

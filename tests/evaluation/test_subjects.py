@@ -242,12 +242,19 @@ def test_routing_is_visible_by_its_parts(user_module: Any, digits: Dataset):
         ("planted_bad:absent", "AttributeError: module 'planted_bad' has no attribute 'absent': did you mean 'wants'?"),
         ("planted_nowhere:make", "ModuleNotFoundError: No module named 'planted_nowhere'"),
         ("planted_bad:raises", "RuntimeError: first second"),
-        ("planted_bad:wants", "TypeError: wants() missing 1 required positional argument: 'x'"),
+        (
+            "planted_bad:wants",
+            "TypeError: missing a required argument: 'x': it is called without any, so name a function that"
+            " passes them",
+        ),
+        ("planted_bad:number", "TypeError: 'int' object is not callable"),
         (":make", "ValueError: Empty module name"),
     ],
 )
 def test_factory_that_fails_is_the_users_to_mend(word: str, reason: str, user_module: Any, digits: Dataset):
-    user_module("planted_bad", 'def wants(x): ...\n\ndef raises():\n    raise RuntimeError("first\\n  second")\n')
+    user_module(
+        "planted_bad", 'number = 3\n\ndef wants(x): ...\n\ndef raises():\n    raise RuntimeError("first\\n  second")\n'
+    )
     assert refused(word, digits) == f"--model '{word}' cannot be made: {reason}"
 
 

@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.models.deployed import Dependence, dependence, same_logits
+from bench.errors import UnusableInput
+from bench.models.deployed import Dependence, dependence, full_float32, same_logits, validate_outputs
+from bench.models.foreign import Guarded
 from bench.models.moe import MoE
+from bench.spec import ModelInfo
 
+INFO = {"name": "half", "architecture": "Linear", "checkpoint_sha256": "", "routing_visible": False}
 FUNCTION = Dependence(chance=False, batch=False, state=False, in_place=False)
 
 
@@ -154,6 +158,44 @@ def test_batch_norm_in_training_mode_is_seen_and_in_eval_mode_is_not():
     assert dependence(net.eval(), x) == FUNCTION
     net.train()
     assert dependence(net, x).reasons == ("outputs depend on the batch", "forward passes change the model's state")
+
+
+class Halved(nn.Module):
+    """A transformer that computes in half precision."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.embed, self.layers, self.head = nn.Linear(8, 32), nn.TransformerEncoder(layer, 2), nn.Linear(32, 3)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.embed(x.flatten(1, 2).to(self.head.weight.dtype))).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rounding_in_half_precision_is_no_dependence(dtype: torch.dtype):
+    """torch's faster attention, where no gradient is, rounds otherwise; so does a batch of another size."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with full_float32():
+        assert dependence(Guarded(Halved(dtype)).eval(), torch.rand(4, 1, 8, 8)) == FUNCTION
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def test_in_half_precision_the_batch_is_seen_all_the_same():
+    class Capacity(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            z = x.flatten(1)[:, :3].half()
+            return torch.cat([z[:4], z[4:] + 0.1])
+
+    assert dependence(Guarded(Capacity()).eval(), torch.rand(4, 1, 8, 8)).batch
+
+
+def test_images_for_a_model_in_half_precision_have_to_be_cast():
+    model, info = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).half(), ModelInfo(**INFO)
+    with pytest.raises(UnusableInput, match=r"images are float32: cast them inside to torch\.float16$"):
+        validate_outputs(model, torch.rand(2, 1, 8, 8), 3, info)
 
 
 def test_a_mixture_answers_image_by_image_and_one_with_a_capacity_does_not(linear_moe: Any):

@@ -88,6 +88,22 @@ def test_a_layer_that_chooses_otherwise_later_or_by_a_bias_has_no_threshold(
     assert [thresholded(Guarded(model), site, sites, X) for site in sites] == depth * [""]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_weights_of_the_selected_are_rounded_and_nothing_else_is_taken(dtype: torch.dtype):
+    class Half(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(dtype))
+
+    torch.manual_seed(0)
+    for weigh in (renormalised, lambda scores: hot(scores, 1)):
+        model = Half(weigh, 2).to(dtype)
+        sites = find_gates(model.eval(), ["gates.*"], X).sites
+        assert [thresholded(Guarded(model), site, sites, X) for site in sites] == ["", ""]
+    model = Half(lambda scores: selected(scores, 1) * (scores.amax(-1) > 1.0)[..., None], 1).to(dtype)
+    (site,) = find_gates(model.eval(), ["gates.*:k=1"], X).sites
+    assert "compares its scores with a threshold" in thresholded(Guarded(model), site, [site], X)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "answers",

@@ -48,6 +48,20 @@ def test_the_images_are_the_models_own_copy_also_where_they_have_a_gradient():
     assert guard.seen == {"the forward pass writes into its input"}
 
 
+def test_what_is_done_to_the_logits_is_not_done_to_the_model():
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.logits.expand(len(x), 3)
+
+    model = Constant().requires_grad_(False)
+    Guarded(model)(torch.rand(4, 1, 2, 2))[0, 1] = -torch.inf  # as Square does for the largest of the others
+    assert model.logits.tolist() == [0, 0, 0]
+
+
 class Checkpointed(nn.Module):
     """Computes its layer again for the backward pass, to save memory; `calls` counts how often."""
 
