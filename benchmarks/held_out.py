@@ -15,6 +15,7 @@ from bench.datasets.base import open_dataset
 from bench.models.checkpoints import load_checkpoint
 from bench.models.deployed import eval_frozen
 from bench.pgd import default_step_size, pgd, random_start
+from bench.results.witnesses import FILE
 from bench.spec import TrainSpec
 from bench.training.data import read_training_data
 
@@ -45,7 +46,7 @@ def accuracies(checkpoint: Path, data_root: Path) -> tuple[float, float, int]:
 
 def table(folder: Path, data_root: Path) -> str:
     rows = []
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(set(folder.rglob("*.safetensors")) - set(folder.rglob(FILE))):  # a trial has results as well
         _, header, _ = load_checkpoint(path)
         sa, ra, n = accuracies(path, data_root)
         rows.append({
