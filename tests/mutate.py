@@ -618,6 +618,27 @@ MUTATIONS = [
         "for shift in shifts:",
         "tests/evaluation/test_probes.py -k logits",
     ),
+    Mutation(
+        "bench/boards/check.py", "_weights(run) != _weights(runs[0])", "False", "tests/boards/test_check.py -k several"
+    ),
+    Mutation(
+        "bench/boards/rows.py",
+        "scores = _scores([*own, *ranked_by], rows_of)",
+        "scores = _scores(own, rows_of)",
+        "tests/boards/test_rows.py -k superset",
+    ),
+    Mutation("bench/models/foreign.py", "logits = logits.clone()", "pass", "tests/models/test_foreign.py -k done_to"),
+    Mutation(
+        "bench/models/deployed.py",
+        "attention.set_fastpath_enabled(False)",
+        "pass",
+        "tests/models/test_deployed.py -k half",
+    ),
+    Mutation("bench/models/deployed.py", "_OF_HALF = 4", "_OF_HALF = 400", "tests/models/test_deployed.py -k half"),
+    Mutation(
+        "bench/models/exchanges.py", "2 * self.eps * (count - 1)", "0.0", "tests/models/test_exchanges.py -k half"
+    ),
+    Mutation("bench/models/exchanges.py", "_ROUNDED * self.eps", "0.0", "tests/models/test_exchanges.py -k half"),
     Mutation("bench/training/loop.py", "warmup_power=1.0", "warmup_power=0.5", "tests/training/test_loop.py -k swa"),
     Mutation(
         "bench/training/loop.py", "update_after_step=start", "update_after_step=0", "tests/training/test_loop.py -k swa"
