@@ -248,7 +248,7 @@ MUTATIONS = [
     ),
     Mutation(
         "models/exchanges.py",
-        "elif max(effects.values()) > ROUNDING:",
+        "elif max(effects.values()) > exchanges.rounding:",
         "elif False:",
         "tests/evaluation/test_foreign.py -k more_than",
     ),
@@ -732,7 +732,7 @@ MUTATIONS = [
     ),
     Mutation(
         "models/deployed.py",
-        "batch |= not same_logits(parts, whole[order])",
+        "batch |= not same_logits(parts, whole[order], share)",
         "batch |= False",
         "tests/evaluation/test_foreign.py -k batch",
     ),
