@@ -614,8 +614,8 @@ MUTATIONS = [
     ),
     Mutation(
         "bench/evaluation/probes.py",
-        "for shift in shifts if loss.requires_grad else []:",
-        "for shift in shifts:",
+        "if shifts and loss.requires_grad:",
+        "if shifts:",
         "tests/evaluation/test_probes.py -k logits",
     ),
     Mutation(

@@ -170,8 +170,8 @@ def _gate_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:
             stack.enter_context(intercepted(site, partial(shifted, site.name)))
         loss = F.cross_entropy(model(x.detach().requires_grad_()), y, reduction="sum")
     shifts = [shift for calls in added.values() for shift in calls]
-    for shift in shifts if loss.requires_grad else []:
-        (shift.grad,) = torch.autograd.grad(loss, shift, retain_graph=True, allow_unused=True)
+    if shifts and loss.requires_grad:
+        torch.autograd.backward(loss, inputs=shifts)
     without = []
     for calls in filter(None, added.values()):
         missing = [torch.ones(len(z)) if z.grad is None else (z.grad == 0).flatten(1).all(1).float() for z in calls]
