@@ -61,7 +61,9 @@ class Header(Spec):
     train_fingerprint: str | None = None
     train_images: int = 0
     epochs: int = 0
-    validation: dict[str, float] = Field(default_factory=dict, description="sa and ra (fractions) and epoch")
+    validation: dict[str, float] = Field(
+        default_factory=dict, description="of the epoch that is kept; as `val_…` in the CSV"
+    )
     experts: list[dict[str, float]] = Field(
         default_factory=list, description="sa and ra of each expert of an MoE alone, on the held-out images"
     )

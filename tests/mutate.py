@@ -639,6 +639,28 @@ MUTATIONS = [
         "bench/models/exchanges.py", "2 * self.eps * (count - 1)", "0.0", "tests/models/test_exchanges.py -k half"
     ),
     Mutation("bench/models/exchanges.py", "_ROUNDED * self.eps", "0.0", "tests/models/test_exchanges.py -k half"),
+    Mutation(
+        "bench/training/validation.py", "alone = _experts(model)", "alone = []", "tests/training/test_validation.py"
+    ),
+    Mutation(
+        "bench/training/validation.py",
+        "return list(model.experts)",
+        "return list(model.experts)[:1]",
+        "tests/training/test_validation.py",
+    ),
+    Mutation("bench/training/validation.py", "max(len(ours)", "min(len(ours)", "tests/training/test_validation.py"),
+    Mutation(
+        "bench/training/validation.py",
+        "robust[rows] = model(pgd(",
+        "robust[rows] = expert(pgd(",
+        "tests/training/test_validation.py",
+    ),
+    Mutation(
+        "bench/training/loop.py",
+        'if "val_ra_pgd" in kept.routing:',
+        "if not kept.routing:",
+        "tests/training/test_loop.py -k header",
+    ),
     Mutation("bench/training/loop.py", "warmup_power=1.0", "warmup_power=0.5", "tests/training/test_loop.py -k swa"),
     Mutation(
         "bench/training/loop.py", "update_after_step=start", "update_after_step=0", "tests/training/test_loop.py -k swa"

@@ -484,7 +484,7 @@ def training(model: Model) -> Drawing | None:
     every = [str(column) for column in numbers]
     kinds: dict[str, list[str]] = {
         "loss": [c for c in every if c == "loss" or c.startswith("loss_")],
-        "held-out accuracy": [c for c in every if c in ("val_sa", "val_ra")],
+        "held-out accuracy": [c for c in every if c in ("val_sa", "val_ra", "val_ra_pgd")],
         "load": [c for c in every if "load_" in c and c.rpartition("_")[2].isdigit()],
         "routes that flip": [c for c in every if c.endswith("route_flip_rate")],
         "router's margin": [c for c in every if c.endswith("router_margin")],
@@ -497,7 +497,7 @@ def training(model: Model) -> Drawing | None:
         figure, panels = _panels(*[0.85] * len(kinds), right=1.25, top=0.25, gap=0.42)
         for panel, (kind, columns) in zip(panels, kinds.items(), strict=True):
             for at, column in enumerate(columns):
-                label = {"val_sa": "SA", "val_ra": "RA"}.get(column, column)
+                label = {"val_sa": "SA", "val_ra": "RA", "val_ra_pgd": "RA, PGD on the whole"}.get(column, column)
                 look: dict[str, Any] = {"color": SERIES[at % len(SERIES)], "linestyle": LINES[at % len(LINES)]}
                 panel.plot(x, numbers[column], marker="o" if len(x) < 2 else "", label=shown(label), **look)
             panel.set_title(kind, fontsize=8.5)

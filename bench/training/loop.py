@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -41,7 +40,6 @@ from bench.models.checkpoints import (
 from bench.models.deployed import eval_frozen
 from bench.models.moe import MoE
 from bench.models.variants import get_variant
-from bench.pgd import default_step_size, pgd, random_start
 from bench.spec import Precision, Recipe, TrainSpec
 from bench.training.data import TrainingData, read_training_data
 from bench.training.initial_weights import load_pretrained, read_starts, start_from
@@ -49,9 +47,10 @@ from bench.training.objectives.base import Batch, Terms
 from bench.training.optimisers import make_optimizer, make_schedule, router_parameters
 from bench.training.precision import faster, steps_of
 from bench.training.recipes import architecture, objective_class
-from bench.training.routing_metrics import dead_experts, flips, routing
+from bench.training.routing_metrics import dead_experts, routing
 from bench.training.sampling import Augmentation, Sampler, ahead
 from bench.training.state import StateFiles
+from bench.training.validation import attack
 
 logger = logging.getLogger("bench")
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each precision and process
@@ -72,9 +71,9 @@ class Engine(nn.Module):
 class Epoch:
     """One line of the metrics file.
 
-    loss, its terms, and the routing's load and margin are measured on the training images; sa, ra (fractions) and the
-    share of routes that PGD flips on the held-out ones. `seconds` is the wall time of the training steps, and
-    `data_seconds` the part of it spent waiting for batches.
+    loss, its terms, and the routing's load and margin are measured on the training images; sa and ra (fractions), and
+    what else `attack` counts, such as the share of routes that PGD flips, on the held-out ones. `seconds` is the wall
+    time of the training steps, and `data_seconds` the part of it spent waiting for batches.
     """
 
     epoch: int
@@ -412,29 +411,16 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float, dict[str, float]]:
-        """SA and PGD accuracy on the held-out images, of the deployed model in float32, and how it routes."""
+        """SA and RA on the held-out images (`attack`), of the deployed model in float32, and how it routes."""
         counts = self._attack_held_out(self.deployed)
         with eval_frozen(self.deployed):
             images, chunks = self.sampler.images, torch.split(self.sampler.indices, 1000)
             metrics = routing(self.deployed, (images.floats(chunk).to(self.fabric.device) for chunk in chunks))
         return counts.pop("sa"), counts.pop("ra"), metrics | counts
 
-    @torch.no_grad()
     def _attack_held_out(self, model: nn.Module) -> dict[str, float]:
-        """sa, ra under PGD, and the share of routes that PGD flips: fractions of the held-out images."""
-        counts: Counter[str] = Counter()
-        threat, steps = self.spec.threat_model, self.spec.recipe.val_steps
-        step_size = default_step_size(threat.eps, steps)
-        with eval_frozen(model):
-            for batch in self.validation.epoch(0):
-                start = random_start(batch.x, threat, batch.noise("validation"))
-                x_adv = pgd(partial(_cross_entropy, model, batch.y), batch.x, threat, steps, step_size, start)
-                counted = {
-                    "sa": int((model(batch.x).argmax(1) == batch.y).sum()),
-                    "ra": int((model(x_adv).argmax(1) == batch.y).sum()),
-                    **flips(model, batch.x, x_adv),
-                }
-                counts.update({name: count if batch.weight else 0 for name, count in counted.items()})
+        """What `attack` counts, as fractions of the held-out images."""
+        counts = attack(model, self.validation.epoch(0), self.spec.threat_model, self.spec.recipe.val_steps)
         sums = self.fabric.all_reduce(torch.tensor(list(counts.values()), device=self.fabric.device), reduce_op="sum")
         assert isinstance(sums, Tensor)
         return {name: count / len(self.validation.indices) for name, count in zip(counts, sums.tolist(), strict=True)}
@@ -486,16 +472,17 @@ class Trainer:
         alone = [self._attack_held_out(expert) for expert in experts]
         if not self.fabric.is_global_zero:
             return
-        last = len(self.epochs)
-        adversarial = self.objective.adversarial
-        ra, sa = self.best[:2] if adversarial else self.best[1::-1]
+        kept = self.epochs[self.best[2] - 1]
+        validation = {"sa": kept.sa, "ra": kept.ra, "epoch": kept.epoch, "images": len(self.validation.indices)}
+        if "val_ra_pgd" in kept.routing:
+            validation["ra_pgd"] = kept.routing["val_ra_pgd"]
         header = _header(
             self.spec,
             self.architecture,
             train_fingerprint=self.train_fingerprint,
             train_images=len(self.sampler.indices),
-            epochs=last,
-            validation={"sa": sa, "ra": ra, "epoch": self.best[2], "images": len(self.validation.indices)},
+            epochs=len(self.epochs),
+            validation=validation,
             experts=alone,
             additional_data=self.spec.recipe.pretrained is not False
             or any(start.additional_data for start in self.starts.values()),
@@ -553,7 +540,3 @@ def _fabric(device: str, precision: Precision, routed: bool) -> Fabric:
     )
     fabric.launch()
     return fabric
-
-
-def _cross_entropy(model: nn.Module, y: Tensor, x: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y, reduction="none")

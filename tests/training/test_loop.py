@@ -128,6 +128,7 @@ def test_every_trained_variant_leaves_a_model_a_table_and_a_header(variant: str,
     terms = [term for term in TERMS[header.objective or ""] if balanced or "bal" not in term]
     loads = [f"load_{i}" for i in range(4)]
     routing = [f"{branch}{name}" for branch in branches for name in [*loads, "load_entropy", "router_margin"]]
+    routing += ["val_ra_pgd"] * (not VARIANTS[variant].network and bool(branches))
     routing += [f"{branch}route_flip_rate" for branch in branches]
     assert list(rows[0]) == [
         "epoch", "loss", *(f"loss_{term}" for term in terms), "val_sa", "val_ra", *routing, "lr",
@@ -142,8 +143,9 @@ def test_every_trained_variant_leaves_a_model_a_table_and_a_header(variant: str,
     for row in rows:
         assert float(row["loss"]) == pytest.approx(sum(float(row[f"loss_{term}"]) for term in terms))
     best = rows[int(header.validation["epoch"]) - 1]
-    assert header.validation == {
-        "sa": float(best["val_sa"]), "ra": float(best["val_ra"]), "epoch": float(best["epoch"]), "images": 50,
+    measured = {key: best[f"val_{key}"] for key in ("sa", "ra", "ra_pgd") if f"val_{key}" in best}
+    assert header.validation == {key: float(value) for key, value in measured.items()} | {
+        "epoch": float(best["epoch"]), "images": 50,
     }  # fmt: skip
     assert sorted(file.name for file in path.parent.iterdir()) == [f"{variant}-s3.csv", f"{variant}-s3.safetensors"]
 
