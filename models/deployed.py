@@ -221,7 +221,8 @@ def dependence(model: nn.Module, x: Tensor) -> Dependence:
                 parts = torch.cat([ask(images[part]) for part in torch.split(order, size)])
                 batch |= not same_logits(parts, whole[order], share)
         if fresh is not None and same:
-            near = images + _NEAR * torch.linspace(-1, 1, images[0].numel()).view(images[0].shape).to(images)
+            away = _NEAR * torch.linspace(-1, 1, images[0].numel()).view(images[0].shape).to(images)
+            near = (images + away).clamp(0, 1)  # which a model may check
             state |= not same_logits(ask(near), fresh(near.clone()).detach())
     random.setstate(kept[0])
     np.random.set_state(kept[1])

@@ -42,6 +42,8 @@ _WHOLE = 8
 #: What hands a value to Python; and what a value, or a number of rows.
 _TAKES = {"_local_scalar_dense", "is_nonzero", "item"}
 _READS = {"nonzero", "masked_select", "equal", *_TAKES}
+#: What gives so many values as the images say, beside what torch marks as such.
+_SIZED = re.compile(r"^_?(unique|to_sparse)")
 #: What moves an index or a mask and does not act on it.
 _CARRIES = {"clone", "_to_copy", "detach", "contiguous", "copy", "cat", "stack", "lift_fresh", "alias"}
 #: What acts on each element of a gate's output by itself, as a layer's activation does.
@@ -129,7 +131,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self.decided: dict[object, Choice] = {}  # storage → the operation and the module that chose
         self.by: defaultdict[object, dict[Choice, None]] = defaultdict(dict)  # storage → choices it comes of
         self.signs: set[object] = set()  # masks of what is above or below 0
-        self.finite: set[object] = set()  # masks of what is a number, and what is computed from such alone
+        self.finite: dict[object, set[object]] = {}  # masks of what is a number, and their like → of which storages
         self.found: dict[Choice, None] = {}
         self.quantized = False  # whether a layer is, and has no gradient
         self.taken: dict[Choice, None] = {}  # of these what Python has read
@@ -192,10 +194,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             return
         if op.name == "_softmax" and op.inputs[0].dim() and op.inputs[0].shape[op.args[1]] == 1:
             return  # attention to a single token: 1, whatever the images
-        finite = self.finite.intersection(op.keys)
-        others = [each for each in depending if each not in finite]
+        finite = set[object]().union(*(self.finite.get(each, ()) for each in op.keys))
+        others = [each for each in depending if each not in self.finite]
         if finite and not others:  # still what is finite, and read by whoever looks out for errors
-            self.finite.update(op.made)
+            came = {choice: None for each in op.keys for choice in self.by[each]}
+            self._reads(op, came, of_data=False)
+            self._comes(op.made, came)
+            self.finite |= dict.fromkeys(op.made, finite)
             return
         if self._activates(op):
             return
@@ -204,14 +209,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         by = {choice: None for each in op.keys for choice in self.by[each]}
         by |= self._uses(op, chosen, of_data)
         self._reads(op, by, of_data)
-        if finite and not (op.name in _REPLACES and len(others) == 1):
+        if finite and not (op.name in _REPLACES and len(others) == 1 and finite.issuperset(others)):
             by[f"what is finite ({op.name})", self.where[-1]] = None
         by |= {(word, self.where[-1]): None for word in self._chooses(op, of_data)}
         self._weighs(op, of_data and self.scores.isdisjoint(depending))
         if not (of_data or chosen) or _MAKES.search(op.name):
             return
         if _tests_finiteness(op):
-            self.finite.update(op.made)
+            self._comes(op.made, by)
+            self.finite |= {each: set(op.keys) for each in op.made}
             return
         if op.name not in _LAYERS and any(each in self.scores or each in self.explained for each in op.keys):
             self.explained.update(op.made)
@@ -225,11 +231,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def _checks_images(self, op: Operation) -> bool:
         """Whether it asks of the images only whether their pixels are in a range."""
-        if op.name in _EXTREMES and len(op.keys) == 1 and op.keys[0] in self.images:
-            self.extremes.update(op.made)
-        elif op.keys and op.keys[0] in self.extremes and _checks_range(op):
+        if op.keys and op.keys[0] in self.images | self.extremes and _checks_range(op):
             return True
         self.images.difference_update(op.made)
+        self.extremes.difference_update(op.made)  # written into
+        if op.name in _EXTREMES and len(op.keys) == 1 and op.keys[0] in self.images:
+            self.extremes.update(key(tensor) for tensor in op.outputs if tensor.is_floating_point())  # no index
         return False
 
     def _activates(self, op: Operation) -> bool:
@@ -257,14 +264,17 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         return by
 
     def _reads(self, op: Operation, by: dict[Choice, None], of_data: bool) -> None:
-        """Notes draws by odds that the images set, and what is handed to Python, which comes of the choices `by`."""
+        """Notes draws by odds that the images set, and what is handed to Python, which comes of the choices `by`.
+
+        A number of values that is not known beforehand is handed to it, too, as a tensor's shape.
+        """
         draws = torch.Tag.nondeterministic_seeded in op.func.tags and not _NO_DRAW.search(op.name)
         if draws and of_data and not _MAKES.search(op.name):
             self.report(f"random draw ({op.name})")
-        if op.name in _READS and not self.checking:
+        if (op.name in _READS or _is_sized(op)) and not self.checking:
             self.found |= by
             self.taken |= by if op.name in _TAKES else {}
-            if of_data:
+            if of_data and op.name != "index":  # whose mask is among the choices
                 self.report(READ if op.name in _TAKES else op.name)
 
     def _chooses(self, op: Operation, of_data: bool) -> Iterator[str]:
@@ -359,8 +369,21 @@ def _tests_finiteness(op: Operation) -> bool:
     """x == x and |x| ≠ ∞, which `isnan` and `isfinite` are made of: they tell nothing of an image."""
     if op.name in ("eq", "ne"):
         infinite = isinstance(op.args[1], int | float) and abs(op.args[1]) == float("inf")
-        return (len(op.keys) == 2 and op.keys[0] == op.keys[1]) or infinite
+        return infinite or (len(op.inputs) == 2 and _is_same(*op.inputs))
     return op.name in ("isnan", "isinf", "isfinite", "isposinf", "isneginf")
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same part of one storage, in the same order."""
+    places = [(key(each), each.storage_offset(), each.shape, each.stride()) for each in (one, other)]
+    return places[0] == places[1]
+
+
+def _is_sized(op: Operation) -> bool:
+    """Whether how many values it gives depends on what it is given."""
+    if op.name == "index":  # of numbers as many as there are
+        return any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in op.args[1])
+    return torch.Tag.dynamic_output_shape in op.func.tags or bool(_SIZED.search(op.name))
 
 
 def _is_activation(op: Operation) -> bool:

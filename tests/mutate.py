@@ -382,9 +382,44 @@ MUTATIONS = [
     ),
     Mutation(
         "models/operations.py",
-        "if finite and not (op.name in _REPLACES and len(others) == 1):",
+        "if finite and not (op.name in _REPLACES and len(others) == 1 and finite.issuperset(others)):",
         "if False:",
         "tests/models/test_operations.py -k no_number",
+    ),
+    Mutation(
+        "models/operations.py", " and finite.issuperset(others))", ")", "tests/models/test_operations.py -k no_number"
+    ),
+    Mutation(
+        "models/operations.py",
+        """self._comes(op.made, by)
+            self.finite""",
+        "self.finite",
+        "tests/models/test_operations.py -k infinite",
+    ),
+    Mutation(
+        "models/operations.py",
+        "self._reads(op, came, of_data=False)",
+        "pass",
+        "tests/models/test_operations.py -k infinite",
+    ),
+    Mutation(
+        "models/operations.py",
+        "places[0] == places[1]",
+        "places[0][0] == places[1][0]",
+        "tests/models/test_operations.py",
+    ),
+    Mutation("models/operations.py", " or _is_sized(op)", "", "tests/models/test_operations.py"),
+    Mutation(
+        "models/operations.py",
+        "self.extremes.difference_update(op.made)",
+        "pass",
+        "tests/models/test_operations.py -k box",
+    ),
+    Mutation(
+        "models/operations.py",
+        "for tensor in op.outputs if tensor.is_floating_point())",
+        "for tensor in op.outputs)",
+        "tests/models/test_operations.py -k box",
     ),
     Mutation(
         "bench/attacks/gradients.py",
@@ -634,6 +669,7 @@ MUTATIONS = [
         "pass",
         "tests/models/test_deployed.py -k half",
     ),
+    Mutation("models/deployed.py", ".clamp(0, 1)  #", "  #", "tests/models/test_deployed.py -k legal"),
     Mutation("bench/models/deployed.py", "_OF_HALF = 4", "_OF_HALF = 400", "tests/models/test_deployed.py -k half"),
     Mutation(
         "bench/models/exchanges.py", "2 * self.eps * (count - 1)", "0.0", "tests/models/test_exchanges.py -k half"

@@ -71,6 +71,12 @@ def cached(model: Any, x: Tensor, z: Tensor) -> Tensor:
     return z
 
 
+def strict(model: Any, x: Tensor, z: Tensor) -> Tensor:
+    assert x.min() >= 0
+    assert x.max() <= 1
+    return z
+
+
 def in_place(model: Any, x: Tensor, z: Tensor) -> Tensor:
     x.sub_(0.3)
     return z
@@ -114,6 +120,10 @@ def test_what_a_model_depends_on_is_found_whatever_the_batch_size(change: Any, f
         assert random.getstate() == states[1]
         assert (np.random.get_state()[1] == states[2]).all()
         assert (seen.reasons == ()) == (found.keys() <= {"in_place"})
+
+
+def test_a_foreign_model_that_checks_its_images_is_asked_about_legal_ones():
+    assert dependence(Guarded(Planted(strict).eval()).eval(), torch.rand(4, 1, 8, 8)).reasons == ()
 
 
 def masked_last(z: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ def operations(function: Callable[[Tensor], Tensor]) -> list[str]:
         (lambda s: s[:, s.mean(0).tolist().index(max(s.mean(0).tolist())) :], ["values read by Python"]),
         (lambda s: torch.tensor(s.numpy().round()), ["values read by Python", "a computation outside torch"]),
         (lambda s: s[s[:, 0].nonzero()[:, 0]], ["nonzero"]),
+        (lambda s: s * torch.tensor([row[row > row[0]].numel() for row in s]).view(-1, 1), ["gt"]),
+        (lambda s: s * torch.tensor([len(row.unique()) for row in s.relu()]).view(-1, 1), ["_unique2"]),
+        (lambda s: s * torch.tensor([len(row.unique_consecutive()) for row in s]).view(-1, 1), ["unique_consecutive"]),
+        (lambda s: s * torch.tensor([row.relu().to_sparse()._nnz() for row in s]).view(-1, 1), ["_to_sparse"]),
+        (lambda s: s.masked_fill((z := s > 0)[:, :1] == z[:, 1:2], 0.0), ["gt"]),
         (lambda s: s * (s == s.amax(1, keepdim=True)), ["eq"]),
         (lambda s: torch.copysign(torch.ones_like(s), s) * s, ["copysign"]),
         (lambda s: s * torch.bucketize(s, torch.tensor([0.0, 1.0])), ["bucketize"]),
@@ -330,6 +335,8 @@ class Abstains(nn.Module):
         (lambda a, b: torch.where(a.isnan(), b, a), ["what is finite (where)"]),
         (lambda a, b: torch.where(a.isfinite(), a, b), ["what is finite (where)"]),
         (lambda a, b: torch.stack([a, b]).nanmean(0), ["what is finite (div)"]),
+        (lambda a, b: b.masked_fill(a.isnan(), 0.0), ["what is finite (masked_fill)"]),
+        (lambda a, b: a.masked_fill(a.isnan() & b.isfinite(), 0.0) + b, []),
         (lambda a, b: torch.where(a.isnan(), torch.zeros_like(a), a) + b, []),
         (lambda a, b: a.nan_to_num(0.0) + b, []),
         (lambda a, b: a.masked_fill(a.isnan(), 0.0) + b, []),
@@ -339,6 +346,19 @@ def test_what_is_taken_where_there_is_no_number_is_a_choice(join: Callable[[Tens
     torch.manual_seed(0)
     found = find_choices(Abstains(join).eval(), torch.rand(4, 3, 8, 8)).operations
     assert [operation.removesuffix(" in Abstains") for operation in found] == seen
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_choice_behind_an_infinite_score_is_not_lost(read: bool):
+    """A gate that closes all experts but the best, and an answer that asks which are closed."""
+
+    def function(s: Tensor) -> Tensor:
+        kept = s.masked_fill(s < s.topk(1).values, -torch.inf)
+        if read:
+            return s if kept.isinf()[0, 0] else -s
+        return s + s.flip(1).masked_fill(torch.isinf(kept)[:, :1], 0)
+
+    assert "lt" in operations(function)
 
 
 def test_one_of_two_by_a_mask_that_is_the_same_everywhere_is_no_leaky_relu():
@@ -451,6 +471,10 @@ class Checked(nn.Module):
         (lambda x: x.max() > 2, False),
         (lambda x: not (x.min() >= 0 and x.amax() <= 1), False),
         (lambda x: x.flatten(1).max() > 1.5, False),
+        (lambda x: not (x >= 0).all() or (x > 1).any(), False),
+        (lambda x: (x > 0).all(), True),
+        (lambda x: x.flatten(1).max(1).indices[0] >= 5, True),  # where the brightest pixel is
+        (lambda x: x.amax().sub_(0.5).mul_(20) >= 5, True),
         (lambda x: x.max() > 0.9, True),
         (lambda x: x.min() <= 0, True),  # black is in the box
         (lambda x: x.mul_(3).max() > 2, True),
