@@ -61,7 +61,7 @@ SETTINGS = {
     ),
     "cifar10": (
         "Hyper-parameters: as in the first table above. Tuning came afterwards; what it chose was trained in full for"
-        " `moe-rt_er` and `moe-at` alone (docs/training.md)."
+        " `moe-rt_er` and `moe-at` alone, and `moe-at` has it (docs/training.md)."
     ),
     "tinyimagenet": "Hyper-parameters: as in the table above, one setting of each method, not tuned.",
 }
@@ -87,6 +87,7 @@ class Test:
     a: NDArray[np.bool_]
     b: NDArray[np.bool_]
     p: float = 1.0  # adjusted over all tests of the page
+    unlike: bool = False  # whether the epochs of the two were chosen by unlike rules
 
     @property
     def changed(self) -> tuple[int, int]:
@@ -105,6 +106,8 @@ class Test:
     @property
     def verdict(self) -> str:
         """In words; one training seed each, so it is a verdict on these models."""
+        if self.unlike:
+            return "no verdict: epochs chosen unlike"
         if self.p >= LEVEL:
             return "cannot be told at this scale"
         return "holds for these models" if self.a.mean() > self.b.mean() else "does not hold for these models"
@@ -185,6 +188,17 @@ class Scored:
         header = self.headers.get(model)
         return header.init[role].name if header is not None and role in header.init else ""
 
+    def by_experts(self, model: str) -> bool | None:
+        """Whether the epoch that is kept was chosen under PGD on each expert as well; None: it makes no difference."""
+        header = self.headers.get(model)
+        if header is None or isinstance(header.architecture, Dense) or not header.validation:
+            return None
+        return "ra_pgd" in header.validation
+
+    def unlike(self, first: str, second: str) -> bool:
+        """Whether the epochs of the two were chosen by unlike rules."""
+        return {self.by_experts(first), self.by_experts(second)} == {True, False}
+
     def series(self, model: str) -> dict[str, NDArray[np.bool_]]:
         return accuracies(self.rows[model])
 
@@ -193,7 +207,8 @@ class Scored:
         if first not in self.rows or second not in self.rows:
             return []
         a, b = self.series(first), self.series(second)
-        return [Test(what, first, second, a[what], b[what]) for what in whats if what in a and what in b]
+        unlike = self.unlike(first, second)
+        return [Test(what, first, second, a[what], b[what], unlike=unlike) for what in whats if what in a and what in b]
 
     def ends(self, model: str) -> list[Test]:
         """A dual with the least α that it is scored with against the same with the largest: one for SA, one for RA."""
@@ -220,7 +235,7 @@ class Scored:
         if not all({"RA, autoattack", "RA-worst"} <= one.keys() for one in found):
             return []
         a, b = (~one["RA-worst"][one["RA, autoattack"]] for one in found)
-        return [Shares("broken by others", first, second, a, b)]
+        return [Shares("broken by others", first, second, a, b, unlike=self.unlike(first, second))]
 
 
 def scored(boards: Sequence[Board]) -> Iterator[Scored]:
@@ -322,6 +337,11 @@ def claims(data: Scored) -> list[Claim]:
             f" is routed to. A step takes {every:.1f} times the passes of one of `moe-at`; epochs are as in the first"
             " table, and no `moe-at` was trained as long by passes.",
             data.compare("moe-at-paths", "moe-at", ACCURACIES) + data.compare("moe-at-paths", "moe-rt_er", ACCURACIES),
+            note="The epochs of `moe-at-paths` and `moe-rt_er` were chosen under PGD on the model alone, that of"
+            " `moe-at` on each expert as well, which by itself changes RA-worst much (docs/training.md, *Which epoch is"
+            " kept*)."
+            if data.unlike("moe-at-paths", "moe-at")
+            else "",
         ),
         Claim(
             "AutoAttack misses more of the released code's routing than of a trained router's",
@@ -359,8 +379,10 @@ def page() -> str:
         " the newest version of each suite; boards count all runs that there are, of some models with further attack"
         " seeds. Seconds of training are of the machine that trained the model, a CPU or a GPU (docs/training.md).",
         "",
-        "Of each training that epoch was kept whose RA under PGD on held-out training images was the highest (without"
-        " a defence, SA). PGD alone flatters routed models, so another epoch might withstand attacks on routes better.",
+        "Of each training that epoch was kept whose RA on held-out training images was the highest (without a defence,"
+        " SA): under PGD on the model alone, which flatters routed models, so that another epoch might withstand"
+        " attacks on routes better (docs/training.md, *Which epoch is kept*); where a table says *and experts*, under"
+        " PGD on each expert as well.",
         "",
         "Paper: Zhang, Xu, Hu, Wang, *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model"
         " Approach*, ICML 2025 (arXiv 2502.06832). RA-worst, accuracy under all attacks that ran, is an upper bound"
@@ -420,7 +442,9 @@ def over_seeds(data: Scored) -> list[str]:
     ranked = {model: row for model, row in data.rows.items() if row.ranked}
     for model, row in sorted(ranked.items(), key=lambda item: item[1].result.model_info.seed or 0):
         shares = {what: 100 * float(right.mean()) for what, right in data.series(model).items()}
-        found.setdefault(model.removesuffix(f"-s{row.result.model_info.seed}"), []).append(shares)
+        method = model.removesuffix(f"-s{row.result.model_info.seed}")
+        # seeds whose epochs were chosen by another rule are another method's
+        found.setdefault(method + ", and experts" * bool(data.by_experts(model)), []).append(shares)
     methods = {method: of_seeds for method, of_seeds in found.items() if len(of_seeds) > 1}
     if not methods:
         return []
@@ -637,7 +661,7 @@ def trained(data: Scored) -> list[str]:
         rows.append({
             "model": name,
             "images × epochs": f"{header.train_images:,} × {header.epochs}",
-            "epoch kept": f"{header.validation['epoch']:.0f}",
+            "epoch kept": f"{header.validation['epoch']:.0f}" + ", and experts" * ("ra_pgd" in header.validation),
             "seconds of training": f"{header.seconds:,.0f}" + (f" ({header.device})" if header.device else ""),
             "set": ", ".join(words),
         })  # fmt: skip

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bench.models.checkpoints import read_header
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -77,7 +79,9 @@ def test_joint_and_separate_training_are_compared_where_they_start_alike(script:
 
     def joint(**starts: dict[str, str]) -> Any:
         headers = {
-            model: SimpleNamespace(init={role: SimpleNamespace(name=name) for role, name in own.items()})
+            model: SimpleNamespace(
+                init={role: SimpleNamespace(name=name) for role, name in own.items()}, architecture=None, validation={}
+            )
             for model, own in starts.items()
         }
         data = script.Scored(board, dict.fromkeys(("dual", "dual-jtdmoe", "moe-rt_er", "moe-standard")), headers)
@@ -95,6 +99,29 @@ def test_joint_and_separate_training_are_compared_where_they_start_alike(script:
     assert len(joint().tests) == 4
 
 
+def test_no_verdict_where_epochs_were_chosen_unlike(script: Any):
+    header = read_header(next((ROOT / "models/zoo/digits/Linf").glob("moe-at.safetensors")))
+    both = {"sa": 0.9, "ra": 0.5, "epoch": 3.0}
+    headers = {
+        "dense-at": read_header(ROOT / "models/zoo/digits/Linf/dense-at.safetensors"),
+        "by-pgd": header.model_copy(update={"validation": both}),
+        "by-experts": header.model_copy(update={"validation": {**both, "ra_pgd": 0.6}}),
+    }
+    data = script.Scored(None, dict.fromkeys([*headers, "unknown"]), headers)
+    right = {model: np.arange(100) < 20 * number for number, model in enumerate(data.rows)}
+    object.__setattr__(data, "series", lambda model: {"SA": right[model]})
+
+    def verdict(first: str, second: str) -> str:
+        claim = script.Claim("title", "asked", data.compare(first, second, ["SA"]))
+        ((_, (adjusted,)),) = script.adjusted([(None, [claim])])
+        return str(adjusted.tests[0].verdict)
+
+    assert verdict("by-experts", "by-pgd") == verdict("by-pgd", "by-experts") == "no verdict: epochs chosen unlike"
+    for other in ("dense-at", "unknown"):
+        assert "for these models" in verdict("by-pgd", other)
+        assert "for these models" in verdict("by-experts", other)
+
+
 def test_methods_are_compared_over_their_training_seeds(script: Any):
     """Welch's t of 36, 40, 44 % against 26, 30, 34 %: 10 / √(2 · 16 / 3) = 3.06 at 4 degrees of freedom."""
     right = {"moe-rt_er": 40, "moe-rt_er-s1": 36, "moe-rt_er-s2": 44, "moe-at": 30, "moe-at-s1": 26, "moe-at-s2": 34}
@@ -107,13 +134,19 @@ def test_methods_are_compared_over_their_training_seeds(script: Any):
         )
 
     whats = ("SA", "RA, pgd", "RA, autoattack", "RA-worst")
-    data = SimpleNamespace(rows={m: row(m) for m in shares}, series=lambda m: dict.fromkeys(whats, shares[m]))
+    data = SimpleNamespace(
+        rows={m: row(m) for m in shares},
+        series=lambda m: dict.fromkeys(whats, shares[m]),
+        by_experts=lambda m: m == "moe-trades" or None,
+    )
     lines = script.over_seeds(data)
     assert [line.split("|")[1:4] for line in lines[5].splitlines()[2:]] == [
         [" moe-rt_er ", " 3       ", " 40.0 (36.0 – 44.0) "], [" moe-at    ", " 3       ", " 30.0 (26.0 – 34.0) "]
     ]  # fmt: skip
     (verdict,) = lines[7].splitlines()[2:]
     assert [cell.strip() for cell in verdict.split("|")[3:6]] == ["+10.0", "0.038", "holds"]
+    data.by_experts = lambda model: model == "moe-at"
+    assert [line.split("|")[2].strip() for line in script.over_seeds(data)[5].splitlines()[2:]] == ["3", "2"]
     data.rows = {model: row(model) for model in ("moe-at", "moe-rt_er")}
     assert script.over_seeds(data) == []  # one seed each
 
