@@ -643,15 +643,27 @@ MUTATIONS = [
     Mutation("bench/training/precision.py", "min(own[1:])", "min(own)", "tests/training/test_precision.py"),
     Mutation(
         "bench/evaluation/probes.py",
-        "return scores + added[name][-1]",
+        "return scores + added[name][-1][0]",
         "return scores",
         "tests/evaluation/test_probes.py -k inside",
     ),
     Mutation(
         "bench/evaluation/probes.py",
-        "if shifts and loss.requires_grad:",
-        "if shifts:",
+        "if every and loss.requires_grad else",
+        "if every else",
         "tests/evaluation/test_probes.py -k logits",
+    ),
+    Mutation(
+        "bench/evaluation/probes.py",
+        "calls[-1] += [leaf for leaf in weights",
+        "calls[-1] += [leaf for leaf in given",
+        "tests/evaluation/test_probes.py -k chosen_by",
+    ),
+    Mutation(
+        "bench/evaluation/probes.py",
+        "if site.call is not None and isinstance",
+        "if False and isinstance",
+        "tests/evaluation/test_probes.py -k chosen_by",
     ),
     Mutation(
         "bench/boards/check.py", "_weights(run) != _weights(runs[0])", "False", "tests/boards/test_check.py -k several"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bench.attacks.block import Block, PassCounter
 from bench.attacks.deployed import deployed, stand_ins
@@ -26,7 +27,7 @@ from bench.attacks.search import RAISED, TRIED, Search, raised
 from bench.models.foreign import Guarded, bare
 from bench.models.moe import MoE
 from bench.models.parts import is_dual, parts, routed_branches
-from bench.models.sites import intercepted, sites
+from bench.models.sites import Site, intercepted, sites
 from bench.pgd import ascend_once, default_step_size, pgd, random_start
 from bench.results.flags import ROUTES_INSIDE
 from bench.spec import NO_GRADIENT, ThreatModel
@@ -156,26 +157,41 @@ def _router_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:
 
 
 def _gate_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:
-    """The same of gates inside a network, in one flag: the share of images at the gate that lacks most gradients."""
+    """The same of gates inside a network, in one flag: the share of images at the gate that lacks most gradients.
+
+    A gate that chooses itself may weigh by other numbers than it chooses by (DeepSeek-V3's have a bias for the choice
+    alone): then what it gives is asked for gradients as well.
+    """
     if not (inside := [site for site in sites(model) if not site.whole]):
         return
-    added: dict[str, list[Tensor]] = {site.name: [] for site in inside}
+    added: dict[str, list[list[Tensor]]] = {site.name: [] for site in inside}  # by site, of each call
 
     def shifted(name: str, scores: Tensor) -> Tensor:
-        added[name].append(torch.zeros_like(scores, requires_grad=True))
-        return scores + added[name][-1]
+        added[name].append([torch.zeros_like(scores, requires_grad=True)])
+        return scores + added[name][-1][0]
+
+    def note(site: Site, module: nn.Module, inputs: object, output: Any) -> None:
+        given = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        weights = [leaf for leaf in given if leaf.dim() > 1 and leaf.shape[-1] in (site.k, site.num_experts)]
+        if calls := added[site.name]:
+            calls[-1] += [leaf for leaf in weights if not leaf.numel() % len(calls[-1][0])]
 
     with ExitStack() as stack, torch.enable_grad():
         for site in inside:
             stack.enter_context(intercepted(site, partial(shifted, site.name)))
+            if site.call is not None and isinstance(site.gate, nn.Module):
+                stack.callback(site.gate.register_forward_hook(partial(note, site)).remove)
         loss = F.cross_entropy(model(x.detach().requires_grad_()), y, reduction="sum")
-    shifts = [shift for calls in added.values() for shift in calls]
-    if shifts and loss.requires_grad:
-        torch.autograd.backward(loss, inputs=shifts)
+    every = [tensor for calls in added.values() for call in calls for tensor in call]
+    found = torch.autograd.grad(loss, every, allow_unused=True) if every and loss.requires_grad else [None] * len(every)
+    gradients = iter(found)
     without = []
     for calls in filter(None, added.values()):
-        missing = [torch.ones(len(z)) if z.grad is None else (z.grad == 0).flatten(1).all(1).float() for z in calls]
-        without.append(float(torch.cat([each.cpu() for each in missing]).mean()))
+        missing = []
+        for call in calls:
+            own = [g.reshape(len(call[0]), -1) for _, g in zip(call, gradients, strict=False) if g is not None]
+            missing += [(torch.cat(own, 1) == 0).all(1).float().cpu() if own else torch.ones(len(call[0]))]
+        without.append(float(torch.cat(missing).mean()))
     if count := sum(share > 0 for share in without):
         yield f"router gradient zero on {max(without):.0%} of images at {count} of {len(inside)} gates inside"
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bench.evaluation.probes import probe
 from bench.models.deployed import eval_frozen
 from bench.models.foreign import Guarded
+from bench.models.gates import find_gates
 from bench.models.layers import SparseMoE
 from bench.models.moe import MoE
 from bench.randomness import seeded
@@ -163,6 +164,43 @@ def test_gates_inside_a_network_need_a_gradient_as_well(
 ):
     flags = [flag for flag in signs(Blocks(hard, one_by_one), attacked=False) if "router gradient" in flag]
     assert flags == [f"router gradient zero on 100% of images at {len(hard)} of 2 gates inside"] * bool(hard)
+
+
+class Biased(nn.Module):
+    """A gate that chooses one of two experts by scores with a bias, and weighs it by the scores without (N, 1)."""
+
+    def __init__(self, detached: bool) -> None:
+        super().__init__()
+        self.linear, self.detached = nn.Linear(4, 2), detached
+        self.register_buffer("bias", torch.tensor([0.1, 0.0]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = self.linear(x).sigmoid()
+        chosen = (scores + self.bias).topk(1).indices
+        weights = scores.gather(1, chosen)
+        return chosen, weights.detach() if self.detached else weights, x * 1.0  # what is no weight is not asked
+
+
+class BiasedLayer(nn.Module):
+    def __init__(self, detached: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.experts = Biased(detached), nn.ModuleList(nn.Linear(4, 2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, weights, z = self.gate(x.flatten(1))
+        every = torch.stack([expert(z) for expert in self.experts], 1)
+        return weights * every[torch.arange(len(x)), chosen[:, 0]]
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_gate_may_weigh_by_other_scores_than_it_has_chosen_by(
+    detached: bool, signs: Callable[..., list[str]], images: tuple[Tensor, Tensor]
+):
+    guard = Guarded(BiasedLayer(detached).eval())
+    guard.gates = find_gates(guard.model, ["gate"], images[0]).sites
+    flags = [flag for flag in signs(guard, attacked=False) if "router gradient" in flag]
+    assert flags == ["router gradient zero on 100% of images at 1 of 1 gates inside"] * detached
 
 
 def test_gates_of_a_network_whose_logits_have_no_gradient_have_none(signs: Callable[..., list[str]]):
