@@ -196,17 +196,16 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             return  # attention to a single token: 1, whatever the images
         finite = set[object]().union(*(self.finite.get(each, ()) for each in op.keys))
         others = [each for each in depending if each not in self.finite]
+        by = {choice: None for each in op.keys for choice in self.by[each]}
         if finite and not others:  # still what is finite, and read by whoever looks out for errors
-            came = {choice: None for each in op.keys for choice in self.by[each]}
-            self._reads(op, came, of_data=False)
-            self._comes(op.made, came)
+            self._reads(op, by, of_data=False)
+            self._comes(op.made, by)
             self.finite |= dict.fromkeys(op.made, finite)
             return
         if self._activates(op):
             return
         of_data = any(each in self.data for each in op.keys)
         chosen = [self.decided[each] for each in op.keys if each in self.decided]
-        by = {choice: None for each in op.keys for choice in self.by[each]}
         by |= self._uses(op, chosen, of_data)
         self._reads(op, by, of_data)
         if finite and not (op.name in _REPLACES and len(others) == 1 and finite.issuperset(others)):

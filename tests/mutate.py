@@ -392,13 +392,13 @@ MUTATIONS = [
     Mutation(
         "models/operations.py",
         """self._comes(op.made, by)
-            self.finite""",
-        "self.finite",
+            self.finite |= {""",
+        "self.finite |= {",
         "tests/models/test_operations.py -k infinite",
     ),
     Mutation(
         "models/operations.py",
-        "self._reads(op, came, of_data=False)",
+        "self._reads(op, by, of_data=False)",
         "pass",
         "tests/models/test_operations.py -k infinite",
     ),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -189,7 +189,7 @@ def _gate_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:
     for calls in filter(None, added.values()):
         missing = []
         for call in calls:
-            own = [g.reshape(len(call[0]), -1) for _, g in zip(call, gradients, strict=False) if g is not None]
+            own = [g.reshape(len(call[0]), -1) for g in islice(gradients, len(call)) if g is not None]
             missing += [(torch.cat(own, 1) == 0).all(1).float().cpu() if own else torch.ones(len(call[0]))]
         without.append(float(torch.cat(missing).mean()))
     if count := sum(share > 0 for share in without):
