@@ -1,6 +1,7 @@
 """The command line: which commands there are, and how they end. `bench.commands` has what each does."""
 
 import errno
+import os
 import shlex
 import signal
 import sys
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Libraries announce their own future here; nothing in it that a user of bench could mend.
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category)
+    # Of many small files arrow's own pool asks the system for memory in a way that can cost more than reading them.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     console.set_up()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is told how to go on, as Ctrl-C is
     sys.exit(_dispatch(app, arguments, TyperException))
