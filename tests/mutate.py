@@ -697,6 +697,13 @@ MUTATIONS = [
         "tests/training/test_validation.py",
     ),
     Mutation("bench/training/validation.py", "max(len(ours)", "min(len(ours)", "tests/training/test_validation.py"),
+    Mutation("bench/training/validation.py", " if not site.soft]", "]", "tests/training/test_validation.py"),
+    Mutation(
+        "bench/training/validation.py",
+        "SinglePath(network, site, expert % site.num_experts)",
+        "SinglePath(network, site, 0)",
+        "tests/training/test_validation.py",
+    ),
     Mutation(
         "bench/training/validation.py",
         "robust[rows] = model(pgd(",

@@ -2,12 +2,13 @@
 
 PGD on a routed model follows a gradient that its gate bends, and the more so the less the router has learnt: an epoch
 would be chosen for hiding. So each expert is attacked by itself as well, and what fools it is shown to the whole model.
+Of gates inside a network that is the network with this expert forced at all of them.
 
 Axes: B = batch.
 """
 
 from collections.abc import Iterable
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from bench.models.deployed import eval_frozen
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
+from bench.models.sites import SinglePath, sites
 from bench.pgd import default_step_size, pgd, random_start
 from bench.spec import ThreatModel
 from bench.training.objectives.base import Batch
@@ -26,9 +28,10 @@ from bench.training.routing_metrics import flips
 def attack(model: nn.Module, batches: Iterable[Batch], threat_model: ThreatModel, steps: int) -> dict[str, float]:
     """How many images of all batches count, by what; a batch of weight 0 is attacked and not counted.
 
-    sa: the model is right. ra: it is right on the result of PGD on itself and, if it is an MoE or a dual, on that of
-    PGD on each expert alone (of a dual, on a mixture of one expert of each branch). val_ra_pgd, where this is another
-    number: by PGD on itself alone. route_flip_rate: of how many images PGD on the model changes the best expert.
+    sa: the model is right. ra: it is right on the result of PGD on itself and, if it routes, on that of PGD on each
+    expert alone (of a dual, on a mixture of one expert of each branch; of gates inside a network, with the same expert
+    forced at all). val_ra_pgd, where this is another number: by PGD on itself alone. route_flip_rate: of how many
+    images PGD on the model changes the best expert.
     """
     counts: dict[str, float] = {}
     step_size = default_step_size(threat_model.eps, steps)
@@ -54,11 +57,18 @@ def attack(model: nn.Module, batches: Iterable[Batch], threat_model: ThreatModel
 
 
 def _experts(model: nn.Module) -> list[nn.Module]:
-    """The experts of an MoE; of a dual, mixtures of one expert of each branch, so that each is in one at least."""
+    """The experts of an MoE; of a dual, mixtures of one expert of each branch, so that each is in one at least.
+
+    Of a network with gates inside, itself with the first expert forced at all of them, with the second, …
+    """
     if isinstance(model, MoE):
         return list(model.experts)
     if not isinstance(model, DualModel):
-        return []
+        inside = [site for site in sites(model) if not site.soft]
+        return [
+            reduce(lambda network, site: SinglePath(network, site, expert % site.num_experts), inside, model)
+            for expert in range(max((site.num_experts for site in inside), default=0))
+        ]
     ours, theirs = (_experts(branch) or [branch] for branch in (model.standard, model.robust))
     pairs = ((ours[i % len(ours)], theirs[i % len(theirs)]) for i in range(max(len(ours), len(theirs))))
     return [DualModel(one, other, model.alpha, model.combine) for one, other in pairs]

@@ -86,6 +86,38 @@ def test_experts_are_attacked_where_the_model_still_is_right():
     assert set(model.experts[1].asked) == {1, 2}
 
 
+class Inside(nn.Module):
+    """Two blocks of an MoE in a row, as one network: each adds what its first or second expert says."""
+
+    def __init__(self, slope: float, k: int = 1) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(0.0, k), Block(slope, k)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([block(x) for block in self.blocks]).sum(0)
+
+
+class Block(nn.Module):
+    def __init__(self, slope: float, k: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([Says(0.0, -1.0), Says(slope, -1.0)])
+        self.gate, self.num_selected_experts = Gate(), k
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x)
+        chosen = scores.argmax(1) if self.num_selected_experts == 1 else torch.zeros(len(x), dtype=torch.int64)
+        return torch.stack([expert(x) for expert in self.experts])[chosen, torch.arange(len(x))]
+
+
+def test_experts_of_gates_inside_a_network_are_attacked_on_their_routes():
+    # as above: of 0.5 and 0.4 the first reaches 0.6, where the second block's second expert adds 5 - 1 to -1
+    assert attack(Inside(50.0), batches(0.5, 0.4), THREAT, 4) == {"sa": 2, "val_ra_pgd": 2, "ra": 1}
+
+
+def test_nothing_is_forced_in_a_soft_mixture():
+    assert "val_ra_pgd" not in attack(Inside(50.0, k=2), batches(0.5), THREAT, 4)
+
+
 def test_a_network_without_experts_is_attacked_by_itself():
     assert attack(Says(50.0, -2.0), batches(0.5, 0.3), THREAT, 4) == {"sa": 2, "ra": 1}
 
