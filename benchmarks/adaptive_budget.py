@@ -1,4 +1,4 @@
-"""Suite `adaptive` of two trees of this code on the shipped digits models: robust accuracy, forwards and seconds.
+"""Suite `adaptive` of two trees of this code on shipped models: robust accuracy, forwards and seconds.
 
 OMP_NUM_THREADS=1 python benchmarks/adaptive_budget.py --old ../base --new . --n 200
 
@@ -22,11 +22,12 @@ MODELS = (
 )  # fmt: skip
 
 
-def measure(tree: Path, model: str, n: int, budget: str) -> dict[str, Any]:
+def measure(tree: Path, model: str, args: argparse.Namespace) -> dict[str, Any]:
     """The `result.json` of suite `adaptive` by the code in `tree`, as plain JSON: neither tree reads the other's."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["run", "--suite", "adaptive", "--dataset", "digits", "--model", model, "--n-examples", str(n)]
-        words += ["--set", f"budget={budget}", "--results", "results", "--device", "cpu"]
+        words = ["run", "--suite", "adaptive", "--dataset", args.dataset, "--model", model, "--n-examples", str(args.n)]
+        words += ["--set", f"budget={args.budget}", "--results", "results", "--device", "cpu"]
+        words += ["--data-root", str(args.data_root.resolve())]
         done = subprocess.run(
             [sys.executable, "-m", "bench", *words],
             cwd=folder,  # so that no checkpoints but the shipped ones are found
@@ -49,12 +50,14 @@ def main() -> None:
     parser.add_argument("--old", type=Path, required=True)
     parser.add_argument("--new", type=Path, required=True)
     parser.add_argument("--model", action="append")
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--budget", default="standard")
     args = parser.parse_args()
     table = []
     for model in args.model or MODELS:
-        old, new = (measure(tree, model, args.n, args.budget) for tree in (args.old, args.new))
+        old, new = (measure(tree, model, args) for tree in (args.old, args.new))
         versions = [result["spec"]["suite_version"] for result in (old, new)]
         ra = [f"{result['robust_accuracy']['value']:.2%}" for result in (old, new)]
         cost, seconds = [forwards(old), forwards(new)], [old["seconds"], new["seconds"]]

@@ -89,6 +89,24 @@ MUTATIONS = [
         "bench/attacks/prepared.py", "len(source.users) > 1", "len(source.users) > 2", "tests/attacks/test_prepared.py"
     ),
     Mutation(
+        "bench/suites/adaptive.py",
+        "Search(on_copy(block), deployed=block.model)",
+        "Search(block)",
+        "tests/suites/test_adaptive.py -k searched",
+    ),
+    Mutation(
+        "bench/attacks/prepared.py",
+        "None if isinstance(block.model, Guarded) else prepare",
+        "prepare",
+        "tests/suites/test_adaptive.py -k searched",
+    ),
+    Mutation(
+        "bench/attacks/search.py",
+        "if self.deployed is None else self.deployed",
+        "",
+        "tests/suites/test_adaptive.py -k breaks_a_copy",
+    ),
+    Mutation(
         "bench/attacks/search.py",
         "nan_to_num(-torch.inf), logits.argmax(1) != y",
         "nan_to_num(-torch.inf), margin(logits, y) > -0.15",

@@ -5,13 +5,16 @@ Axes: B = images, C = classes.
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from bench.attacks.block import Block
 from bench.models.deployed import same_logits
+from bench.models.foreign import Guarded
 
 #: How far the prepared model's logits may be from the original's, relative to how far these lie apart.
 TOLERANCE = 1e-5
@@ -33,7 +36,7 @@ class _ChannelsLast(torch.autograd.Function):
 
 
 class Prepared(nn.Module):
-    """A copy of a model in eval mode: frozen, BatchNorm folded into convolutions, channels-last inside."""
+    """A copy of a model in eval mode, `model`: frozen, BatchNorm folded into convolutions, channels-last inside."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class Prepared(nn.Module):
         return self.model(_ChannelsLast.apply(x))
 
 
-def prepare(model: nn.Module, x: Tensor) -> nn.Module | None:
+def prepare(model: nn.Module, x: Tensor) -> Prepared | None:
     """A prepared copy of `model`, or None where there can be none that answers as it does on the images x (B, c, H, W).
 
     A user's own model may be of any kind: one that cannot be copied, one whose outputs are random, or one that looks at
@@ -56,6 +59,15 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module | None:
     except Exception:  # whatever a foreign model raises when it is copied
         return None
     return ready if faithful(ready, model, x, TOLERANCE) else None
+
+
+def on_copy(block: Block) -> Block:
+    """The block with a prepared copy of its model, where there is one: to be searched, not to judge by.
+
+    A user's own model is searched as it is, since its gates may be anywhere.
+    """
+    ready = None if isinstance(block.model, Guarded) else prepare(block.model, block.x)
+    return block if ready is None else replace(block, model=ready.model)
 
 
 def faithful(ready: nn.Module, model: nn.Module, x: Tensor, tolerance: float = UNDER_ATTACK) -> bool:

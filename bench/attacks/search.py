@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.attacks.block import Block
@@ -87,11 +87,14 @@ def _length(delta: Tensor) -> Tensor:
 class Search:
     """What has been found in one block.
 
-    unbroken (B,): where the deployed model has not been broken yet. x_adv (B, C, H, W): what broke it, or the last
-    iterate. nearest, best (B,): the point at which the deployed model was nearest to being wrong, and its margin there.
+    block: with the model that is searched. deployed: the one that it is a copy of, if it is a copy; it is asked of all
+    that is handed on. unbroken (B,): where the deployed model has not been broken yet. x_adv (B, C, H, W): what broke
+    it, or the last iterate. nearest, best (B,): the point at which the deployed model was nearest to being wrong, and
+    its margin there.
     """
 
     block: Block
+    deployed: nn.Module | None = None
     attack: str = ""  # the one under way, and how many examples it was given
     given: int = 0
     unbroken: Tensor = field(init=False)
@@ -132,10 +135,11 @@ class Search:
     def confirm(self, rows: Tensor) -> None:
         """Ask the deployed model of all rows (m,) at once, as they are handed on: what it then gets right is unbroken.
 
-        Iterates are judged in batches that shrink, and a model may round otherwise in each. What is not confirmed is
-        left to the next attack.
+        Iterates are judged in batches that shrink, and a model, or its copy, may round otherwise in each. What is not
+        confirmed is left to the next attack.
         """
-        self.unbroken[rows] = self.block.model(self.x_adv[rows]).argmax(1) == self.block.y[rows]
+        model = self.block.model if self.deployed is None else self.deployed
+        self.unbroken[rows] = model(self.x_adv[rows]).argmax(1) == self.block.y[rows]
 
     def climb(self, objective: Objective, start: Tensor, steps: int, rows: Tensor, first: Tensor | float = 2.0) -> None:
         """Auto-PGD (Croce and Hein 2020, algorithm 1) from start (B, C, H, W); a row leaves once it is broken.

@@ -8,6 +8,7 @@ from torch import nn
 
 from bench.attacks.adaptive import BudgetName, passes, run
 from bench.attacks.block import Attempt, Block
+from bench.attacks.prepared import on_copy
 from bench.attacks.search import Search
 from bench.models.foreign import Guarded
 from bench.models.parts import is_dual, parts
@@ -40,7 +41,7 @@ class Adaptive(Suite):
     def attack(self, block: Block) -> Iterator[Attempt]:
         if not _attackable(block.model):
             return
-        search = Search(block)
+        search = Search(on_copy(block), deployed=block.model)
         for name, rows in run(search, self.budget):
             block.attacks.append(name)
             if len(rows):

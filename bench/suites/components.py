@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bench.attacks.block import Attempt, Block
 from bench.attacks.gradients import differentiable, logarithms
+from bench.attacks.prepared import on_copy
 from bench.errors import UnusableInput
 from bench.models.foreign import bare
 from bench.models.parts import is_dual, parts, routed_branch
@@ -55,6 +56,7 @@ class Components(Suite):
         return Cost(passes, passes) if attacked else None
 
     def attack(self, block: Block) -> Iterator[Attempt]:
+        block = on_copy(block)
         yield from self._whole(block)
         for site in sites(block.model):
             if site.k and not (site.whole or site.soft):

@@ -1,6 +1,8 @@
 """The adaptive suite: it breaks what only looks robust because it routes, and spares what is robust."""
 
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from bench.attacks.adaptive import BUDGETS, AdaptiveAttack, Budget, run
 from bench.attacks.search import Search
 from bench.datasets.base import EvalSet, fingerprint
 from bench.models.dual import DualModel
+from bench.models.foreign import Guarded
 from bench.models.layers import SparseMoE
 from bench.models.moe import MoE
+from bench.suites.adaptive import Adaptive
 
 #: The attacks on a routed model, in the order they run.
 ROUTED = ["paths", "deployed", "targeted", "averaged", "square-paths", "square-1"]
@@ -218,8 +222,9 @@ def test_its_cost_counts_what_goes_through_the_parts(linear_moe: Any, score: Any
     # and after the last; and once the deployed model about what the attack ends with
     climb, confirm = 1 + 11 + 2, 1
     # both paths on the clean image for their order, and an aimed start each, whose gradient is the router's alone; the
-    # model once for its sites; and it and both experts three times to see whether gradients can be believed
-    assert passes["paths"] == (2 * (climb + 1) + confirm + 2 + 1 + 9, 2 * 11 + 3)
+    # model once for its sites; it and both experts three times to see whether gradients can be believed; and the model
+    # and its prepared copy once to see whether they are alike
+    assert passes["paths"] == (2 * (climb + 1) + confirm + 2 + 1 + 9 + 2, 2 * 11 + 3 + 2)
     assert passes["deployed"] == (climb + confirm, 11)
     assert passes["targeted"] == (climb + confirm + 1, 11 + 1)
     assert passes["averaged"] == (1 + 3 * 11 + 2 + confirm, 3 * 11)
@@ -238,6 +243,37 @@ def test_what_the_model_does_not_confirm_is_left_to_the_next_attack(
     monkeypatch.setattr(adaptive, "attacks", lambda *_: stages.items())
     deque(run(search, "small"), maxlen=0)
     assert met == [list(range(23))]
+
+
+def test_what_breaks_a_copy_alone_is_left_to_the_next_attack(
+    block_of: Any, planted: Any, monkeypatch: pytest.MonkeyPatch
+):
+    block, met = block_of(planted.robust(), planted.data()), []
+    wrong = nn.Sequential(planted.robust(), nn.Softmin(1))
+    search = Search(replace(block, model=wrong), deployed=block.model)
+    stages = {
+        "copy": lambda: search.test(block.x[search.rows], search.rows),
+        "next": lambda: met.append(search.rows.tolist()),
+    }
+    monkeypatch.setattr(adaptive, "attacks", lambda *_: stages.items())
+    deque(run(search, "small"), maxlen=0)
+    assert met == [list(range(23))]
+
+
+def test_a_model_of_ours_is_searched_on_a_prepared_copy_and_a_users_own_on_itself(
+    block_of: Any, planted: Any, monkeypatch: pytest.MonkeyPatch
+):
+    searched = []
+
+    def none(search: Search, _: str) -> Iterator[Any]:
+        searched.append((search.block.model, search.deployed))
+        return iter(())
+
+    monkeypatch.setattr("bench.suites.adaptive.run", none)
+    for model in (planted.robust(), Guarded(planted.robust())):
+        list(Adaptive().attack(block_of(model, planted.data())))
+        copy, deployed = searched.pop()
+        assert (copy is model, deployed is model) == (isinstance(model, Guarded), True)
 
 
 def test_a_users_dual_that_does_not_say_how_it_mixes(tiny: None, planted: Any, score: Any):
