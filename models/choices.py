@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bench.models.foreign import scored
-from bench.models.operations import ELSEWHERE, IN_A_THREAD, MOST_EXPERTS, OUTSIDE, Reads, Watch, key
+from bench.models.operations import ELSEWHERE, IN_A_THREAD, MOST_EXPERTS, OUTSIDE, READ, Reads, Steps, Watch, key
 from bench.models.sites import Site, intercepted
 
 #: What names a route wherever it stands; a `gate` may be a squeeze-and-excitation's sigmoid as well.
@@ -101,6 +101,8 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
     leaves = [leaf for leaf in tree_leaves(scored(output)[0]) if isinstance(leaf, Tensor)]
     if not any(map(watch.depends, leaves)):
         watch.report(ELSEWHERE, "")
+    if not watch.reaching(leaves) and _turns(model, x, known):
+        watch.report(READ, "")
     found = watch.reaching(leaves) or watch.weighed
     words = {each: f"{each[0]} in {_glob(each[1]) or type(model).__name__}" for each in found}
     opaque = watch.quantized or any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
@@ -115,6 +117,36 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
         bool(inside) and all(site.call is not None for site in inside),
         tuple(dict.fromkeys(outside)),
     )
+
+
+def _turns(model: nn.Module, x: Tensor, known: Sequence[Site]) -> bool:
+    """Whether a model does otherwise for one image than for another: other operations, or on other weights or numbers.
+
+    Then Python has chosen, by whatever way a value came to it. Each image is asked for alone, on one route of the known
+    sites. A model that does not do the same for the same image again tells nothing.
+    """
+
+    def steps(image: Tensor) -> list[tuple[object, ...]]:
+        noted = Steps(image, (*model.parameters(), *model.buffers()))
+        with noted:
+            model(image)
+        return noted.taken
+
+    def one_route(scores: Tensor) -> Tensor:
+        return torch.arange(scores.shape[-1], 0, -1, device=scores.device).to(scores).expand_as(scores)
+
+    with ExitStack() as stack:
+        for site in known:
+            stack.enter_context(intercepted(site.plain, one_route))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        ones = torch.split(torch.cat([x, 1 - x, x.flip(-1), x.flip(-2)]), 1)
+        try:
+            model(ones[0])  # which may keep something for this shape
+            first = steps(ones[0])
+            return first == steps(ones[0]) and any(steps(one) != first for one in ones[1:])
+        except Exception:  # of one that takes no single image, or no such scores
+            return False
 
 
 def plain(model: nn.Module) -> nn.Module:

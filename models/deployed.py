@@ -133,7 +133,7 @@ def validate_outputs(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -
 
 
 #: Batch sizes in which `dependence` asks for the same images.
-BATCH_SIZES = (1, 2, 8, 32)
+BATCH_SIZES = (1, 2, 4, 8, 32)
 #: How far images are from those that were asked for before, at most, in pixels of [0, 1].
 _NEAR = 0.01
 #: Times that it asks for the same batch.
@@ -180,9 +180,9 @@ def dependence(model: nn.Module, x: Tensor) -> Dependence:
     """Whether a model in eval mode answers for each image by that image alone; x (B, C, H, W) is one batch to ask for.
 
     Images of the probe's own are added to small batches, so that the answer depends on no batch size of a run. The same
-    batch is asked for several times; then 32 of its images in batches of 1, 2, 8 and 32, and among other neighbours. At
-    last images near to those that were asked for, of which a copy of a foreign model that was asked for none must say
-    the same: whatever a model remembers of an image, it may give for its neighbours.
+    batch is asked for several times; then 32 of its images in batches of 1, 2, 4, 8 and 32, and among other neighbours.
+    At last images near to those that were asked for, of which a copy of a foreign model that was asked for none must
+    say the same: whatever a model remembers of an image, it may give for its neighbours.
     Torch's, NumPy's and Python's random states are as before afterwards. Whatever the model raises is raised.
     """
     own = torch.rand(BATCH_SIZES[-1], *x.shape[1:], generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ _ROUNDING = {
     "remainder", "nextafter", "histc", "histogram", "_histogramdd_from_bin_cts", "_histogramdd_bin_edges",
 }  # fmt: skip
 #: What weighs with a factor, and how near to one of two values all of such a factor's are where it decides.
-_WEIGHS, _DECIDED = {"mul", "bmm", "lerp", "addcmul", "mm", "addmm", "linear"}, 1e-6
+_WEIGHS, _DECIDED = {
+    "mul", "bmm", "lerp", "addcmul", "mm", "addmm", "linear", "convolution", "_trilinear", "_embedding_bag", "clamp",
+}, 1e-6  # fmt: skip
 #: What passes on the largest of several, exactly or softly: of two tensors, or along an axis.
 _BEST = {"amax", "max", "logsumexp", "maximum", "logaddexp"}
 #: What gives an index along an axis; along one of length 1 all are 0, and nothing is chosen.
@@ -290,11 +293,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         """Notes weights and maxima that act as a choice does; unexplained: none of it is a known site's scores."""
         if op.name in _WEIGHS and not self.two_valued:
             factors = {each: tensor for each, tensor in zip(op.keys, op.inputs, strict=True) if each in self.data}
-            several = len(factors) > 1 or op.name in _LAYERS
+            kernels = op.name == "convolution"  # for each image its own, or else its input is a map, of any values
+            several = len(factors) > 1 or (op.name in _LAYERS and not kernels)
             most = max((_bytes(tensor) for tensor in factors.values()), default=0)
             for each, factor in factors.items():
                 alone = _bytes(factor) < most  # a feature map may be 0 before it is trained
-                if not several or each in self.scores or each in self.explained:
+                # what is expanded scales no single value, but a whole, such as an expert's weights
+                whole = not kernels and any(one.numel() > factor.numel() for one in op.outputs)
+                if not (several or whole) or each in self.scores or each in self.explained:
                     continue
                 if _decides(factor, alone=alone):
                     self.weighed[f"weights of two values ({op.name})", self.where[-1]] = None
@@ -324,6 +330,38 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         for each in made:
             self.by[each] |= by
             self.scores.discard(each)
+
+
+class Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Notes a forward pass's operations in order, each with what it takes.
+
+    That is, of a tensor, the step that made it, or which of the `kept` it is, such as weights; else a digest of its
+    values, since it comes from outside of torch. Of anything else what it says.
+    """
+
+    def __init__(self, x: Tensor, kept: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known: dict[object, object] = {key(tensor): f"kept {number}" for number, tensor in enumerate(kept)}
+        self._known[key(x)] = 0
+        self.taken: list[tuple[object, ...]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = [self._what(leaf) for leaf in tree_leaves((args, kwargs))]
+        output = func(*args, **(kwargs or {}))
+        self.taken.append((str(func), *given))
+        if not func.is_view:
+            self._known |= {key(leaf): len(self.taken) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)}
+        return output
+
+    def _what(self, leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return repr(leaf)
+        if (known := self._known.get(key(leaf))) is not None or leaf.is_sparse or leaf.is_quantized:
+            return known
+        values = leaf.detach().resolve_conj().resolve_neg().cpu().reshape(-1).contiguous()
+        return sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 class Reads(TorchFunctionMode):
@@ -420,7 +458,7 @@ def _decides(factor: Tensor, *, alone: bool = False) -> bool:
     A softmax, a sigmoid or a clamp that is never between them weighs as a choice does, and hides it. Attention that is
     sure of each token (T × T) does not count.
     """
-    if not _may_weigh(factor) or (factor.dim() == 3 and factor.shape[1] == factor.shape[2]):
+    if not _may_weigh(factor) or (factor.dim() == 3 and factor.shape[1] == factor.shape[2] > 1):
         return False
     low, high = factor.amin(), factor.amax()
     near = _DECIDED * torch.maximum(low.abs(), high.abs())

@@ -706,6 +706,38 @@ MUTATIONS = [
     ),
     Mutation("bench/models/exchanges.py", "_ROUNDED * self.eps", "0.0", "tests/models/test_exchanges.py -k half"),
     Mutation(
+        "models/choices.py", "and _turns(model, x, known)", "and False", "tests/models/test_operations.py -k whatever"
+    ),
+    Mutation("models/choices.py", "first == steps(ones[0]) and ", "", "tests/models/test_operations.py -k python_that"),
+    Mutation(
+        "models/operations.py", "self._known[key(x)] = 0", "pass", "tests/models/test_operations.py -k python_that"
+    ),
+    Mutation(
+        "models/operations.py",
+        "return repr(leaf)",
+        'return ""',
+        "tests/models/test_operations.py -k whatever",
+    ),
+    Mutation(
+        "models/operations.py",
+        "return sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()",
+        'return ""',
+        "tests/models/test_operations.py -k python_by",
+    ),
+    Mutation(
+        "models/operations.py",
+        "factor.shape[2] > 1)",
+        "factor.shape[2])",
+        "tests/models/test_operations.py -k two_values",
+    ),
+    Mutation("models/operations.py", "(several or whole)", "several", "tests/models/test_operations.py -k two_values"),
+    Mutation(
+        "models/operations.py",
+        "(op.name in _LAYERS and not kernels)",
+        "op.name in _LAYERS",
+        "tests/models/test_operations.py -k two_values",
+    ),
+    Mutation(
         "bench/training/validation.py", "alone = _experts(model)", "alone = []", "tests/training/test_validation.py"
     ),
     Mutation(

@@ -5,6 +5,7 @@ Axes: n = images that are looked at, C = classes.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ from bench.suites.base import Suite
 
 #: Seconds that each pass is timed for, and the most times that it is made.
 _TIMED, _MOST_TIMES = 0.3, 20
+#: So many characters of what torch says of a backward pass that fails.
+_REASON = 120
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def _depends(found: Sequence[str]) -> Iterator[Finding]:
         yield Finding(what, flag if seen else fine[what], remedy if seen else "")
     for flag in found:
         if flag.startswith("probe of"):
-            yield Finding("batch", flag, "let it take batches of 1, 2, 8 and 32 images")
+            yield Finding("batch", flag, "let it take batches of 1, 2, 4, 8 and 32 images")
 
 
 def _gates(block: Block) -> tuple[list[Site], int, list[str]]:
@@ -232,10 +235,13 @@ def _routes(
 
 def _gradients(network: nn.Module, x: Tensor, y: Tensor, job: Job[Suite]) -> Iterator[Finding]:
     """The gradient by the pixels, then what the probes of a run find of routers."""
-    with torch.enable_grad():
-        z = x.clone().requires_grad_()
-        loss = F.cross_entropy(network(z), y, reduction="sum")
-        gradient = torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
+    try:
+        gradient = _gradient(network, x, y)
+    except Exception as error:  # of a user's own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        remedy = "let it be differentiated, without changing in place what a gradient needs: its rows would be errors"
+        yield Finding("gradients", f"a backward pass fails ({reason[:_REASON]})", remedy)
+        return
     absent = gradient is None or (isinstance(network, Guarded) and NO_GRADIENT in network.seen)
     flat = 1.0 if gradient is None else float((gradient.flatten(1) == 0).all(1).float().mean())
     better = "keep it differentiable: suites that follow gradients find little, Square alone remains"
@@ -254,6 +260,13 @@ def _gradients(network: nn.Module, x: Tensor, y: Tensor, job: Job[Suite]) -> Ite
         yield from (Finding("gradients", flag) for flag in flags if "router" in flag)
 
 
+def _gradient(network: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+    with torch.enable_grad():
+        z = x.clone().requires_grad_()
+        loss = F.cross_entropy(network(z), y, reduction="sum")
+        return torch.autograd.grad(loss, z, allow_unused=True)[0] if loss.requires_grad else None
+
+
 def _timed(network: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     """Seconds of an example in a forward pass, and in a forward and a backward pass, on the whole batch."""
 
@@ -262,11 +275,8 @@ def _timed(network: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
             network(x)
 
     def both() -> None:
-        with torch.enable_grad():
-            z = x.clone().requires_grad_()
-            loss = F.cross_entropy(network(z), y)
-            if loss.requires_grad:
-                torch.autograd.grad(loss, z, allow_unused=True)
+        with suppress(Exception):  # a backward pass that fails has been told of
+            _gradient(network, x, y)
 
     return _seconds(forward, x) / len(x), _seconds(both, x) / len(x)
 

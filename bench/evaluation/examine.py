@@ -156,9 +156,9 @@ class Examiner:
                 guard = Guarded(self.model.model)
                 wrong = [words for site in shown if (words := misshown(guard, site, known, x))]
                 wrong += [words for site in self.model.gates if (words := thresholded(guard, site, known, x))]
-        except Exception as error:  # what cannot be watched may choose, or is as the user says
+        except Exception as error:  # what cannot be watched may choose in any way
             why = f"forward pass cannot be watched ({type(error).__name__})"
-            return [f"{said}; its {why}", *inside] if declared else [f"{HIDDEN_ROUTES}the {why}"]
+            return [said, f"{OUTSIDE_TORCH}the {why}", *inside] if declared else [f"{HIDDEN_ROUTES}the {why}"]
         if declared and not choices.gates and not wrong:  # a choice in a gate that is shown is none to be declared away
             outside = [f"{OUTSIDE_TORCH}{few(choices.outside)}"] if choices.outside else []
             seen = f", though it chooses by the image ({few(choices.operations)})" if choices.operations else ""

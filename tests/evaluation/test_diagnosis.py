@@ -64,6 +64,13 @@ MODELS = """
         def forward(self, x):
             return self.net(x.detach())
 
+    class InPlace(Own):
+        def forward(self, x):
+            mean = x.mean((1, 2, 3), keepdim=True)
+            scaled = x * mean.exp_()
+            mean += 1
+            return self.net(scaled)
+
     class Hidden(Own):
         def forward(self, x):
             logits = self.net(x)
@@ -134,6 +141,7 @@ def test_a_sound_model_has_no_problem_and_earns_its_rank_by_autoattack(seen: Cal
         ("Counts", "state", "change the model's state", "change no buffer"),
         ("Asks", "under no_grad", "whether gradients are taken", "not ask"),
         ("Flat", "gradients", "none reaches the pixels", "differentiable"),
+        ("InPlace", "gradients", "a backward pass fails (RuntimeError", "without changing in place"),
         ("Hidden", "routes", "choices that depend on the image", "docs/your-own-model.md"),
     ],
 )

@@ -1,5 +1,6 @@
 """Which operations choose by the images: each kind is noticed, what only passes values on is not."""
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,9 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.dlpack import to_dlpack
 from torchvision.ops import roi_align
 
+from bench.evaluation.examine import WATCHED
 from bench.models.choices import Choices, find_choices
+from bench.models.deployed import BATCH_SIZES
 from bench.models.sites import Site
 
 NOTHING = Choices()
@@ -452,6 +456,113 @@ def test_what_another_thread_computes_is_a_sign_since_it_cannot_be_watched():
     assert find_choices(RoutedInAThread(), torch.rand(8, 4)).operations == ("a computation in another thread in which",)
 
 
+class Capsule:
+    """Gives numpy what torch's function, not the tensor's method, has made."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.made = to_dlpack(tensor.detach())
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.made
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+
+def _by_capsule(scores: Tensor) -> Any:
+    return np.from_dlpack(Capsule(scores))
+
+
+class Two(nn.Module):
+    """Two layers, and a number for each image that says which of them answers."""
+
+    def __init__(self, which: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.second, self.which = nn.Linear(12, 6), nn.Linear(12, 6), which
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.which(x.flatten(1).mean(1) - 0.5)
+        answers = torch.stack([self.first(x.flatten(1)), self.second(x.flatten(1))])
+        return torch.stack([answers[int(one), row] for row, one in enumerate(chosen)])
+
+
+def _is_positive(score: Tensor) -> bool:
+    try:
+        torch.linalg.cholesky(score.view(1, 1))
+    except torch.linalg.LinAlgError:
+        return False
+    return True
+
+
+def _in_a_thread(scores: Tensor) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: (scores > 0).tolist()).result()
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        lambda s: _by_capsule(s) > 0,
+        lambda s: [_is_positive(one) for one in s],
+        _in_a_thread,
+        lambda s: [ctypes.c_float.from_address(s.data_ptr() + 4 * row).value > 0 for row in range(len(s))],
+    ],
+    ids=["dlpack", "an error", "a thread", "memory"],
+)
+def test_what_python_does_by_the_image_is_seen_by_whatever_way_it_was_told(which: Callable[[Tensor], Any]):
+    found = find_choices(Two(which), torch.rand(4, 3, 2, 2))
+    assert found.operations == found.outside == ("values read by Python in Two",)
+
+
+def test_weights_of_python_by_the_image_are_seen():
+    def weigh(s: Tensor) -> Tensor:
+        return s * torch.from_numpy(_by_capsule(s).clip(0, 1).copy())
+
+    assert operations(weigh) == ["values read by Python"]
+
+
+def test_python_that_does_the_same_for_every_image_is_no_sign():
+    table = np.linspace(0, 1, 6, dtype=np.float32)
+    assert operations(lambda s: s + torch.from_numpy(table.copy()) * torch.tensor([0.5] * 6)) == []
+    drawn = find_choices(Computes(lambda s: s + np.random.rand()), torch.rand(4, 3, 2, 2))
+    assert drawn == NOTHING  # by chance, which is told of elsewhere
+
+
+def test_the_watch_has_a_size_of_batch_that_models_are_asked_for():
+    assert WATCHED in BATCH_SIZES  # else a model could do in it alone as if it chose nothing
+
+
+def test_a_model_that_takes_no_single_image_is_asked_for_none():
+    assert operations(lambda s: s if len(s) > 1 else s[1]) == []
+
+
+def _gate(s: Tensor) -> Tensor:
+    return (1 + F.cosine_similarity(s[:, :1], torch.ones(len(s), 1), dim=1)) / 2  # 0 or 1
+
+
+@pytest.mark.parametrize(
+    ("function", "seen"),
+    [
+        (lambda s: (_gate(s).view(-1, 1, 1) * torch.ones(6, 6) * s[:, None]).sum(2), ["weights of two values (mul)"]),
+        (
+            lambda s: F.conv1d(s.view(1, -1, 1), _gate(s).view(-1, 1, 1).repeat(1, 6, 1).view(-1, 1, 1), groups=24),
+            ["weights of two values (convolution)"],
+        ),
+        (lambda s: s.clamp(min=_gate(s)[:, None], max=_gate(s)[:, None]), ["weights of two values (clamp)"]),
+        (lambda s: F.normalize(F.normalize(s)), []),
+        (lambda s: s * torch.rand(6), []),
+        (lambda s: F.conv1d(s.relu()[:, None], torch.ones(2, 1, 1)).flatten(1), []),
+    ],
+)
+def test_a_gate_of_two_values_is_one_whatever_it_weighs(function: Callable[[Tensor], Tensor], seen: list[str]):
+    torch.manual_seed(0)
+    model = Computes(function).eval()
+    with torch.no_grad():
+        model.linear.bias.zero_()
+    found = find_choices(model, torch.rand(4, 3, 2, 2) - 0.5)
+    assert [word.removesuffix(" in Computes") for word in found.operations] == seen
+
+
 class Checked(nn.Module):
     """A check of the images, or a guess of their scale, before anything else."""
 
@@ -482,4 +593,6 @@ class Checked(nn.Module):
     ],
 )
 def test_a_check_that_all_images_in_the_box_pass_alike_is_no_choice(check: Callable[[Tensor], Any], chooses: bool):
-    assert bool(find_choices(Checked(check), torch.rand(4, 3, 2, 2))) is chooses
+    found = {operation.split()[0] for operation in find_choices(Checked(check), torch.rand(4, 3, 2, 2)).operations}
+    assert bool(found - {"values"}) is chooses  # "values read by Python" would be seen by what it does as well
+    assert chooses or not found
