@@ -59,6 +59,8 @@ _EXTREMES = {"min", "max", "amin", "amax"}
 _COMPARES = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
 #: What puts a number where there is none.
 _REPLACES = {"where", "masked_fill"}
+#: The same by themselves.
+_PASSES_OVER = {"nansum", "nan_to_num", "nanmedian"}
 #: How `grid_sample` calls its mode that takes the nearest value.
 _NEAREST = 1
 #: Draws in name alone: attention without dropout, dropout that is off.
@@ -283,6 +285,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         """What has no gradient by the images, in words."""
         if of_data and (op.name in _ROUNDING or (op.name == "div" and op.kwargs.get("rounding_mode"))):
             yield "rounding" if op.name == "div" else op.name
+        if of_data and op.name in _PASSES_OVER and not op.inputs[0].isfinite().all():
+            yield f"what is finite ({op.name})"
         placed = bool(op.keys[1:]) and op.keys[1] in self.data
         if of_data and placed and op.name.startswith("grid_sampler") and op.args[2] == _NEAREST:
             yield "nearest sample"

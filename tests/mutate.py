@@ -730,6 +730,7 @@ MUTATIONS = [
         "factor.shape[2])",
         "tests/models/test_operations.py -k two_values",
     ),
+    Mutation("models/operations.py", " and not op.inputs[0].isfinite().all()", "", "tests/models/test_operations.py"),
     Mutation("models/operations.py", "(several or whole)", "several", "tests/models/test_operations.py -k two_values"),
     Mutation(
         "models/operations.py",

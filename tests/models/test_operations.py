@@ -77,6 +77,12 @@ def operations(function: Callable[[Tensor], Tensor]) -> list[str]:
         ),
         (lambda s: s * torch.histc(s, 6), ["histc"]),
         (
+            lambda s: torch.nansum(torch.stack([s + 0 * s.sqrt(), 2 * s + 0 * (-s).sqrt()]), 0),
+            ["what is finite (nansum)"],
+        ),
+        (lambda s: (s.log() * s).nan_to_num(), ["what is finite (nan_to_num)"]),
+        (lambda s: s.nan_to_num() + s.nansum(1, keepdim=True), []),
+        (
             lambda s: roi_align(s.view(4, 1, 2, 3), [2 * one[None, :4].sigmoid() for one in s], 2),
             ["where to look (roi_align)"],
         ),
