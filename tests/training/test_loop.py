@@ -128,7 +128,7 @@ def test_every_trained_variant_leaves_a_model_a_table_and_a_header(variant: str,
     terms = [term for term in TERMS[header.objective or ""] if balanced or "bal" not in term]
     loads = [f"load_{i}" for i in range(4)]
     routing = [f"{branch}{name}" for branch in branches for name in [*loads, "load_entropy", "router_margin"]]
-    routing += ["val_ra_pgd"] * (not VARIANTS[variant].network and bool(branches))
+    routing += ["val_ra_pgd"] * bool(branches)
     routing += [f"{branch}route_flip_rate" for branch in branches]
     assert list(rows[0]) == [
         "epoch", "loss", *(f"loss_{term}" for term in terms), "val_sa", "val_ra", *routing, "lr",
