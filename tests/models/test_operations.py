@@ -557,7 +557,7 @@ def _gate(s: Tensor) -> Tensor:
         (lambda s: s.clamp(min=_gate(s)[:, None], max=_gate(s)[:, None]), ["weights of two values (clamp)"]),
         (lambda s: F.normalize(F.normalize(s)), []),
         (lambda s: s * torch.rand(6), []),
-        (lambda s: F.conv1d(s.relu()[:, None], torch.ones(2, 1, 1)).flatten(1), []),
+        (lambda s: F.conv1d((1e4 * s).sigmoid()[:, None], torch.rand(2, 1, 3)).flatten(1), []),  # a map of two values
     ],
 )
 def test_a_gate_of_two_values_is_one_whatever_it_weighs(function: Callable[[Tensor], Tensor], seen: list[str]):
