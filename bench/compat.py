@@ -17,7 +17,7 @@ import pyautoattack.state
 from jinja2 import BaseLoader, ChoiceLoader, DictLoader, PackageLoader
 from torch import Tensor, nn
 
-from bench.errors import UnusableInput, did_you_mean
+from bench.errors import UnusableInput, did_you_mean, in_one_line
 from bench.spec import Norm, ThreatModel
 
 
@@ -119,7 +119,7 @@ def zoo_model(name: str, dataset: str, norm: str, model_dir: Path) -> nn.Module:
     try:
         model: nn.Module = load_model(name, model_dir=model_dir, dataset=dataset, threat_model=norm)
     except Exception as error:  # torch's unpickler and robustbench's key surgery fail in many ways
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = in_one_line(error)
         raise UnusableInput(f"'{path}' is not the checkpoint of '{name}': {reason}") from None
     return model.eval()
 

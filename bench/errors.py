@@ -32,8 +32,12 @@ def users_code(what: str) -> Iterator[None]:
     except UnusableInput:
         raise
     except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UnusableInput(f"{what}: {reason}") from None
+        raise UnusableInput(f"{what}: {in_one_line(error)}") from None
+
+
+def in_one_line(error: BaseException) -> str:
+    """The error's type and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from bench.errors import UnusableInput, did_you_mean
+from bench.errors import UnusableInput, did_you_mean, in_one_line
 
 if TYPE_CHECKING:
     from bench.certify.base import Certifier
@@ -132,7 +132,7 @@ def load_plugin(module: str, origin: str | None = None) -> None:
     try:
         import_module(module)
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = in_one_line(error)
         raise UnusableInput(
             f"plugin '{module}' ({_origin}) cannot be loaded: {reason}: mend it, or leave it out"
         ) from None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from bench.errors import UnusableInput
+from bench.errors import UnusableInput, in_one_line
 from bench.models.foreign import Guarded, switch_mode
 from bench.models.parts import is_dual, is_moe, is_traced, takes_images
 from bench.models.state import numbers, sizes
@@ -117,7 +117,7 @@ def validate_outputs(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -
         if info.routing_visible:
             first_expert(model, x)
     except Exception as error:  # a user's model may fail in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = in_one_line(error)
         kinds = {each.dtype for each in model.parameters() if each.is_floating_point()} - {x.dtype}
         cast = f"; images are float32: cast them inside to {' or '.join(sorted(map(str, kinds)))}" if kinds else ""
         raise UnusableInput(f"'{name}' cannot take {shape} images: {reason}{cast}") from None

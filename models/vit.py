@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from bench.errors import UnusableInput
+from bench.errors import UnusableInput, in_one_line
 
 
 class ResizedViT(VisionTransformer):  # type: ignore[misc]  # timm has no types
@@ -54,7 +54,7 @@ def pretrained_weights(name: str, network: nn.Module, source: str | None = None)
                 patch_size=embed.patch_size, embed_dim=network.embed_dim, in_chans=embed.proj.in_channels,
             )  # fmt: skip
     except Exception as error:  # the hub's, the file's and timm's own, of many kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = in_one_line(error)
         where = f"from '{source}'" if source else "from the Hugging Face hub"
         raise UnusableInput(
             f"the weights of timm's {TIMM_NAMES[name]} could not be loaded {where} ({reason}): {instead}, or name a"

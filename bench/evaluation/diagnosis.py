@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bench.attacks.block import Block, PassCounter
 from bench.attacks.paths import Paths
 from bench.attacks.search import Search
+from bench.errors import in_one_line
 from bench.evaluation.examine import Examiner, guarded
 from bench.evaluation.plan import Plan
 from bench.evaluation.probes import probe
@@ -238,9 +239,8 @@ def _gradients(network: nn.Module, x: Tensor, y: Tensor, job: Job[Suite]) -> Ite
     try:
         gradient = _gradient(network, x, y)
     except Exception as error:  # of a user's own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = "let it be differentiated, without changing in place what a gradient needs: its rows would be errors"
-        yield Finding("gradients", f"a backward pass fails ({reason[:_REASON]})", remedy)
+        yield Finding("gradients", f"a backward pass fails ({in_one_line(error)[:_REASON]})", remedy)
         return
     absent = gradient is None or (isinstance(network, Guarded) and NO_GRADIENT in network.seen)
     flat = 1.0 if gradient is None else float((gradient.flatten(1) == 0).all(1).float().mean())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.attacks.block import Attempt, Block, OnAttack, PassCounter
 from bench.datasets.base import input_hash
-from bench.errors import UnusableInput
+from bench.errors import UnusableInput, in_one_line
 from bench.evaluation.probes import PROBED, probe
 from bench.evaluation.report import BlockReport
 from bench.evaluation.scales import accuracy_flags
@@ -243,7 +243,7 @@ class Examiner:
             clean = predict(self.model, x, self.info.routing_visible)
         except Exception as error:  # a user's model may fail on a block of another size: its rows are errors
             if number == 0:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                reason = in_one_line(error)
                 raise UnusableInput(f"'{self.info.name}' fails on the first {len(x)} images: {reason}") from None
             nowhere = torch.full((len(x),), -1)
             clean = Prediction(nowhere, torch.zeros(len(x), dtype=torch.bool), nowhere)
