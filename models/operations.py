@@ -32,6 +32,8 @@ _ROUNDING = {
     "round", "floor", "ceil", "trunc", "frac", "sign", "sgn", "heaviside", "copysign", "floor_divide", "fmod",
     "remainder", "nextafter", "histc", "histogram", "_histogramdd_from_bin_cts", "_histogramdd_bin_edges",
 }  # fmt: skip
+#: What says all of itself, and the same in each pass.
+_PLAIN = (int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 #: What weighs with a factor, and how near to one of two values all of such a factor's are where it decides.
 _WEIGHS, _DECIDED = {
     "mul", "bmm", "lerp", "addcmul", "mm", "addmm", "linear", "convolution", "_trilinear", "_embedding_bag", "clamp",
@@ -340,7 +342,8 @@ class Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Notes a forward pass's operations in order, each with what it takes.
 
     That is, of a tensor, the step that made it, or which of the `kept` it is, such as weights; else a digest of its
-    values, since it comes from outside of torch. Of anything else what it says.
+    values, since it comes from outside of torch. Of a quantized layer's weights, which are another object in each
+    pass, the tensors in it; of a number and its like what it says; of any other object its type.
     """
 
     def __init__(self, x: Tensor, kept: Iterable[Tensor]) -> None:
@@ -360,11 +363,16 @@ class Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         return output
 
     def _what(self, leaf: object) -> object:
+        if isinstance(leaf, torch.ScriptObject):
+            return tuple(self._what(part) for part in tree_leaves(leaf.__getstate__()))
         if not isinstance(leaf, Tensor):
-            return repr(leaf)
-        if (known := self._known.get(key(leaf))) is not None or leaf.is_sparse or leaf.is_quantized:
+            return repr(leaf) if isinstance(leaf, _PLAIN) else type(leaf)
+        if (known := self._known.get(key(leaf))) is not None:
             return known
-        values = leaf.detach().resolve_conj().resolve_neg().cpu().reshape(-1).contiguous()
+        values = leaf.dequantize() if leaf.is_quantized else leaf.detach()
+        if values.layout is not torch.strided:
+            values = values.to_dense()
+        values = values.resolve_conj().resolve_neg().cpu().reshape(-1).contiguous()
         return sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 

@@ -346,6 +346,14 @@ def block_of(planted: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test draws the same numbers alone as after any other."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few passes of what looks at every model before it is attacked; the tests of probes take all of them.
 

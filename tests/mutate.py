@@ -714,9 +714,15 @@ MUTATIONS = [
     ),
     Mutation(
         "models/operations.py",
-        "return repr(leaf)",
-        'return ""',
+        "return repr(leaf) if isinstance(leaf, _PLAIN)",
+        'return "" if isinstance(leaf, _PLAIN)',
         "tests/models/test_operations.py -k whatever",
+    ),
+    Mutation(
+        "models/operations.py",
+        "isinstance(leaf, torch.ScriptObject)",
+        "False",
+        "tests/models/test_operations.py -k told_apart",
     ),
     Mutation(
         "models/operations.py",

@@ -1,7 +1,7 @@
 """Which operations choose by the images: each kind is noticed, what only passes values on is not."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -518,6 +518,38 @@ def _in_a_thread(scores: Tensor) -> Any:
 def test_what_python_does_by_the_image_is_seen_by_whatever_way_it_was_told(which: Callable[[Tensor], Any]):
     found = find_choices(Two(which), torch.rand(4, 3, 2, 2))
     assert found.operations == found.outside == ("values read by Python in Two",)
+
+
+class Weighing(nn.Module):
+    """Weighs the images with the first or the second of `weights`, by where the memory of an image begins."""
+
+    def __init__(self, weights: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.weights = nn.ModuleList(w for w in weights if isinstance(w, nn.Module)) or weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1).contiguous()
+        return self.weights[ctypes.c_float.from_address(x.data_ptr()).value > 0.5](x)
+
+
+def _sparse() -> Callable[[Tensor], Tensor]:
+    weight = torch.rand(6, 12).to_sparse()
+    return lambda x: torch.sparse.mm(weight, x.T).T
+
+
+def _quantized() -> nn.Module:
+    made = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(12, 6)), {nn.Linear})
+    assert isinstance(made, nn.Module)
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("weights", [_sparse, _quantized])
+def test_weights_that_are_no_plain_tensors_are_told_apart(weights: Callable[[], Callable[[Tensor], Tensor]]):
+    x = torch.rand(4, 3, 2, 2)
+    for _ in range(20):  # the same weights have another address in each pass
+        assert find_choices(Weighing([weights()] * 2), x) == NOTHING
+    assert find_choices(Weighing([weights(), weights()]), x).operations == ("values read by Python in Weighing",)
 
 
 def test_weights_of_python_by_the_image_are_seen():
