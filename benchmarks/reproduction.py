@@ -31,7 +31,7 @@ from bench.results.metrics import clean_by_example, component_rates, holm, mcnem
 from bench.results.schema import Accuracy
 from bench.results.store import Run
 from bench.results.table import Table
-from bench.spec import Recipe, ThreatModel
+from bench.spec import ThreatModel
 from bench.training.objectives.base import Batch
 from bench.training.recipes import architecture, objective_class, train_spec
 from bench.tune import MEASURED, Trial, best
@@ -50,8 +50,8 @@ TRAINED_FOR = {
 SET = ("lr", "balance", "inner_steps", "beta", "expert_term", "expert_reduction", "paths", "alpha")
 ACCURACIES = ("SA", "RA, pgd", "RA, autoattack", "RA-worst")
 LEVEL = 0.05
-#: A dual's weight of its robust branch where nothing else is said.
-ALPHA = Recipe.model_fields["alpha"].default
+#: By accuracy, whether each example is right.
+Series = dict[str, NDArray[np.bool_]]
 #: Under which hyper-parameters methods are compared.
 SETTINGS = {
     "digits": (
@@ -153,7 +153,7 @@ def share(right: NDArray[np.bool_]) -> str:
     return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
-def accuracies(row: Row) -> dict[str, NDArray[np.bool_]]:
+def accuracies(row: Row) -> Series:
     """By accuracy: SA, RA under PGD, RA under AutoAttack, RA-worst, and what suite `components` tells."""
     of_suite: dict[str, Table] = {}
     for run in sorted(row.runs, key=lambda run: run.result.spec.suite_version):
@@ -171,13 +171,13 @@ def accuracies(row: Row) -> dict[str, NDArray[np.bool_]]:
 class Scored:
     """The rows of one board by model, on its largest evaluation set on which they all are.
 
-    sweeps: of duals that are scored with several α, their rows by α; in `rows` each is with `ALPHA`.
+    sweeps: of each dual its rows by α; in `rows` it is with the α that it was made with.
     """
 
     board: Board
     rows: Mapping[str, Row]
     headers: Mapping[str, Header] = field(default_factory=dict)
-    sweeps: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    sweeps: Mapping[str, Mapping[float, Row]] = field(default_factory=dict)
 
     def defended(self, model: str) -> bool:
         """Whether its experts were started from an adversarially trained model."""
@@ -199,23 +199,34 @@ class Scored:
         """Whether the epochs of the two were chosen by unlike rules."""
         return {self.by_experts(first), self.by_experts(second)} == {True, False}
 
-    def series(self, model: str) -> dict[str, NDArray[np.bool_]]:
+    def series(self, model: str) -> Series:
         return accuracies(self.rows[model])
+
+    def pairs(self, first: str, second: str) -> Iterator[tuple[tuple[str, Series], tuple[str, Series]]]:
+        """Two models by name, each with its accuracies; of duals with every α that both are scored with."""
+        if first in self.sweeps and second in self.sweeps:
+            for alpha in sorted(self.sweeps[first].keys() & self.sweeps[second].keys()):
+                a, b = ((named(model, alpha), accuracies(self.sweeps[model][alpha])) for model in (first, second))
+                yield a, b
+        elif first in self.rows and second in self.rows:
+            yield (first, self.series(first)), (second, self.series(second))
 
     def compare(self, first: str, second: str, whats: Sequence[str]) -> list[Test]:
         """Nothing where a model, or one of its accuracies, is missing."""
-        if first not in self.rows or second not in self.rows:
-            return []
-        a, b = self.series(first), self.series(second)
         unlike = self.unlike(first, second)
-        return [Test(what, first, second, a[what], b[what], unlike=unlike) for what in whats if what in a and what in b]
+        return [
+            Test(what, one, other, a[what], b[what], unlike=unlike)
+            for (one, a), (other, b) in self.pairs(first, second)
+            for what in whats
+            if what in a and what in b
+        ]
 
     def ends(self, model: str) -> list[Test]:
         """A dual with the least α that it is scored with against the same with the largest: one for SA, one for RA."""
-        if model not in self.sweeps:
+        sweep = self.sweeps.get(model, {})
+        if len(sweep) < 2:
             return []
-        sweep = self.sweeps[model]
-        few, many = ((f"{model}, α = {row.spec.alpha:g}", accuracies(row)) for row in (sweep[0], sweep[-1]))
+        few, many = ((named(model, alpha), accuracies(sweep[alpha])) for alpha in (min(sweep), max(sweep)))
         return [
             Test(what, better[0], worse[0], better[1][what], worse[1][what])
             for what, better, worse in [("SA", few, many), ("RA-worst", many, few)]
@@ -231,11 +242,12 @@ class Scored:
 
     def left_open(self, first: str, second: str) -> list[Test]:
         """Of the images that AutoAttack leaves of each model, the share that another attack breaks."""
-        found = [self.series(model) if model in self.rows else {} for model in (first, second)]
-        if not all({"RA, autoattack", "RA-worst"} <= one.keys() for one in found):
-            return []
-        a, b = (~one["RA-worst"][one["RA, autoattack"]] for one in found)
-        return [Shares("broken by others", first, second, a, b, unlike=self.unlike(first, second))]
+        tests: list[Test] = []
+        for (one, found), (other, other_found) in self.pairs(first, second):
+            if {"RA, autoattack", "RA-worst"} <= found.keys() & other_found.keys():
+                a, b = (~each["RA-worst"][each["RA, autoattack"]] for each in (found, other_found))
+                tests.append(Shares("broken by others", one, other, a, b, unlike=self.unlike(first, second)))
+        return tests
 
 
 def scored(boards: Sequence[Board]) -> Iterator[Scored]:
@@ -245,15 +257,21 @@ def scored(boards: Sequence[Board]) -> Iterator[Scored]:
         if TRAINED_FOR.get(spec.dataset) != spec.threat_model:
             continue
         table = max(board.tables, key=lambda rows: (sum(row.ranked for row in rows), rows[0].n))
-        rows = {row.spec.model: row for row in table if row.spec.alpha in (None, ALPHA)}
-        duals = {
-            model: sorted((row for row in table if row.spec.model == model), key=lambda row: row.spec.alpha or 0)
-            for model, row in rows.items()
-            if row.spec.alpha is not None
-        }
         paths = (ZOO / spec.dataset).rglob("*.safetensors")
         headers = {path.stem: read_header(path) for path in sorted(paths)}
-        yield Scored(board, rows, headers, {model: of_alpha for model, of_alpha in duals.items() if len(of_alpha) > 1})
+        made = {
+            name: header.architecture.alpha for name, header in headers.items() if isinstance(header.architecture, Dual)
+        }
+        rows = {row.spec.model: row for row in table if row.spec.alpha == made.get(row.spec.model)}
+        sweeps: dict[str, dict[float, Row]] = {}
+        for row in table:
+            if row.spec.alpha is not None:
+                sweeps.setdefault(row.spec.model, {})[row.spec.alpha] = row
+        yield Scored(board, rows, headers, sweeps)
+
+
+def named(model: str, alpha: float | None) -> str:
+    return model if alpha is None else f"{model}, α = {alpha:g}"
 
 
 def claims(data: Scored) -> list[Claim]:
@@ -318,8 +336,7 @@ def claims(data: Scored) -> list[Claim]:
         ),
         Claim(
             "To mix probabilities is better than to mix logits",
-            "The paper's theorem and equations mix probabilities, its released code logits. α is "
-            f"{ALPHA:g} in both.",
+            "The paper's theorem and equations mix probabilities, its released code logits.",
             data.compare("dual", "dual-logits", ACCURACIES),
         ),
         Claim(
@@ -426,7 +443,8 @@ def by_alpha(data: Scored) -> list[str]:
         {"model": model, "α": f"{row.spec.alpha:g}"}
         | {what: share(found[what]) for what in ACCURACIES if what in found}
         for model, sweep in data.sweeps.items()
-        for row in sweep
+        if len(sweep) > 1
+        for _, row in sorted(sweep.items())
         for found in [accuracies(row)]
     ]
     if not rows:
@@ -598,7 +616,7 @@ def certificates(stored: Stored, boards: Sequence[Board]) -> list[str]:
     rows = [
         {
             "": f"{row.spec.dataset}, {row.spec.threat_model}",
-            "model": row.spec.model if row.spec.alpha is None else f"{row.spec.model}, α = {row.spec.alpha:g}",
+            "model": named(row.spec.model, row.spec.alpha),
             "certified": share(np.arange(row.n) < round(row.certified.accuracy * row.n)),
             "under its attacks": share(row.robust),
             "attacks": attacks(row),

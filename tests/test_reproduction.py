@@ -182,11 +182,16 @@ def test_a_dual_is_compared_with_itself_at_its_least_and_largest_alpha(script: A
         alpha: {"SA": np.arange(100) < clean, "RA-worst": np.arange(100) < robust}
         for alpha, (clean, robust) in right.items()
     }
-    rows = [SimpleNamespace(spec=SimpleNamespace(alpha=alpha)) for alpha in right]
+    rows = {alpha: SimpleNamespace(spec=SimpleNamespace(alpha=alpha)) for alpha in right}
     monkeypatch.setitem(script.by_alpha.__globals__, "accuracies", lambda row: found[row.spec.alpha])
     data = script.Scored(None, {}, {}, {"dual": rows})
     clean, robust = data.ends("dual")
     assert (clean.first, clean.second, clean.changed) == ("dual, α = 0.5", "dual, α = 1", (20, 0))
     assert (robust.first, robust.second, robust.changed) == ("dual, α = 1", "dual, α = 0.5", (30, 0))
     assert [line.split("|")[2].strip() for line in script.by_alpha(data)[5].splitlines()[2:]] == ["0.5", "0.7", "1"]
+    few = {alpha: rows[alpha] for alpha in (0.7, 0.5)}
+    tests = script.Scored(None, {}, {}, {"dual": rows, "dual-jtdmoe": few}).compare("dual-jtdmoe", "dual", ["SA"])
+    assert [(test.first, test.second, test.a.sum()) for test in tests] == [
+        ("dual-jtdmoe, α = 0.5", "dual, α = 0.5", 90), ("dual-jtdmoe, α = 0.7", "dual, α = 0.7", 80)
+    ]  # fmt: skip
     assert script.Scored(None, {}).ends("dual") == script.by_alpha(script.Scored(None, {})) == []
