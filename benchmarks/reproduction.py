@@ -11,12 +11,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy.stats import fisher_exact, ttest_ind
+from scipy.stats import fisher_exact, ttest_ind, ttest_rel
 from tabulate import tabulate
 
 from bench.boards.leaderboard import Stored, boards_of
@@ -456,13 +457,12 @@ def by_alpha(data: Scored) -> list[str]:
 
 def over_seeds(data: Scored) -> list[str]:
     """Tables of the methods that are trained with several seeds, and of what can be told of them; else nothing."""
-    found: dict[str, list[dict[str, float]]] = {}
+    found: dict[str, list[Series]] = {}
     ranked = {model: row for model, row in data.rows.items() if row.ranked}
     for model, row in sorted(ranked.items(), key=lambda item: item[1].result.model_info.seed or 0):
-        shares = {what: 100 * float(right.mean()) for what, right in data.series(model).items()}
         method = model.removesuffix(f"-s{row.result.model_info.seed}")
         # seeds whose epochs were chosen by another rule are another method's
-        found.setdefault(method + ", and experts" * bool(data.by_experts(model)), []).append(shares)
+        found.setdefault(method + ", and experts" * bool(data.by_experts(model)), []).append(data.series(model))
     methods = {method: of_seeds for method, of_seeds in found.items() if len(of_seeds) > 1}
     if not methods:
         return []
@@ -470,30 +470,41 @@ def over_seeds(data: Scored) -> list[str]:
     for method, of_seeds in methods.items():
         row = {"method": method, "seeds": str(len(of_seeds))}
         for what in ACCURACIES:
-            values = [shares[what] for shares in of_seeds]
+            values = [100 * float(series[what].mean()) for series in of_seeds]
             row[what] = f"{np.mean(values):.1f} ({min(values):.1f} – {max(values):.1f})"
         rows.append(row)
     compared = [pair for pair in OVER_SEEDS if set(pair) <= methods.keys()]
-    worst = {method: [shares["RA-worst"] for shares in of_seeds] for method, of_seeds in methods.items()}
+    worst = {method: 100 * np.array([s["RA-worst"] for s in of_seeds]) for method, of_seeds in methods.items()}
+    by_seed, by_image = ({method: right.mean(axis) for method, right in worst.items()} for axis in (1, 0))
     tests = []
-    p_values = holm([float(ttest_ind(worst[a], worst[b], equal_var=False).pvalue) for a, b in compared])
-    for (a, b), p in zip(compared, p_values, strict=True):
-        difference = float(np.mean(worst[a]) - np.mean(worst[b]))
+    p_seeds = holm([p_value(ttest_ind(by_seed[a], by_seed[b], equal_var=False)) for a, b in compared])
+    p_images = holm([p_value(ttest_rel(by_image[a], by_image[b])) for a, b in compared])
+    for (a, b), p, of_these in zip(compared, p_seeds, p_images, strict=True):
+        difference = float(worst[a].mean() - worst[b].mean())
         decided = "holds" if difference > 0 else "does not hold"
         tests.append({
             "RA-worst higher of": a,
             "than of": b,
             "difference of means": f"{difference:+.1f}",
-            "p (Holm)": f"{p:.2g}",
-            "verdict": decided if p < LEVEL else "cannot be told with these seeds",
+            "p over seeds": f"{p:.2g}",
+            "of the methods": decided if p < LEVEL else "cannot be told with these seeds",
+            "p over images": f"{of_these:.2g}",
+            "of these models": decided if of_these < LEVEL else "cannot be told at this scale",
         })  # fmt: skip
     told = (
-        "Mean over training seeds, with the lowest and the highest. p: Welch's t-test on RA-worst of the seeds,"
-        " two-sided, Holm's correction over this table; it takes seeds as independent, although experts that start from"
-        " a dense model start from that of their own seed."
+        "Mean over training seeds, with the lowest and the highest. Below it RA-worst is compared, two-sided, by Holm's"
+        " correction over each column. Over seeds: Welch's t-test, which tells of other seeds of the methods too; it"
+        " takes seeds as independent, although experts that start from a dense model start from that of their own"
+        " seed. Over images: the paired t-test on the shares of seeds that have an image right, which tells of these"
+        " models, all seeds together, on other images."
     )
     tables = [tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True) for table in (rows, tests)]
     return ["", "### Over training seeds", "", told, "", tables[0], "", tables[1]]
+
+
+def p_value(test: Any) -> float:
+    """That of one of scipy's tests; 1 where nothing differs at all, of which scipy says NaN."""
+    return float(np.nan_to_num(test.pvalue, nan=1.0))
 
 
 def trials(board: Board) -> dict[str, pd.DataFrame]:

@@ -123,7 +123,11 @@ def test_no_verdict_where_epochs_were_chosen_unlike(script: Any):
 
 
 def test_methods_are_compared_over_their_training_seeds(script: Any):
-    """Welch's t of 36, 40, 44 % against 26, 30, 34 %: 10 / √(2 · 16 / 3) = 3.06 at 4 degrees of freedom."""
+    """Welch's t of 36, 40, 44 % against 26, 30, 34 %: 10 / √(2 · 16 / 3) = 3.06 at 4 degrees of freedom.
+
+    By image, the shares of seeds differ by 1/3 on 8 of 100, by 2/3 on 8 and by 1 on 2: their mean is 0.1, their
+    variance (58 / 9 - 1) / 99, and t = 0.1 / √(0.055 / 100) = 4.26 at 99 degrees of freedom.
+    """
     right = {"moe-rt_er": 40, "moe-rt_er-s1": 36, "moe-rt_er-s2": 44, "moe-at": 30, "moe-at-s1": 26, "moe-at-s2": 34}
     shares = {model: np.arange(100) < count for model, count in {**right, "moe-trades": 10, "dense-at": 60}.items()}
 
@@ -144,7 +148,10 @@ def test_methods_are_compared_over_their_training_seeds(script: Any):
         [" moe-rt_er ", " 3       ", " 40.0 (36.0 – 44.0) "], [" moe-at    ", " 3       ", " 30.0 (26.0 – 34.0) "]
     ]  # fmt: skip
     (verdict,) = lines[7].splitlines()[2:]
-    assert [cell.strip() for cell in verdict.split("|")[3:6]] == ["+10.0", "0.038", "holds"]
+    assert [cell.strip() for cell in verdict.split("|")[3:8]] == ["+10.0", "0.038", "holds", "4.6e-05", "holds"]
+    shares |= {f"moe-at{seed}": shares[f"moe-rt_er{seed}"] for seed in ("", "-s1", "-s2")}
+    (verdict,) = script.over_seeds(data)[7].splitlines()[2:]
+    assert [cell.strip() for cell in verdict.split("|")[4:8:2]] == ["1", "1"]
     data.by_experts = lambda model: model == "moe-at"
     assert [line.split("|")[2].strip() for line in script.over_seeds(data)[5].splitlines()[2:]] == ["3", "2"]
     data.rows = {model: row(model) for model in ("moe-at", "moe-rt_er")}
