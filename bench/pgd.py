@@ -55,6 +55,17 @@ def ascend_once(x_adv: Tensor, gradient: Tensor, x: Tensor, threat_model: Threat
     return project(x_adv + step_size * direction, x, threat_model)
 
 
+def finite(gradient: Tensor) -> Tensor:
+    """A gradient (m, …) without infinities: they become twice the largest finite entry of their row; NaN becomes 0.
+
+    A root's gradient at a black pixel is infinite, and its direction is still the steepest.
+    """
+    rows = gradient.flatten(1)
+    most = rows.abs().nan_to_num(0.0, 0.0).amax(1, keepdim=True)
+    most = 2 * torch.where(most > 0, most, torch.ones_like(most))
+    return rows.nan_to_num(0.0, torch.inf, -torch.inf).clamp(-most, most).view_as(gradient)
+
+
 def pgd(
     loss: Callable[[Tensor], Tensor],
     x: Tensor,

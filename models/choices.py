@@ -61,12 +61,13 @@ class Choices:
         if self.names:
             seen.append(f"names that speak of routes ({few(self.names)})")
         if self.read:
-            return f"{' and '.join(seen)}: beside the scores of '{self.gates[0]}', so that they cannot be forced alone"
-        likely = (name for name in self.names if _GATE.search(_last(name)) or "router" in _last(name))
+            beside = f"beside the scores of '{self.gates[0]}', so that they cannot be forced alone"
+            return f"{' and '.join(seen)}, {beside}: give each gate a module of its own, and name all of them"
+        likely = (name for name in self.names if _GATE.search(_last(name)) or "rout" in _last(name).lower())
         gate = next(iter((*self.gates, *likely)), self.where)
         example = f"'{gate}'" if gate else "GLOB"
         name = f"name {'these gates as well' if named else 'its gates'} with --gates {example}"
-        inside = "choose by torch alone, which attacks can follow"
+        inside = "choose by torch alone, which attacks can follow (no .item(), .tolist() or bool() of what images give)"
         if self.outside and self.gates:
             advice = inside
         elif self.gates and named:

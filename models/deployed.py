@@ -8,7 +8,7 @@ import copy
 import pickle
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from bench.errors import UnusableInput, in_one_line
 from bench.models.foreign import Guarded, switch_mode
 from bench.models.parts import is_dual, is_moe, is_traced, takes_images
 from bench.models.state import numbers, sizes
+from bench.results.flags import BY_BATCH, GRADIENTS_BY_BATCH
 from bench.spec import ModelInfo
 
 
@@ -81,11 +82,13 @@ class Prediction:
 def first_expert(model: object, x: Tensor) -> Tensor:
     """The first selected expert (m,) of a model whose routing is visible, of a dual its R's; −1 where there is none.
 
-    A dual's R without a `trace` is taken to follow its router's best score.
+    A dual's R without a `trace`, and a user's own model whose `trace` is something else, are taken to follow their
+    router's best score.
     """
     routed: object = model.robust if is_dual(model) else model
     if is_traced(routed):
-        return routed.trace(x)[1].selected_experts[:, 0]
+        with suppress(Exception) if isinstance(model, Guarded) else nullcontext():
+            return routed.trace(x)[1].selected_experts[:, 0]
     if is_moe(routed) and takes_images(routed, routed.router):
         return routed.router(x).argmax(1)
     return torch.full((len(x),), -1, device=x.device)
@@ -143,6 +146,10 @@ _ASKED = 4
 ROUNDING, _OF_FLOAT32 = 1e-4, 2e-6
 #: Of a model that answers in half precision, so many ε of that of how far its logits lie apart, if that is more.
 _OF_HALF = 4
+#: What differs by so much of its length is another gradient; of half precision rounding alone may change some percent.
+_OTHER_SLOPE = 0.5
+#: The share of images whose gradients have to be the same.
+SAME_GRADIENTS = 0.9
 #: A margin's times that its logits are taken to lie apart at most, where others are masked.
 _MARGINS = 10
 
@@ -168,7 +175,7 @@ class Dependence:
         """Why the model is no function of a single image, in words; () where it is one. `in_place` does not matter."""
         found = {
             "outputs depend on chance": self.chance,
-            "outputs depend on the batch": self.batch,
+            BY_BATCH: self.batch,
             "forward passes change the model's state": self.state,
             "outputs depend on whether gradients are taken": self.gradients,
         }
@@ -210,9 +217,7 @@ def dependence(model: nn.Module, x: Tensor) -> Dependence:
         chance = not same or _random_state(devices) != drawn
         batch = False
         gradients = same and not _equal_with_gradients(model, images, whole)
-        # in half precision kernels round otherwise by the size of the batch
-        dtype: Any = model.dtype if isinstance(model, Guarded) else None
-        share = _OF_HALF * torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else ROUNDING
+        share = _share(model)
         # half of them x's own, half the probe's, spread over the batch
         rows = torch.linspace(0, len(images) - 1, BATCH_SIZES[-1], device=x.device).round().long()
         orders = [rows, rows.flip(0), rows[torch.arange(len(rows)).view(2, -1).T.flatten()]]
@@ -228,6 +233,52 @@ def dependence(model: nn.Module, x: Tensor) -> Dependence:
     np.random.set_state(kept[1])
     # a model that answers by chance differs from batch to batch as well
     return Dependence(chance, batch and not chance, state, in_place, gradients)
+
+
+def by_batch(model: nn.Module, x: Tensor, cut: int) -> list[str]:
+    """What of a model's answers for a whole block x (B, C, H, W) depends on its batch, in words.
+
+    A block may be larger than any batch that `dependence` asks for. In pieces of 32, and in two that meet at `cut`,
+    0 < cut < B, it has to get the same logits, and nearly each image the same gradient. Whatever the model raises in a
+    forward pass is raised.
+    """
+    splits: tuple[Any, ...] = (BATCH_SIZES[-1], [cut, len(x) - cut])
+    with torch.no_grad():
+        logits = model(x)
+        found = [torch.cat([model(part) for part in torch.split(x, sizes)]) for sizes in splits]
+    if not all(same_logits(each, logits, _share(model)) for each in found):
+        return [BY_BATCH]
+    try:
+        _, whole = sloped(model, x)
+        slopes = [torch.cat([sloped(model, part)[1] for part in torch.split(x, sizes)]) for sizes in splits]
+    except Exception:  # of a user's own model: its attacks will fail, and say so
+        return []
+    return [] if all(same_slopes(each, whole, _OTHER_SLOPE) for each in slopes) else [GRADIENTS_BY_BATCH]
+
+
+def sloped(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, C), and the gradient (B, c·H·W) of a sum of them that is no attack's loss."""
+    x = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x)
+        weights = torch.arange(1, 1 + logits.shape[1], device=x.device).cos()
+        (gradient,) = torch.autograd.grad((logits * weights).sum(), x)
+    return logits.detach(), gradient.flatten(1)
+
+
+def same_slopes(found: Tensor, expected: Tensor, share: float) -> bool:
+    """Whether nearly all images have the same gradients (B, …), but for `share` of their length.
+
+    A kink of the network, on which rounding decides, may give a few another one.
+    """
+    same = (found - expected).norm(dim=1) <= share * expected.norm(dim=1)
+    return float(same.float().mean()) >= SAME_GRADIENTS
+
+
+def _share(model: nn.Module) -> float:
+    """What rounding may change of a model's logits: in half precision kernels round otherwise by the batch's size."""
+    dtype: Any = model.dtype if isinstance(model, Guarded) else None
+    return _OF_HALF * torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else ROUNDING
 
 
 def _fresh(model: nn.Module) -> nn.Module | None:

@@ -6,7 +6,7 @@ experts are selected, from answers as scores are exchanged (`bench.models.exchan
 Axes: m = images, T = tokens of an image, E = experts, K = selected experts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -61,15 +61,26 @@ class Named:
 
 
 def declared(model: nn.Module) -> tuple[str, ...]:
-    """What a model's attribute `gates` says: a list of globs, or a dict from globs to K; () where it says nothing."""
+    """What a model's attribute `gates` says: a list of globs, or a dict from globs to K.
+
+    () where it says nothing, or is something else: none of its words names a module.
+    """
     gates = getattr(plain(model), "gates", None)
+    said: tuple[str, ...] = ()
     if isinstance(gates, str):
-        return (gates,)
-    if isinstance(gates, dict) and all(isinstance(name, str) and isinstance(k, int) for name, k in gates.items()):
-        return tuple(f"{name}:k={k}" for name, k in gates.items())
-    if isinstance(gates, list | tuple) and gates and all(isinstance(name, str) for name in gates):
-        return tuple(gates)
-    return ()
+        said = (gates,)
+    elif isinstance(gates, dict) and all(isinstance(name, str) and isinstance(k, int) for name, k in gates.items()):
+        said = tuple(f"{name}:k={k}" for name, k in gates.items())
+    elif isinstance(gates, list | tuple) and all(isinstance(name, str) for name in gates):
+        said = tuple(gates)
+    modules = dict(plain(model).named_modules())
+    return said if any(word == NONE or _matched(word.partition(":")[0], modules) for word in said) else ()
+
+
+def _matched(pattern: str, modules: Iterable[str]) -> list[str]:
+    """The modules that a glob names, by their whole names or else inside a wrapper."""
+    found = [name for name in modules if fnmatchcase(name, pattern)]
+    return found or [name for name in modules if fnmatchcase(name, f"*.{pattern}")]
 
 
 @dataclass(frozen=True)
@@ -96,9 +107,7 @@ def find_gates(model: nn.Module, words: Sequence[str], x: Tensor) -> Gates:
     found: dict[str, Named] = {}
     for word in others:
         named = Named.parse(word)
-        matched = [name for name in modules if fnmatchcase(name, named.pattern)]
-        matched = matched or [name for name in modules if fnmatchcase(name, f"*.{named.pattern}")]  # inside a wrapper
-        if not matched:
+        if not (matched := _matched(named.pattern, modules)):
             raise UnusableInput(f"--gates {word}: the model has no such module: {_nearest(named.pattern, modules)}")
         if scripted := [name for name in matched if isinstance(modules[name], torch.jit.ScriptModule)]:
             raise UnusableInput(f"--gates {scripted[0]}: a scripted module takes no hooks: leave it unscripted")

@@ -6,6 +6,7 @@ An MoE has `router` (x → (B, E)) and `experts` (a ModuleList); a dual has bran
 from numbers import Real
 from typing import Any, Protocol, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput
@@ -43,7 +44,7 @@ def is_dual(model: object) -> TypeGuard[Dual]:
     """Whether the model shows its branches and α, one number: what is worked out for each image or class is another."""
     alpha = getattr(model, "alpha", None)
     number = isinstance(alpha, Real) or (isinstance(alpha, Tensor) and alpha.numel() == 1)
-    return number and hasattr(model, "standard") and hasattr(model, "robust")
+    return number and all(callable(getattr(model, branch, None)) for branch in ("standard", "robust"))
 
 
 def is_moe(model: object) -> TypeGuard[RoutedModel]:
@@ -53,7 +54,7 @@ def is_moe(model: object) -> TypeGuard[RoutedModel]:
 
 def is_traced(model: object) -> TypeGuard[Traced]:
     """Whether the model shows how it routed a batch."""
-    return hasattr(model, "trace")
+    return callable(getattr(model, "trace", None))
 
 
 def takes_images(model: object, part: object) -> bool:
@@ -103,3 +104,14 @@ def set_alpha(model: Any, alpha: float) -> None:
             raise UnusableInput(
                 f"the dual's α cannot be set ({error}): let `alpha` be an attribute, or drop --alpha"
             ) from None
+
+
+@torch.no_grad()
+def refuse_idle_alpha(model: Dual, x: Tensor, former: float) -> None:
+    """UnusableInput for a dual that answers images x (B, C, H, W) as with its former α, though its branches differ."""
+    alpha, answers = float(model.alpha), model(x)
+    set_alpha(bare(model), former)
+    before = model(x)
+    set_alpha(bare(model), alpha)
+    if torch.equal(answers, before) and not torch.equal(model.standard(x), model.robust(x)):
+        raise UnusableInput("--alpha changes nothing of the model's answers: let its forward pass mix by `alpha`")

@@ -467,6 +467,34 @@ MUTATIONS = [
         "self.backwards += 1",
         "tests/attacks/test_block.py tests/suites/test_pgd.py",
     ),
+    Mutation("bench/pgd.py", "2 * torch.where(most > 0", "torch.where(most > 0", "tests/test_pgd.py -k infinities"),
+    Mutation(
+        "bench/attacks/search.py",
+        "else finite(found)",
+        "else found.nan_to_num(0.0, 0.0, 0.0)",
+        "tests/attacks/test_search.py -k infinite",
+    ),
+    Mutation(
+        "bench/evaluation/examine.py", "self._passed_over(record)", "pass", "tests/evaluation/test_examine.py -k given"
+    ),
+    Mutation(
+        "bench/evaluation/examine.py",
+        "|= attempt.attack != WARM_START",
+        "= True",
+        "tests/evaluation/test_replay.py -k no_attack",
+    ),
+    Mutation(
+        "bench/evaluation/identity.py",
+        "or not same_slopes(self.slopes, other.slopes, OF_SLOPE)",
+        "",
+        "tests/evaluation/test_identity.py -k gradients",
+    ),
+    Mutation("models/deployed.py", "[cut, len(x) - cut]", "len(x)", "tests/models/test_deployed.py -k pieces"),
+    Mutation("models/deployed.py", "return [BY_BATCH]", "return []", "tests/models/test_deployed.py -k pieces"),
+    Mutation("models/deployed.py", "else [GRADIENTS_BY_BATCH]", "else []", "tests/models/test_deployed.py -k pieces"),
+    Mutation("models/parts.py", "if torch.equal(answers, before)", "if True", "tests/models/test_parts.py -k alpha"),
+    Mutation("bench/boards/rows.py", " or THOUGH in flag", "", "tests/boards/test_rows.py -k hidden_routes"),
+    Mutation("bench/boards/check.py", ", *MASKED", "", "tests/boards/test_check.py -k told_once"),
     Mutation("bench/pgd.py", "delta.clamp(-eps, eps)", "delta.clamp(-2 * eps, eps)", "tests/test_pgd.py"),
     # suites
     Mutation(
@@ -868,7 +896,7 @@ MUTATIONS = [
         "models/deployed.py",
         "batch |= not same_logits(parts, whole[order], share)",
         "batch |= False",
-        "tests/evaluation/test_foreign.py -k batch",
+        "tests/models/test_deployed.py",
     ),
     Mutation(
         "models/routing.py", "torch.full_like(scores, 1 / k)", "torch.ones_like(scores)", "tests/models/test_routing.py"
@@ -937,7 +965,7 @@ MUTATIONS = [
     ),
     Mutation("models/foreign.py", 'own["forward"] = self.part\n', "pass\n", "tests/models/test_gates.py"),
     Mutation("models/foreign.py", 'del own["forward"]\n', "pass\n", "tests/models/test_gates.py"),
-    Mutation("models/parts.py", "number and hasattr", "hasattr", "tests/models/test_parts.py"),
+    Mutation("models/parts.py", "return number and all(", "return all(", "tests/models/test_parts.py"),
     Mutation("models/choices.py", "values == features > _COLOURS", "False", "tests/models/test_choices.py"),
     Mutation("models/choices.py", "values >= features", "False", "tests/models/test_choices.py"),
     Mutation(

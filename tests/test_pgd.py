@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench.errors import UnusableInput
 from bench.models.deployed import eval_frozen
-from bench.pgd import default_step_size, near_start, pgd, project, random_start
+from bench.pgd import default_step_size, finite, near_start, pgd, project, random_start
 from bench.spec import ThreatModel
 
 LINF, L2 = ThreatModel(norm="Linf", eps=0.1), ThreatModel(norm="L2", eps=0.5)
@@ -220,3 +220,10 @@ def test_images_are_attacked_independently_of_each_other():
 @pytest.mark.parametrize(("steps", "size"), [(10, 0.25), (50, 0.05), (2, 1.0), (1, 1.0)])
 def test_default_step_size_in_units_of_eps(steps: int, size: float):
     assert default_step_size(0.2, steps) == pytest.approx(size * 0.2)
+
+
+def test_infinities_of_a_gradient_are_twice_its_largest_finite_entry():
+    inf, nan = torch.inf, torch.nan
+    given = torch.tensor([[1.0, -3.0, 0.0], [inf, -2.0, nan], [-inf, inf, 0.0], [nan, nan, nan], [inf, 1e38, 0.0]])
+    expected = torch.tensor([[1.0, -3.0, 0.0], [4.0, -2.0, 0.0], [-2.0, 2.0, 0.0], [0.0] * 3, [2e38, 1e38, 0.0]])
+    assert torch.equal(finite(given.view(5, 3, 1, 1)), expected.view(5, 3, 1, 1))

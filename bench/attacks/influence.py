@@ -17,6 +17,7 @@ from bench.attacks.deployed import OPENED, smoothly
 from bench.attacks.gradients import by_name
 from bench.attacks.search import Search, losses, margin
 from bench.models.unused import MOST_STACKED, Stacks
+from bench.pgd import finite
 
 #: So many parts are led to, those with the least influence on the block's images.
 PARTS = 4
@@ -187,7 +188,7 @@ def _quiet(model: nn.Module, x: Tensor, side: Tensor) -> list[tuple[int, int]]:
     given = torch.autograd.grad(value, layers.found, allow_unused=True)
     influence = []
     for gradient, one in zip(given, layers.found, strict=True):
-        known = torch.zeros_like(one) if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
+        known = torch.zeros_like(one) if gradient is None else finite(gradient)
         influence.append((known.flatten(0, 1).norm(dim=0) * one.flatten(0, 1).norm(dim=0)).detach())
     mean = torch.cat(influence).mean()
     turns = sorted(range(len(influence)), key=lambda layer: float(influence[layer].mean()))

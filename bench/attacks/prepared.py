@@ -13,14 +13,13 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bench.attacks.block import Block
-from bench.models.deployed import same_logits
+from bench.models.deployed import same_logits, same_slopes, sloped
 from bench.models.foreign import Guarded
 
 #: How far the prepared model's logits may be from the original's, relative to how far these lie apart.
 TOLERANCE = 1e-5
-#: The same on images that an attack made, among which an MoE's may lie so near a tie that rounding decides the route;
-#: and the least share of images that must have the same gradient.
-UNDER_ATTACK, SAME_GRADIENTS = 1e-3, 0.9
+#: The same on images that an attack made, among which an MoE's may lie so near a tie that rounding decides the route.
+UNDER_ATTACK = 1e-3
 
 
 class _ChannelsLast(torch.autograd.Function):
@@ -74,27 +73,15 @@ def faithful(ready: nn.Module, model: nn.Module, x: Tensor, tolerance: float = U
     """Whether a copy gives the model's logits on the images x (B, c, H, W), and the gradients of them.
 
     A class may say itself how it is copied, and a model may know that it is a copy: what it then hides from attacks
-    must not be hidden from the verdict. The tolerance is that of `same_logits`. A kink of the network, on which
-    rounding decides, may give a few images another gradient.
+    must not be hidden from the verdict. The tolerance is that of `same_logits`.
     """
     try:
-        expected, slope = _answer(model, x)
-        halves = [_answer(ready, half) for half in torch.chunk(x, 2)]
+        expected, slope = sloped(model, x)
+        halves = [sloped(ready, half) for half in torch.chunk(x, 2)]
     except Exception:  # of a kind that only the model knows
         return False
     logits, other = (torch.cat(parts) for parts in zip(*halves, strict=True))
-    same = (other - slope).norm(dim=1) <= 0.01 * slope.norm(dim=1)
-    return same_logits(logits, expected, tolerance) and float(same.float().mean()) >= SAME_GRADIENTS
-
-
-def _answer(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, C), and the gradient (B, c·H·W) of a sum of them that is no attack's loss."""
-    x = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        logits = model(x)
-        weights = torch.arange(1, 1 + logits.shape[1], device=x.device).cos()
-        (gradient,) = torch.autograd.grad((logits * weights).sum(), x)
-    return logits.detach(), gradient.flatten(1)
+    return same_logits(logits, expected, tolerance) and same_slopes(other, slope, 0.01)
 
 
 def fold_batch_norm(model: nn.Module) -> None:

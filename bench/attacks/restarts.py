@@ -18,7 +18,7 @@ from bench.attacks.block import Block
 from bench.attacks.deviations import SCOPE
 from bench.attacks.paths import Gradient, Paths
 from bench.attacks.search import Objective, losses, margin, standardised
-from bench.pgd import ascend_once, project
+from bench.pgd import ascend_once, finite, project
 
 #: Where a restart begins.
 Beginning = Literal["drawn", "elsewhere", "away"]
@@ -220,7 +220,7 @@ class Restart:
         start = block.x.clone()
         if lead.requires_grad:
             (found,) = torch.autograd.grad(lead.sum(), z, allow_unused=True)  # a quantized layer's may be of its bias
-            ascent = side * (torch.zeros_like(z) if found is None else found).nan_to_num(0.0, 0.0, 0.0)
+            ascent = torch.zeros_like(z) if found is None else side * finite(found)
             start[rows] = ascend_once(block.x[rows], ascent, block.x[rows], block.threat_model, block.threat_model.eps)
         return start
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.attacks.block import Block
-from bench.pgd import ascend_once, project, random_start
+from bench.pgd import ascend_once, finite, project, random_start
 from bench.spec import ThreatModel
 
 #: From iterates (m, C, H, W) and their rows in the block (m,) to a value each (m,), which is maximised, and where the
@@ -193,7 +193,7 @@ class _Run:
             value, hit = self.objective(z, self.rows)
             # what runs under no_grad has no gradient, not even zero
             found = torch.autograd.grad(value.sum(), z, allow_unused=True)[0] if value.requires_grad else None
-        gradient = torch.zeros_like(z) if found is None else found.nan_to_num(0.0, 0.0, 0.0)
+        gradient = torch.zeros_like(z) if found is None else finite(found)
         return value.detach().nan_to_num(-torch.inf), gradient, hit.detach()
 
     def _moved(self, z: Tensor) -> Tensor:

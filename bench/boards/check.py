@@ -28,7 +28,7 @@ from bench.results.certificates import (
     read_certificates,
     succeeded,
 )
-from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, UNRANKED, WEAKER
+from bench.results.flags import HIDDEN_ROUTES, MASKED, OUTSIDE_TORCH, UNRANKED, WEAKER
 from bench.results.metrics import adjusted, clean_by_example, mcnemar, robust_by_example, sign_flip, tarone
 from bench.results.schema import Result, suite_label
 from bench.results.store import Run, read_runs
@@ -326,8 +326,8 @@ def _of_runs(before: Run, after: Run, images: "Images", unmeasured: list[Unmeasu
 def _new_flags(before: Run, after: Run, told: set[str], strict: bool) -> list[Unmeasured]:
     """Signs that the new RA is too high which the baseline has not, each once for a model.
 
-    They fail the check where they keep a model from a rank, and all of them where it is strict: what hides behind
-    masked gradients looks like a gain.
+    They fail the check where they keep a model from a rank, or where its gradients hide something, since what hides
+    behind masked gradients looks like a gain; and all of them where it is strict.
     """
 
     def kinds(run: Run) -> dict[str, str]:  # the same flag may tell of another number of images
@@ -338,7 +338,7 @@ def _new_flags(before: Run, after: Run, told: set[str], strict: bool) -> list[Un
     fresh = [flag for kind, flag in kinds(after).items() if kind not in known] if after.result.attacked else []
     found = []
     for flag in fresh:
-        fails = strict or flag in UNRANKED or flag.startswith((HIDDEN_ROUTES, OUTSIDE_TORCH))
+        fails = strict or flag in UNRANKED or flag.startswith((HIDDEN_ROUTES, OUTSIDE_TORCH, *MASKED))
         suite = suite_label(spec) if flag in after.result.suite_flags else "all suites"
         found.append(Unmeasured(_model(spec), suite, "robust", flag, fails, new_flag=True))
     return [one for one in found if str(one) not in told]

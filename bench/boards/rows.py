@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bench.errors import UnusableInput
 from bench.results.certificates import Certificates, CertifiedShares, certified_shares
-from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, ROUTES_INSIDE, UNRANKED
+from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, ROUTES_INSIDE, THOUGH, UNRANKED
 from bench.results.metrics import (
     accuracy_after,
     clean_by_example,
@@ -260,7 +260,7 @@ def _lacks(covering: Sequence[Run], failed: Sequence[Run], info: ModelInfo, rout
         if flag in UNRANKED:
             yield Lack(f"its {flag}")
         elif flag.startswith(HIDDEN_ROUTES):
-            yield Lack("its routes are not named (--gates GLOB, or none)")
+            yield Lack("not all its routes are shown (`bench doctor` tells what to do)")
         elif flag.startswith(OUTSIDE_TORCH):
             yield Lack("it chooses outside torch, where no attack follows")
 
@@ -271,8 +271,9 @@ def _lacks_adaptive(covering: Sequence[Run]) -> Iterator[Lack]:
     unforced = [[flag for flag in run.result.suite_flags if NOT_FORCED in flag] for run in runs]
     if any(run.result.attacked and not flags for run, flags in zip(runs, unforced, strict=True)):
         return
-    if any(run.result.spec.suite == "adaptive" and not run.result.attacked for run in covering):
-        yield Lack("its routes are hidden from suite `adaptive`")
+    if nothing := [run for run in covering if run.result.spec.suite == "adaptive" and not run.result.attacked]:
+        right = any(run.result.clean_accuracy.value for run in nothing)
+        yield Lack("its routes are hidden from suite `adaptive`" if right else "suite `adaptive` had nothing to attack")
     elif runs:
         yield Lack(f"suite `adaptive` did not attack every gate ({'; '.join(dict.fromkeys(unforced[0]))})")
     else:
@@ -335,7 +336,7 @@ def _row(rows_of: Mapping[Path, Table], covering: list[Run], own: list[Run], fai
     dual = info.alpha is not None or spec.alpha is not None
     flags = [flag for run in covering for flag in run.result.model_flags]
     routed = dual or info.num_experts is not None or info.routing_visible
-    routed = routed or any(flag.startswith((ROUTES_INSIDE, NO_GRADIENT)) for flag in flags)
+    routed = routed or any(flag.startswith((ROUTES_INSIDE, NO_GRADIENT)) or THOUGH in flag for flag in flags)
     flags += ["SA differs between suites"] * any((other != clean[0]).any() for other in clean)
     if scores.ra is not None and "pgd" in scores.under:
         gap = scores.under["pgd"] - scores.ra.value

@@ -164,6 +164,7 @@ _DEPENDENCE = dict(
             ("batch", "let eval mode use running statistics, and no shuffling or capacity over the batch"),
             ("state", "let forward passes in eval mode change no buffer or attribute"),
             ("under no_grad", "let forward passes not ask whether gradients are taken"),
+            ("gradients", "let the gradient of an image come of that image alone, in batches of any size"),
         ),
         strict=True,
     )
@@ -179,8 +180,8 @@ def _depends(found: Sequence[str]) -> Iterator[Finding]:
         "under no_grad": "the same answer",
     }
     for flag, (what, remedy) in _DEPENDENCE.items():
-        seen = flag in found
-        yield Finding(what, flag if seen else fine[what], remedy if seen else "")
+        if (seen := flag in found) or what in fine:
+            yield Finding(what, flag if seen else fine[what], remedy if seen else "")
     for flag in found:
         if flag.startswith("probe of"):
             yield Finding("batch", flag, "let it take batches of 1, 2, 4, 8 and 32 images")

@@ -24,7 +24,7 @@ from bench.files import write_if_changed
 from bench.job import Job, Subject
 from bench.models.deployed import eval_frozen, full_float32
 from bench.models.fit import fit
-from bench.models.parts import set_alpha
+from bench.models.parts import is_dual, refuse_idle_alpha, set_alpha
 from bench.models.sites import forced_inside
 from bench.randomness import block_seed, seeded
 from bench.results.metrics import robust_by_example
@@ -82,6 +82,7 @@ def evaluate(
     if finished is not None:
         return finished
     started = time.time()
+    former = float(job.subject.model.alpha) if is_dual(job.subject.model) else spec.alpha
     if spec.alpha is not None:
         set_alpha(job.subject.model, spec.alpha)
     model = guarded(job.subject).to(device)
@@ -91,8 +92,10 @@ def evaluate(
             fit(model, data.x[job.blocks[0]].to(device), forced_inside(model))
     blocks = _Blocks(folder, len(job.blocks), on_block)
     with eval_frozen(model), full_float32(), seeded(0):
-        looked_at = max(PROBED, len(data.x[job.blocks[0]]))
-        examiner = Examiner(job, model, known, data.x[:looked_at].to(device), on_attack)
+        looked_at = data.x[: max(PROBED, len(data.x[job.blocks[0]]))].to(device)
+        if is_dual(model) and former is not None and former != spec.alpha:
+            refuse_idle_alpha(model, looked_at[:PROBED], former)
+        examiner = Examiner(job, model, known, looked_at, on_attack)
     if job.subject.identity:
         write_if_changed(folder.path / identity.FILE, job.subject.identity)
     blocks.look()

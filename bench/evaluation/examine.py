@@ -23,7 +23,7 @@ from bench.evaluation.scales import accuracy_flags
 from bench.evaluation.verdicts import Judgement, judge, legal
 from bench.job import Job, Subject
 from bench.models.choices import few, find_choices
-from bench.models.deployed import Prediction, dependence, predict, same_logits, validate_outputs
+from bench.models.deployed import Prediction, by_batch, dependence, predict, same_logits, validate_outputs
 from bench.models.exchanges import misshown, thresholded
 from bench.models.foreign import DRAWS, Guarded, settings_kept
 from bench.models.gates import NONE
@@ -39,6 +39,7 @@ from bench.results.flags import (
     OUTSIDE_TORCH,
     ROUTES_INSIDE,
     STATEFUL,
+    THOUGH,
     WEAKER,
 )
 from bench.results.schema import VERDICT_COLUMNS
@@ -66,8 +67,8 @@ class ExaminedBlock:
 class _Record:
     """What is known of a block so far. columns: of F's rows, what does not depend on the attack.
 
-    unbroken (B,): classified correctly, and by no attack broken or driven to an error. logits (B, C): the clean ones,
-    as in `Prediction`.
+    unbroken (B,): classified correctly, and by no attack broken or driven to an error. met (B,): given to some attack
+    of the suite on F. logits (B, C): the clean ones, as in `Prediction`.
     """
 
     x: Tensor
@@ -76,6 +77,7 @@ class _Record:
     columns: dict[str, Any]
     correct: Tensor
     unbroken: Tensor
+    met: Tensor
     logits: Tensor | None
     frames: list[pd.DataFrame] = field(default_factory=list)
     witnesses: list[Witnesses] = field(default_factory=list)
@@ -116,14 +118,17 @@ class Examiner:
         self.model, self.known, self.on_attack, self._data = model, known, on_attack, job.data
         validate_outputs(model, first, self.num_classes, self.info)
         #: flags of what the model's answers depend on, of routes that it does not show, and of a doubtful accuracy
-        self.found = [*self._depends(first[:PROBED]), *self._routes(first[:WATCHED])]
+        self.found = [*self._depends(first), *self._routes(first[:WATCHED])]
         self.found += self._accuracy(first, job.data.y[: len(first)].to(first.device))
         self.found += self._unused(first[:PROBED])
 
-    def _depends(self, x: Tensor) -> list[str]:
+    def _depends(self, first: Tensor) -> list[str]:
         """What the model's answers depend on beside the image, as flags."""
+        cut = 1 + block_seed(self.spec.seed, 0) % max(len(first) - 1, 1)
         try:
-            reasons = dependence(self.model, x).reasons
+            reasons = dependence(self.model, first[:PROBED]).reasons
+            if not reasons and isinstance(self.model, Guarded) and len(first) > 1:
+                reasons = tuple(by_batch(self.model, first, cut))
         except Exception as error:  # of a user's own model that takes no batch of another size
             return [f"probe of outputs failed: {type(error).__name__}"]
         if isinstance(self.model, Guarded) and BY_CHANCE in reasons:
@@ -161,7 +166,7 @@ class Examiner:
             return [said, f"{OUTSIDE_TORCH}the {why}", *inside] if declared else [f"{HIDDEN_ROUTES}the {why}"]
         if declared and not choices.gates and not wrong:  # a choice in a gate that is shown is none to be declared away
             outside = [f"{OUTSIDE_TORCH}{few(choices.outside)}"] if choices.outside else []
-            seen = f", though it chooses by the image ({few(choices.operations)})" if choices.operations else ""
+            seen = f"{THOUGH} ({few(choices.operations)})" if choices.operations else ""
             return [f"{said}{seen}", *outside, *inside]
         if choices:
             return [f"{HIDDEN_ROUTES}{choices.words(declared or bool(self.model.gates))}"]
@@ -206,6 +211,7 @@ class Examiner:
                 if record.correct.any() or self.suite.every:
                     for attempt in self._attempts(block, record):
                         self._take(attempt, block, record)
+                    self._passed_over(record)
             except UnusableInput:
                 raise
             except Exception as error:  # whatever an attack raises: what it left is unknown, never robust
@@ -257,7 +263,8 @@ class Examiner:
             "input_hash": [input_hash(image) for image in x],
             "label": y.cpu().numpy(),
         }
-        record = _Record(x, y, idx, of_image | _clean_columns(clean, y), correct, correct.clone(), clean.logits)
+        columns = of_image | _clean_columns(clean, y)
+        record = _Record(x, y, idx, columns, correct, correct.clone(), torch.zeros_like(correct), clean.logits)
         zero = torch.zeros(len(x), dtype=torch.double)
         nothing = Judgement(clean, zero, zero, ~clean.finite, ~correct, torch.zeros_like(correct))
         record.frames.append(_frame(record.columns, torch.arange(len(x)), "clean", "F", nothing))
@@ -321,6 +328,7 @@ class Examiner:
         columns, rows = record.columns, attempt.rows.cpu()
         if whole:
             record.unbroken[rows] &= ~judged.broken & ~judged.error
+            record.met[rows] |= attempt.attack != WARM_START
             found = attempt.x_adv.cpu()[judged.broken].float().numpy()
             own = record.idx[rows[judged.broken]].numpy()
             record.witnesses.append(Witnesses(own, (attempt.attack,) * len(found), found))
@@ -334,6 +342,18 @@ class Examiner:
         record.report.add(attempt, judged)
         if whole:
             self.on_attack(attempt.attack, len(rows), int(record.unbroken[rows].sum()))
+
+    def _passed_over(self, record: _Record) -> None:
+        """Errors for images that the model gets right, and that were given to no attack, where others were.
+
+        An attack that looks for itself what is right may have been told otherwise, or have forgotten some.
+        """
+        rows = (record.unbroken & ~record.met).nonzero()[:, 0]
+        if len(rows) and record.met.any():
+            record.report.errors.append(
+                f"{self.spec.suite}: {len(rows)} images that the model gets right were not attacked"
+            )
+            record.frames.append(_frame(record.columns, rows, self.spec.suite, "F", _unknown(len(rows))))
 
     def _part(self, name: str) -> nn.Module:
         """A part of the model, or the model with one expert of a gate forced."""

@@ -3,7 +3,7 @@
 Neither alone is enough: a factory may read a threshold from the environment, or a helper may have been edited, and the
 weights are the same; and few images may not tell two models apart whose weights differ. What a model computes is
 compared with a tolerance, since the last bits of a sum depend on the device and the number of threads; its source text
-is not compared: it does not show what is called.
+is not compared: it does not show what is called. Its gradients count as well: attacks follow them.
 """
 
 import hashlib
@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from bench.datasets.base import EvalSet, input_hash
 from bench.errors import users_code
 from bench.job import IDENTITY_FILE, Subject
-from bench.models.deployed import ROUNDING, eval_frozen, full_float32, same_logits, validate_outputs
+from bench.models.deployed import (
+    ROUNDING,
+    eval_frozen,
+    full_float32,
+    same_logits,
+    same_slopes,
+    sloped,
+    validate_outputs,
+)
 from bench.models.foreign import Guarded
 from bench.models.parts import is_dual
 from bench.models.state import numbers
@@ -33,6 +41,8 @@ from bench.spec import dataset_folder, path_safe
 FILE = IDENTITY_FILE
 #: Images that a model is asked for: so many random ones, and so many of the evaluation set.
 PROBED = 32
+#: Random directions that the gradient of each image is told along; and by how much of their length these may differ.
+DIRECTIONS, OF_SLOPE = 8, 0.1
 #: How far logits of one model may differ, where its dtype is coarser than float32: so many of its ε.
 TOLERANCE_IN_EPS = 4
 
@@ -73,26 +83,31 @@ def _add(sha: Any, value: Any) -> None:
 @dataclass(frozen=True)
 class Identity:
     """weights: their SHA-256. random, first: logits (m, C) of random images and of the first of the evaluation set,
-    whose hashes are `images`. tolerance: by how much these may differ (`bench.models.deployed.same_logits`)."""
+    whose hashes are `images`. tolerance: by how much these may differ (`bench.models.deployed.same_logits`). slopes:
+    the gradients of the random images along some directions (m, DIRECTIONS); 0 where a backward pass fails.
+    """
 
     weights: str
     random: Tensor
     first: Tensor
     images: tuple[str, ...]
     tolerance: float
+    slopes: Tensor
 
     @property
     def sha256(self) -> str:
         """What runs are filed under: those of a model that is recognised keep that of its first run."""
         sha = hashlib.sha256(self.weights.encode())
-        for logits in (self.random, self.first):
-            sha.update(logits.numpy().tobytes())
+        for tensor in (self.random, self.first, self.slopes):
+            sha.update(tensor.numpy().tobytes())
         return sha.hexdigest()
 
     def same(self, other: Self) -> bool:
         """Whether both are of one model: equal weights, and equal answers where both were asked for the same images."""
         shared = min(len(self.images), len(other.images))
         if self.weights != other.weights or not shared or self.images[:shared] != other.images[:shared]:
+            return False
+        if self.slopes.shape != other.slopes.shape or not same_slopes(self.slopes, other.slopes, OF_SLOPE):
             return False
         tolerance = max(self.tolerance, other.tolerance)
         pairs = ((self.random, other.random), (self.first[:shared], other.first[:shared]))
@@ -102,7 +117,8 @@ class Identity:
     def to_bytes(self) -> bytes:
         """A safetensors file."""
         words = {"weights": self.weights, "images": self.images, "tolerance": self.tolerance}
-        return save({"random": self.random, "first": self.first}, metadata={"identity": json.dumps(words)})
+        tensors = {"random": self.random, "first": self.first, "slopes": self.slopes}
+        return save(tensors, metadata={"identity": json.dumps(words)})
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -110,21 +126,28 @@ class Identity:
         try:
             with safe_open(path, framework="pt") as file:
                 words = json.loads((file.metadata() or {})["identity"])
-                random, first = file.get_tensor("random"), file.get_tensor("first")
+                random, first, slopes = (file.get_tensor(name) for name in ("random", "first", "slopes"))
         except SafetensorError as error:
             raise ValueError(str(error)) from None
-        return cls(words["weights"], random, first, tuple(words["images"]), words["tolerance"])
+        return cls(words["weights"], random, first, tuple(words["images"]), words["tolerance"], slopes)
 
 
 def identify(model: nn.Module, data: EvalSet) -> Identity:
     """Asks a model in eval mode for probe images; its draws, if it makes any, are the same every time."""
     guard, x = Guarded(model), data.x[:PROBED]
     random = torch.rand(PROBED, *x.shape[1:], generator=generator("identity"))
-    with eval_frozen(guard), full_float32(), torch.no_grad():
-        logits = [guard(images).cpu().contiguous() for images in (random, x)]
+    with eval_frozen(guard), full_float32():
+        with torch.no_grad():
+            logits = [guard(images).cpu().contiguous() for images in (random, x)]
+        try:
+            _, gradient = sloped(guard, random)
+        except Exception:  # of a user's own: it has none to tell it by
+            gradient = torch.zeros_like(random).flatten(1)
+    directions = torch.randn(gradient.shape[1], DIRECTIONS, generator=generator("identity-directions"))
     eps = torch.finfo(guard.dtype).eps if guard.dtype.is_floating_point else 0.0
     tolerance = max(ROUNDING, TOLERANCE_IN_EPS * eps)
-    return Identity(weights_sha256(model), logits[0], logits[1], tuple(input_hash(image) for image in x), tolerance)
+    hashes, slopes = tuple(input_hash(image) for image in x), gradient.cpu() @ directions
+    return Identity(weights_sha256(model), logits[0], logits[1], hashes, tolerance, slopes)
 
 
 def identified(subject: Subject, data: EvalSet, num_classes: int, files: Iterable[Path] = ()) -> Subject:

@@ -47,7 +47,8 @@ def better_scale(model: nn.Module, x: Tensor, y: Tensor, found: float) -> str:
         with suppress(Exception):  # a user's model may refuse pixels outside [0, 1]
             right[name] = accuracy(model, (x - middle) / width, y)
     best = max(right, key=lambda name: right[name])
-    if right[best] <= found + BETTER:
+    spread = sum(share * (1 - share) for share in (found, right[best])) / len(x)
+    if right[best] <= found + max(BETTER, 2 * math.sqrt(spread)):  # two standard errors: of few images many differ
         return ""
     return f"{right[best]:.1%} are right where images are {best}: the model seems to have no normalisation inside"
 

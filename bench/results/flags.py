@@ -1,11 +1,14 @@
 """Flags that boards and the check act on; here, since these import no torch."""
 
+from bench.spec import NO_GRADIENT
+
 #: Of a model that keeps no rank: it is no function of the single image, so no accuracy of it is one number. They are
-#: what `bench.models.deployed.Dependence` calls its reasons.
+#: what `bench.models.deployed.Dependence` and `by_batch` call their reasons.
 BY_CHANCE = "outputs depend on chance"
 STATEFUL = "forward passes change the model's state"
+BY_BATCH, GRADIENTS_BY_BATCH = "outputs depend on the batch", "gradients depend on the batch"
 UNRANKED = (
-    BY_CHANCE, "outputs depend on the batch", STATEFUL, "outputs depend on whether gradients are taken",
+    BY_CHANCE, BY_BATCH, STATEFUL, "outputs depend on whether gradients are taken", GRADIENTS_BY_BATCH,
 )  # fmt: skip
 
 #: How the flag of a run begins whose suite had weaker settings than its default (`Suite.weaker_than_default`).
@@ -15,9 +18,13 @@ WEAKER = "weaker than the default: "
 #: (`bench.models.choices`), and of one whose routes were found inside, which has to be attacked by `adaptive`.
 HIDDEN_ROUTES = "routes not named: "
 ROUTES_INSIDE = "routes inside: "
+#: Beginnings of flags of a model whose gradients hide something, so that what follows them finds less than there is.
+MASKED = (NO_GRADIENT, "gradients masked", "gradients do not lower the margin", "stand-ins for its gradients break")
 #: How the flag of a model begins whose clean accuracy is low enough that something else may be wrong.
 DOUBTFUL = "SA is doubtful: "
 #: Beginning of the flag of a model that the user says makes no choices, or no others (`--gates none`).
 DECLARED = "declared by the user to have no "
+#: What such a flag goes on with where the model chooses by the image all the same, so that `adaptive` has to attack it.
+THOUGH = ", though it chooses by the image"
 #: Beginning of its flag where it makes some all the same that no attack can follow, so that it has no rank.
 OUTSIDE_TORCH = "choices outside torch: "

@@ -189,3 +189,23 @@ def test_at_a_tie_the_class_that_is_given_counts():
     s.unbroken[:] = True
     s.test(s.block.x, torch.tensor([0]))
     assert s.unbroken.tolist() == [False]
+
+
+class Root(nn.Module):
+    """Class 1 where the sum of the pixels' roots is above ½: at black pixels its gradient is infinite."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = 0.5 - x.flatten(1).sqrt().sum(1)
+        return torch.stack([-m, m], 1)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_an_infinite_gradient_is_followed(norm: Any):
+    s = search([0.0], model=Root(), norm=norm, eps=0.3)
+
+    def up(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        logits = Root()(z)
+        return margin(logits, s.block.y[rows]), logits.argmax(1) != 1
+
+    s.climb(up, s.block.x, 5, s.rows)
+    assert not s.unbroken.any()

@@ -490,7 +490,9 @@ def test_noise_fails_at_most_five_percent_of_checks_and_a_real_drop_few_pass(cap
 @pytest.mark.parametrize(
     ("flag", "fails"),
     [
-        ("gradients masked: PGD breaks 15 of 32 in a ball that holds every image", False),
+        ("outputs are probabilities", False),
+        ("gradients masked: PGD breaks 15 of 32 in a ball that holds every image", True),
+        ("logits have no gradient", True),
         (BY_CHANCE, True),
         (f"{HIDDEN_ROUTES}topk in block", True),
         (f"{OUTSIDE_TORCH}values read by Python", True),

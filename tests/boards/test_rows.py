@@ -10,7 +10,7 @@ from saved_runs import MOE, markdown, save, table
 from bench.boards import views
 from bench.boards.leaderboard import boards
 from bench.errors import UnusableInput
-from bench.results.flags import HIDDEN_ROUTES, ROUTES_INSIDE, UNRANKED
+from bench.results.flags import DECLARED, HIDDEN_ROUTES, ROUTES_INSIDE, THOUGH, UNRANKED
 from bench.results.store import RunFolder, run_folder
 from bench.spec import NO_GRADIENT, NOT_FORCED
 
@@ -379,20 +379,26 @@ def test_hidden_routes_have_no_rank_and_routes_inside_or_no_gradient_need_adapti
         ("hidden", f"{HIDDEN_ROUTES}gt in M"),
         ("inside", f"{ROUTES_INSIDE}m.router"),
         ("flat", NO_GRADIENT),
+        ("none", f"{DECLARED}routes{THOUGH} (argmax in M)"),
     ):
         save(tmp_path, "autoattack", {"clean": "11", "apgd-ce": "11"}, model=model, model_flags=(flag,))
-    assert table(tmp_path)["rank"].to_dict() == {"dense": "1", "hidden": "", "inside": "", "flat": ""}
-    for model in ("hidden", "inside", "flat"):
+    assert table(tmp_path)["rank"].to_dict() == {"dense": "1"} | dict.fromkeys(("hidden", "inside", "flat", "none"), "")
+    for model in ("hidden", "inside", "flat", "none"):
         save(tmp_path, "adaptive", {"clean": "11", "route": "11"}, model=model)
     ranks = table(tmp_path)["rank"].to_dict()
     assert ranks["hidden"] == ""
-    assert sorted([ranks["dense"], ranks["inside"], ranks["flat"]]) == ["1", "2", "3"]
+    assert sorted(ranks[model] for model in ("dense", "inside", "flat", "none")) == ["1", "2", "3", "4"]
 
 
 def test_adaptive_that_attacked_nothing_proves_nothing(tmp_path: Path):
     save(tmp_path, "autoattack", {"clean": "11", "apgd-ce": "11"}, model="m", model_flags=(f"{ROUTES_INSIDE}router",))
     save(tmp_path, "adaptive", {"clean": "11"}, model="m")
+    save(tmp_path, "adaptive", {"clean": "00"}, model="all wrong", model_flags=(f"{ROUTES_INSIDE}router",))
     assert table(tmp_path).loc["m", "rank"] == ""
+    (board,) = boards(tmp_path)
+    lacks = {row.name: [str(lack) for lack in row.lacks] for row in board.rows}
+    assert any("its routes are hidden from suite `adaptive`" in lack for lack in lacks["m"])
+    assert any("suite `adaptive` had nothing to attack" in lack for lack in lacks["all wrong"])
 
 
 def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path: Path):

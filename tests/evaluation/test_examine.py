@@ -27,3 +27,17 @@ def test_a_suite_that_works_in_place_changes_no_verdict_and_no_data(planted: Any
     assert (attacked["linf"] > 0.2).all()  # from the image as it was, and outside the ball
     assert set(attacked["status"]) == {"error"}
     assert (result.clean_accuracy.value, result.robust_accuracy.value, result.errors) == (23 / 24, 0, 23)
+
+
+class Forgetful(Suite):
+    """Attacks every image but the first two that the model gets right."""
+
+    def attack(self, block: Block) -> Iterator[Attempt]:
+        rows = block.rows[2:]
+        yield block.attempt("forgetful", rows, block.x[rows])
+
+
+def test_what_no_attack_was_given_is_an_error_and_not_robust(planted: Any, score: Any):
+    result, rows = score(planted.robust(), Forgetful(), planted.data())
+    assert (result.clean_accuracy.value, result.robust_accuracy.value, result.errors) == (23 / 24, 21 / 24, 2)
+    assert set(rows.loc[rows["status"] == "error", "attack"]) == {result.spec.suite}

@@ -127,6 +127,20 @@ def test_low_precision_is_compared_as_coarsely_as_it_computes(planted: Any):
     assert not coarse.same(identify(Net(lambda logits: (logits * 1.2).bfloat16()), data))
 
 
+def test_gradients_tell_models_apart_of_which_all_else_is_the_same(planted: Any, tmp_path: Path):
+    """Else a model whose `no_grad` is taken away keeps the robust accuracy that nothing could attack."""
+    data = planted.data()
+    kinds = [
+        identify(Net(change), data) for change in (lambda z: z, lambda z: z.detach(), lambda z: 2 * z - z.detach())
+    ]
+    assert torch.equal(kinds[0].random, kinds[1].random)
+    assert len({kind.sha256 for kind in kinds}) == 3
+    for number, kind in enumerate(kinds):
+        (tmp_path / FILE).write_bytes(kind.to_bytes())
+        assert [kind.same(other) for other in kinds] == [n == number for n in range(3)]
+        assert Identity.read(tmp_path / FILE).same(kind)
+
+
 def test_fewer_images_of_the_same_set_are_enough_and_none_are_not(planted: Any):
     data = planted.data()
     few = EvalSet(data.x[:5], data.y[:5], data.idx[:5], "few", "")

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import UnusableInput
-from bench.models.deployed import Dependence, dependence, full_float32, same_logits, validate_outputs
+from bench.models.deployed import (
+    Dependence,
+    by_batch,
+    dependence,
+    first_expert,
+    full_float32,
+    same_logits,
+    validate_outputs,
+)
 from bench.models.foreign import Guarded
 from bench.models.moe import MoE
 from bench.spec import ModelInfo
@@ -223,3 +231,45 @@ def test_a_mixture_answers_image_by_image_and_one_with_a_capacity_does_not(linea
     x = torch.rand(4, 1, 8, 8)
     assert dependence(moe, x) == FUNCTION
     assert dependence(Capacity(moe.experts, moe.router).eval(), x).reasons == ("outputs depend on the batch",)
+
+
+def _first_rows(model: Any, x: Tensor, z: Tensor) -> Tensor:
+    """A gradient for the first 32 images alone."""
+    return torch.cat([z[:32], z[32:].detach()])
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda model, x, z: z, []),
+        (lambda model, x, z: z.bfloat16() if len(x) > 50 else z.bfloat16() * 1.003, []),
+        (lambda model, x, z: z * torch.where(torch.arange(len(x)) % 50 == 7, 1.0, 1.0)[:, None], []),
+        (lambda model, x, z: -z if len(x) > 64 else z, ["outputs depend on the batch"]),
+        (lambda model, x, z: -z if 64 < len(x) < 100 else z, ["outputs depend on the batch"]),
+        (_first_rows, ["gradients depend on the batch"]),
+        (lambda model, x, z: 2 * z.detach() - z if len(x) > 32 else z, ["gradients depend on the batch"]),
+        (lambda model, x, z: z.detach() if len(x) > 32 else z, ["gradients depend on the batch"]),
+        (lambda model, x, z: z.detach(), []),  # it has none, which is told elsewhere
+    ],
+)
+def test_a_whole_block_is_answered_as_its_pieces_are(change: Callable[..., Tensor], found: list[str]):
+    torch.manual_seed(0)
+    model, x = Guarded(Planted(change)).eval(), torch.rand(120, 1, 8, 8)
+    model(x)  # whose dtype it then knows
+    assert by_batch(model, x, cut=99) == found
+
+
+def test_the_route_of_a_user_s_own_class_is_its_router_s_where_its_trace_is_something_else():
+    class Traces(nn.Module):
+        def __init__(self, trace: Any) -> None:
+            super().__init__()
+            self.router, self.experts = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), nn.ModuleList([nn.Identity()] * 3)
+            self.trace = trace
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.router(x)
+
+    x = torch.rand(6, 1, 2, 2)
+    for trace in (False, open, lambda x: (x, x), lambda x: None):
+        model = Guarded(Traces(trace))
+        assert torch.equal(first_expert(model, x), model.router(x).argmax(1))

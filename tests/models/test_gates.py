@@ -462,6 +462,8 @@ def test_a_model_may_name_its_gates_itself():
         (["layers.*.gate"], ("layers.*.gate",)),
         ({"layers.*.gate": 1}, ("layers.*.gate:k=1",)),
         ("none", ("none",)),
+        ("sigmoid", ()),  # which is something else by that name
+        (["sigmoid", "*.gate"], ("sigmoid", "*.gate")),  # of which one is a gate
         (nn.ModuleList([nn.Identity()]), ()),
         ([nn.Identity()], ()),
     ):

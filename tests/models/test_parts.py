@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from bench.errors import UnusableInput
 from bench.models.dual import DualModel
-from bench.models.parts import is_dual, is_moe, is_traced, parts, routed_branch, routed_branches, set_alpha
+from bench.models.foreign import Guarded
+from bench.models.parts import (
+    is_dual,
+    is_moe,
+    is_traced,
+    parts,
+    refuse_idle_alpha,
+    routed_branch,
+    routed_branches,
+    set_alpha,
+)
 
 
 class Own(nn.Module):
@@ -83,3 +93,35 @@ def test_an_alpha_that_cannot_be_set_is_one_line():
 
     with pytest.raises(UnusableInput, match=r"^the dual's α cannot be set \(.*\): let `alpha` be an attribute"):
         set_alpha(Fixed(), 0.5)
+
+
+def test_an_alpha_that_changes_nothing_is_refused():
+    class Shows(nn.Module):
+        """A dual that mixes by another number than the α that it shows."""
+
+        def __init__(self, robust: nn.Module, mixes: bool) -> None:
+            super().__init__()
+            self.standard, self.robust, self.alpha, self.weight = nn.Linear(2, 2), robust, torch.tensor(0.3), 0.5
+            self.mixes = mixes
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.alpha if self.mixes else self.weight
+            return (1 - weight) * self.standard(x) + weight * self.robust(x)
+
+    x, robust = torch.rand(4, 2), nn.Linear(2, 2)
+    idle, mixing = Shows(robust, False), Shows(robust, True)
+    for model in (idle, Guarded(idle)):
+        assert is_dual(model)
+        with pytest.raises(UnusableInput, match="--alpha changes nothing of the model's answers"):
+            refuse_idle_alpha(model, x, 0.9)
+    for fine in (mixing, Shows(idle.standard, False)):
+        fine.standard = idle.standard
+        refuse_idle_alpha(fine, x, 0.9)
+        assert float(fine.alpha) == pytest.approx(0.3)
+
+
+def test_attributes_of_these_names_that_are_something_else_are_no_parts():
+    dense = nn.Linear(2, 2)
+    dense.alpha, dense.standard, dense.robust, dense.trace = 0.5, 1.0, True, False
+    assert not is_dual(dense)
+    assert not is_traced(dense)
