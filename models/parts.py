@@ -44,7 +44,8 @@ def is_dual(model: object) -> TypeGuard[Dual]:
     """Whether the model shows its branches and α, one number: what is worked out for each image or class is another."""
     alpha = getattr(model, "alpha", None)
     number = isinstance(alpha, Real) or (isinstance(alpha, Tensor) and alpha.numel() == 1)
-    return number and all(callable(getattr(model, branch, None)) for branch in ("standard", "robust"))
+    branches = [getattr(model, name, None) for name in ("standard", "robust")]
+    return number and all(callable(branch) and bare(branch) is not bare(model) for branch in branches)
 
 
 def is_moe(model: object) -> TypeGuard[RoutedModel]:
@@ -108,10 +109,12 @@ def set_alpha(model: Any, alpha: float) -> None:
 
 @torch.no_grad()
 def refuse_idle_alpha(model: Dual, x: Tensor, former: float) -> None:
-    """UnusableInput for a dual that answers images x (B, C, H, W) as with its former α, though its branches differ."""
+    """UnusableInput for a dual that answers as with its former α those of the images x (B, C, H, W) on which its
+    branches have unlike classes: where they agree, a mean of probabilities that are 0 and 1 is the same with any α."""
     alpha, answers = float(model.alpha), model(x)
     set_alpha(bare(model), former)
     before = model(x)
     set_alpha(bare(model), alpha)
-    if torch.equal(answers, before) and not torch.equal(model.standard(x), model.robust(x)):
+    unlike = model.standard(x).argmax(1) != model.robust(x).argmax(1)
+    if unlike.any() and torch.equal(answers[unlike], before[unlike]):
         raise UnusableInput("--alpha changes nothing of the model's answers: let its forward pass mix by `alpha`")

@@ -475,6 +475,18 @@ MUTATIONS = [
         "tests/attacks/test_search.py -k infinite",
     ),
     Mutation(
+        "bench/evaluation/probes.py",
+        "_held(model, inside, x) if inside else model",
+        "model",
+        "tests/evaluation/test_probes.py -k gates_scores",
+    ),
+    Mutation(
+        "bench/evaluation/probes.py",
+        "coarse > COARSE * spread(logits)",
+        "False",
+        "tests/evaluation/test_probes.py -k far_from_zero",
+    ),
+    Mutation(
         "bench/evaluation/examine.py", "self._passed_over(record)", "pass", "tests/evaluation/test_examine.py -k given"
     ),
     Mutation(
@@ -492,7 +504,7 @@ MUTATIONS = [
     Mutation("models/deployed.py", "[cut, len(x) - cut]", "len(x)", "tests/models/test_deployed.py -k pieces"),
     Mutation("models/deployed.py", "return [BY_BATCH]", "return []", "tests/models/test_deployed.py -k pieces"),
     Mutation("models/deployed.py", "else [GRADIENTS_BY_BATCH]", "else []", "tests/models/test_deployed.py -k pieces"),
-    Mutation("models/parts.py", "if torch.equal(answers, before)", "if True", "tests/models/test_parts.py -k alpha"),
+    Mutation("models/parts.py", "unlike.any() and torch.equal", "torch.equal", "tests/models/test_parts.py -k alpha"),
     Mutation("bench/boards/rows.py", " or THOUGH in flag", "", "tests/boards/test_rows.py -k hidden_routes"),
     Mutation("bench/boards/check.py", ", *MASKED", "", "tests/boards/test_check.py -k told_once"),
     Mutation("bench/pgd.py", "delta.clamp(-eps, eps)", "delta.clamp(-2 * eps, eps)", "tests/test_pgd.py"),
@@ -965,7 +977,12 @@ MUTATIONS = [
     ),
     Mutation("models/foreign.py", 'own["forward"] = self.part\n', "pass\n", "tests/models/test_gates.py"),
     Mutation("models/foreign.py", 'del own["forward"]\n', "pass\n", "tests/models/test_gates.py"),
-    Mutation("models/parts.py", "return number and all(", "return all(", "tests/models/test_parts.py"),
+    Mutation(
+        "models/parts.py",
+        "return number and all(",
+        "return all(",
+        "tests/models/test_parts.py",
+    ),
     Mutation("models/choices.py", "values == features > _COLOURS", "False", "tests/models/test_choices.py"),
     Mutation("models/choices.py", "values >= features", "False", "tests/models/test_choices.py"),
     Mutation(

@@ -70,8 +70,10 @@ def headline(board: Board) -> str:
         return "No model has a rank yet: what is shown are upper bounds of the robust accuracy."
     first = ranked[0]
     assert first.worst is not None
-    share, most = percent(first.worst.value), "" if len(ranked) == 1 else "Most robust is "
-    text = f"{most}{first.name}: {share} % of {first.n} images withstand every attack that ran."
+    best = [row.name for row in ranked if row.worst is not None and row.worst.value == first.worst.value]
+    most = "" if len(ranked) == 1 else "Most robust is " if len(best) == 1 else "Most robust are "
+    share, names = percent(first.worst.value), " and ".join(best)
+    text = f"{most}{names}: {share} % of {first.n} images withstand every attack that ran."
     if not first.worst.value:
         text = f"No ranked model withstands the attacks on any of {first.n} images."
     gaps = [(row.scores.ra.value - row.worst.value, row) for row in ranked if row.scores.ra and row.worst]

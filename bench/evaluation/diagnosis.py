@@ -313,7 +313,7 @@ def _rank(findings: Sequence[Finding], *, routed: bool) -> Finding:
     reasons = [
         finding.seen
         for finding in findings
-        if finding.remedy and finding.what in ("chance", "batch", "state", "under no_grad", "routes")
+        if finding.remedy and (finding.seen in UNRANKED or finding.what in ("chance", "batch", "state", "routes"))
     ]
     if reasons:
         return Finding("rank", f"none: {'; '.join(reasons)}", "mend what is named above")

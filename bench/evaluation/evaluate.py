@@ -82,7 +82,8 @@ def evaluate(
     if finished is not None:
         return finished
     started = time.time()
-    former = float(job.subject.model.alpha) if is_dual(job.subject.model) else spec.alpha
+    with torch.no_grad():  # α may be a parameter
+        former = float(job.subject.model.alpha) if is_dual(job.subject.model) else spec.alpha
     if spec.alpha is not None:
         set_alpha(job.subject.model, spec.alpha)
     model = guarded(job.subject).to(device)

@@ -7,7 +7,7 @@ Axes: B = probed images, C = classes, E = experts.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from bench.attacks.deployed import deployed, stand_ins
 from bench.attacks.gradients import differentiable, has_gradient
 from bench.attacks.influence import least_used
 from bench.attacks.search import RAISED, TRIED, Search, raised
+from bench.models.deployed import spread
 from bench.models.foreign import Guarded, bare
 from bench.models.moe import MoE
 from bench.models.parts import is_dual, parts, routed_branches
@@ -34,6 +35,8 @@ from bench.spec import NO_GRADIENT, ThreatModel
 
 #: How many images are looked at.
 PROBED = 32
+#: The largest share of how far logits lie apart that rounding may take.
+COARSE = 0.01
 #: Steps of the probes' own PGD.
 STEPS = 40
 
@@ -62,16 +65,45 @@ def _outputs(model: nn.Module, x: Tensor) -> Iterator[str]:
     logits = model(x)
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
         yield "outputs are probabilities"
+    coarse = torch.finfo(torch.float32).eps * float(logits.amax(1).abs().median())
+    if coarse > COARSE * spread(logits):
+        yield f"logits so far from 0 that float32 rounds them by {coarse / spread(logits):.0%} of what they lie apart"
 
 
 def _gradients(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Iterator[str]:
-    """Of a model without routes that can be seen: whether a small step along its gradient brings it nearer to wrong.
+    """Whether a small step along a model's gradient brings images nearer to wrong, its known gates held where they are.
 
-    Hidden routes, rounding and saturation keep it from that; `adaptive` looks by itself where there are routes.
+    Hidden routes, rounding and saturation keep it from that.
     """
-    if not sites(model) and not parts(model) and (share := raised(model, x, y, threat)) < RAISED:
+    inside = sites(model)
+    if (share := raised(_held(model, inside, x) if inside else model, x, y, threat)) < RAISED:
         step = f"a step of ε/{1 / TRIED:.0f} along them"
         yield f"gradients do not lower the margin: {step} does for {share:.0%} of images"
+
+
+def _held(model: nn.Module, inside: Sequence[Site], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The model for as many images as x, each with the scores that its own of x has at the gates."""
+    kept: dict[str, list[Tensor]] = {site.name: [] for site in inside}
+
+    def note(name: str, scores: Tensor) -> Tensor:
+        kept[name].append(scores.detach().clone())
+        return scores
+
+    def in_turn(own: Iterator[Tensor], scores: Tensor) -> Tensor:
+        return next(own, scores)
+
+    def held(z: Tensor) -> Tensor:
+        with ExitStack() as stack:
+            for site in inside:
+                stack.enter_context(intercepted(site, partial(in_turn, iter(kept[site.name]))))
+            logits: Tensor = model(z)
+        return logits
+
+    with ExitStack() as stack, torch.no_grad():
+        for site in inside:
+            stack.enter_context(intercepted(site, partial(note, site.name)))
+        model(x)
+    return held
 
 
 def _opens(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Iterator[str]:

@@ -90,10 +90,21 @@ def test_gradients_that_do_not_lower_the_margin_are_told(
     assert found == ([] if share is None else [words])
 
 
-def test_of_a_model_that_shows_routes_adaptive_looks_itself(signs: Callable[..., list[str]], linear_moe: Any):
-    moe = routed(linear_moe, "argmax")
-    moe.experts[0] = moe.experts[1] = Changed(moe.experts[0], torch.round)
+@pytest.mark.parametrize("gate", ["argmax", "softmax"])
+def test_of_a_routed_model_gradients_are_those_at_the_gates_scores(
+    gate: str, signs: Callable[..., list[str]], linear_moe: Any
+):
+    """A gate's weight scales the logits, which is no way to another class; and a gate excuses none of its experts'."""
+    moe = routed(linear_moe, gate)
     assert not any("lower the margin" in flag for flag in signs(moe))
+    moe.experts[0] = moe.experts[1] = Changed(moe.experts[0], torch.round)
+    assert any("lower the margin" in flag for flag in signs(moe))
+
+
+def test_logits_far_from_zero_are_told(signs: Callable[..., list[str]], linear_net: Any):
+    for offset, told in ((0.0, False), (1e3, False), (1e6, True)):
+        found = signs(Changed(linear_net(HALVES), lambda z, by=offset: z + by))
+        assert any("logits so far from 0" in flag for flag in found) is told
 
 
 def test_log_probabilities_are_none(signs: Callable[..., list[str]], linear_net: Any):
