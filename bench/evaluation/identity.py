@@ -146,7 +146,7 @@ def identify(model: nn.Module, data: EvalSet) -> Identity:
     directions = torch.randn(gradient.shape[1], DIRECTIONS, generator=generator("identity-directions"))
     eps = torch.finfo(guard.dtype).eps if guard.dtype.is_floating_point else 0.0
     tolerance = max(ROUNDING, TOLERANCE_IN_EPS * eps)
-    hashes, slopes = tuple(input_hash(image) for image in x), gradient.cpu() @ directions
+    hashes, slopes = tuple(input_hash(image) for image in x), gradient.cpu().nan_to_num(0.0, 0.0, 0.0) @ directions
     return Identity(weights_sha256(model), logits[0], logits[1], hashes, tolerance, slopes)
 
 

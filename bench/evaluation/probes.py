@@ -23,7 +23,7 @@ from bench.attacks.block import Block, PassCounter
 from bench.attacks.deployed import deployed, stand_ins
 from bench.attacks.gradients import differentiable, has_gradient
 from bench.attacks.influence import least_used
-from bench.attacks.search import RAISED, TRIED, Search, raised
+from bench.attacks.search import RAISED, TRIED, Search, margin, raised
 from bench.models.deployed import spread
 from bench.models.foreign import Guarded, bare
 from bench.models.moe import MoE
@@ -71,10 +71,16 @@ def _outputs(model: nn.Module, x: Tensor) -> Iterator[str]:
 
 
 def _gradients(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Iterator[str]:
-    """Whether a small step along a model's gradient brings images nearer to wrong, its known gates held where they are.
+    """Whether gradients are finite, and a small step along them brings images nearer to wrong, with known gates held.
 
-    Hidden routes, rounding and saturation keep it from that.
+    Hidden routes, rounding and saturation keep them from that.
     """
+    z = x.detach().requires_grad_()
+    with torch.enable_grad():
+        lead = margin(model(z), y).sum()
+        gradient = torch.autograd.grad(lead, z, allow_unused=True)[0] if lead.requires_grad else None
+    if gradient is not None and (infinite := (~gradient.isfinite()).flatten(1).any(1)).any():
+        yield f"gradients not finite at pixels of {infinite.float().mean():.0%} of images"
     inside = sites(model)
     if (share := raised(_held(model, inside, x) if inside else model, x, y, threat)) < RAISED:
         step = f"a step of ε/{1 / TRIED:.0f} along them"

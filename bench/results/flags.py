@@ -19,7 +19,10 @@ WEAKER = "weaker than the default: "
 HIDDEN_ROUTES = "routes not named: "
 ROUTES_INSIDE = "routes inside: "
 #: Beginnings of flags of a model whose gradients hide something, so that what follows them finds less than there is.
-MASKED = (NO_GRADIENT, "gradients masked", "gradients do not lower the margin", "stand-ins for its gradients break")
+MASKED = (
+    NO_GRADIENT, "gradients masked", "gradients do not lower the margin", "gradients not finite",
+    "stand-ins for its gradients break",
+)  # fmt: skip
 #: How the flag of a model begins whose clean accuracy is low enough that something else may be wrong.
 DOUBTFUL = "SA is doubtful: "
 #: Beginning of the flag of a model that the user says makes no choices, or no others (`--gates none`).

@@ -101,6 +101,20 @@ def test_of_a_routed_model_gradients_are_those_at_the_gates_scores(
     assert any("lower the margin" in flag for flag in signs(moe))
 
 
+def test_gradients_that_are_not_finite_are_told(signs: Callable[..., list[str]], linear_net: Any):
+    class Root(nn.Module):
+        """How far pixels are from 0.3, as a root of a square, which is not differentiable there."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = linear_net(HALVES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + (x - 0.3).square().sqrt().sum((1, 2, 3))[:, None]
+
+    assert any(flag.startswith("gradients not finite at pixels of 100% of images") for flag in signs(Root()))
+
+
 def test_logits_far_from_zero_are_told(signs: Callable[..., list[str]], linear_net: Any):
     for offset, told in ((0.0, False), (1e3, False), (1e6, True)):
         found = signs(Changed(linear_net(HALVES), lambda z, by=offset: z + by))
