@@ -319,8 +319,9 @@ def certify(
         shown = []
         for result in certified:
             folder = CertificateFolder(run_folder(results, result.spec, result.run))
-            text = terminal(result, folder.rows(result).frame(), terminal_width())
-            shown.append(f"{text}\nfigure: {folder.path / 'curve.svg'}\n")
+            rows = folder.rows(result).frame()
+            drawn = f"\nfigure: {folder.path / 'curve.svg'}\n" if (rows["radius"] > 0).any() else "\n"
+            shown.append(f"{terminal(result, rows, terminal_width())}{drawn}")
         return "\n".join(shown)
 
     _print(queue.done, tables, as_json)

@@ -169,7 +169,7 @@ def test_the_command_scores_every_kind_of_model(method: str, bench: Bench, shelv
     for name in ("dense-at", "moe-at", "dual-jtdmoe"):
         assert f"certify-{method} on {name}, digits, n = 4" in out
     figures = re.findall(r"^figure: (.*)$", out, re.MULTILINE)
-    assert len(figures) == 3
+    assert len(figures) == {"routes": 2, "bounds": 2}.get(method, 3)  # one has nothing to certify by these
     assert all(Path(figure).is_file() for figure in figures)
     status, out, err = bench(*words, "--json")
     assert status == 0
