@@ -21,7 +21,6 @@ from bench.errors import UnusableInput, in_one_line
 from bench.models.foreign import Guarded, switch_mode
 from bench.models.parts import is_dual, is_moe, is_traced, takes_images
 from bench.models.state import numbers, sizes
-from bench.results.flags import BY_BATCH, GRADIENTS_BY_BATCH
 from bench.spec import ModelInfo
 
 
@@ -135,6 +134,8 @@ def validate_outputs(model: Any, x: Tensor, num_classes: int, info: ModelInfo) -
         raise UnusableInput(f"'{name}' gives complex numbers, where logits are needed")
 
 
+#: What `dependence` and `by_batch` say of an image's neighbours.
+BY_BATCH, GRADIENTS_BY_BATCH = "outputs depend on the batch", "gradients depend on the batch"
 #: Batch sizes in which `dependence` asks for the same images.
 BATCH_SIZES = (1, 2, 4, 8, 32)
 #: How far images are from those that were asked for before, at most, in pixels of [0, 1].

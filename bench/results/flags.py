@@ -6,9 +6,9 @@ from bench.spec import NO_GRADIENT
 #: what `bench.models.deployed.Dependence` and `by_batch` call their reasons.
 BY_CHANCE = "outputs depend on chance"
 STATEFUL = "forward passes change the model's state"
-BY_BATCH, GRADIENTS_BY_BATCH = "outputs depend on the batch", "gradients depend on the batch"
 UNRANKED = (
-    BY_CHANCE, BY_BATCH, STATEFUL, "outputs depend on whether gradients are taken", GRADIENTS_BY_BATCH,
+    BY_CHANCE, "outputs depend on the batch", STATEFUL, "outputs depend on whether gradients are taken",
+    "gradients depend on the batch",
 )  # fmt: skip
 
 #: How the flag of a run begins whose suite had weaker settings than its default (`Suite.weaker_than_default`).

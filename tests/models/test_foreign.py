@@ -19,7 +19,6 @@ from bench.models.dual import DualModel
 from bench.models.foreign import DRAWS, Guarded, bare, behind
 from bench.models.moe import MoE
 from bench.models.parts import is_dual, is_moe, is_traced, parts, routed_branches, set_alpha
-from bench.results.flags import GRADIENTS_BY_BATCH, UNRANKED
 
 
 class Does(nn.Module):
@@ -319,11 +318,6 @@ def test_chance_is_seen_and_judged_by_the_majority_and_attacked_by_a_mean_that_s
     assert torch.equal(means[0], means[2])
     assert 0 < means[0, 0, 1] < 0.6
     assert torch.equal(means[0].sum(1), torch.ones(5))
-
-
-def test_every_reason_that_a_model_is_no_function_of_the_image_keeps_it_from_a_rank():
-    reasons = Dependence(chance=True, batch=True, state=True, in_place=True, gradients=True).reasons
-    assert (*reasons, GRADIENTS_BY_BATCH) == UNRANKED
 
 
 def test_a_module_that_knows_no_modes_can_be_frozen():
