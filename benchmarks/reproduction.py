@@ -51,6 +51,8 @@ TRAINED_FOR = {
 SET = ("lr", "balance", "inner_steps", "beta", "expert_term", "expert_reduction", "paths", "alpha")
 ACCURACIES = ("SA", "RA, pgd", "RA, autoattack", "RA-worst")
 LEVEL = 0.05
+#: Behind what had its epoch chosen under PGD on each expert as well.
+EXPERTS = ", and experts"
 #: By accuracy, whether each example is right.
 Series = dict[str, NDArray[np.bool_]]
 #: Under which hyper-parameters methods are compared.
@@ -61,8 +63,8 @@ SETTINGS = {
         " and the mean over all."
     ),
     "cifar10": (
-        "Hyper-parameters: as in the first table above. Tuning came afterwards; what it chose was trained in full for"
-        " `moe-rt_er` and `moe-at` alone, and `moe-at` has it (docs/training.md)."
+        "Hyper-parameters: as in the first table above; `moe-at`, `moe-rt_er` and `moe-at-paths` have what four trials"
+        " of `bench tune` chose (see *Tuning*), the other routed models settings that are older (docs/training.md)."
     ),
     "tinyimagenet": "Hyper-parameters: as in the table above, one setting of each method, not tuned.",
 }
@@ -190,9 +192,12 @@ class Scored:
         return header.init[role].name if header is not None and role in header.init else ""
 
     def by_experts(self, model: str) -> bool | None:
-        """Whether the epoch that is kept was chosen under PGD on each expert as well; None: it makes no difference."""
+        """Whether the epoch that is kept was chosen under PGD on each expert as well; None: it makes no difference, as
+        for a dense model, and for one without a defence, whose epoch is that of the highest SA."""
         header = self.headers.get(model)
         if header is None or isinstance(header.architecture, Dense) or not header.validation:
+            return None
+        if header.objective == "standard":
             return None
         return "ra_pgd" in header.validation
 
@@ -462,7 +467,7 @@ def over_seeds(data: Scored) -> list[str]:
     for model, row in sorted(ranked.items(), key=lambda item: item[1].result.model_info.seed or 0):
         method = model.removesuffix(f"-s{row.result.model_info.seed}")
         # seeds whose epochs were chosen by another rule are another method's
-        found.setdefault(method + ", and experts" * bool(data.by_experts(model)), []).append(data.series(model))
+        found.setdefault(method + EXPERTS * bool(data.by_experts(model)), []).append(data.series(model))
     methods = {method: of_seeds for method, of_seeds in found.items() if len(of_seeds) > 1}
     if not methods:
         return []
@@ -473,7 +478,12 @@ def over_seeds(data: Scored) -> list[str]:
             values = [100 * float(series[what].mean()) for series in of_seeds]
             row[what] = f"{np.mean(values):.1f} ({min(values):.1f} – {max(values):.1f})"
         rows.append(row)
-    compared = [pair for pair in OVER_SEEDS if set(pair) <= methods.keys()]
+    compared = [
+        (a, b)
+        for first, second in OVER_SEEDS
+        for a, b in itertools.product((first, first + EXPERTS), (second, second + EXPERTS))
+        if {a, b} <= methods.keys() and (second.startswith("dense") or a.endswith(EXPERTS) == b.endswith(EXPERTS))
+    ]
     worst = {method: 100 * np.array([s["RA-worst"] for s in of_seeds]) for method, of_seeds in methods.items()}
     by_seed, by_image = ({method: right.mean(axis) for method, right in worst.items()} for axis in (1, 0))
     tests = []
@@ -690,7 +700,7 @@ def trained(data: Scored) -> list[str]:
         rows.append({
             "model": name,
             "images × epochs": f"{header.train_images:,} × {header.epochs}",
-            "epoch kept": f"{header.validation['epoch']:.0f}" + ", and experts" * ("ra_pgd" in header.validation),
+            "epoch kept": f"{header.validation['epoch']:.0f}" + EXPERTS * ("ra_pgd" in header.validation),
             "seconds of training": f"{header.seconds:,.0f}" + (f" ({header.device})" if header.device else ""),
             "set": ", ".join(words),
         })  # fmt: skip

@@ -105,6 +105,7 @@ def test_no_verdict_where_epochs_were_chosen_unlike(script: Any):
     headers = {
         "dense-at": read_header(ROOT / "models/zoo/digits/Linf/dense-at.safetensors"),
         "by-pgd": header.model_copy(update={"validation": both}),
+        "undefended": header.model_copy(update={"validation": both, "objective": "standard"}),
         "by-experts": header.model_copy(update={"validation": {**both, "ra_pgd": 0.6}}),
     }
     data = script.Scored(None, dict.fromkeys([*headers, "unknown"]), headers)
@@ -117,7 +118,7 @@ def test_no_verdict_where_epochs_were_chosen_unlike(script: Any):
         return str(adjusted.tests[0].verdict)
 
     assert verdict("by-experts", "by-pgd") == verdict("by-pgd", "by-experts") == "no verdict: epochs chosen unlike"
-    for other in ("dense-at", "unknown"):
+    for other in ("dense-at", "undefended", "unknown"):
         assert "for these models" in verdict("by-pgd", other)
         assert "for these models" in verdict("by-experts", other)
 
@@ -152,6 +153,11 @@ def test_methods_are_compared_over_their_training_seeds(script: Any):
     shares |= {f"moe-at{seed}": shares[f"moe-rt_er{seed}"] for seed in ("", "-s1", "-s2")}
     (verdict,) = script.over_seeds(data)[7].splitlines()[2:]
     assert [cell.strip() for cell in verdict.split("|")[4:8:2]] == ["1", "1"]
+    data.by_experts = lambda model: model != "dense-at"
+    (verdict,) = script.over_seeds(data)[7].splitlines()[2:]
+    assert verdict.split("|")[1:3] == [" moe-rt_er, and experts ", " moe-at, and experts "]
+    data.by_experts = lambda model: model.startswith("moe-at")
+    assert script.over_seeds(data)[7] == ""  # chosen unlike
     data.by_experts = lambda model: model == "moe-at"
     assert [line.split("|")[2].strip() for line in script.over_seeds(data)[5].splitlines()[2:]] == ["3", "2"]
     data.rows = {model: row(model) for model in ("moe-at", "moe-rt_er")}
