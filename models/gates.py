@@ -73,7 +73,7 @@ def declared(model: nn.Module) -> tuple[str, ...]:
         said = tuple(f"{name}:k={k}" for name, k in gates.items())
     elif isinstance(gates, list | tuple) and all(isinstance(name, str) for name in gates):
         said = tuple(gates)
-    modules = dict(plain(model).named_modules())
+    modules = [name for name, _ in plain(model).named_modules()]
     return said if any(word == NONE or _matched(word.partition(":")[0], modules) for word in said) else ()
 
 

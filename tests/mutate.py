@@ -482,7 +482,7 @@ MUTATIONS = [
     ),
     Mutation(
         "bench/evaluation/probes.py",
-        "coarse > COARSE * spread(logits)",
+        "rounded > COARSE * apart",
         "False",
         "tests/evaluation/test_probes.py -k far_from_zero",
     ),

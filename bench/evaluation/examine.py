@@ -350,10 +350,7 @@ class Examiner:
         """
         rows = (record.unbroken & ~record.met).nonzero()[:, 0]
         if len(rows) and record.met.any():
-            record.report.errors.append(
-                f"{self.spec.suite}: {len(rows)} images that the model gets right were not attacked"
-            )
-            record.frames.append(_frame(record.columns, rows, self.spec.suite, "F", _unknown(len(rows))))
+            self._give_up(f"{len(rows)} images that the model gets right were not attacked", rows, record)
 
     def _part(self, name: str) -> nn.Module:
         """A part of the model, or the model with one expert of a gate forced."""
@@ -364,8 +361,12 @@ class Examiner:
 
     def _fail(self, error: Exception, record: _Record) -> None:
         """The rows of a suite that raised: errors for what it was to attack and has not broken."""
-        record.report.errors.append(f"{self.spec.suite}: {type(error).__name__}: {error}")
         rows = torch.arange(len(record.x)) if self.suite.every else record.unbroken.nonzero()[:, 0]
+        self._give_up(f"{type(error).__name__}: {error}", rows, record)
+
+    def _give_up(self, why: str, rows: Tensor, record: _Record) -> None:
+        """Error rows of F for examples of which the suite tells nothing."""
+        record.report.errors.append(f"{self.spec.suite}: {why}")
         record.frames.append(_frame(record.columns, rows, self.spec.suite, "F", _unknown(len(rows))))
 
 

@@ -65,9 +65,9 @@ def _outputs(model: nn.Module, x: Tensor) -> Iterator[str]:
     logits = model(x)
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
         yield "outputs are probabilities"
-    coarse = torch.finfo(torch.float32).eps * float(logits.amax(1).abs().median())
-    if coarse > COARSE * spread(logits):
-        yield f"logits so far from 0 that float32 rounds them by {coarse / spread(logits):.0%} of what they lie apart"
+    rounded, apart = torch.finfo(torch.float32).eps * float(logits.amax(1).abs().median()), spread(logits)
+    if rounded > COARSE * apart:
+        yield f"logits so far from 0 that float32 rounds them by {rounded / apart:.0%} of what they lie apart"
 
 
 def _gradients(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Iterator[str]:
