@@ -312,6 +312,9 @@ MUTATIONS = [
         "return logits",
         "tests/attacks/test_deployed.py -k scripted",
     ),
+    Mutation("bench/attacks/grid.py", "(1 + SLACK)).trunc()", "(1 + SLACK)).round()", "tests/attacks/test_grid.py"),
+    Mutation("bench/attacks/grid.py", "whole *= whole", "whole *= size", "tests/attacks/test_grid.py"),
+    Mutation("bench/attacks/grid.py", "> 0.5 - OFF", "> 0", "tests/attacks/test_grid.py"),
     Mutation(
         "bench/attacks/influence.py",
         "mean(1).argsort()",

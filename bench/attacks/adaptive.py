@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bench.attacks.block import Block, PassCounter
 from bench.attacks.deployed import OPENED, averaged, deployed, nearest, reweighed, stand_ins, targeted
 from bench.attacks.gates import blurred, left_routes, softened
+from bench.attacks.grid import on_grid
 from bench.attacks.influence import PARTS, UNITS, least_used
 from bench.attacks.paths import Paths
 from bench.attacks.restarts import forced_paths, square_attack, square_on_paths
@@ -79,7 +80,7 @@ def passes(budget: BudgetName, num_classes: int, *, dual: bool, routed: bool, fo
     every = [
         climbs(much.path_restarts * routed, much.path_steps),
         climbs((4 * much.restarts + 2 * (PARTS + UNITS)) * foreign, much.steps // OPENED),
-        climbs(much.restarts * foreign, much.steps),
+        climbs(2 * much.restarts * foreign, much.steps),
         climbs(much.restarts + len(much.weights) * dual + min(much.targets, num_classes - 1), much.steps),
         climbs(int(routed), much.steps, much.neighbours),
         (much.square_seeds * much.queries, 0),
@@ -100,6 +101,7 @@ def attacks(search: Search, budget: BudgetName) -> Iterator[tuple[str, Attack]]:
     if isinstance(model, Guarded):  # a user's own: nobody knows what it holds beside its routes
         yield "stand-ins", partial(stand_ins, search, much.restarts, much.steps)
         yield "least-used", partial(least_used, search, much.steps)
+        yield "on-grid", partial(on_grid, search, much.restarts, much.steps)
     if any(not site.whole for site in paths.sites):
         yield "left-routes", partial(left_routes, paths, much.restarts, much.steps)
         yield "blurred", partial(blurred, paths, much.neighbours, much.steps)

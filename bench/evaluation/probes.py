@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from bench.attacks.block import Block, PassCounter
 from bench.attacks.deployed import deployed, stand_ins
 from bench.attacks.gradients import differentiable, has_gradient
+from bench.attacks.grid import on_grid
 from bench.attacks.influence import least_used
 from bench.attacks.search import RAISED, TRIED, Search, margin, raised
 from bench.models.deployed import spread
@@ -129,6 +130,7 @@ def _opens(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Itera
             if opening:
                 stand_ins(search, 1, STEPS)
                 least_used(search, STEPS)
+                on_grid(search, 1, STEPS)
             else:
                 deployed(search, 5, STEPS)
             search.confirm(torch.arange(len(x), device=x.device))
