@@ -20,13 +20,12 @@ from bench.results.metrics import robust_by_example
 from bench.results.schema import Accuracy, Result, suite_label
 from bench.results.store import Run, ensure_writable, read_runs, run_folder
 from bench.results.table import Table
+from bench.settings import parse_value
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bench.datasets.base import Dataset
-
-SUITES = ("clean", "pgd", "autoattack", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def benchmark(
     threat_model: str | None = None,
     eps: float | str | None = None,
     n_examples: int | None = None,
-    suites: Sequence[str] = SUITES,
+    suites: Sequence[str] = (),
     gates: Sequence[str] = (),
     *,
     x: Any = None,
@@ -105,7 +104,7 @@ def benchmark(
         threat_model: Linf, L2 or L1; the data set's own if not given.
         eps: the radius in pixels of [0, 1], such as "8/255"; the data set's own if not given.
         n_examples: the first so many test images; all if not given.
-        suites: as `bench run --suite` takes them.
+        suites: as `bench run --suite` takes them; clean, pgd, autoattack and adaptive, as far as they fit, if none.
         gates: as `bench run --gates` takes them.
         x: images (n, C, H, W) of your own instead of the data set's, numbers in [0, 1] of any kind that float32 holds.
         y: their classes (n,), whole numbers.
@@ -140,7 +139,7 @@ def benchmark(
     from bench.models.checkpoints import ZOO
     from bench.progress import RunProgress
     from bench.spec import build
-    from bench.suites.base import open_suites
+    from bench.suites.base import DEFAULT_SUITES, open_suites
 
     if not isinstance(model, str | nn.Module):
         raise UnusableInput(
@@ -150,7 +149,8 @@ def benchmark(
         raise UnusableInput("x and y are given together: the images, and the class of each")
     opened = open_dataset(dataset) if x is None else _own(x, y, model)
     values: dict[str, Any] = {
-        "suites": _words(suites),
+        "suites": _words(suites) or DEFAULT_SUITES,
+        "named": bool(suites),
         "dataset": opened.name,
         "models": (model,) if isinstance(model, str) else (model_name or type(model).__name__,),
         "norm": threat_model,
@@ -158,7 +158,7 @@ def benchmark(
         "n_examples": n_examples,
         "seed": seed,
         "batch_size": batch_size,
-        "settings": settings or {},
+        "settings": {key: parse_value(value, key) for key, value in (settings or {}).items()},
         "gates": _words(gates),
     }
     request = build(RunRequest, "benchmark()", values)

@@ -81,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", category=category)
     # Of many small files arrow's own pool asks the system for memory in a way that can cost more than reading them.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    if "" not in sys.path:  # last: a user's model may import more of its folder when it is called
+        sys.path.append("")
     console.set_up()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is told how to go on, as Ctrl-C is
     sys.exit(_dispatch(app, arguments, TyperException))

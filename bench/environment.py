@@ -24,6 +24,7 @@ def git_hash() -> str | None:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else it is installed in a checkout of something else
         # Results and boards are what the code writes, so they do not make it another code.
         changed = git("status", "--porcelain", "--", ".", "../models", "../pyproject.toml")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
@@ -99,7 +100,7 @@ def torch_device(device: str) -> str:
         return f"cuda:{World.here().local_rank}" if torch.cuda.is_available() else "cpu"
     if kind == "cpu" and not index:
         return "cpu"
-    if kind != "cuda" or not (index or "0").isdigit():
+    if kind != "cuda" or not (index.isascii() and (index or "0").isdigit()):
         raise UnusableInput(f"unknown device '{device}': there are auto, cpu, cuda, cuda:0 …")
     if int(index or 0) >= torch.cuda.device_count():
         raise UnusableInput(

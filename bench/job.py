@@ -36,6 +36,11 @@ class Subject:
     sites: tuple[Any, ...] = ()
     shown: Shown = field(default_factory=Shown)
 
+    @property
+    def routed(self) -> nn.Module:
+        """The MoE or dual whose answer the model gives as its own, such as behind a normalisation; else the model."""
+        return self.model if self.shown.wrapped is None else self.shown.wrapped[1]
+
 
 @dataclass(frozen=True)
 class Job(Generic[M]):

@@ -6,6 +6,7 @@ Imports nothing heavy: the command line lists names without loading torch.
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -128,17 +129,28 @@ def load_plugin(module: str, origin: str | None = None) -> None:
     """
     global _origin
     before, _origin = _origin, origin or module.partition(".")[0]
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it
     try:
-        import_module(module)
+        with working_folder_first():
+            import_module(module)
     except Exception as error:
         reason = in_one_line(error)
         raise UnusableInput(
             f"plugin '{module}' ({_origin}) cannot be loaded: {reason}: mend it, or leave it out"
         ) from None
     finally:
-        sys.path.pop(0)
         _origin = before
+
+
+@contextmanager
+def working_folder_first() -> Iterator[None]:
+    """Within, a module is looked for in the working folder first, as `python -m` does."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            sys.path.remove(here)  # by name: what was imported may have put others before it, or taken it away
 
 
 def command_words() -> list[str]:

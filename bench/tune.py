@@ -114,7 +114,8 @@ def draw(search: Search, trials: int) -> list[dict[str, Any]]:
             f"--trials {trials}: the grid of '{spec.variant}' has {len(others) + 1} points"
             f" ({', '.join(search.grid)}): ask for 1 … {len(others) + 1}, or widen it with --grid key=value,value"
         )
-    return [own, *random.Random(spec.seed).sample(others, trials - 1)]
+    in_order = random.Random(spec.seed).sample(others, len(others))  # of all, so that more trials add to fewer
+    return [own, *in_order[: trials - 1]]
 
 
 def tune(
@@ -218,7 +219,7 @@ def _refuse_another(path: Path, settings: Sequence[Mapping[str, Any]]) -> None:
         return
     with path.open(encoding="utf-8", newline="") as lines:
         made = [{key: value for key, value in row.items() if key not in MEASURED} for row in csv.DictReader(lines)]
-    wanted = [{key: str(value) for key, value in each.items()} for each in settings]
+    wanted = [{key: "" if value is None else str(value) for key, value in each.items()} for each in settings]
     if any(row not in wanted for row in made):
         raise UnusableInput(f"{path} has trials of other settings: move it, or pass --checkpoints DIR")
 

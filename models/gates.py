@@ -48,7 +48,7 @@ class Named:
         known: dict[str, int] = {}
         for pair in more:
             key, _, value = pair.partition("=")
-            if key not in ("k", "e") or not value.isdigit() or int(value) < 1 or not pattern:
+            if key not in ("k", "e") or not (value.isascii() and value.isdigit()) or int(value) < 1 or not pattern:
                 raise UnusableInput(
                     f"--gates {word}: write NAME, NAME:k=2 (experts selected) or NAME:e=4 (experts to select from)"
                 )
@@ -147,21 +147,21 @@ def _looks(name: str, module: nn.Module, named: Named, several: int) -> list[Loo
 
 
 def look_at_shown(model: nn.Module, x: Tensor) -> Shown:
-    """What a pass on images x (m, c, H, W) tells of the MoEs that a model's attributes show; of one that fails nothing.
+    """What a pass on images x (m, c, H, W) tells of the MoEs and duals that attributes show; of one that fails nothing.
 
     A mask or a one-hot of the choice tells nothing of the experts that are not chosen, and has no gradient that leads
     to them. The scores are those of the gate's first function by which every expert can be led to.
     """
     guard = Guarded(plain(model))
     shown = [site for site in shown_sites(guard) if site.num_experts > 1]
-    if not shown:
+    routed: list[nn.Module] = [part for part in guard.model.modules() if _is_routed(part)]
+    if not shown and not routed:
         return Shown()
     modules = [site for site in shown if isinstance(site.gate, nn.Module)]
     looks = [Look(site.name, site.gate) for site in modules]
     inside: list[Site] = []
     try:
         with _looking(guard):
-            routed: list[nn.Module] = [part for part in guard.model.modules() if _is_routed(part)]
             asked = [part for site in shown for part in (site.gate, *site.owner.experts)]
             with _called([*asked, *routed]) as calls:
                 logits = _look(guard, looks, x)

@@ -93,9 +93,13 @@ def parts(model: object) -> dict[str, nn.Module]:
 def set_alpha(model: Any, alpha: float) -> None:
     """A dual's α is a number; in a user's own it may be a tensor, which nn.Module does not let a number replace.
 
+    That of a model behind a guard is set where it is, in the model or in the dual that it wraps.
+
     Raises:
         UnusableInput: `alpha` is a property that cannot be set.
     """
+    if isinstance(model, Guarded):
+        model = bare(model) if model.shown.wrapped is None else model.shown.wrapped[1]
     if isinstance(model.alpha, Tensor):
         model.alpha.data.fill_(alpha)
     else:
@@ -112,9 +116,9 @@ def refuse_idle_alpha(model: Dual, x: Tensor, former: float) -> None:
     """UnusableInput for a dual that answers as with its former α those of the images x (B, C, H, W) on which its
     branches have unlike classes: where they agree, a mean of probabilities that are 0 and 1 is the same with any α."""
     alpha, answers = float(model.alpha), model(x)
-    set_alpha(bare(model), former)
+    set_alpha(model, former)
     before = model(x)
-    set_alpha(bare(model), alpha)
+    set_alpha(model, alpha)
     unlike = model.standard(x).argmax(1) != model.robust(x).argmax(1)
     if unlike.any() and torch.equal(answers[unlike], before[unlike]):
         raise UnusableInput("--alpha changes nothing of the model's answers: let its forward pass mix by `alpha`")

@@ -207,9 +207,8 @@ def _with_entry(output: Any, key: Any, value: Any) -> Any:
     """A copy with another entry."""
     if isinstance(output, tuple | list):
         items = [*output[:key], value, *output[key + 1 :]]
-        return getattr(type(output), "_make", type(output))(
-            items
-        )  # of a namedtuple; torch's own take them as a list does
+        made_of = getattr(type(output), "_make", type(output))  # a namedtuple's; torch's own take them as a list does
+        return made_of(items)
     changed = copy(output)
     if isinstance(output, Mapping):
         changed[key] = value

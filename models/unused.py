@@ -67,7 +67,7 @@ def unused_parts(guard: Guarded, x: Tensor, known: Sequence[Site] = ()) -> list[
             weight.data.zero_()
     gradients = [of_weights for of_weights, _ in found_by_pass]
     for owner, module in guard.model.named_modules():
-        if any(f"{owner}.".startswith(f"{site.name}.") for site in known):
+        if any(f"{owner}.".startswith(f"{site.module}.") for site in known):
             continue
         for key, weight in module.named_parameters(recurse=False):
             name = f"{owner}.{key}".lstrip(".")

@@ -167,8 +167,8 @@ MUTATIONS = [
     Mutation("models/unused.py", "weight.data.fill_(FILLED)", "pass", "tests/models/test_unused.py -k zero"),
     Mutation(
         "models/unused.py",
+        'f"{owner}.".startswith(f"{site.module}.") for site in known',
         'f"{owner}.".startswith(f"{site.name}.") for site in known',
-        'f"{owner}.".startswith(f"{site.name}.") for site in ()',
         "tests/models/test_unused.py -k gate",
     ),
     Mutation(

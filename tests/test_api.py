@@ -39,7 +39,17 @@ def test_the_same_run_gives_the_same_verdicts_as_the_command_line(
     assert frame["suite"].tolist() == scored.suites
     assert pd.isna(frame["robust_accuracy"][0])
     assert "pgd[steps=3]" in scored._repr_html_()
-    assert "pgd: steps 3 < 50" in scored.flags or any("steps" in flag for flag in scored.flags)
+    assert "pgd[steps=3]: weaker than the default: steps=3 (default 50)" in scored.flags
+
+
+def test_what_is_not_said_is_as_on_the_command_line():
+    """The suites that fit, where none is named; settings in words."""
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    few = {"n_examples": 4, "progress": False}
+    assert benchmark(dense, threat_model="L1", eps=1, **few).suites == ["clean", "autoattack"]
+    scored = benchmark(dense, suites=["pgd"], settings={"step_size": "2/255", "steps": 3}, **few)
+    (result,) = scored.results.values()
+    assert result.spec.suite_params == {"step_size": 2 / 255, "steps": 3}
 
 
 def test_runs_are_kept_and_read_as_frames(tmp_path: Path):

@@ -592,3 +592,21 @@ def test_a_recipe_for_other_data_is_told(bench: Bench, monkeypatch: pytest.Monke
         "recipe paper-cifar10 was made for cifar10, and this trains on digits: name the data with --dataset"
     )
     assert "was made for" not in bench("train", "moe-at", "--recipe", "digits")[2]
+
+
+def test_a_model_may_import_modules_of_the_folder_when_it_is_called(tmp_path: Path, bench: Any):
+    (tmp_path / "lately_scaled.py").write_text("SCALE = 2\n")
+    (tmp_path / "late_model.py").write_text(
+        "from torch import nn\n"
+        "class Late(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        from lately_scaled import SCALE\n"
+        "        return SCALE * super().forward(x.flatten(1))\n"
+        "def build():\n"
+        "    return Late(64, 10)\n"
+    )
+    status, out, _ = bench(
+        "run", "--suite", "clean", "--model", "late_model:build", "--n-examples", "4", "--device", "cpu"
+    )
+    assert status == 0
+    assert "late_model:build" in out

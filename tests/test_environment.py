@@ -47,7 +47,7 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, gpus: int, 
         torch_device(word)
 
 
-@pytest.mark.parametrize("word", ["gpu", "", "CPU", "cpu:0", "auto:1", "cuda:x", "cuda:-1", "cuda:0:1"])
+@pytest.mark.parametrize("word", ["gpu", "", "CPU", "cpu:0", "auto:1", "cuda:x", "cuda:²", "cuda:-1", "cuda:0:1"])
 def test_a_device_that_is_none(monkeypatch: pytest.MonkeyPatch, word: str):
     set_gpus(monkeypatch, 2)
     with pytest.raises(UnusableInput, match=f"^unknown device '{word}': there are auto, cpu, cuda"):
@@ -135,6 +135,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").write_text("1")
     (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "bench" / "environment.py").write_text("")
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "bench" / "environment.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     git_hash.cache_clear()
@@ -154,6 +155,13 @@ def commit(folder: Path) -> str:
 
 
 def test_outside_a_checkout_there_is_no_commit(checkout: Path):
+    assert git_hash() is None
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_what_is_installed_inside_a_checkout_of_something_else_has_no_commit(checkout: Path):
+    (checkout / ".gitignore").write_text("bench\n")
+    commit(checkout)
     assert git_hash() is None
 
 

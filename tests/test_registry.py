@@ -109,6 +109,9 @@ def test_what_a_plugin_registers_has_its_origin(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UnusableInput, match=r"^plugin 'broken_crates' \(broken_crates\) cannot .* OSError: no crates:"):
         load_plugin("broken_crates")
     assert sys.path == before
+    (tmp_path / "pathed_crates.py").write_text("import sys\nsys.path.insert(0, 'lib')\n")
+    load_plugin("pathed_crates")
+    assert sys.path == ["lib", *before]
     CRATES.register("after")(1)
     assert CRATES.origin("after") == ""
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from bench import tune as tuning
 from bench.datasets.base import fingerprint, open_dataset
 from bench.errors import UnusableInput
-from bench.models.checkpoints import read_header
+from bench.models.checkpoints import checkpoint_path, read_header
 from bench.models.variants import VARIANTS
 from bench.results.store import read_runs
 from bench.settings import parse_grid
@@ -52,8 +53,9 @@ def test_the_first_trial_is_the_recipes_own_and_none_comes_twice():
 
 
 def test_fewer_trials_are_the_beginning_of_more_and_another_seed_draws_others():
-    assert draw(search("moe-rt_er"), 9)[:1] == draw(search("moe-rt_er"), 1)
-    assert draw(search("moe-rt_er"), 9) == draw(search("moe-rt_er"), 9)
+    for variant, seed in (("moe-rt_er", 0), ("moe-trades", 1), ("moe-at-paths", 2)):
+        asked = search(variant, seed=seed)
+        assert [draw(asked, n) for n in range(1, 9)] == [draw(asked, 9)[:n] for n in range(1, 9)]
     assert draw(search("moe-rt_er"), 9) != draw(search("moe-rt_er", seed=1), 9)
 
 
@@ -173,6 +175,14 @@ def test_a_table_of_other_trials_is_not_overwritten(tmp_path: Path):
     assert pd.read_csv(path)["lr"].tolist() == [0.3, 0.1]
 
 
+def test_a_table_with_a_setting_of_none_is_its_own(tmp_path: Path):
+    path = tmp_path / "table.csv"
+    path.write_bytes(tuning._table({"clip_grad_norm": None}, [Trial({"lr": 0.1}, 0.9, 0.5, 1.0, images=20)]))
+    tuning._refuse_another(path, [{"clip_grad_norm": None, "lr": 0.1, "images": 20}])
+    with pytest.raises(UnusableInput, match="has trials of other settings"):
+        tuning._refuse_another(path, [{"clip_grad_norm": 1.0, "lr": 0.1, "images": 20}])
+
+
 def test_more_images_than_are_held_out_are_refused(tmp_path: Path):
     with pytest.raises(UnusableInput, match="--n-examples 51 is more than the 50 held-out images"):
         tune(search("dense-at", **TINY), 1, 51, tmp_path, tmp_path)
@@ -195,6 +205,21 @@ def test_the_command_prints_the_training_of_the_best(tmp_path: Path, monkeypatch
     out = bench("tune", "dense-at", "--trials", "1", "--checkpoints", str(tmp_path))[1]
     assert "best: SA 90.00% RA 0.00% (no trial is robust: chosen by SA); this trains it:\nbench train dense-at" in out
     assert out.endswith(f" --set lr=0.1 --checkpoints {tmp_path}/tuned\n")
+
+
+def test_a_model_of_a_folder_is_found_however_the_folder_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Any
+):
+    for name in ("train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png"):
+        path = tmp_path / "own" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    there = checkpoint_path(tmp_path, f"imagefolder:{tmp_path}/own", "Linf", "dense-at")
+    there.parent.mkdir(parents=True)
+    there.touch()
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: [Trial({"lr": 0.1}, 0.9, 0.2, 3.0)])
+    words = ("tune", "dense-at", "--trials", "1", "--checkpoints", str(tmp_path), "--dataset", "imagefolder:own")
+    assert bench(*words)[1].endswith(f" --set lr=0.1 --checkpoints {tmp_path}/tuned\n")
 
 
 def test_the_training_that_is_printed_has_the_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Any):

@@ -116,9 +116,8 @@ class Block:
     passes: PassCounter
     flags: list[str] = field(default_factory=list)
     gates: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # of gates inside, what suites have counted
-    attacks: list[str] = field(
-        default_factory=list
-    )  # in the order they run, also those that had no example left to attack
+    #: In the order they run, also those that had no example left to attack.
+    attacks: list[str] = field(default_factory=list)
     on_attack: OnAttack = lambda *_: None  # for whoever watches; called as an attack begins, and again as it goes on
 
     @property

@@ -445,8 +445,8 @@ class _Test:
     lost: int
     gained: int
     discordant: int  # examples whose changes do not cancel
-    drop: float
-    gain: float
+    p_drop: float
+    p_gain: float
 
 
 def _test(changes: Sequence[Change]) -> _Test:
@@ -469,8 +469,8 @@ def compared(changes: list[Change], max_drop: float, alpha: float) -> list[Compa
     all_of = grouped(changes, lambda change: (change.pool, change.measure))
     tests += [_test(all_of[key]) for key, pool in pools.items() if len(pool) > 1]
     discordant = [test.discordant for test in tests]
-    drops = adjusted([test.drop for test in tests], discordant, alpha)
-    gains = adjusted([test.gain for test in tests], discordant, alpha)
+    drops = adjusted([test.p_drop for test in tests], discordant, alpha)
+    gains = adjusted([test.p_gain for test in tests], discordant, alpha)
     k = tarone(discordant, alpha)
     return [
         _comparison(test, drop, gain, k, max_drop, alpha) for test, drop, gain in zip(tests, drops, gains, strict=True)
@@ -496,7 +496,7 @@ def _comparison(test: _Test, drop: float, gain: float, k: int, max_drop: float, 
         now=sum(int(change.new.sum()) for change in test.changes) / n,
         lost=test.lost,
         gained=test.gained,
-        p=test.gain if rose else test.drop,
+        p=test.p_gain if rose else test.p_drop,
         p_adjusted=gain if rose else drop,
         verdict=verdict,
         needed=_needed(test.lost / n, test.gained / n, n, alpha / k) if verdict == "drop" else None,

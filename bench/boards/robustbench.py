@@ -15,14 +15,13 @@ from typing import Any
 from bench.boards.columns import percent
 from bench.boards.rows import Row, board_rows
 from bench.files import write_if_changed
+from bench.results.flags import MASKED
 from bench.results.store import Run, ensure_writable
 from bench.spec import ROBUSTBENCH_DATASETS, ROBUSTBENCH_NORMS, digest, path_safe
 
 #: Flags that let AutoAttack's own number seem too high: its warnings, successes that were none, and what the model
-#: shows of itself.
-_DOUBTS = re.compile(
-    r"autoattack: (AutoAttack: (?!engine)|.*re-check)|(S: |R: )?router |gradients masked|outputs |probe of "
-)
+#: shows of itself, beside what masks its gradients.
+_DOUBTS = re.compile(r"autoattack: (AutoAttack: (?!engine)|.*re-check)|(S: |R: )?router |outputs |probe of ")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def model_info(row: Row) -> dict[str, Any]:
         "autoattack_acc": "" if row.scores.ra is None else percent(row.scores.ra.value),
         "external": "" if row.worst is None else percent(row.worst.value),
         "footnote": _footnote(row),
-        "unreliable": not row.ranked or any(_DOUBTS.match(flag) for flag in row.flags),
+        "unreliable": not row.ranked or any(_DOUBTS.match(flag) or flag.startswith(MASKED) for flag in row.flags),
     }
 
 

@@ -1,6 +1,7 @@
 """The rows of boards, computed from verdict rows alone: a subject on one evaluation set. Nothing is formatted here.
 
-A subject is a model, its checkpoint, α, combine and the threat model. Shares are fractions in [0, 1]. No torch.
+A subject is a model, its checkpoint, α, combine, the gates that are named in it, and the threat model. Shares are
+fractions in [0, 1]. No torch.
 """
 
 from collections import defaultdict
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from bench.errors import UnusableInput
 from bench.results.certificates import Certificates, CertifiedShares, certified_shares
-from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, ROUTES_INSIDE, THOUGH, UNRANKED
+from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, ROUTES_INSIDE, THOUGH, UNRANKED, WARM_START
 from bench.results.metrics import (
     accuracy_after,
     clean_by_example,
@@ -361,7 +362,7 @@ def _named(verdicts: Table, run: Run) -> Table:
 
     What a warm start tried again is left out: the attack that had found it keeps it.
     """
-    label, warm = suite_label(run.result.spec), verdicts.are("attack", "warm-start")
+    label, warm = suite_label(run.result.spec), verdicts.are("attack", WARM_START)
     cold = verdicts.where(~warm) if warm.any() else verdicts
     return cold.renamed("attack", lambda name: name if name == "clean" else f"{label}/{name}")
 
@@ -398,4 +399,4 @@ def _scores(own: list[Run], rows_of: Mapping[Path, Table]) -> Scores:
 
 def _attacks(run: Run) -> list[str]:
     """The attacks of its suite on F, in the order they ran."""
-    return [attack for attack in run.result.accuracy_after if attack not in ("clean", "warm-start")]
+    return [attack for attack in run.result.accuracy_after if attack not in ("clean", WARM_START)]

@@ -66,7 +66,7 @@ def certify(
         write_if_changed(folder.path / IDENTITY_FILE, subject.identity)
     model = subject.model.to(device)
     if spec.alpha is not None:
-        set_alpha(model, spec.alpha)
+        set_alpha(subject.routed, spec.alpha)
     gates = tuple(dict.fromkeys(site.module for site in (*sites(model), *subject.sites) if not site.whole))
     done = {block.index: block for block in folder.read_blocks()}
     certified = {number: _certified(block.rows) for number, block in done.items()}

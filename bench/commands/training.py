@@ -169,7 +169,7 @@ def tune(
     chosen_by_user = {"--recipe": recipe, "--norm": norm, "--eps": eps, "--data-root": data_root}
     command += [word for name, value in chosen_by_user.items() if value for word in (name, str(value))]
     made_by, folder = {**fixed, **chosen.settings}, checkpoints
-    if checkpoint_path(checkpoints, dataset, threat.norm, search.spec.checkpoint_name).is_file():
+    if checkpoint_path(checkpoints, data.name, threat.norm, search.spec.checkpoint_name).is_file():
         folder = checkpoints / "tuned"  # what is there is another training's
         for key, name in search.spec.recipe.starts.items():  # which would be looked for in that folder
             made_by[key] = str(start_file(name, search.spec, (checkpoints, ZOO)))

@@ -16,17 +16,17 @@ from bench.attacks.block import OnAttack
 from bench.datasets.base import EvalSet, input_hash
 from bench.environment import World, environment, git_hash
 from bench.errors import UnusableInput, users_code
-from bench.evaluation import identity
-from bench.evaluation.examine import WARM_START, Examiner, guarded
+from bench.evaluation.examine import Examiner, guarded
 from bench.evaluation.probes import PROBED
 from bench.evaluation.report import BlockReport
 from bench.files import write_if_changed
-from bench.job import Job, Subject
+from bench.job import IDENTITY_FILE, Job, Subject
 from bench.models.deployed import eval_frozen, full_float32
 from bench.models.fit import fit
 from bench.models.parts import is_dual, refuse_idle_alpha, set_alpha
 from bench.models.sites import forced_inside
 from bench.randomness import block_seed, seeded
+from bench.results.flags import WARM_START
 from bench.results.metrics import robust_by_example
 from bench.results.schema import GateUse, Result
 from bench.results.store import RunFolder, read_runs, run_folder
@@ -83,9 +83,9 @@ def evaluate(
         return finished
     started = time.time()
     with torch.no_grad():  # α may be a parameter
-        former = float(job.subject.model.alpha) if is_dual(job.subject.model) else spec.alpha
+        former = float(job.subject.routed.alpha) if is_dual(job.subject.routed) else spec.alpha
     if spec.alpha is not None:
-        set_alpha(job.subject.model, spec.alpha)
+        set_alpha(job.subject.routed, spec.alpha)
     model = guarded(job.subject).to(device)
     if job.fit and limited(device):
         failing = users_code(f"'{spec.model}' fails on a block of {len(data.x[job.blocks[0]])} images")
@@ -98,7 +98,7 @@ def evaluate(
             refuse_idle_alpha(model, looked_at[:PROBED], former)
         examiner = Examiner(job, model, known, looked_at, on_attack)
     if job.subject.identity:
-        write_if_changed(folder.path / identity.FILE, job.subject.identity)
+        write_if_changed(folder.path / IDENTITY_FILE, job.subject.identity)
     blocks.look()
     world = World.here()
     first = int(folder.path.name, 16)  # not always the same process has the run with a block more
@@ -151,7 +151,7 @@ def _differs(folder: RunFolder, subject: Subject, started: float) -> bool:
     Raises:
         UnusableInput: it has, so that its blocks will never come.
     """
-    others = folder.path.parent.glob(f"*/{identity.FILE}") if subject.identity else ()
+    others = folder.path.parent.glob(f"*/{IDENTITY_FILE}") if subject.identity else ()
     for path in others:
         if path.stat().st_mtime > started - _STARTED_WITHIN and path.read_bytes() != subject.identity:
             raise UnusableInput(

@@ -40,14 +40,13 @@ from bench.results.flags import (
     ROUTES_INSIDE,
     STATEFUL,
     THOUGH,
+    WARM_START,
     WEAKER,
 )
 from bench.results.schema import VERDICT_COLUMNS
 from bench.results.witnesses import Witnesses
 from bench.suites.base import Suite
 
-#: What known adversarial examples are called as an attack; it comes before the suite's own.
-WARM_START = "warm-start"
 #: How many images are sent through a foreign model while its operations are watched.
 WATCHED = 4
 #: Among so many images those are looked for that a model gets right, and is probed on.

@@ -37,8 +37,6 @@ from bench.models.state import numbers
 from bench.randomness import generator
 from bench.spec import dataset_folder, path_safe
 
-#: The file in a run's folder.
-FILE = IDENTITY_FILE
 #: Images that a model is asked for: so many random ones, and so many of the evaluation set.
 PROBED = 32
 #: Random directions that the gradient of each image is told along; and by how much of their length these may differ.
@@ -171,7 +169,9 @@ def identified(subject: Subject, data: EvalSet, num_classes: int, files: Iterabl
 def identity_files(results: Path, dataset: str, model: str) -> list[Path]:
     """Those of all runs below `results` of models of this name on this data set, in a fixed order."""
     return (
-        sorted(results.glob(f"{dataset_folder(dataset)}/*/*/{path_safe(model)}/*/{FILE}")) if results.is_dir() else []
+        sorted(results.glob(f"{dataset_folder(dataset)}/*/*/{path_safe(model)}/*/{IDENTITY_FILE}"))
+        if results.is_dir()
+        else []
     )
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from bench.datasets.base import Dataset, EvalSet, open_dataset
 from bench.errors import UnusableInput
 from bench.evaluation.baselines import baseline
+from bench.evaluation.examine import guarded
 from bench.evaluation.identity import identified, identity_files
 from bench.evaluation.subjects import find_models, load_subject, with_gates
 from bench.job import Job, M, Subject
@@ -105,7 +106,7 @@ class Plan(Generic[M]):
         What needs routes is left out where there are none, unless the user named it for a model of their own or alone.
         """
         wants_routes = isinstance(method, Suite) and "routes" in method.needs
-        if not wants_routes or parts(subject.model) or sites(subject.model):
+        if not wants_routes or parts(guard := guarded(subject)) or sites(guard):
             return True
         return self.request.named and (subject.foreign or len(self.methods) == 1)
 
@@ -113,7 +114,8 @@ class Plan(Generic[M]):
         """Whether any of the models has an α; one that cannot be loaded may have one."""
         for model in self.models:
             try:
-                if named_subject(model, self.dataset, self.threat_model, self.checkpoints).info.alpha is not None:
+                subject = named_subject(model, self.dataset, self.threat_model, self.checkpoints)
+                if with_gates(subject, (), self.data.x[:LOOKED_AT]).info.alpha is not None:
                     return True
             except UnusableInput:
                 return True

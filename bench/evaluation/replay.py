@@ -9,12 +9,14 @@ import torch
 from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
 from bench.evaluation.examine import guarded
-from bench.evaluation.identity import FILE as IDENTITY
 from bench.evaluation.identity import identified
 from bench.evaluation.plan import named_subject
+from bench.evaluation.subjects import with_gates
 from bench.evaluation.verdicts import Judgement, judge
+from bench.job import IDENTITY_FILE
 from bench.models.deployed import eval_frozen, full_float32
 from bench.models.foreign import DRAWS, Guarded
+from bench.models.gates import LOOKED_AT
 from bench.models.parts import set_alpha
 from bench.results.flags import BY_CHANCE
 from bench.results.store import CERTIFICATES, Run, read_run
@@ -62,7 +64,7 @@ def replay(
     if data.fingerprint != result.fingerprint:
         where = f"the images of {spec.dataset} at '{data_root}'"
         raise UnusableInput(f"{where} are not those of {run}: pass its --data-root")
-    subject = identified(subject, data, dataset.num_classes, [folder / IDENTITY])
+    subject = identified(subject, data, dataset.num_classes, [folder / IDENTITY_FILE])
     found, asked = subject.info.checkpoint_sha256, result.model_info.checkpoint_sha256
     _, at, part = spec.model.partition("@")  # a baseline is made of the same file
     if found != asked or subject.info.name.partition("@")[2] != part:
@@ -73,7 +75,7 @@ def replay(
             f" {named}"
         )
     if spec.alpha is not None:
-        set_alpha(subject.model, spec.alpha)
+        set_alpha(with_gates(subject, (), data.x[:LOOKED_AT]).routed, spec.alpha)
     try:
         witnesses = Witnesses.read_for(path, data.idx.numpy(), tuple(data.x.shape[1:]))
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -22,6 +21,7 @@ from bench.models.foreign import settings_kept, switch_mode
 from bench.models.gates import Gates, declared, find_gates, look_at_shown
 from bench.models.parts import is_dual, is_moe, is_traced
 from bench.randomness import seeded
+from bench.registry import working_folder_first
 from bench.spec import ModelInfo, ThreatModel
 
 #: Endings of files that a model is saved in, which are not read: pickles run code, and none says what network it is of.
@@ -115,7 +115,8 @@ def foreign_subject(model: nn.Module, name: str) -> Subject:
 
 
 def with_gates(subject: Subject, words: Sequence[str], x: Tensor) -> Subject:
-    """The subject with the gates that `words` name (`--gates`), or else those that its model's attribute `gates` names.
+    """The subject with the gates that `words` name (`--gates`), or else those that its model's attribute `gates` names,
+    and what is to be seen of the MoE or dual that it wraps.
 
     x (m, C, H, W): images to look at them with. UnusableInput for words that name no gate, or for a model of ours.
     """
@@ -125,24 +126,24 @@ def with_gates(subject: Subject, words: Sequence[str], x: Tensor) -> Subject:
         return subject
     words = words or declared(subject.model)
     found = find_gates(subject.model, words, x) if words else Gates((), ())
-    return replace(subject, gates=found.words, sites=found.sites, shown=look_at_shown(subject.model, x))
+    seen = replace(subject, gates=found.words, sites=found.sites, shown=look_at_shown(subject.model, x))
+    if is_dual(seen.routed):  # or what the model wraps is one
+        shows = {"alpha": float(seen.routed.alpha), "routing_visible": True}
+        seen = replace(seen, info=seen.info.model_copy(update=shows))
+    return seen
 
 
 def _call_factory(word: str, dataset: Dataset) -> nn.Module:
     """The model in eval mode; what its factory draws is the same every time, and in every process."""
     module_name, _, attribute = word.partition(":")
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it, so that a module in the current folder is found
-    try:
-        with seeded(0), settings_kept():
-            module = importlib.import_module(module_name)
-            if not hasattr(module, attribute):
-                hint = did_you_mean(attribute, [name for name in vars(module) if not name.startswith("_")])
-                near = f": {hint}" if hint.endswith("?") else ""
-                raise AttributeError(f"module '{module_name}' has no attribute '{attribute}'{near}")
-            made = getattr(module, attribute)
-            model = made if isinstance(made, nn.Module) else _called(made)
-    finally:
-        sys.path.pop(0)
+    with working_folder_first(), seeded(0), settings_kept():
+        module = importlib.import_module(module_name)
+        if not hasattr(module, attribute):
+            hint = did_you_mean(attribute, [name for name in vars(module) if not name.startswith("_")])
+            near = f": {hint}" if hint.endswith("?") else ""
+            raise AttributeError(f"module '{module_name}' has no attribute '{attribute}'{near}")
+        made = getattr(module, attribute)
+        model = made if isinstance(made, nn.Module) else _called(made)
     if not isinstance(model, nn.Module):
         raise UnusableInput(f"--model '{word}' gave a {type(model).__name__}: it must return a torch.nn.Module")
     switch_mode(model, training=False)

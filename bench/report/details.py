@@ -20,7 +20,7 @@ from bench.results.schema import suite_label
 from bench.results.store import Run
 from bench.results.table import Table
 
-#: The suites of the chain certified ≤ true ≤ RA-worst ≤ AutoAttack ≤ PGD ≤ SA.
+#: The suite that is called PGD in the chain certified ≤ true ≤ RA-worst ≤ AutoAttack ≤ PGD ≤ SA.
 PGD = "pgd"
 
 

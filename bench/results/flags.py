@@ -1,4 +1,4 @@
-"""Flags that boards and the check act on; here, since these import no torch."""
+"""Words that boards and the check act on: flags, and an attack's name; here, since these import no torch."""
 
 from bench.spec import NO_GRADIENT
 
@@ -10,6 +10,9 @@ UNRANKED = (
     BY_CHANCE, "outputs depend on the batch", STATEFUL, "outputs depend on whether gradients are taken",
     "gradients depend on the batch",
 )  # fmt: skip
+
+#: What known adversarial examples are called as an attack; it comes before the suite's own.
+WARM_START = "warm-start"
 
 #: How the flag of a run begins whose suite had weaker settings than its default (`Suite.weaker_than_default`).
 WEAKER = "weaker than the default: "

@@ -13,6 +13,7 @@ from bench.boards.robustbench import write_model_info
 from bench.boards.rows import board_rows, finished_runs
 from bench.cli import main
 from bench.errors import UnusableInput
+from bench.results.flags import MASKED
 from bench.results.schema import Result
 from bench.spec import ThreatModel
 
@@ -125,6 +126,13 @@ def test_what_the_model_shows_of_itself_is_unreliable_too(tmp_path: Path):
         save(tmp_path / "results", "autoattack", "11000", model=model, model_flags=(flag,))
     found = written(tmp_path)[0].values()
     assert {info["name"]: info["unreliable"] for info in found} == {"masked": True, "fine": False}
+
+
+@pytest.mark.parametrize("beginning", MASKED)
+def test_masked_gradients_are_unreliable(beginning: str, tmp_path: Path):
+    save(tmp_path / "results", "autoattack", "11000", model_flags=(f"{beginning} and so on",))
+    (found,) = written(tmp_path)[0].values()
+    assert found["unreliable"] is True
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,16 @@ def test_a_wrapper_is_looked_through(planted: Any, score: Any):
     assert not any(flag.startswith((HIDDEN_ROUTES, ROUTES_INSIDE)) for flag in shown.model_flags)
 
 
+def test_the_alpha_of_a_dual_that_is_wrapped_is_set(planted: Any, score: Any, tmp_path: Path):
+    dual = planted.dual(0.5)
+    for alpha in (0.0, 1.0):
+        _, bare = score(dual, "pgd", settings={"steps": 3}, foreign=True, alpha=alpha, results=tmp_path / f"{alpha}")
+        wrapped = {"foreign": True, "alpha": alpha, "results": tmp_path / f"wrapped{alpha}"}
+        _, rows = score(Inner(dual), "pgd", settings={"steps": 3}, **wrapped)
+        assert float(dual.alpha) == alpha
+        assert rows["robust"].equals(bare["robust"])
+
+
 class Chosen(nn.Module):
     """Three linear networks, of which it takes the best, and what it says of how many are selected."""
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from bench.datasets.base import EvalSet
 from bench.errors import UnusableInput
 from bench.evaluation.evaluate import evaluate
-from bench.evaluation.identity import FILE, Identity, identified, identify, weights_sha256
+from bench.evaluation.identity import Identity, identified, identify, weights_sha256
 from bench.evaluation.subjects import foreign_subject
-from bench.job import Job
+from bench.job import IDENTITY_FILE, Job
 from bench.results.store import read_runs
 from bench.spec import RunSpec, ThreatModel
 from bench.suites.base import open_suites
@@ -115,9 +115,9 @@ def test_rounding_is_no_other_model_and_another_answer_is(planted: Any, tmp_path
     loud = planted.data().x.flatten(1).amax()
     assert not own.same(identify(Net(lambda logits: logits.roll(1, 1) if len(logits) == len(data) else logits), data))
     assert loud < 1
-    (tmp_path / FILE).write_bytes(own.to_bytes())
-    assert Identity.read(tmp_path / FILE).same(own)
-    assert Identity.read(tmp_path / FILE).sha256 == own.sha256
+    (tmp_path / IDENTITY_FILE).write_bytes(own.to_bytes())
+    assert Identity.read(tmp_path / IDENTITY_FILE).same(own)
+    assert Identity.read(tmp_path / IDENTITY_FILE).sha256 == own.sha256
 
 
 def test_low_precision_is_compared_as_coarsely_as_it_computes(planted: Any):
@@ -136,9 +136,9 @@ def test_gradients_tell_models_apart_of_which_all_else_is_the_same(planted: Any,
     assert torch.equal(kinds[0].random, kinds[1].random)
     assert len({kind.sha256 for kind in kinds}) == 3
     for number, kind in enumerate(kinds):
-        (tmp_path / FILE).write_bytes(kind.to_bytes())
+        (tmp_path / IDENTITY_FILE).write_bytes(kind.to_bytes())
         assert [kind.same(other) for other in kinds] == [n == number for n in range(3)]
-        assert Identity.read(tmp_path / FILE).same(kind)
+        assert Identity.read(tmp_path / IDENTITY_FILE).same(kind)
 
 
 def test_fewer_images_of_the_same_set_are_enough_and_none_are_not(planted: Any):
@@ -157,9 +157,9 @@ def test_a_model_whose_draws_are_seeded_is_recognised(planted: Any):
 def test_a_recognised_model_keeps_the_identity_of_its_first_run(planted: Any, tmp_path: Path):
     data = planted.data()
     first = identified(foreign_subject(Net(), "m"), data, 10)
-    (tmp_path / FILE).write_bytes(first.identity)
+    (tmp_path / IDENTITY_FILE).write_bytes(first.identity)
     (tmp_path / "damaged").write_bytes(first.identity[:100])
-    files = [tmp_path / "absent", tmp_path / "damaged", tmp_path / FILE]
+    files = [tmp_path / "absent", tmp_path / "damaged", tmp_path / IDENTITY_FILE]
     again = identified(foreign_subject(Net(lambda logits: logits * (1 + 1e-6)), "m"), data, 10, files)
     assert again.info.checkpoint_sha256 == first.info.checkpoint_sha256 != ""
     assert again.identity == first.identity

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from bench.datasets.base import open_dataset
 from bench.errors import UnusableInput
 from bench.evaluation.plan import RunRequest, plan, threat_model
+from bench.evaluation.subjects import foreign_subject
 from bench.job import Job
+from bench.models.dual import DualModel
 from bench.spec import ThreatModel
 from bench.suites.base import DEFAULT_SUITES, Suite
 
@@ -56,6 +60,67 @@ def test_suites_that_nobody_named_are_those_that_fit(planned: Any):
     assert {j.spec.model for j in planned(("adaptive",))} == {"dense-at", "moe-at", "dual-jtdmoe"}
     with pytest.raises(UnusableInput, match="suite 'adaptive' has no L1 attack"):
         planned(("adaptive",), norm="L1", eps="1")
+
+
+class Gated(nn.Module):
+    """One of three linear networks, by a gate that no attribute shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.score, self.nets = nn.Linear(64, 3), nn.Linear(64, 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = nn.functional.one_hot(self.score(x.flatten(1)).argmax(1), 3).to(x)
+        return (weights[..., None] * self.nets(x.flatten(1)).view(-1, 3, 10)).sum(1)
+
+
+class Shifted(nn.Module):
+    """A dual of two dense networks behind a normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        branches = [nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2)]
+        self.net = DualModel(*branches, alpha=0.7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x - 0.3) / 0.4)
+
+
+@pytest.fixture
+def planned_of(tmp_path: Path) -> Callable[..., list[Job[Suite]]]:
+    """planned_of(model, …): the jobs of a user's own model."""
+
+    def make(model: nn.Module, suites: tuple[str, ...] = DEFAULT_SUITES, **fields: Any) -> list[Job[Suite]]:
+        request = RunRequest(suites=suites, dataset="digits", n_examples=8, models=("mine",), **fields)
+        return plan(request, tmp_path, [tmp_path]).jobs_of(foreign_subject(model, "mine"))
+
+    return make
+
+
+def test_gates_that_the_user_names_are_routes(planned_of: Any):
+    assert [job.spec.suite for job in planned_of(Gated(), named=False)] == ["clean", "pgd", "autoattack"]
+    routed = planned_of(Gated(), named=False, gates=("score:k=1",))
+    assert [job.spec.suite for job in routed] == list(DEFAULT_SUITES)
+
+
+def test_a_dual_behind_a_normalisation_is_planned_as_the_dual(planned_of: Any):
+    for model in (Shifted(), Shifted().net):
+        jobs = planned_of(model, named=False)
+        assert [(job.spec.suite, job.spec.alpha) for job in jobs] == [(name, 0.7) for name in DEFAULT_SUITES]
+        assert jobs[0].subject.info.routing_visible
+        swept = planned_of(model, ("clean",), alphas=(0.5, 1.0))
+        assert [job.spec.alpha for job in swept] == [0.5, 1.0]
+
+
+def test_alpha_is_refused_where_no_model_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bench.evaluation.plan.named_subject", lambda word, *_: foreign_subject(MODELS[word](), word))
+    MODELS = {"gated": Gated, "shifted": Shifted}
+    request = RunRequest(suites=("clean",), dataset="digits", n_examples=8, alphas=(0.5,))
+    with pytest.raises(UnusableInput, match="--alpha sets a dual's α, and gated is none"):
+        plan(request.model_copy(update={"models": ("gated",)}), tmp_path, [tmp_path])
+    plan(request.model_copy(update={"models": ("gated", "shifted")}), tmp_path, [tmp_path])
 
 
 def test_alphas_sweep_the_duals_alone(planned: Any):

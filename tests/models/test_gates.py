@@ -191,7 +191,7 @@ def test_k_and_e_can_be_given():
     two = Block(nn.Linear(6, 3), lambda gate, x: hot(gate(tokens(x)), 2))
     assert refused(two, "score:k=1") == "--gates score:k=1: the model selects 2 of its experts: leave k out"
     assert named(two, "score:k=2").words == ("score:k=2",)
-    for word in ("fc:k", "fc:k=0", "fc:m=1", ":k=1"):
+    for word in ("fc:k", "fc:k=0", "fc:k=²", "fc:m=1", ":k=1"):
         assert refused(model, word).startswith(f"--gates {word}: write NAME, NAME:k=2")
 
 

@@ -1,6 +1,7 @@
 """Parts that images hardly use: an expert that a mixture leaves out is found however it is written, and no layer is."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -213,6 +214,39 @@ class Within(nn.Module):
 
 def test_of_mixtures_of_mixtures_nothing_is_said_also_behind_a_wrapper():
     assert unused(Within()) == []
+
+
+class TwoLayers(nn.Module):
+    """Two layers of three experts, of which one gate of many weights, called for each of them, chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+        self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(64, 64) for _ in range(3)) for _ in range(2))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for layer in self.layers:
+            weight, chosen = self.gate(x).softmax(1).max(1)
+            found = torch.stack([expert(x) for expert in layer], 1)  # type: ignore[attr-defined]
+            x = x + weight[:, None] * found[torch.arange(len(x)), chosen]
+        return self.head(x)
+
+
+def test_a_gate_that_is_called_twice_counts_for_no_part(monkeypatch: pytest.MonkeyPatch):
+    """Its own weights have hardly a gradient, or a large one: neither is a measure of the experts' influence."""
+    named: set[str] = set()
+
+    def parts(module: nn.Module, owner: str, name: str, weight: Tensor) -> list[tuple[str, Any]]:
+        named.add(name)
+        return [(owner, ...)]
+
+    monkeypatch.setattr("bench.models.unused._parts", parts)
+    unused(TwoLayers(), "gate:k=1")
+    assert "head.weight" in named
+    assert not any(name.startswith("gate.") for name in named)
 
 
 class Recurrent(nn.Module):
