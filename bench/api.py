@@ -218,7 +218,7 @@ def _own(x: Any, y: Any, model: str | nn.Module) -> Dataset:
     """
     import torch
 
-    from bench.datasets.base import Dataset, EvalSet, fingerprint
+    from bench.datasets.base import Dataset, EvalSet
     from bench.models.choices import plain
     from bench.models.foreign import Guarded
     from bench.spec import ThreatModel
@@ -261,7 +261,7 @@ def _own(x: Any, y: Any, model: str | nn.Module) -> Dataset:
             if not 1 <= count <= len(pixels):
                 raise UnusableInput(f"n_examples {count} must be in 1 … {len(pixels)}, the number of images")
             images, classes = pixels[:count], labels[:count].long()
-            return EvalSet(images, classes, torch.arange(count), fingerprint(images, classes), "")
+            return EvalSet.of(images, classes)
 
     return Tensors()
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class EvalSet:
     """What a model is scored on: x (N, C, H, W) float32 in [0, 1], y (N,), idx (N,) positions in the archive's order.
 
     `fingerprint` is a SHA-256 over shape, pixels and labels: two sets with one fingerprint are the same images.
-    `note`: in words, what is unusual about the set (a partial copy), or empty.
+    `note`: in words, what is unusual about the set (a partial copy, repeated images), or empty.
     """
 
     x: Tensor
@@ -52,6 +52,14 @@ class EvalSet:
     idx: Tensor
     fingerprint: str
     note: str
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, note: str = "") -> Self:
+        """Of images and labels in the archive's order; images that come again are noted beside `note`."""
+        again = len(x) - len({input_hash(image) for image in x})
+        repeated = f"{again} of {len(x)} images are copies of others, so intervals and p-values are too narrow"
+        notes = "; ".join(filter(None, (note, repeated * bool(again))))
+        return cls(x, y, torch.arange(len(y)), fingerprint(x, y), notes)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -104,8 +112,7 @@ class Dataset(ABC):
             )
         partial = 0 < images.available < images.published
         note = f"partial copy: {images.available:,} of {images.published:,} test images" if partial else ""
-        x = images.floats()
-        return EvalSet(x, images.y, torch.arange(len(images.y)), fingerprint(x, images.y), note)
+        return EvalSet.of(images.floats(), images.y, note)
 
 
 def open_dataset(name: str) -> Dataset:

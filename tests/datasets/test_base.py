@@ -55,6 +55,13 @@ def test_default_threat_and_recipe(name: str, threat: str, recipe: str) -> None:
     assert (str(dataset.threat_model), dataset.recipe) == (threat, recipe)
 
 
+def test_images_that_come_again_are_noted() -> None:
+    assert Two(published=2).evaluation_set(NONE, None).note == ""
+    said = "1 of 2 images are copies of others, so intervals and p-values are too narrow"
+    assert Two((4, 4), published=2).evaluation_set(NONE, None).note == said
+    assert Two((4, 4)).evaluation_set(NONE, None).note == f"partial copy: 2 of 5 test images; {said}"
+
+
 @pytest.mark.parametrize("name", ["digits:foo", "digits:", "cifar10:/data"])
 def test_an_argument_that_is_not_taken(name: str) -> None:
     with pytest.raises(UnusableInput, match=f"'{name.partition(':')[0]}' takes no argument: '{name}'"):
