@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.models.deployed import spread
+from bench.models.dependence import spread
 from bench.models.foreign import Guarded
 from bench.models.sites import Site, intercepted, opened, read
 

@@ -360,10 +360,10 @@ def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     Nor does a file wait for the disk: what a killed process leaves is for processes of their own.
     """
     from bench.evaluation import probes
-    from bench.models import deployed
+    from bench.models import dependence
 
     monkeypatch.setattr(probes, "STEPS", 4)
-    monkeypatch.setattr(deployed, "BATCH_SIZES", (1, 8))
+    monkeypatch.setattr(dependence, "BATCH_SIZES", (1, 8))
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 

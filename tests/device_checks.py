@@ -36,7 +36,7 @@ from bench.evaluation.evaluate import score
 from bench.evaluation.plan import RunRequest, plan
 from bench.evaluation.subjects import routing_visible
 from bench.job import Job, Subject
-from bench.models import deployed
+from bench.models import dependence
 from bench.models.architecture import Dense, Dual, Inside, Routed
 from bench.models.checkpoints import Header, checkpoint_path, load_checkpoint, save_checkpoint
 from bench.models.variants import VARIANTS
@@ -239,7 +239,7 @@ def refusals(device: torch.device) -> None:
 
 def cut_budgets() -> None:
     """A few steps of each attack and probe: this is about devices, not about strength."""
-    probes.STEPS, restarts.CORNERS, deployed.BATCH_SIZES = 2, restarts.FEW_CORNERS, (1, 8)
+    probes.STEPS, restarts.CORNERS, dependence.BATCH_SIZES = 2, restarts.FEW_CORNERS, (1, 8)
     small = BUDGETS["small"]
     BUDGETS["small"] = replace(small, paths=3, path_restarts=1, path_steps=2, steps=2, weights=(0.5,), queries=4)
     standard = AutoAttack._set_version

@@ -504,9 +504,11 @@ MUTATIONS = [
         "",
         "tests/evaluation/test_identity.py -k gradients",
     ),
-    Mutation("models/deployed.py", "[cut, len(x) - cut]", "len(x)", "tests/models/test_deployed.py -k pieces"),
-    Mutation("models/deployed.py", "return [BY_BATCH]", "return []", "tests/models/test_deployed.py -k pieces"),
-    Mutation("models/deployed.py", "else [GRADIENTS_BY_BATCH]", "else []", "tests/models/test_deployed.py -k pieces"),
+    Mutation("models/dependence.py", "[cut, len(x) - cut]", "len(x)", "tests/models/test_dependence.py -k pieces"),
+    Mutation("models/dependence.py", "return [BY_BATCH]", "return []", "tests/models/test_dependence.py -k pieces"),
+    Mutation(
+        "models/dependence.py", "else [GRADIENTS_BY_BATCH]", "else []", "tests/models/test_dependence.py -k pieces"
+    ),
     Mutation("models/parts.py", "unlike.any() and torch.equal", "torch.equal", "tests/models/test_parts.py -k alpha"),
     Mutation("bench/boards/rows.py", " or THOUGH in flag", "", "tests/boards/test_rows.py -k hidden_routes"),
     Mutation("bench/boards/check.py", ", *MASKED", "", "tests/boards/test_check.py -k told_once"),
@@ -740,10 +742,10 @@ MUTATIONS = [
         "bench/models/deployed.py",
         "attention.set_fastpath_enabled(False)",
         "pass",
-        "tests/models/test_deployed.py -k half",
+        "tests/models/test_dependence.py -k half",
     ),
-    Mutation("models/deployed.py", ".clamp(0, 1)  #", "  #", "tests/models/test_deployed.py -k legal"),
-    Mutation("bench/models/deployed.py", "_OF_HALF = 4", "_OF_HALF = 400", "tests/models/test_deployed.py -k half"),
+    Mutation("models/dependence.py", ".clamp(0, 1)  #", "  #", "tests/models/test_dependence.py -k legal"),
+    Mutation("bench/models/dependence.py", "_OF_HALF = 4", "_OF_HALF = 400", "tests/models/test_dependence.py -k half"),
     Mutation(
         "bench/models/exchanges.py", "2 * self.eps * (count - 1)", "0.0", "tests/models/test_exchanges.py -k half"
     ),
@@ -908,10 +910,10 @@ MUTATIONS = [
         "tests/models/test_sites.py",
     ),
     Mutation(
-        "models/deployed.py",
+        "models/dependence.py",
         "batch |= not same_logits(parts, whole[order], share)",
         "batch |= False",
-        "tests/models/test_deployed.py",
+        "tests/models/test_dependence.py",
     ),
     Mutation(
         "models/routing.py", "torch.full_like(scores, 1 / k)", "torch.ones_like(scores)", "tests/models/test_routing.py"

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bench.attacks.block import Block
-from bench.models.deployed import same_logits, same_slopes, sloped
+from bench.models.dependence import same_logits, same_slopes, sloped
 from bench.models.foreign import Guarded
 
 #: How far the prepared model's logits may be from the original's, relative to how far these lie apart.

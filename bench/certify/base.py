@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from bench.errors import UnusableInput
-from bench.models.deployed import dependence
+from bench.models.dependence import dependence
 from bench.spec import Method, ThreatModel
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.certify.layers import Layer, NotSupported, check_untouched, evaluate, joined, read
 from bench.certify.rounding import Arithmetic, margins
-from bench.models.deployed import same_logits
+from bench.models.dependence import same_logits
 from bench.models.dual import DualModel
 from bench.models.moe import MoE
 from bench.models.parts import is_dual, is_moe

@@ -23,7 +23,8 @@ from bench.evaluation.scales import accuracy_flags
 from bench.evaluation.verdicts import Judgement, judge, legal
 from bench.job import Job, Subject
 from bench.models.choices import few, find_choices
-from bench.models.deployed import Prediction, by_batch, dependence, predict, same_logits, validate_outputs
+from bench.models.dependence import by_batch, dependence, same_logits
+from bench.models.deployed import Prediction, predict, validate_outputs
 from bench.models.exchanges import misshown, thresholded
 from bench.models.foreign import DRAWS, Guarded, settings_kept
 from bench.models.gates import NONE

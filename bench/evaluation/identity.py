@@ -22,15 +22,8 @@ from torch import Tensor, nn
 from bench.datasets.base import EvalSet, input_hash
 from bench.errors import users_code
 from bench.job import IDENTITY_FILE, Subject
-from bench.models.deployed import (
-    ROUNDING,
-    eval_frozen,
-    full_float32,
-    same_logits,
-    same_slopes,
-    sloped,
-    validate_outputs,
-)
+from bench.models.dependence import ROUNDING, same_logits, same_slopes, sloped
+from bench.models.deployed import eval_frozen, full_float32, validate_outputs
 from bench.models.foreign import Guarded
 from bench.models.parts import is_dual
 from bench.models.state import numbers
@@ -81,7 +74,7 @@ def _add(sha: Any, value: Any) -> None:
 @dataclass(frozen=True)
 class Identity:
     """weights: their SHA-256. random, first: logits (m, C) of random images and of the first of the evaluation set,
-    whose hashes are `images`. tolerance: by how much these may differ (`bench.models.deployed.same_logits`). slopes:
+    whose hashes are `images`. tolerance: by how much these may differ (`bench.models.dependence.same_logits`). slopes:
     the gradients of the random images along some directions (m, DIRECTIONS); 0 where a backward pass fails.
     """
 

@@ -25,7 +25,7 @@ from bench.attacks.gradients import differentiable, has_gradient
 from bench.attacks.grid import on_grid
 from bench.attacks.influence import least_used
 from bench.attacks.search import RAISED, TRIED, Search, margin, raised
-from bench.models.deployed import spread
+from bench.models.dependence import spread
 from bench.models.foreign import Guarded, bare
 from bench.models.moe import MoE
 from bench.models.parts import is_dual, parts, routed_branches

@@ -3,7 +3,7 @@
 from bench.spec import NO_GRADIENT
 
 #: Of a model that keeps no rank: it is no function of the single image, so no accuracy of it is one number. They are
-#: what `bench.models.deployed.Dependence` and `by_batch` call their reasons.
+#: what `bench.models.dependence.Dependence` and `by_batch` call their reasons.
 BY_CHANCE = "outputs depend on chance"
 STATEFUL = "forward passes change the model's state"
 UNRANKED = (

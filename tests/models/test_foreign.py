@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bench.models.deployed import Dependence, dependence, eval_frozen, predict
+from bench.models.dependence import Dependence, dependence
+from bench.models.deployed import eval_frozen, predict
 from bench.models.dual import DualModel
 from bench.models.foreign import DRAWS, Guarded, bare, behind
 from bench.models.moe import MoE

@@ -15,7 +15,7 @@ from torchvision.ops import roi_align
 
 from bench.evaluation.examine import WATCHED
 from bench.models.choices import Choices, find_choices
-from bench.models.deployed import BATCH_SIZES
+from bench.models.dependence import BATCH_SIZES
 from bench.models.sites import Site
 
 NOTHING = Choices()

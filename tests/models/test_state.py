@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.models.deployed import dependence
+from bench.models.dependence import dependence
 from bench.models.foreign import Guarded
 
 

@@ -1,6 +1,6 @@
 """The flags that boards act on are those that models get."""
 
-from bench.models.deployed import GRADIENTS_BY_BATCH, Dependence
+from bench.models.dependence import GRADIENTS_BY_BATCH, Dependence
 from bench.results.flags import BY_CHANCE, UNRANKED
 
 
