@@ -1,6 +1,7 @@
 """What is written for people is true: numbers are those of the committed results, commands and links work."""
 
 import ast
+import hashlib
 import json
 import re
 import shlex
@@ -21,7 +22,9 @@ from bench import __version__
 from bench.catalogue import names
 from bench.cli import app
 from bench.commands.options import split
+from bench.models.checkpoints import ZOO
 from bench.registry import DATASETS
+from bench.results.store import read_runs
 from bench.suites.base import open_suites
 
 ROOT = Path(__file__).parents[1]
@@ -222,3 +225,10 @@ def test_the_site_builds(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     for page in ("index.html", "reference/index.html", "leaderboards/digits_Linf-0.2/index.html", "ci/index.html"):
         assert (tmp_path / "site" / page).is_file()
+
+
+def test_commands_of_the_committed_boards_name_models_that_ship():
+    """A run of weights that ship is named by their name there, whatever the file was called that was scored."""
+    ships = {hashlib.sha256(path.read_bytes()).hexdigest() for path in ZOO.rglob("*.safetensors")}
+    infos = [run.result.model_info for run in read_runs(ROOT / "results")]
+    assert not {info.word for info in infos if info.word and info.checkpoint_sha256 in ships}
