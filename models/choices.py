@@ -11,7 +11,7 @@ Axes: B = images, E = experts.
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +37,7 @@ _COLOURS = 3
 class Choices:
     """Signs of routes. `names`: modules and attributes as globs over block numbers, such as `blocks.*.mlp.gate`;
     `operations`: what was chosen by, each with the module (as a glob) that did it, such as `topk in blocks.*.mlp`;
-    `where`: the module of the first of them, "" for the model itself;
+    `where`: the module of the first of them, "" for the model itself; `gate`: the one that may well be the gate, or "";
     `gates`: known ones that choose inside, by what their scores do not show; `read`: whether they are read inside;
     `outside`: those of the operations that Python acts on, or another library, or which are in a model that is scripted
     or quantized: no attack follows them.
@@ -46,6 +46,7 @@ class Choices:
     names: tuple[str, ...] = ()
     operations: tuple[str, ...] = ()
     where: str = ""
+    gate: str = ""
     gates: tuple[str, ...] = ()
     read: bool = False
     outside: tuple[str, ...] = ()
@@ -63,10 +64,11 @@ class Choices:
         if self.read:
             beside = f"beside the scores of '{self.gates[0]}', so that they cannot be forced alone"
             return f"{' and '.join(seen)}, {beside}: give each gate a module of its own, and name all of them"
-        likely = (name for name in self.names if _GATE.search(_last(name)) or "rout" in _last(name).lower())
-        gate = next(iter((*self.gates, *likely)), self.where)
-        example = f"'{gate}'" if gate else "GLOB"
-        name = f"name {'these gates as well' if named else 'its gates'} with --gates {example}"
+        gate, which = next(iter(self.gates), self.gate), "these gates as well" if named else "its gates"
+        place = f" in '{self.where}'" if self.where else ""
+        name = f"name {which}{place}, each a module of its own, with --gates GLOB"
+        if gate:
+            name = f"name {which} with --gates '{gate}'"
         inside = "choose by torch alone, which attacks can follow (no .item(), .tolist() or bool() of what images give)"
         if self.outside and self.gates:
             advice = inside
@@ -110,14 +112,35 @@ def find_choices(model: nn.Module, x: Tensor, known: Sequence[Site] = ()) -> Cho
     outside = [words[each] for each in found if opaque or each in watch.taken or each[0] in OUTSIDE]
     gates = [site.module for site in known]
     inside = [site for site in known for _, where in found if _within(where, site.module)]
+    names = tuple(_names(model, watch.shapes, watch.elementwise - watch.scoring, gates))
+    first = next((where for _, where in found), "")
     return Choices(
-        tuple(_names(model, watch.shapes, watch.elementwise - watch.scoring, gates)),
+        names,
         tuple(dict.fromkeys(words.values())),
-        next((_glob(where) for _, where in found), ""),
+        _glob(first),
+        _gate(model, names, first if found else None, watch.shapes),
         tuple(dict.fromkeys(_glob(site.module) for site in inside)),
         bool(inside) and all(site.call is not None for site in inside),
         tuple(dict.fromkeys(outside)),
     )
+
+
+def _gate(
+    model: nn.Module, names: Sequence[str], where: str | None, shapes: Mapping[str, list[tuple[int, ...]]]
+) -> str:
+    """The module, as a glob, that may well be the gate of a choice seen in `where`, or of none (None); "" for none.
+
+    One that is named for it and lies near, else where the choice is made, if that gives scores.
+    """
+    modules = {_glob(name): (name, module) for name, module in reversed(list(model.named_modules()))}
+    likely = [name for name in names if _GATE.search(_last(name)) or "rout" in _last(name).lower()]
+    place = None if where is None else _glob(where)
+    for name in likely:
+        if name in modules and (place is None or _within(name, place) or _within(place, name)):
+            return name
+    if not where or not _scores(model.get_submodule(where), shapes.get(where, ())):
+        return ""
+    return _glob(where)
 
 
 def _turns(model: nn.Module, x: Tensor, known: Sequence[Site]) -> bool:
@@ -254,7 +277,7 @@ def few(words: Iterable[str]) -> str:
 
 @contextmanager
 def _inside(named: dict[nn.Module, str], watch: Watch) -> Iterator[None]:
-    """The watch knows in which module it is, and what shapes modules called gate take and give."""
+    """The watch knows in which module it is, and what shapes modules take and give."""
     handles, own = [], threading.current_thread()
 
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -264,11 +287,10 @@ def _inside(named: dict[nn.Module, str], watch: Watch) -> Iterator[None]:
 
     def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         watch.where.pop()
-        if _GATE.search(named[module]):
-            tensors = [leaf for leaf in tree_leaves((inputs[:1], output)) if isinstance(leaf, Tensor)]
-            watch.shapes[named[module]] = [tuple(tensor.shape) for tensor in tensors]
-            if isinstance(output, Tensor):
-                watch.gated[key(output)] = named[module]
+        tensors = [leaf for leaf in tree_leaves((inputs[:1], output)) if isinstance(leaf, Tensor)]
+        watch.shapes[named[module]] = [tuple(tensor.shape) for tensor in tensors]
+        if _GATE.search(named[module]) and isinstance(output, Tensor):
+            watch.gated[key(output)] = named[module]
 
     for module in named:
         try:

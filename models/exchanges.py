@@ -217,7 +217,7 @@ def thresholded(guard: Guarded, site: Site, sites: Sequence[Site], x: Tensor) ->
 
 
 def are_probabilities(scores: Tensor) -> bool:
-    """Whether scores (m, T, E) look like probabilities."""
+    """Whether scores (…, E) look like probabilities: none is negative, and those of each row add up to 1."""
     return bool((scores >= 0).all()) and bool(((scores.sum(-1) - 1).abs() < 1e-3).all())
 
 

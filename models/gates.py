@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bench.errors import UnusableInput, did_you_mean
+from bench.errors import UnusableInput, did_you_mean, users_code
 from bench.models.choices import plain
 from bench.models.deployed import eval_frozen
 from bench.models.exchanges import ROUNDING, Exchanges, measured_k
@@ -78,9 +78,14 @@ def declared(model: nn.Module) -> tuple[str, ...]:
 
 
 def _matched(pattern: str, modules: Iterable[str]) -> list[str]:
-    """The modules that a glob names, by their whole names or else inside a wrapper."""
-    found = [name for name in modules if fnmatchcase(name, pattern)]
-    return found or [name for name in modules if fnmatchcase(name, f"*.{pattern}")]
+    """The modules that a glob names, by their whole names or else inside a wrapper; a last `.*` stands for one part."""
+
+    def matching(glob: str) -> list[str]:
+        if glob.endswith(".*"):
+            return [name for name in modules if "." in name and fnmatchcase(name.rpartition(".")[0], glob[:-2])]
+        return [name for name in modules if fnmatchcase(name, glob)]
+
+    return matching(pattern) or matching(f"*.{pattern}")
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,8 @@ def find_gates(model: nn.Module, words: Sequence[str], x: Tensor) -> Gates:
             raise UnusableInput(f"--gates {scripted[0]}: a scripted module takes no hooks: leave it unscripted")
         found |= dict.fromkeys(matched, named)
     guard = Guarded(model)
-    with _looking(guard):
+    failing = users_code(f"--gates {' '.join(others)}: the model fails where its gates are watched or forced")
+    with _looking(guard), failing:
         several = _calls(guard, {name: modules[name] for name in found}, x)
         looks = [look for name, named in found.items() for look in _looks(name, modules[name], named, several[name])]
         _look(guard, looks, x)
@@ -129,9 +135,9 @@ def find_gates(model: nn.Module, words: Sequence[str], x: Tensor) -> Gates:
 
 
 def _calls(guard: Guarded, gates: Mapping[str, nn.Module], x: Tensor) -> dict[str, int]:
-    """How often a pass calls each of some gates, by name: 1 also where it is another number for one image."""
+    """How often a pass calls each of some gates, by name: 1 also where it is another number for other images."""
     found = []
-    for images in (x, x[-1:]):
+    for images in (x, x[-2:]):  # two, since a model may be unable to take one
         with _called(list(gates.values())) as calls:
             guard(images)
         parts = [part for part, *_ in calls]

@@ -6,7 +6,7 @@ Axes: B = images, E = experts, T = tokens.
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -187,13 +187,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self._follow(Operation(func, args, kwargs, output))
         return output
 
+    @staticmethod
+    def _tabulates(op: Operation, depending: Sequence[object]) -> bool:
+        """Whether what an operation multiplies with is 0 or 1 everywhere, as which channels belong to each expert."""
+        others = [tensor for tensor, each in zip(op.inputs, op.keys, strict=True) if each not in depending]
+        return all(bool(((tensor == 0) | (tensor == 1)).all()) for tensor in others)
+
     def _follow(self, op: Operation) -> None:
         """Notes what the outputs depend on, and which choices they come of."""
         if self._checks_images(op):
             return
         depending = [each for each in op.keys if each in self.data or each in self.decided]
         self._scales(op, len(depending))
-        weights = op.name in _LAYERS and len(depending) == 1  # else it is a product of scores and what they chose
+        # else it is a product of scores and what they chose, or of a table of what each expert has
+        weights = op.name in _LAYERS and len(depending) == 1 and not self._tabulates(op, depending)
         if depending and self.scores.issuperset(depending) and not weights:
             # what gates that are attacked choose; a layer with weights ends it
             self.scores.update(op.made)

@@ -960,7 +960,7 @@ MUTATIONS = [
     Mutation(
         "models/looks.py", "if self.calls != self.turn:", "if False:", "tests/models/test_gates.py -k put_together"
     ),
-    Mutation("models/gates.py", "(x, x[-1:])", "(x, x)", "tests/models/test_gates.py -k too_often"),
+    Mutation("models/gates.py", "(x, x[-2:])", "(x, x)", "tests/models/test_gates.py -k too_often"),
     Mutation(
         "models/looks.py",
         "look.chose += [source[0]] if source is not None else []",

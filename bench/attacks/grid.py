@@ -56,6 +56,8 @@ def on_grid(search: Search, restarts: int, steps: int) -> None:
         which = torch.randint(3, (len(block.y), 1)).to(block.x.device)
         start = block.x if number == 0 else search.uniform()
         rows = search.rows
+        if not len(rows):  # there are models that cannot take none
+            return
         z = start[rows]
         for step in range(steps + 1):
             x, y = block.x[rows], block.y[rows]

@@ -37,27 +37,32 @@ class _ChannelsLast(torch.autograd.Function):
 class Prepared(nn.Module):
     """A copy of a model in eval mode, `model`: frozen, BatchNorm folded into convolutions, channels-last inside."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, channels_last: bool = True) -> None:
         super().__init__()
         inside = copy.deepcopy(model).eval().requires_grad_(False)
         fold_batch_norm(inside)
-        self.model: nn.Module = inside.to(memory_format=torch.channels_last)
+        self.channels_last = channels_last
+        self.model: nn.Module = inside.to(memory_format=torch.channels_last) if channels_last else inside
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(_ChannelsLast.apply(x))
+        return self.model(_ChannelsLast.apply(x) if self.channels_last else x)
 
 
 def prepare(model: nn.Module, x: Tensor) -> Prepared | None:
     """A prepared copy of `model`, or None where there can be none that answers as it does on the images x (B, c, H, W).
 
     A user's own model may be of any kind: one that cannot be copied, one whose outputs are random, or one that looks at
-    the whole batch, from which an attack must not take rows away.
+    the whole batch, from which an attack must not take rows away. One that takes a `view` of what a convolution gives
+    cannot be channels-last.
     """
-    try:
-        ready = Prepared(model)
-    except Exception:  # whatever a foreign model raises when it is copied
-        return None
-    return ready if faithful(ready, model, x, TOLERANCE) else None
+    for channels_last in (True, False):
+        try:
+            ready = Prepared(model, channels_last)
+        except Exception:  # whatever a foreign model raises when it is copied
+            return None
+        if faithful(ready, model, x, TOLERANCE):
+            return ready
+    return None
 
 
 def on_copy(block: Block) -> Block:

@@ -23,12 +23,13 @@ from bench.evaluation.probes import probe
 from bench.evaluation.scales import better_scale, by_chance
 from bench.job import Job
 from bench.models.deployed import eval_frozen, full_float32
+from bench.models.exchanges import are_probabilities
 from bench.models.foreign import Guarded
 from bench.models.gates import NONE
 from bench.models.parts import is_dual, parts
 from bench.models.sites import Site, sites
 from bench.randomness import seeded
-from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, UNRANKED
+from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, THOUGH, UNRANKED
 from bench.spec import NO_GRADIENT, NOT_FORCED
 from bench.suites.base import Suite
 
@@ -92,20 +93,23 @@ def diagnose(plan: Plan[Suite], model: str, device: str) -> Diagnosis:
         )  # fmt: skip
         gates, paths, unforced = _gates(block)
         hidden = [flag for flag in examiner.found if flag.startswith((HIDDEN_ROUTES, OUTSIDE_TORCH))]
+        though = next((flag.partition(THOUGH)[2] for flag in examiner.found if THOUGH in flag), None)
         findings = [
             _model(job, network),
             _input(job),
             *_outputs(network, logits, job),
             *_accuracy(network, x, y, logits, job),
             *_depends(examiner.found),
-            _routes(network, gates, paths, hidden, unforced, declared_none=NONE in job.spec.gates),
+            _routes(network, gates, paths, hidden, unforced, though, declared_none=NONE in job.spec.gates),
             *_gradients(network, x, y, job),
         ]
         forward, both = _timed(network, x, y)
         suites = [_attacked(each, network, forward, both) for each in jobs]
     if isinstance(network, Guarded):
         findings += [Finding("forward pass", what) for what in sorted(network.seen) if "no gradient" not in what]
-    return Diagnosis([*findings, _rank(findings, routed=bool(sites(network) or parts(network)))], suites)
+    routed = bool(sites(network) or parts(network)) or though is not None
+    routed = routed or (isinstance(network, Guarded) and NO_GRADIENT in network.seen)
+    return Diagnosis([*findings, _rank(findings, routed=routed)], suites)
 
 
 def _model(job: Job[Suite], network: nn.Module) -> Finding:
@@ -131,7 +135,7 @@ def _outputs(network: nn.Module, logits: Tensor, job: Job[Suite]) -> Iterator[Fi
         yield Finding(
             "output", f"not finite for {bad} of {len(logits)} images", "such a run is refused: train it again"
         )
-    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+    if are_probabilities(logits):
         yield Finding(
             "output",
             "these are probabilities, behind which the losses of attacks are flat",
@@ -204,9 +208,11 @@ def _routes(
     paths: int,
     hidden: Sequence[str],
     unforced: Sequence[str],
+    though: str | None,
     *,
     declared_none: bool,
 ) -> Finding:
+    """though: by what a model chooses that is declared to have no routes, or no others."""
     if hidden:
         *what, remedy = hidden[0].removeprefix(HIDDEN_ROUTES).rsplit(": ", 1)
         seen, remedy = (what[0], remedy) if what else (remedy, "")
@@ -225,9 +231,10 @@ def _routes(
         more = f" and {len(gates) - 3} more gates" if len(gates) > 3 else ""
         kind = "a dual; " if is_dual(network) else ""
         count = f"{paths:,} paths" if paths < 10**6 else "over a million paths, of which some are attacked"
-        return Finding("routes", f"{kind}{', '.join(words)}{more}: {count}")
+        others = f"; declared to be all{THOUGH}{though}" if though is not None else ""
+        return Finding("routes", f"{kind}{', '.join(words)}{more}: {count}{others}")
     if declared_none:
-        return Finding("routes", "none, as --gates none declares")
+        return Finding("routes", f"none, as --gates none declares{'' if though is None else THOUGH + though}")
     if parts(network):
         return Finding("routes", f"none, but {len(parts(network))} parts that are attacked one by one")
     if soft := [site.words for site in sites(network) if site.soft]:

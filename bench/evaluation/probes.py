@@ -26,6 +26,7 @@ from bench.attacks.grid import on_grid
 from bench.attacks.influence import least_used
 from bench.attacks.search import RAISED, TRIED, Search, margin, raised
 from bench.models.dependence import spread
+from bench.models.exchanges import are_probabilities
 from bench.models.foreign import Guarded, bare
 from bench.models.moe import MoE
 from bench.models.parts import is_dual, parts, routed_branches
@@ -64,7 +65,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, attack
 @torch.no_grad()
 def _outputs(model: nn.Module, x: Tensor) -> Iterator[str]:
     logits = model(x)
-    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+    if are_probabilities(logits):
         yield "outputs are probabilities"
     rounded, apart = torch.finfo(torch.float32).eps * float(logits.amax(1).abs().median()), spread(logits)
     if rounded > COARSE * apart:

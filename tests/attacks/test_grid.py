@@ -71,6 +71,17 @@ def test_where_there_is_no_other_point_nothing_is_done():
         assert torch.equal(each.x_adv, each.block.x)
 
 
+def test_a_model_that_cannot_take_no_images_is_never_given_none():
+    class Views(OnTheGrid):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(x.size(0), -1)[:, :64].view(-1, 1, 8, 8))
+
+    found = search(Views(), X, Y, 0.15)
+    found.unbroken[:] = False
+    on_grid(found, 2, 10)
+    on_grid(search(Views(), X, Y, 0.15), 2, 50)
+
+
 def test_a_model_without_gradients_is_left_alone():
     class Constant(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

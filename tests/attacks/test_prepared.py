@@ -135,7 +135,6 @@ class Foreign(nn.Module):
         "cannot be copied",
         "looks at the batch",
         "random",
-        "wants contiguous images",
         "not finite",
         "a copy without gradients",
     ],
@@ -143,6 +142,14 @@ class Foreign(nn.Module):
 def test_there_is_none_where_it_would_not_say_the_same(kind: str):
     assert prepare(Foreign("none").eval(), images()) is not None
     assert prepare(Foreign(kind).eval(), images()) is None
+
+
+def test_one_that_wants_contiguous_images_is_prepared_without_channels_last():
+    model, x = Foreign("wants contiguous images").eval(), images()
+    ready = prepare(model, x)
+    assert ready is not None
+    assert (norms(ready), ready.channels_last) == (0, False)
+    torch.testing.assert_close(gradient(ready, x), gradient(model, x))
 
 
 def test_one_image_is_enough():

@@ -258,8 +258,8 @@ def test_a_model_that_chooses_without_a_name_for_it_is_told_what_was_seen(plante
     hidden = Either(planted.robust().experts[0], planted.robust().experts[1])
     result, _ = score(hidden, "clean", foreign=True)
     assert [flag for flag in result.model_flags if flag.startswith(HIDDEN_ROUTES)] == [
-        "routes not named: choices that depend on the image (gt in Either): name its gates with --gates GLOB, or"
-        " declare --gates none"
+        "routes not named: choices that depend on the image (gt in Either): name its gates, each a module of its"
+        " own, with --gates GLOB, or declare --gates none"
     ]
     result, _ = score(planted.robust().experts[0], "clean", foreign=True)
     assert not any(flag.startswith((HIDDEN_ROUTES, ROUTES_INSIDE)) for flag in result.model_flags)

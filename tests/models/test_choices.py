@@ -33,7 +33,7 @@ def test_every_shape_of_routed_model_is_noticed(name: str):
     assert ("--gates none" in found.words()) != bool(found.outside)
     assert ("choose by torch alone" in found.words()) == (name == "router outside torch")
     if name == "soft mixture of nine":  # nothing is chosen: its name alone tells
-        assert found == Choices(("gate",), ())
+        assert found == Choices(("gate",), (), gate="gate")
     else:
         assert found.operations
 
@@ -88,6 +88,67 @@ def test_what_was_seen_and_what_to_type_is_said_with_the_blocks_numbers_left_ope
     assert beside.endswith(": name these gates as well with --gates 'layers.*.gate', or add none")
     unnamed = find_choices(Blocks(), torch.rand(4, 3, 2, 2)).words()  # no name of it speaks of a gate: where it chooses
     assert unnamed.endswith("(argmax in parts.*): name its gates with --gates 'parts.*', or declare --gates none")
+
+
+class Control(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.one_hot(self.linear(x).argmax(1), 2).float()
+
+
+class NamedBeside(nn.Module):
+    """What is called a gate is a layer; the choice is made elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate0, self.control = nn.Linear(12, 10), Control()
+        self.a, self.b = nn.Linear(12, 10), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        weights = self.control(self.gate0(x))
+        return weights[:, :1] * self.a(x) + weights[:, 1:] * self.b(x)
+
+
+class Capsules(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_route_nodes, self.linear = 8, nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1))
+
+
+class FewFeatures(nn.Module):
+    """A block that chooses among its own features, and gives as many as it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, index = self.linear(self.norm(x)).topk(6, 1)
+        return x + torch.zeros_like(x).scatter(1, index, value)
+
+
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        (NamedBeside, "name its gates with --gates 'control'"),
+        (Capsules, "name its gates, each a module of its own, with --gates GLOB"),
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Sequential(FewFeatures(), FewFeatures())),
+            "name its gates in '*.*', each a module of its own, with --gates GLOB",
+        ),
+    ],
+)
+def test_only_a_module_that_may_be_the_gate_is_advised(model: Callable[[], nn.Module], advice: str):
+    torch.manual_seed(0)
+    words = find_choices(model().eval(), torch.rand(4, 3, 2, 2)).words()
+    assert words.endswith(f": {advice}, or declare --gates none")
 
 
 def test_a_router_that_gives_indices_alone_is_told_how_to_be_named():
@@ -244,7 +305,9 @@ def test_our_own_dense_models_have_no_choices_and_a_wrapped_moe_has():
         assert find_choices(Calls(model), x, known=shown_sites(Calls(model))) == NOTHING
     moe = load_checkpoint(ZOO / "digits" / "Linf" / "moe-rt_er-argmax.safetensors")[0]
     seen = ("topk in inner",)  # by Python, which groups images by their expert
-    assert find_choices(Calls(moe), x) == Choices(("inner.experts", "inner.router"), seen, "inner", outside=seen)
+    assert find_choices(Calls(moe), x) == Choices(
+        ("inner.experts", "inner.router"), seen, "inner", "inner.router", outside=seen
+    )
 
 
 @pytest.mark.slow

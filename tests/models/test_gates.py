@@ -16,7 +16,7 @@ from bench.errors import UnusableInput
 from bench.models.choices import find_choices
 from bench.models.dual import DualModel
 from bench.models.foreign import Guarded, Shown, bare
-from bench.models.gates import Gates, declared, look_at_shown
+from bench.models.gates import Gates, _matched, declared, look_at_shown
 from bench.models.parts import is_dual, parts, routed_branches
 from bench.models.sites import Site, forced, intercepted, lifted, read, selected, sites
 
@@ -417,6 +417,47 @@ def test_a_gate_that_is_called_too_often_or_as_the_images_have_it_is_refused():
             return super().forward(x)
 
     assert "of 4 images calls it 3 times" in refused(Halting(1), "gate")
+
+
+class Squeezes(nn.Module):
+    """A gate that cannot take one image; `calls` of the model work, and no more."""
+
+    def __init__(self, calls: float = float("inf")) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.head, self.calls = nn.Conv2d(3, 2, 8), nn.Linear(192, 20), calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls -= 1
+        if self.calls < 0:
+            raise IndexError("no such row")
+        weights = nn.functional.one_hot(self.gate(x).squeeze().argmax(1), 2).to(x)
+        return (weights[..., None] * self.head(x.flatten(1)).view(len(x), 2, 10)).sum(1)
+
+
+def test_a_gate_that_cannot_take_one_image_is_found():
+    assert named(Squeezes(), "gate:k=1").words == ("gate:k=1",)
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+def test_a_model_that_fails_where_its_gates_are_looked_at_is_refused_in_a_line(calls: int):
+    failing = "--gates gate: the model fails where its gates are watched or forced: IndexError: no such row"
+    assert refused(Squeezes(calls), "gate") == failing
+
+
+@pytest.mark.parametrize(
+    ("glob", "names"),
+    [
+        ("blocks.*", ["blocks.0", "blocks.1"]),
+        ("blocks.*.gate", ["blocks.0.gate", "blocks.1.gate"]),
+        ("*.gate", ["blocks.0.gate", "blocks.1.gate"]),
+        ("inner.*", []),
+    ],
+)
+def test_a_last_star_stands_for_one_part(glob: str, names: list[str]):
+    modules = ["blocks", "blocks.0", "blocks.0.gate", "blocks.0.gate.0", "blocks.1", "blocks.1.gate", "head"]
+    assert _matched(glob, modules) == names
+    assert _matched(glob, [f"net.{name}" for name in modules]) == [f"net.{name}" for name in names]
 
 
 def test_scores_that_are_put_together_from_two_calls_or_from_none_are_refused():

@@ -447,6 +447,29 @@ def test_what_is_added_to_known_scores_in_place_is_seen(mix: Callable[[Tensor, T
     assert find_choices(model, x, [Site("a", model, "a", 2, 1, whole=False)]).operations == ("argmax in Mixing",)
 
 
+class Tabled(nn.Module):
+    """Units by a table of which of them each expert has, or by weights; a choice among them follows."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.units, self.head = nn.Linear(192, 2), nn.Linear(192, 4), nn.Linear(4, 10)
+        self.register_buffer("table", table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        mask = F.one_hot(self.gate(x).argmax(1), 2).to(x) @ self.table
+        return self.head(torch.where(mask > 0, self.units(x), 0.0))
+
+
+def test_what_a_table_of_units_makes_of_a_known_choice_is_none():
+    table, x = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]]), torch.rand(4, 3, 8, 8)
+    for weights, seen in ((table, ()), (0.5 * table, ("gt in Tabled",))):
+        model = Tabled(weights).eval()
+        assert find_choices(model, x, [Site("gate", model, "gate", 2, 1, whole=False)]).operations == seen
+        assert find_choices(model, x).operations == ("argmax in Tabled", "gt in Tabled")
+
+
 class RoutedInAThread(nn.Module):
     def __init__(self) -> None:
         super().__init__()
