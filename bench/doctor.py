@@ -106,7 +106,8 @@ def described(found: Diagnosis, images: int, width: int | None = None) -> str:
     heads = ["suite", "attacks it", "100 images", f"all {images:,}"]
     note = (
         f"About, in blocks of {LOOKED_AT} images that withstand everything: what is broken early costs less; a small"
-        " block, or gates inside with many paths, several times as much, and both together up to twenty times."
+        " block, or gates inside with many paths, several times as much, and both together up to twenty times. Before"
+        f" it attacks, each suite looks at the model for about {duration(found.looked)}."
     )
     noted = textwrap.wrap(note, width or 10**6)
     return "\n".join([*lines, "", tabulate(rows, headers=heads, disable_numparse=True), "", *noted])

@@ -19,7 +19,7 @@ from bench.attacks.search import Search
 from bench.errors import in_one_line
 from bench.evaluation.examine import Examiner, guarded
 from bench.evaluation.plan import Plan
-from bench.evaluation.probes import probe
+from bench.evaluation.probes import PROBED, passes, probe
 from bench.evaluation.scales import better_scale, by_chance
 from bench.job import Job
 from bench.models.deployed import eval_frozen, full_float32
@@ -62,10 +62,14 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found of a model; a problem keeps it from a rank, or makes its numbers doubtful."""
+    """What was found of a model; a problem keeps it from a rank, or makes its numbers doubtful.
+
+    looked: seconds, about, that each suite that attacks looks at the model before.
+    """
 
     findings: list[Finding]
     suites: list[Attacked]
+    looked: float
 
     @property
     def problems(self) -> list[Finding]:
@@ -84,7 +88,9 @@ def diagnose(plan: Plan[Suite], model: str, device: str) -> Diagnosis:
     network, x, y = guarded(job.subject).to(device), job.data.x.to(device), job.data.y.to(device)
     with eval_frozen(network), full_float32():
         with seeded(0):
+            began = time.perf_counter()
             examiner = Examiner(job, network, None, x)
+            looked = time.perf_counter() - began
         with torch.no_grad():
             logits = network(x).float()
         block = Block(
@@ -109,7 +115,7 @@ def diagnose(plan: Plan[Suite], model: str, device: str) -> Diagnosis:
         findings += [Finding("forward pass", what) for what in sorted(network.seen) if "no gradient" not in what]
     routed = bool(sites(network) or parts(network)) or though is not None
     routed = routed or (isinstance(network, Guarded) and NO_GRADIENT in network.seen)
-    return Diagnosis([*findings, _rank(findings, routed=routed)], suites)
+    return Diagnosis([*findings, _rank(findings, routed=routed)], suites, looked + PROBED * passes(network) * both)
 
 
 def _model(job: Job[Suite], network: nn.Module) -> Finding:

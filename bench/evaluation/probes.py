@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bench.attacks.block import Block, PassCounter
-from bench.attacks.deployed import deployed, stand_ins
+from bench.attacks.deployed import OPENED, deployed, stand_ins
 from bench.attacks.gradients import differentiable, has_gradient
 from bench.attacks.grid import on_grid
-from bench.attacks.influence import least_used
+from bench.attacks.influence import PARTS, UNITS, least_used
 from bench.attacks.search import RAISED, TRIED, Search, margin, raised
 from bench.models.dependence import spread
 from bench.models.exchanges import are_probabilities
@@ -41,6 +41,10 @@ PROBED = 32
 COARSE = 0.01
 #: Steps of the probes' own PGD.
 STEPS = 40
+#: Of PGD on what is deployed, beside what opens parts that are off.
+_RESTARTS = 5
+#: The balls in which PGD's success must grow, in ε; the last one holds every image.
+_TIMES = (1, 2, 4)
 
 
 def probe(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, attacked: bool) -> list[str]:
@@ -60,6 +64,14 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, attack
         except Exception as error:  # a user's model may fail in any way: what the other probes find is kept
             flags.append(f"probe of {name} failed: {type(error).__name__}")
     return flags
+
+
+def passes(model: nn.Module) -> int:
+    """About how many forward and backward passes an image that is probed takes, where a suite attacks."""
+    found = (len(_TIMES) + 1) * STEPS  # `_growth`
+    if isinstance(model, Guarded) and not sites(model) and not parts(model):  # `_opens`
+        found += (_RESTARTS + 3) * STEPS + (4 + 2 * (PARTS + UNITS)) * (STEPS // OPENED)
+    return found
 
 
 @torch.no_grad()
@@ -133,7 +145,7 @@ def _opens(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Itera
                 least_used(search, STEPS)
                 on_grid(search, 1, STEPS)
             else:
-                deployed(search, 5, STEPS)
+                deployed(search, _RESTARTS, STEPS)
             search.confirm(torch.arange(len(x), device=x.device))
             left.append(search.unbroken)
     more = int((left[0] & ~left[1]).sum())
@@ -293,7 +305,7 @@ def _flipped(router: Callable[[Tensor], Tensor], x: Tensor, threat: ThreatModel)
 def _growth(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Iterator[str]:
     """PGD's success must grow with ε, and break everything where the ball is the whole box."""
     box = 1.0 if threat.norm == "Linf" else math.sqrt(x[0].numel())
-    radii = [eps for eps in (threat.eps, 2 * threat.eps, 4 * threat.eps) if eps < box]
+    radii = [eps for times in _TIMES if (eps := times * threat.eps) < box]
     broken = []
     for eps in [*radii, box]:
         ball = ThreatModel(norm=threat.norm, eps=eps)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bench.console import duration
 from bench.doctor import described, examine_model
 from bench.evaluation.diagnosis import Diagnosis
 from bench.models.checkpoints import ZOO
@@ -176,6 +177,13 @@ def test_gates_that_are_named_or_declared_away_count(seen: Callable[..., Diagnos
     of = {finding.what: finding.seen for finding in declared.findings}
     assert of["routes"].startswith("none, as --gates none declares, though it chooses by the image (")
     assert of["rank"] == "after suites autoattack and adaptive with their default settings"
+
+
+def test_the_time_that_every_suite_looks_at_the_model_is_told(seen: Callable[..., Diagnosis]):
+    found = seen("Own")
+    assert found.looked > 0
+    told = f"Before it attacks, each suite looks at the model for about {duration(found.looked)}."
+    assert described(found, 500).endswith(told)
 
 
 def test_no_line_is_longer_than_the_terminal(seen: Callable[..., Diagnosis]):

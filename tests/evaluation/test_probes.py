@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.evaluation.probes import probe
+from bench.attacks.block import PassCounter
+from bench.evaluation.probes import passes, probe
 from bench.models.deployed import eval_frozen
 from bench.models.foreign import Guarded
 from bench.models.gates import find_gates
@@ -396,6 +397,13 @@ def test_success_that_falls_as_the_ball_grows_is_masking(signs: Callable[..., li
 
     found = signs(Trapped())
     assert "gradients masked: PGD breaks fewer in a larger ball" in found
+
+
+def test_passes_are_about_those_that_the_probes_make(signs: Callable[..., list[str]], linear_net: Any):
+    for model in (linear_net(HALVES), Guarded(linear_net(HALVES))):
+        with PassCounter(model) as counter:
+            signs(model, ThreatModel(norm="Linf", eps=0.001))  # which all images withstand
+        assert passes(model) / 2 < counter.backwards / 20 < 2 * passes(model)
 
 
 class Opens(nn.Module):
