@@ -376,7 +376,9 @@ def scored(output: Any) -> tuple[Any, str]:
     if not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
         return output.logits, "outputs are an object, whose `logits` are scored"
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-        return output[0], "outputs are a tuple, whose first entry is scored"
+        alike = sum(isinstance(entry, Tensor) and entry.shape == output[0].shape for entry in output)
+        several = f"outputs are {alike} tensors of one shape, such as of several exits, of which the first is scored"
+        return output[0], several if alike > 1 else "outputs are a tuple, whose first entry is scored"
     return output, ""
 
 

@@ -52,6 +52,10 @@ def exported() -> Any:
 FORMS: dict[str, tuple[Callable[[], Any], str | None]] = {
     "plain": (plainly, None),
     "(logits, loss)": (lambda: With(lambda y: (y, y.sum())), "outputs are a tuple, whose first entry is scored"),
+    "exits": (
+        lambda: With(lambda y: [y, -y, y]),
+        "outputs are 3 tensors of one shape, such as of several exits, of which the first is scored",
+    ),
     "a dict": (lambda: With(lambda y: {"loss": y.sum(), "logits": y}), "outputs are a dict, whose `logits` are scored"),
     "half": (lambda: With(lambda y: y.half()), "logits are float16, cast to float32"),
     "autocast": (lambda: Autocast(lambda y: y), "logits are bfloat16, cast to float32"),
@@ -75,7 +79,7 @@ def test_every_form_is_scored(form: str, unprobed: None):
         scored = benchmark(model, x=X, y=y, eps=0.01, suites=["clean", "pgd"], settings={"steps": 3}, progress=False)
     assert all(result.errors == 0 for result in scored.results.values())
     assert scored.clean_accuracy.value >= 5 / 6  # rounding may change a class
-    assert flag is None or flag in scored.flags, scored.flags
+    assert {known for _, known in FORMS.values()} & set(scored.flags) == {flag} - {None}
 
 
 def test_what_gives_no_logits_is_refused_in_one_line(unprobed: None):
