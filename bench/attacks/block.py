@@ -101,8 +101,8 @@ class PassCounter:
 class Block:
     """The examples that are attacked together, and what a suite tells about them.
 
-    correct (B,): where the model is right on the clean image; only these are attacked, but by suites that attack
-    `every` one. seed: the block's own.
+    x (B, C, H, W) in [0, 1], y (B,). correct (B,): where the model is right on the clean image; only these are
+    attacked, but by suites that attack `every` one. seed: the block's own.
     """
 
     model: nn.Module

@@ -181,7 +181,7 @@ def test_the_command_scores_every_kind_of_model(method: str, bench: Bench, shelv
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (("--method", "bonds"), "bonds"),
+        (("--method", "bonds"), "unknown certification method 'bonds': did you mean 'bounds'?"),
         (("--method", "routes", "--set", "exakt=1"), "did you mean 'exact'?"),
         (("--method", "routes", "--norm", "L1", "--eps", "1"), "--norm Linf and L2"),
         (("--method", "bounds", "--set", "steps=1"), "has no parameter 'steps'"),
