@@ -25,8 +25,9 @@ def git_hash() -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # else it is installed in a checkout of something else
-        # Results and boards are what the code writes, so they do not make it another code.
-        changed = git("status", "--porcelain", "--", ".", "../models", "../pyproject.toml")
+        # Results and boards are what the code writes, and weights have a hash of their own: neither is another code.
+        code = (".", "../models", ":(exclude)../models/zoo", "../pyproject.toml")
+        changed = git("status", "--porcelain", "--", *code)
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

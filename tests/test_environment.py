@@ -173,11 +173,13 @@ def test_what_is_installed_inside_a_checkout_of_something_else_has_no_commit(che
         ("results/file", ""),
         ("bench/file", "-dirty"),
         ("models/new", "-dirty"),
+        ("models/zoo/weights", ""),
         ("pyproject.toml", "-dirty"),
     ],
 )
 def test_the_commit_says_whether_the_code_differs_from_it(checkout: Path, changed: str | None, dirty: str):
     head = commit(checkout)
     if changed is not None:
+        (checkout / changed).parent.mkdir(exist_ok=True)
         (checkout / changed).write_text("2")
     assert git_hash() == head + dirty
