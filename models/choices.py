@@ -132,7 +132,7 @@ def _gate(
 
     One that is named for it and lies near, else where the choice is made, if that gives scores.
     """
-    modules = {_glob(name): (name, module) for name, module in reversed(list(model.named_modules()))}
+    modules = {_glob(name) for name, _ in model.named_modules()}
     likely = [name for name in names if _GATE.search(_last(name)) or "rout" in _last(name).lower()]
     place = None if where is None else _glob(where)
     for name in likely:

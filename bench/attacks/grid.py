@@ -12,7 +12,7 @@ from bench.attacks.search import LOOK, Search, losses
 from bench.pgd import ascend_once, default_step_size, finite
 from bench.spec import Norm
 
-#: The finest grid that is looked for, and how far a value may lie off it, in its steps: 1/255 is none in float32.
+#: The finest grid that is looked for, and how far a value may lie off it, in its steps, for float32 rounds 1/255.
 FINEST, OFF = 1024, 1e-3
 #: So much more than a whole step of the grid counts as one, as 8/255 is eight of 1/255 but for rounding.
 SLACK = 1e-5
