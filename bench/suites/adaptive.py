@@ -22,7 +22,7 @@ from bench.suites.base import Cost, Suite
 class Adaptive(Suite):
     """`budget`: how much of each attack; `small` has every kind of attack at a tenth of the cost, and is not ranked.
 
-    A dense variant has nothing to attack here; a user's own model is attacked even if it shows no routes.
+    A model without routes is attacked as a whole, by what others have met: a dense one can be compared with them.
     """
 
     version: ClassVar[int] = 3
@@ -32,22 +32,13 @@ class Adaptive(Suite):
     budget: BudgetName = Field(default="standard", description="how much of each attack; small earns no rank")
 
     def cost(self, num_classes: int, model: nn.Module | None = None) -> Cost | None:
-        if model is not None and not _attackable(model):
-            return None
         routed = model is None or bool(parts(model) or sites(model))
         dual, foreign = model is not None and is_dual(model), isinstance(model, Guarded)
         return Cost(*passes(self.budget, num_classes, dual=dual, routed=routed, foreign=foreign))
 
     def attack(self, block: Block) -> Iterator[Attempt]:
-        if not _attackable(block.model):
-            return
         search = Search(on_copy(block), deployed=block.model)
         for name, rows in run(search, self.budget):
             block.attacks.append(name)
             if len(rows):
                 yield block.attempt(name, rows, search.x_adv[rows], claimed=~search.unbroken[rows])
-
-
-def _attackable(model: nn.Module) -> bool:
-    """Whether there may be something that other suites do not see."""
-    return isinstance(model, Guarded) or bool(parts(model) or sites(model))
