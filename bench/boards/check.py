@@ -1,10 +1,11 @@
 """The regression check: the runs of a results folder against a baseline's, example by example. Never imports torch.
 
 Every measure of every run is tested for a drop: exact one-sided McNemar test on the examples that changed. Beside it,
-the runs of one suite are tested together. All these tests are one family, adjusted by Holm's method (over those that
-can become significant at all: Tarone's), so that noise fails a check with at most the probability alpha. Gains are
-tested as well, as a family of their own, since an attack that got weaker looks like a more robust model. What cannot be
-compared is never passed over.
+the runs of one suite are tested together, and of each model RA-worst over its suites. All these tests are one family,
+adjusted by Holm's method (over those that can become significant at all: Tarone's), so that the chance of the attacks
+fails a check with at most the probability alpha. That is of one set of weights: two trainings of one recipe may well
+differ by more. Gains are tested as well, as a family of their own, since an attack that got weaker looks like a more
+robust model. What cannot be compared is never passed over.
 """
 
 import re
@@ -35,7 +36,7 @@ from bench.results.store import Run, read_runs
 from bench.results.table import Table
 from bench.spec import RunSpec
 
-Measure = Literal["robust", "clean_correct", "certified", "route-stable", "smoothed"]
+Measure = Literal["robust", "worst", "clean_correct", "certified", "route-stable", "smoothed"]
 Verdict = Literal["ok", "regression", "drop", "gain"]
 Key = tuple[str, int]  # work and seed: what a baseline is paired over
 
@@ -52,7 +53,7 @@ _MOST = 10**7  # examples; beyond it no number is given that a significant drop 
 
 def said(measure: Measure) -> str:
     """A measure as a table calls it."""
-    return {"robust": "RA", "clean_correct": "SA"}.get(measure, measure)
+    return {"robust": "RA", "worst": "RA-worst", "clean_correct": "SA"}.get(measure, measure)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Comparison:
     def __str__(self) -> str:
         moved = "rose" if self.drop < 0 else "fell"
         of = f"run {self.baseline_run} to run {self.run}" if self.runs == 1 else f"{self.runs} runs together"
+        of = "image by image over these suites" if self.measure == "worst" and self.runs == 1 else of
         text = (
             f"{self.suite} on {self.model}: {said(self.measure)} {moved} by {100 * abs(self.drop):.2f} percentage "
             f"points ({100 * self.baseline:.2f} to {100 * self.now:.2f}): {self.lost} images lost, "
@@ -103,7 +105,7 @@ class Comparison:
             more = f"at least {self.needed:,} examples are needed" if self.needed else "more examples are needed"
             text += f"; not significant with n = {self.n:,}: {more}"
         if self.verdict == "gain":
-            kind = "attack" if self.measure == "robust" else "certificate"
+            kind = "attack" if self.measure in ("robust", "worst") else "certificate"
             weaker = f"weaker {kind}, since the checkpoint is the same" if self.same_checkpoint else ""
             text += f": {weaker or f'stronger model or weaker {kind}'}"
         return text
@@ -211,6 +213,7 @@ def check(
         warnings += [f"{after}: {flag}" for flag in after.result.flags if flag.startswith(WEAKER)]
         unmeasured += _new_flags(baseline[key], after, {str(one) for one in unmeasured}, strict)
     changes = _once(changes)
+    changes += _worst(changes)
     changes += _of_certificates(baseline_root, results_root, images, unmeasured, warnings)
     rows = compared(changes, max_drop, alpha)
     for row in (row for row in rows if row.runs == 1):
@@ -373,6 +376,30 @@ def _once(changes: Iterable[Change]) -> list[Change]:
             key = (change.model, *change.checkpoints, id(change.images), change.net.tobytes())
         kept.setdefault(key, change)
     return list(kept.values())
+
+
+def _worst(changes: Sequence[Change]) -> list[Change]:
+    """RA-worst of each model of which several runs have changed: the images that none of its runs breaks.
+
+    Each may lose a few images, and each of them others. Of one run alone it would be no other test.
+    """
+    robust = [change for change in changes if change.measure == "robust"]
+    of_model = grouped(robust, lambda one: (one.model, one.after.spec.threat_model, id(one.images)))
+    return [
+        Change(
+            own[0].model,
+            " + ".join(change.suite for change in own),
+            "RA-worst",
+            "worst",
+            own[0].images,
+            np.logical_and.reduce([change.old for change in own]),
+            np.logical_and.reduce([change.new for change in own]),
+            own[0].before,
+            own[0].after,
+        )
+        for own in of_model.values()
+        if sum(bool(change.net.any()) for change in own) > 1
+    ]
 
 
 def _of_certificates(

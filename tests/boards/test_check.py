@@ -198,6 +198,27 @@ def test_suites_of_several_checkpoints_are_refused(old: Path, new: Path):
         check(old, new)
 
 
+def test_what_several_suites_lose_of_other_images_counts_together(old: Path, new: Path):
+    """Of 1,000 images each of three suites loses 9 others, which alone is less than a point; RA-worst falls by 2.7."""
+    for number, suite in enumerate(("pgd", "autoattack", "adaptive")):
+        save(old, "1" * 1000, suite=suite)
+        marks = "1" * 9 * number + "0" * 9
+        save(new, marks + "1" * (1000 - len(marks)), suite=suite, checkpoint="d")
+    report = check(old, new)
+    (found,) = (row for row in report.rows if row.regressed)
+    assert (found.measure, found.model, found.lost, found.gained) == ("worst", "moe-at", 27, 0)
+    assert found.p == 2.0**-27
+    assert str(found).startswith("adaptive + autoattack + pgd on moe-at: RA-worst fell by 2.70 percentage points")
+    assert "image by image over these suites" in str(found)
+
+
+def test_where_one_suite_alone_has_changed_it_is_tested_once(old: Path, new: Path):
+    for suite, marks in (("pgd", "1" * 10), ("autoattack", "0" * 9 + "1")):
+        save(old, "1" * 10, suite=suite)
+        save(new, marks, suite=suite, checkpoint="d")
+    assert [row.measure for row in check(old, new).rows] == ["clean_correct", "robust", "robust"]
+
+
 def test_seeds_and_alphas_are_paired_with_their_own(old: Path, new: Path):
     for seed in (0, 1):
         for alpha in (0.5, 0.7):
