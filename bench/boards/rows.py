@@ -206,15 +206,18 @@ def _ranked(table: list[Row], certificates: Sequence[Certificates]) -> list[Row]
     p = holm([mcnemar(int((a & ~b).sum()), int((~a & b).sum()), "two-sided") for a, b in changes])
     against_first = dict(zip(map(id, others), p, strict=True))
     of_name = grouped(table, lambda row: row.name)
+    places: dict[int, int] = {}  # by how many examples are robust: rows that tie share a rank
+    for place, row in enumerate(table, start=1):
+        places.setdefault(int(row.robust.sum()), place)
     return [
         replace(
             row,
             apart=_apart(row, of_name[row.name]),
-            rank=rank if row.ranked else None,
+            rank=places[int(row.robust.sum())] if row.ranked else None,
             p_first=against_first.get(id(row)),
             certified=certified_shares(certificates, row.spec, row.info, row.result.fingerprint),
         )
-        for rank, row in enumerate(table, start=1)
+        for row in table
     ]
 
 
