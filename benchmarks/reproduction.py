@@ -2,8 +2,8 @@
 
 python benchmarks/reproduction.py [--check]
 
-Each claim is a difference between two models on the same examples, tested by an exact McNemar test, or of shares of
-unlike images by Fisher's; both are two-sided, and Holm's correction is over all of them.
+Each claim is a difference between two models on the same examples, tested by an exact McNemar test, two-sided; Holm's
+correction is over all of them that can have a verdict.
 """
 
 import itertools
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy.stats import fisher_exact, ttest_ind, ttest_rel
+from scipy.stats import ttest_ind, ttest_rel
 from tabulate import tabulate
 
 from bench.boards.leaderboard import Stored, boards_of
@@ -50,6 +50,8 @@ TRAINED_FOR = {
 #: The settings that the table of models tells.
 SET = ("lr", "balance", "inner_steps", "beta", "expert_term", "expert_reduction", "paths", "alpha")
 ACCURACIES = ("SA", "RA, pgd", "RA, autoattack", "RA-worst")
+#: The suites that RA-worst is of on the page: those that every model has met.
+WORST = ("pgd", "autoattack", "adaptive")
 LEVEL = 0.05
 #: Behind what had its epoch chosen under PGD on each expert as well.
 EXPERTS = ", and experts"
@@ -58,9 +60,10 @@ Series = dict[str, NDArray[np.bool_]]
 #: Under which hyper-parameters methods are compared.
 SETTINGS = {
     "digits": (
-        "Hyper-parameters: of each method what eight trials of `bench tune` chose (see *Tuning*); `-published` has the"
-        " paper's β = 6 and sums over all experts, `moe-rt_er-all` what was chosen for the term on the second expert,"
-        " and the mean over all."
+        "Hyper-parameters: of each method what eight trials of `bench tune` chose (see *Tuning*);"
+        " `moe-rt_er-published` has the paper's β = 6 with the term on the second expert, `dual-jtdmoe-published` β = 6"
+        " and the sum over all experts, `moe-rt_er-all` what was chosen for the term on the second expert, and the mean"
+        " over all."
     ),
     "cifar10": (
         "Hyper-parameters: as in the first table above; `moe-at`, `moe-rt_er`, `moe-at-paths` and `moe-trades` have"
@@ -109,36 +112,32 @@ class Test:
 
     @property
     def verdict(self) -> str:
-        """In words; one training seed each, so it is a verdict on these models."""
+        """In words; one training seed each, so it is a verdict on these models. A gate bends what PGD follows."""
         if self.unlike:
-            return "no verdict: epochs chosen unlike"
+            return "no verdict: epochs chosen by different rules"
         if self.p >= LEVEL:
             return "cannot be told at this scale"
-        return "holds for these models" if self.a.mean() > self.b.mean() else "does not hold for these models"
+        only = ", under PGD alone" if self.what == "RA, pgd" else ""
+        return ("holds" if self.a.mean() > self.b.mean() else "does not hold") + f" for these models{only}"
+
+    @property
+    def difference(self) -> str:
+        """In points, with its 95 % interval, from the examples on which the two differ (Wald's, of paired shares)."""
+        n, (more, less) = len(self.a), self.changed
+        wide = 1.96 * max(0.0, more + less - (more - less) ** 2 / n) ** 0.5
+        low, middle, high = (100 * (more - less + side * wide) / n for side in (-1, 0, 1))
+        return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
 
     def row(self) -> dict[str, str]:
         return {
             "": self.what,
             self.first: share(self.a),
             self.second: share(self.b),
+            "difference": self.difference,
             "only one right": self.only_one,
-            "p (Holm)": f"{self.p:.2g}",
+            "p (Holm)": "–" if self.unlike else f"{self.p:.2g}",
             "verdict": self.verdict,
         }
-
-
-@dataclass(frozen=True)
-class Shares(Test):
-    """The same of two shares, each of its own images: a (m,) and b (n,)."""
-
-    @property
-    def alone(self) -> float:
-        counts = [[int(right.sum()), int((~right).sum())] for right in (self.a, self.b)]
-        return float(fisher_exact(counts).pvalue)
-
-    @property
-    def only_one(self) -> str:
-        return "–"
 
 
 @dataclass(frozen=True)
@@ -158,13 +157,15 @@ def share(right: NDArray[np.bool_]) -> str:
 
 
 def accuracies(row: Row) -> Series:
-    """By accuracy: SA, RA under PGD, RA under AutoAttack, RA-worst, and what suite `components` tells."""
+    """By accuracy: SA, RA under PGD, RA under AutoAttack, RA-worst under suites WORST, and what `components` tells."""
     of_suite: dict[str, Table] = {}
     for run in sorted(row.runs, key=lambda run: run.result.spec.suite_version):
         if not run.result.spec.suite_params:
             rows = run.rows()
             of_suite[run.result.spec.suite] = rows.where(np.isin(rows["idx"], row.idx))
-    found = {"SA": clean_by_example(of_suite["clean"])} | ({"RA-worst": row.robust} if row.ranked else {})
+    found = {"SA": clean_by_example(of_suite["clean"])}
+    if row.ranked and set(WORST) <= of_suite.keys():
+        found["RA-worst"] = np.logical_and.reduce([robust_by_example(of_suite[suite]) for suite in WORST])
     found |= {
         f"RA, {suite}": robust_by_example(of_suite[suite]) for suite in ("pgd", "autoattack") if suite in of_suite
     }
@@ -196,6 +197,8 @@ class Scored:
         """Whether the epoch that is kept was chosen under PGD on each expert as well; None: it makes no difference, as
         for a dense model, and for one without a defence, whose epoch is that of the highest SA."""
         header = self.headers.get(model)
+        if header is not None and header.parts and not header.validation:  # put together: that of its robust branch
+            header = self.headers.get(Path(header.parts["robust"].file).stem)
         if header is None or isinstance(header.architecture, Dense) or not header.validation:
             return None
         if header.objective == "standard":
@@ -248,12 +251,15 @@ class Scored:
         )
 
     def left_open(self, first: str, second: str) -> list[Test]:
-        """Of the images that AutoAttack leaves of each model, the share that another attack breaks."""
+        """Of the images that AutoAttack leaves of both models, the share that another attack breaks of each."""
         tests: list[Test] = []
         for (one, found), (other, other_found) in self.pairs(first, second):
             if {"RA, autoattack", "RA-worst"} <= found.keys() & other_found.keys():
-                a, b = (~each["RA-worst"][each["RA, autoattack"]] for each in (found, other_found))
-                tests.append(Shares("broken by others", one, other, a, b, unlike=self.unlike(first, second)))
+                left = found["RA, autoattack"] & other_found["RA, autoattack"]
+                a, b = (~each["RA-worst"][left] for each in (found, other_found))
+                if left.any():
+                    what = f"of {left.sum()} images"
+                    tests.append(Test(what, one, other, a, b, unlike=self.unlike(first, second)))
         return tests
 
 
@@ -370,8 +376,7 @@ def claims(data: Scored) -> list[Claim]:
         Claim(
             "AutoAttack misses more of the released code's routing than of a trained router's",
             "Its gate is one-hot, so the router has no gradient and is never trained. Of the images that AutoAttack"
-            " leaves, the share that all other attacks together break, most of which know the routes; by Fisher's exact"
-            " test, since these are not the same images of both models.",
+            " leaves of both models, the share that all other attacks together break, most of which know the routes.",
             [
                 test
                 for model in ("moe-rt_er", "moe-at", "dual", "dual-jtdmoe")
@@ -383,10 +388,15 @@ def claims(data: Scored) -> list[Claim]:
 
 def adjusted(found: list[tuple[Scored, list[Claim]]]) -> list[tuple[Scored, list[Claim]]]:
     """The same, each test with its p-value, corrected over all."""
-    tests = [test for _, own in found for claim in own for test in claim.tests]
-    p = iter(holm([test.alone for test in tests]))
+    p = iter(holm([test.alone for _, own in found for claim in own for test in claim.tests if not test.unlike]))
     return [
-        (data, [replace(claim, tests=[replace(test, p=next(p)) for test in claim.tests]) for claim in own])
+        (
+            data,
+            [
+                replace(claim, tests=[test if test.unlike else replace(test, p=next(p)) for test in claim.tests])
+                for claim in own
+            ],
+        )
         for data, own in found
     ]
 
@@ -395,18 +405,21 @@ def page() -> str:
     lines = [
         "# What of the paper holds",
         "",
-        "Written by `python benchmarks/reproduction.py` from `results/` and the headers of the shipped models;"
-        " nothing here is typed by hand. Accuracies in percent with 95 % Wilson intervals. p: exact McNemar test on"
-        " the same examples, two-sided, Holm's correction over all tests of claims on this page. Each model is of"
-        " training seed 0, so a verdict is on these models, not on the methods in general; where there are several"
-        " seeds, *Over training seeds* compares the methods. All models count under the same attacks: attack seed 0,"
-        " the newest version of each suite; boards count all runs that there are, of some models with further attack"
-        " seeds. Seconds of training are of the machine that trained the model, a CPU or a GPU (docs/training.md).",
+        "Written by `python benchmarks/reproduction.py` from `results/` and the headers of the shipped models; no"
+        " number in it is typed by hand. Accuracies in percent with 95 % Wilson intervals; *difference*: of the first"
+        " model from the second, in points, with its 95 % interval for paired images; *only one right*: the images that"
+        " only the first, and only the second, has right. p: exact McNemar test on the same examples, two-sided, Holm's"
+        " correction over all tests of claims on this page that can have a verdict. Each model is of training seed 0,"
+        " so a verdict is on these models, not on the methods in general; where there are several seeds, *Over training"
+        " seeds* compares the methods. All models count under the same attacks: RA-worst is here under suites"
+        f" {', '.join(f'`{suite}`' for suite in WORST)}, in their newest version with attack seed 0; boards count all"
+        " runs that there are. Seconds of training are of the machine that trained the model, a CPU or a GPU"
+        " (docs/training.md).",
         "",
-        "Of each training that epoch was kept whose RA on held-out training images was the highest (without a defence,"
-        " SA): under PGD on the model alone, which flatters routed models, so that another epoch might withstand"
-        " attacks on routes better (docs/training.md, *Which epoch is kept*); where a table says *and experts*, under"
-        " PGD on each expert as well.",
+        "Each training keeps the epoch with the highest RA on held-out training images (without a defence, SA). RA is"
+        " under PGD on the model alone, which flatters routed models, so that another epoch might withstand attacks on"
+        " routes better (docs/training.md, *Which epoch is kept*); where a table says *and experts*, under PGD on each"
+        " expert as well. Between the two rules there is no verdict.",
         "",
         "Paper: Zhang, Xu, Hu, Wang, *Optimizing Robustness and Accuracy in Mixture of Experts: A Dual-Model"
         " Approach*, ICML 2025 (arXiv 2502.06832). RA-worst, accuracy under all attacks that ran, is an upper bound"
@@ -414,7 +427,8 @@ def page() -> str:
     ]  # fmt: skip
     stored = Stored.read(ROOT / "results")
     boards = boards_of(replace(stored, runs=alike(stored.runs)))
-    for data, own in adjusted([(data, claims(data)) for data in scored(boards)]):
+    every = list(scored(boards))
+    for data, own in adjusted([(data, claims(data)) for data in every]):
         n = next(iter(data.rows.values())).n
         lines += ["", f"## {data.board.title}: the first {n} test images", ""]
         lines += [*trained(data), *tuned(data), *joint(data)]
@@ -427,7 +441,7 @@ def page() -> str:
             else:
                 lines += ["", f"**Cannot be told**: {claim.open or 'the models that it compares are not scored here.'}"]
             lines += ["", claim.note] if claim.note and claim.tests else []
-        lines += [*by_alpha(data), *over_seeds(data)]
+        lines += [*by_alpha(data), *over_seeds(data, every)]
     lines += [*training_cost(), *certificates(stored, boards)]
     return "\n".join(lines) + "\n"
 
@@ -461,53 +475,75 @@ def by_alpha(data: Scored) -> list[str]:
     return ["", "### The dual model's α", "", told, "", table]
 
 
-def over_seeds(data: Scored) -> list[str]:
-    """Tables of the methods that are trained with several seeds, and of what can be told of them; else nothing."""
+def of_seeds(data: Scored) -> dict[str, list[Series]]:
+    """The methods that are trained with several seeds, each seed's accuracies."""
     found: dict[str, list[Series]] = {}
     ranked = {model: row for model, row in data.rows.items() if row.ranked}
     for model, row in sorted(ranked.items(), key=lambda item: item[1].result.model_info.seed or 0):
         method = model.removesuffix(f"-s{row.result.model_info.seed}")
         # seeds whose epochs were chosen by another rule are another method's
         found.setdefault(method + EXPERTS * bool(data.by_experts(model)), []).append(data.series(model))
-    methods = {method: of_seeds for method, of_seeds in found.items() if len(of_seeds) > 1}
-    if not methods:
-        return []
-    rows = []
-    for method, of_seeds in methods.items():
-        row = {"method": method, "seeds": str(len(of_seeds))}
-        for what in ACCURACIES:
-            values = [100 * float(series[what].mean()) for series in of_seeds]
-            row[what] = f"{np.mean(values):.1f} ({min(values):.1f} – {max(values):.1f})"
-        rows.append(row)
+    return {method: several for method, several in found.items() if len(several) > 1}
+
+
+def seed_tests(data: Scored) -> list[dict[str, Any]]:
+    """Two methods each whose seeds had their epochs chosen alike: by how much RA-worst differs, and p, unadjusted."""
+    methods = of_seeds(data)
     compared = [
         (a, b)
         for first, second in OVER_SEEDS
         for a, b in itertools.product((first, first + EXPERTS), (second, second + EXPERTS))
         if {a, b} <= methods.keys() and (second.startswith("dense") or a.endswith(EXPERTS) == b.endswith(EXPERTS))
     ]
-    worst = {method: 100 * np.array([s["RA-worst"] for s in of_seeds]) for method, of_seeds in methods.items()}
-    by_seed, by_image = ({method: right.mean(axis) for method, right in worst.items()} for axis in (1, 0))
+    worst = {method: 100 * np.array([s["RA-worst"] for s in several]) for method, several in methods.items()}
+    return [
+        {
+            "pair": (a, b),
+            "difference": float(worst[a].mean() - worst[b].mean()),
+            "over seeds": p_value(ttest_ind(worst[a].mean(1), worst[b].mean(1), equal_var=False)),
+            "over images": p_value(ttest_rel(worst[a].mean(0), worst[b].mean(0))),
+        }
+        for a, b in compared
+    ]
+
+
+def over_seeds(data: Scored, every: Sequence[Scored] = ()) -> list[str]:
+    """Tables of the methods that are trained with several seeds, and of what can be told of them; else nothing.
+
+    every: the boards of the page, over whose tests p is corrected.
+    """
+    methods = of_seeds(data)
+    if not methods:
+        return []
+    rows = []
+    for method, several in methods.items():
+        row = {"method": method, "seeds": str(len(several))}
+        for what in ACCURACIES:
+            values = [100 * float(series[what].mean()) for series in several]
+            row[what] = f"{np.mean(values):.1f} ({min(values):.1f} – {max(values):.1f})"
+        rows.append(row)
+    found = [(one is data, test) for one in every or [data] for test in seed_tests(one)]
+    p = {over: holm([test[over] for _, test in found]) for over in ("over seeds", "over images")}
     tests = []
-    p_seeds = holm([p_value(ttest_ind(by_seed[a], by_seed[b], equal_var=False)) for a, b in compared])
-    p_images = holm([p_value(ttest_rel(by_image[a], by_image[b])) for a, b in compared])
-    for (a, b), p, of_these in zip(compared, p_seeds, p_images, strict=True):
-        difference = float(worst[a].mean() - worst[b].mean())
-        decided = "holds" if difference > 0 else "does not hold"
-        tests.append({
-            "RA-worst higher of": a,
-            "than of": b,
-            "difference of means": f"{difference:+.1f}",
-            "p over seeds": f"{p:.2g}",
-            "of the methods": decided if p < LEVEL else "cannot be told with these seeds",
-            "p over images": f"{of_these:.2g}",
-            "of these models": decided if of_these < LEVEL else "cannot be told at this scale",
-        })  # fmt: skip
+    for number, (own, test) in enumerate(found):
+        decided = "holds" if test["difference"] > 0 else "does not hold"
+        of_methods, of_models = p["over seeds"][number], p["over images"][number]
+        row = {
+            "RA-worst higher of": test["pair"][0],
+            "than of": test["pair"][1],
+            "difference of means": f"{test['difference']:+.1f}",
+            "p over seeds": f"{of_methods:.2g}",
+            "of the methods": decided if of_methods < LEVEL else "cannot be told with these seeds",
+            "p over images": f"{of_models:.2g}",
+            "of these models": decided if of_models < LEVEL else "cannot be told at this scale",
+        }
+        tests += [row] * own
     told = (
         "Mean over training seeds, with the lowest and the highest. Below it RA-worst is compared, two-sided, by Holm's"
-        " correction over each column. Over seeds: Welch's t-test, which tells of other seeds of the methods too; it"
-        " takes seeds as independent, although experts that start from a dense model start from that of their own"
-        " seed. Over images: the paired t-test on the shares of seeds that have an image right, which tells of these"
-        " models, all seeds together, on other images."
+        " correction over each column of these tables on the page. Over seeds: Welch's t-test, which tells of other"
+        " seeds of the methods too; it takes seeds as independent, although experts that start from a dense model start"
+        " from that of their own seed; three seeds tell large differences alone. Over images: the paired t-test on the"
+        " shares of seeds that have an image right, which tells of these models, all seeds together, on other images."
     )
     tables = [tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True) for table in (rows, tests)]
     return ["", "### Over training seeds", "", told, "", tables[0], "", tables[1]]

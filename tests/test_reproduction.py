@@ -1,7 +1,6 @@
 """docs/reproduction.md is what the committed results give, and its verdicts follow from them."""
 
 import runpy
-from math import comb
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,22 +44,26 @@ def test_a_verdict_needs_a_difference_beyond_chance(script: Any, only_first: int
     assert adjusted.tests[0].verdict == verdict
 
 
-def test_shares_of_unlike_images_are_tested_by_fisher(script: Any):
-    """Of what AutoAttack leaves others break 8 of 10 and 1 of 12."""
+def test_what_other_attacks_break_is_compared_on_the_images_that_autoattack_leaves_of_both(script: Any):
+    """It leaves the first 10 of one and the first 12 of the other; others break 8 of these 10, and 1."""
     left = np.arange(40) < 10, np.arange(40) < 12
-    worst = np.arange(40) < 2, np.arange(40) < 11
+    worst = np.arange(40) < 2, (np.arange(40) < 12) & (np.arange(40) != 1)
     found = {model: {"RA, autoattack": ra, "RA-worst": own} for model, ra, own in zip("ab", left, worst, strict=True)}
     data = script.Scored(None, dict.fromkeys(found))
     object.__setattr__(data, "series", found.__getitem__)
     (test,) = data.left_open("a", "b")
-    assert (int(test.a.sum()), len(test.a), int(test.b.sum()), len(test.b)) == (8, 10, 1, 12)
+    assert (test.what, test.a.tolist(), test.b.sum()) == ("of 10 images", [False] * 2 + [True] * 8, 1)
+    assert test.changed == (8, 1)
     assert data.left_open("a", "c") == []
-    chances = [comb(10, k) * comb(12, 9 - k) / comb(22, 9) for k in range(10)]  # of k of the 9 among the first ten
-    expected = sum(chance for chance in chances if chance <= chances[8] * (1 + 1e-7))
-    assert test.alone == pytest.approx(expected)
-    claim = script.Claim("title", "asked", [test])
-    ((_, ((told,),)),) = [(data, [own.tests]) for data, (own,) in script.adjusted([(None, [claim])])]
-    assert (told.verdict, told.row()["only one right"]) == ("holds for these models", "–")
+    found["b"]["RA, autoattack"] = np.arange(40) > 20
+    assert data.left_open("a", "b") == []  # no image is left of both
+
+
+def test_a_difference_has_the_interval_of_paired_shares(script: Any):
+    """8 of 100 for the first alone, 2 for the second: 6 ± 1.96 · √(10 − 36 / 100) points."""
+    a, b = np.arange(100) < 8, (np.arange(100) >= 8) & (np.arange(100) < 10)
+    assert script.Test("SA", "a", "b", a, b).difference == "+6.0 [-0.1, +12.1]"
+    assert script.Test("SA", "a", "b", a, a).difference == "+0.0 [+0.0, +0.0]"
 
 
 def test_models_count_under_the_same_attacks(script: Any):
@@ -80,7 +83,10 @@ def test_joint_and_separate_training_are_compared_where_they_start_alike(script:
     def joint(**starts: dict[str, str]) -> Any:
         headers = {
             model: SimpleNamespace(
-                init={role: SimpleNamespace(name=name) for role, name in own.items()}, architecture=None, validation={}
+                init={role: SimpleNamespace(name=name) for role, name in own.items()},
+                architecture=None,
+                validation={},
+                parts={},
             )
             for model, own in starts.items()
         }
@@ -108,6 +114,8 @@ def test_no_verdict_where_epochs_were_chosen_unlike(script: Any):
         "undefended": header.model_copy(update={"validation": both, "objective": "standard"}),
         "by-experts": header.model_copy(update={"validation": {**both, "ra_pgd": 0.6}}),
     }
+    branches = {"robust": SimpleNamespace(file="by-experts.safetensors")}
+    headers["together"] = header.model_copy(update={"validation": {}, "parts": branches})
     data = script.Scored(None, dict.fromkeys([*headers, "unknown"]), headers)
     right = {model: np.arange(100) < 20 * number for number, model in enumerate(data.rows)}
     object.__setattr__(data, "series", lambda model: {"SA": right[model]})
@@ -117,7 +125,12 @@ def test_no_verdict_where_epochs_were_chosen_unlike(script: Any):
         ((_, (adjusted,)),) = script.adjusted([(None, [claim])])
         return str(adjusted.tests[0].verdict)
 
-    assert verdict("by-experts", "by-pgd") == verdict("by-pgd", "by-experts") == "no verdict: epochs chosen unlike"
+    unlike = "no verdict: epochs chosen by different rules"
+    assert verdict("by-experts", "by-pgd") == verdict("by-pgd", "by-experts") == unlike
+    assert verdict("together", "by-pgd") == unlike  # its robust branch is by experts
+    assert "for these models" in verdict("together", "by-experts")
+    (test,) = data.compare("by-experts", "by-pgd", ["SA"])
+    assert test.row()["p (Holm)"] == "–"
     for other in ("dense-at", "undefended", "unknown"):
         assert "for these models" in verdict("by-pgd", other)
         assert "for these models" in verdict("by-experts", other)
@@ -150,6 +163,11 @@ def test_methods_are_compared_over_their_training_seeds(script: Any):
     ]  # fmt: skip
     (verdict,) = lines[7].splitlines()[2:]
     assert [cell.strip() for cell in verdict.split("|")[3:8]] == ["+10.0", "0.038", "holds", "4.6e-05", "holds"]
+    # of two boards with the same test each p is twice as large
+    (verdict,) = script.over_seeds(data, [data, SimpleNamespace(**vars(data))])[7].splitlines()[2:]
+    assert [cell.strip() for cell in verdict.split("|")[4:8]] == [
+        "0.075", "cannot be told with these seeds", "9.2e-05", "holds"
+    ]  # fmt: skip
     shares |= {f"moe-at{seed}": shares[f"moe-rt_er{seed}"] for seed in ("", "-s1", "-s2")}
     (verdict,) = script.over_seeds(data)[7].splitlines()[2:]
     assert [cell.strip() for cell in verdict.split("|")[4:8:2]] == ["1", "1"]
