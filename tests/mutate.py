@@ -313,8 +313,9 @@ MUTATIONS = [
         "tests/attacks/test_deployed.py -k scripted",
     ),
     Mutation("bench/attacks/grid.py", "(1 + SLACK)).trunc()", "(1 + SLACK)).round()", "tests/attacks/test_grid.py"),
+    Mutation("bench/attacks/grid.py", "(1 + SLACK)) / count", "1) * threat.eps", "tests/attacks/test_grid.py"),
     Mutation("bench/attacks/grid.py", "whole *= whole", "whole *= size", "tests/attacks/test_grid.py"),
-    Mutation("bench/attacks/grid.py", "> 0.5 - OFF", "> 0", "tests/attacks/test_grid.py"),
+    Mutation("bench/attacks/grid.py", "<= 0.5 - OFF", "< 0", "tests/attacks/test_grid.py"),
     Mutation(
         "bench/attacks/influence.py",
         "mean(1).argsort()",

@@ -83,7 +83,7 @@ def passes(budget: BudgetName, num_classes: int, *, dual: bool, routed: bool, fo
         climbs(2 * much.restarts * foreign, much.steps),
         climbs(much.restarts + len(much.weights) * dual + min(much.targets, num_classes - 1), much.steps),
         climbs(int(routed), much.steps, much.neighbours),
-        (much.square_seeds * much.queries, 0),
+        ((much.square_seeds + foreign) * much.queries, 0),
     ]
     forwards, backwards = (sum(each) for each in zip(*every, strict=True))
     return round(forwards), round(backwards)
@@ -101,7 +101,7 @@ def attacks(search: Search, budget: BudgetName) -> Iterator[tuple[str, Attack]]:
     if isinstance(model, Guarded):  # a user's own: nobody knows what it holds beside its routes
         yield "stand-ins", partial(stand_ins, search, much.restarts, much.steps)
         yield "least-used", partial(least_used, search, much.steps)
-        yield "on-grid", partial(on_grid, search, much.restarts, much.steps)
+        yield "on-grid", partial(on_grid, search, much.restarts, much.steps, much.queries)
     if any(not site.whole for site in paths.sites):
         yield "left-routes", partial(left_routes, paths, much.restarts, much.steps)
         yield "blurred", partial(blurred, paths, much.neighbours, much.steps)

@@ -29,7 +29,7 @@ from bench.results.certificates import (
     read_certificates,
     succeeded,
 )
-from bench.results.flags import HIDDEN_ROUTES, MASKED, OUTSIDE_TORCH, UNRANKED, WEAKER
+from bench.results.flags import HIDDEN_ROUTES, MASKED, OUTSIDE_TORCH, ROUTES_INSIDE, THOUGH, UNRANKED, WEAKER
 from bench.results.metrics import adjusted, clean_by_example, mcnemar, robust_by_example, sign_flip, tarone
 from bench.results.schema import Result, suite_label
 from bench.results.store import Run, read_runs
@@ -208,10 +208,12 @@ def check(
     warnings: list[str] = []
     if baseline_root.resolve() == results_root.resolve():
         warnings.append("the baseline and the results are one folder: nothing can differ")
+    on_routes = {_deployed(run) for run in results.values() if run.result.spec.suite == "adaptive"}
     for key, after in results.items():
         changes += _of_runs(baseline[key], after, images, unmeasured)
         warnings += [f"{after}: {flag}" for flag in after.result.flags if flag.startswith(WEAKER)]
-        unmeasured += _new_flags(baseline[key], after, {str(one) for one in unmeasured}, strict)
+        told = {str(one) for one in unmeasured}
+        unmeasured += _new_flags(baseline[key], after, told, strict, _deployed(after) in on_routes)
     changes = _once(changes)
     changes += _worst(changes)
     changes += _of_certificates(baseline_root, results_root, images, unmeasured, warnings)
@@ -326,11 +328,12 @@ def _of_runs(before: Run, after: Run, images: "Images", unmeasured: list[Unmeasu
     return changes
 
 
-def _new_flags(before: Run, after: Run, told: set[str], strict: bool) -> list[Unmeasured]:
+def _new_flags(before: Run, after: Run, told: set[str], strict: bool, on_routes: bool) -> list[Unmeasured]:
     """Signs that the new RA is too high which the baseline has not, each once for a model.
 
     They fail the check where they keep a model from a rank, or where its gradients hide something, since what hides
-    behind masked gradients looks like a gain; and all of them where it is strict.
+    behind masked gradients looks like a gain; new routes, where no suite has attacked them (`on_routes`: `adaptive`
+    has); and all of them where it is strict.
     """
 
     def kinds(run: Run) -> dict[str, str]:  # the same flag may tell of another number of images
@@ -342,6 +345,7 @@ def _new_flags(before: Run, after: Run, told: set[str], strict: bool) -> list[Un
     found = []
     for flag in fresh:
         fails = strict or flag in UNRANKED or flag.startswith((HIDDEN_ROUTES, OUTSIDE_TORCH, *MASKED))
+        fails = fails or (not on_routes and (flag.startswith(ROUTES_INSIDE) or THOUGH in flag))
         suite = suite_label(spec) if flag in after.result.suite_flags else "all suites"
         found.append(Unmeasured(_model(spec), suite, "robust", flag, fails, new_flag=True))
     return [one for one in found if str(one) not in told]

@@ -41,8 +41,8 @@ PROBED = 32
 COARSE = 0.01
 #: Steps of the probes' own PGD.
 STEPS = 40
-#: Of PGD on what is deployed, beside what opens parts that are off.
-_RESTARTS = 5
+#: Of PGD on what is deployed, beside what opens parts that are off; and of Square on the grid of pixel values.
+_RESTARTS, QUERIES = 5, 400
 #: The balls in which PGD's success must grow, in ε; the last one holds every image.
 _TIMES = (1, 2, 4)
 
@@ -67,10 +67,11 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, attack
 
 
 def passes(model: nn.Module) -> int:
-    """About how many forward and backward passes an image that is probed takes, where a suite attacks."""
+    """About how many forward and backward passes an image that is probed takes, where a suite attacks; a forward pass
+    alone is a third."""
     found = (len(_TIMES) + 1) * STEPS  # `_growth`
     if isinstance(model, Guarded) and not sites(model) and not parts(model):  # `_opens`
-        found += (_RESTARTS + 3) * STEPS + (4 + 2 * (PARTS + UNITS)) * (STEPS // OPENED)
+        found += (_RESTARTS + 3) * STEPS + (4 + 2 * (PARTS + UNITS)) * (STEPS // OPENED) + QUERIES // 3
     return found
 
 
@@ -143,7 +144,7 @@ def _opens(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Itera
             if opening:
                 stand_ins(search, 1, STEPS)
                 least_used(search, STEPS)
-                on_grid(search, 1, STEPS)
+                on_grid(search, 1, STEPS, QUERIES)
             else:
                 deployed(search, _RESTARTS, STEPS)
             search.confirm(torch.arange(len(x), device=x.device))

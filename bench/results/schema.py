@@ -203,3 +203,18 @@ def check_fit(result: Result, verdicts: Table) -> None:
         same = abs(claimed - follows[name]) < 1e-9 if isinstance(claimed, float) else claimed == follows[name]
         if not same:
             raise ValueError(f"the result says {name} {claimed}, its spec and rows give {follows[name]}")
+    _check_robust(result.spec, verdicts)
+
+
+def _check_robust(spec: RunSpec, verdicts: Table) -> None:
+    """ValueError for a row that is robust although its image lies in the ball and F predicts another class for it.
+
+    Of L1 no distance is stored; torchattacks has attacks that know no ε, whose answers may lie outside of the box.
+    """
+    distances = {"Linf": "linf", "L2": "l2"}
+    if (norm := spec.threat_model.norm) not in distances or spec.suite.startswith("torchattacks"):
+        return
+    there = verdicts[distances[norm]] <= spec.threat_model.reach
+    wrong = verdicts["adv_pred"] != verdicts["label"]
+    if (verdicts["robust"] & verdicts.are("target", "F") & there & wrong).any():
+        raise ValueError("a row is robust although it has an image in the ball that is predicted as another class")

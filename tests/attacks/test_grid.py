@@ -41,6 +41,9 @@ def test_images_that_lie_on_no_grid_have_none():
     assert grid(torch.where(x == x.amax(), x - 0.3 / 255, x)) is None
     assert grid(torch.rand(1, 3, 8, 8)) is None
     assert grid(torch.zeros(1, 1, 2, 2)) is None
+    two = torch.tensor([0.0, 1, 1, 0]).view(1, 1, 2, 2)
+    assert (grid(two), grid(two, 0.3)) == (1, 255)  # black and white pixels of 8 bits
+    assert grid(two / 3 + 1 / 3, 0.2) == 255
 
 
 def test_steps_lie_within_the_ball():
@@ -57,17 +60,34 @@ def test_what_shows_on_the_grid_alone_is_broken_there(norm: Norm):
     anywhere, there = (search(OnTheGrid(), X, Y, eps, norm=norm) for _ in range(2))
     deployed(anywhere, 5, 50)
     assert anywhere.unbroken.all()  # iterates between the points see the sure class alone
-    on_grid(there, 1, 50)
+    on_grid(there, 1, 50, 50)
     assert not there.unbroken.any()
     assert torch.equal((16 * there.x_adv).round() / 16, there.x_adv)
     distance = (there.x_adv - X).flatten(1).norm(p=math.inf if norm == "Linf" else 2, dim=1)
     assert (distance <= ThreatModel(norm=norm, eps=eps).reach).all()
 
 
+class Bent(OnTheGrid):
+    """The same, of pixels whose derivative is 0 at the points of the grid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - torch.sin(32 * math.pi * x) / (32 * math.pi))
+
+
+def test_gradients_that_are_bent_at_the_points_are_not_needed():
+    for queries, left in ((1, 2), (400, 0)):
+        found = search(Bent(), X, Y, 0.15)
+        torch.manual_seed(0)
+        on_grid(found, 1, 10, queries)
+        assert int(found.unbroken.sum()) == left
+        assert torch.allclose((16 * found.x_adv).round() / 16, found.x_adv, atol=1e-6)
+        assert ((found.x_adv - X).abs().amax((1, 2, 3)) <= 2 / 16 + 1e-6).all()  # 0.15 holds two whole steps
+
+
 def test_where_there_is_no_other_point_nothing_is_done():
     narrow, off = search(OnTheGrid(), X, Y, 0.06), search(OnTheGrid(), X + 0.001 * torch.rand(X.shape), Y, 0.2)
     for each in (narrow, off):
-        on_grid(each, 2, 10)
+        on_grid(each, 2, 10, 50)
         assert torch.equal(each.x_adv, each.block.x)
 
 
@@ -78,15 +98,15 @@ def test_a_model_that_cannot_take_no_images_is_never_given_none():
 
     found = search(Views(), X, Y, 0.15)
     found.unbroken[:] = False
-    on_grid(found, 2, 10)
-    on_grid(search(Views(), X, Y, 0.15), 2, 50)
+    on_grid(found, 2, 10, 50)
+    on_grid(search(Views(), X, Y, 0.15), 2, 50, 50)
 
 
 def test_a_model_without_gradients_is_left_alone():
     class Constant(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
+            return torch.tensor([[1.0, 0.0]]).repeat(len(x), 1)
 
     found = search(Constant(), X, Y, 0.2)
-    on_grid(found, 2, 10)
+    on_grid(found, 2, 10, 50)
     assert found.unbroken.all()

@@ -12,7 +12,15 @@ from bench.boards.check import Change, Comparison, Report, check, compared
 from bench.boards.check_formats import text
 from bench.errors import UnusableInput
 from bench.results.certificates import CERTIFICATE_COLUMNS, CertificateFolder, Certification
-from bench.results.flags import BY_CHANCE, HIDDEN_ROUTES, OUTSIDE_TORCH, WEAKER
+from bench.results.flags import (
+    BY_CHANCE,
+    DECLARED,
+    HIDDEN_ROUTES,
+    OUTSIDE_TORCH,
+    ROUTES_INSIDE,
+    THOUGH,
+    WEAKER,
+)
 from bench.results.schema import VERDICT_COLUMNS, Accuracy, Result
 from bench.results.store import RunFolder, run_folder
 from bench.spec import ModelInfo, RunSpec, ThreatModel
@@ -517,6 +525,8 @@ def test_noise_fails_at_most_five_percent_of_checks_and_a_real_drop_few_pass(cap
         (BY_CHANCE, True),
         (f"{HIDDEN_ROUTES}topk in block", True),
         (f"{OUTSIDE_TORCH}values read by Python", True),
+        (f"{ROUTES_INSIDE}parts that are off open within the ball", True),
+        (f"{DECLARED}routes{THOUGH} (gt in M)", True),
     ],
 )
 def test_a_flag_that_the_baseline_has_not_is_told_once_and_fails_where_it_keeps_from_a_rank(
@@ -535,6 +545,14 @@ def test_a_flag_that_the_baseline_has_not_is_told_once_and_fails_where_it_keeps_
     assert check(old, new, strict=True).failed
     assert check(new, new).unmeasured == []
     assert check(new, old).unmeasured == []
+
+
+def test_new_routes_that_adaptive_has_attacked_are_told_alone(old: Path, new: Path):
+    for suite in ("pgd", "adaptive"):
+        save(old, "1" * 20, suite=suite)
+        save(new, "1" * 20, suite=suite, model_flags=(f"{ROUTES_INSIDE}m.router",))
+    (told,) = check(old, new).unmeasured
+    assert not told.fails
 
 
 def test_a_flag_of_a_suite_names_it(old: Path, new: Path):

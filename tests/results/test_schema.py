@@ -1,14 +1,17 @@
 """What a result is: what the rows amount to, and which rows there can be."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from verdict_rows import ROWS, frame, result, spec
 
-from bench.results.schema import VERDICT_COLUMNS, check_verdicts, suite_label
+from bench.results.schema import VERDICT_COLUMNS, check_fit, check_verdicts, suite_label
 from bench.results.store import Run
 from bench.results.table import Table
+from bench.spec import ThreatModel
 
 
 def test_result_is_what_the_rows_amount_to():
@@ -21,6 +24,28 @@ def test_result_is_what_the_rows_amount_to():
     assert (made.work, made.subject) == (result(ROWS).work, result(ROWS).subject)  # neither knows the seed
     with pytest.raises(ValueError, match="rows of 4 examples, not of 5"):
         result(ROWS, n_examples=5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "suite", "distance", "fits"),
+    [
+        ("Linf", "pgd", {"linf": 0.1}, False),
+        ("Linf", "pgd", {"linf": 0.3}, True),  # out of the ball
+        ("L2", "pgd", {"l2": 0.1, "linf": 0.3}, False),
+        ("L1", "pgd", {"linf": 0.1}, True),  # whose distance no row has
+        ("Linf", "torchattacks:FGSM", {"linf": 0.1}, True),  # whose answer may lie out of the box
+    ],
+)
+def test_a_row_is_not_robust_where_its_image_is_in_the_ball_and_of_another_class(
+    norm: Any, suite: str, distance: dict[str, float], fits: bool
+):
+    rows = frame(clean="1111", pgd="1111")
+    attacked = rows.index[rows["attack"] == "pgd"][0]
+    rows.loc[attacked, ["adv_pred"]] = rows.loc[attacked, "label"] + 1
+    rows.loc[attacked, list(distance)] = list(distance.values())
+    made = result(rows, suite=suite, threat_model=ThreatModel(norm=norm, eps=0.2))
+    with nullcontext() if fits else pytest.raises(ValueError, match="a row is robust although it has an image in the"):
+        check_fit(made, Table.of(rows))
 
 
 def broken_rows(name: str) -> pd.DataFrame:
