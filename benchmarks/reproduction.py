@@ -67,8 +67,8 @@ SETTINGS = {
     ),
     "cifar10": (
         "Hyper-parameters: as in the first table above; `moe-at`, `moe-rt_er` (and its `-argmax`), `moe-at-paths` and"
-        " `moe-trades` have what four trials of `bench tune` chose (see *Tuning*), the other routed models settings that"
-        " are older (docs/training.md)."
+        " `moe-trades` have what four trials of `bench tune` chose (see *Tuning*), the other routed models settings"
+        " that are older (docs/training.md)."
     ),
     "tinyimagenet": "Hyper-parameters: as in the table above, one setting of each method, not tuned.",
 }

@@ -160,6 +160,7 @@ def better(source: Path, target: Path) -> None:
     for run in read_runs(source):
         rows = run.verdicts()
         rows["clean_correct"] = rows["robust"] = True
+        rows["clean_pred"] = rows["adv_pred"] = rows["label"]
         kept = {name: getattr(run.result, name) for name in ("environment", "git_hash", "seconds", "finished")}
         result = Result.from_rows(run.result.spec, run.result.model_info, run.result.fingerprint, rows, **kept)
         RunFolder(run_folder(target, result.spec, result.run)).finish(result, rows)

@@ -291,10 +291,10 @@ def test_a_users_dual_that_does_not_say_how_it_mixes(tiny: None, planted: Any, s
     assert result.robust_accuracy.value <= 0.1
 
 
-def test_a_model_without_parts_is_said_to_have_none(linear_net: Any, planted: Any, score: Any):
+def test_a_model_without_parts_is_attacked_as_a_whole(linear_net: Any, planted: Any, score: Any):
     result, rows = score(linear_net([[1.0] * 192] * 10), "adaptive")
     assert result.flags == ()
-    assert set(rows["attack"]) == {"clean"}
+    assert set(rows["attack"]) == {"clean", "deployed", "targeted", "square-1"}
 
 
 def test_a_users_own_model_may_hold_more_than_it_shows(tiny: None, linear_net: Any, planted: Any, score: Any):
