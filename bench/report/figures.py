@@ -326,7 +326,7 @@ def classes(model: Model) -> Drawing | None:
 
 def _grouped(table: pd.DataFrame, labels: Sequence[str], title: str, what: str) -> Drawing:
     """A group of bars for each row of the table, a bar for each column; a share of nothing is left out."""
-    looks = {"load": (INK, ""), "SA": (BLUE, "\\"), "RA-worst": (ORANGE, "////")}
+    looks = {"load": (INK, "\\"), "SA": (BLUE, ""), "RA-worst": (ORANGE, "////")}
     width = 0.8 / len(table.columns)
     with style():
         two_lines = any("\n" in label for label in labels)
