@@ -17,12 +17,12 @@ from bench.evaluation.diagnosis import Diagnosis, diagnose
 from bench.evaluation.plan import RunRequest, plan
 from bench.models.checkpoints import available
 from bench.registry import DATASETS
-from bench.suites.base import Suite, open_suites
+from bench.suites.base import DEFAULT_SUITES, Suite, open_suites
 
 #: On so many test images a model is looked at, and timed in one batch.
 LOOKED_AT = 128
 #: The suites that are told of, where the data set's threat model has them.
-SUITES = ("clean", "pgd", "autoattack", "adaptive", "components")
+SUITES = (*DEFAULT_SUITES, "components")
 
 
 def examine(data_root: Path, checkpoints: Sequence[Path]) -> Iterator[tuple[str, str, bool]]:

@@ -39,7 +39,7 @@ class Subject:
     @property
     def routed(self) -> nn.Module:
         """The MoE or dual whose answer the model gives as its own, such as behind a normalisation; else the model."""
-        return self.model if self.shown.wrapped is None else self.shown.wrapped[1]
+        return self.shown.routed(self.model)
 
 
 @dataclass(frozen=True)

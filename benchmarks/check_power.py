@@ -3,9 +3,9 @@
 python benchmarks/check_power.py [CHECKS]     # by default 400 simulated checks a row
 
 Every run has n examples, half of them robust. Between two evaluations an example changes with probability `noise` in
-each direction, as it does where an attack draws otherwise. In the run that got worse more
-examples are lost, as many as the drop. A check compares the robust accuracies of all runs of one suite, and clean
-accuracies, in which nothing changes.
+each direction, as it does where an attack draws otherwise. In the run that got worse more examples are lost, as many as
+the drop. A check compares the robust accuracies of all runs of one suite, and clean accuracies, in which nothing
+changes.
 """
 
 import argparse

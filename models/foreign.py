@@ -160,6 +160,10 @@ class Shown:
     features: tuple[Any, ...] = ()
     wrapped: tuple[nn.Module, nn.Module] | None = None
 
+    def routed(self, model: nn.Module) -> nn.Module:
+        """The MoE or dual whose answer a model gives as its own: what it wraps, or itself."""
+        return model if self.wrapped is None else self.wrapped[1]
+
 
 class Through(nn.Module):
     """A part of what a model wraps, asked as the model is: what the wrapper does to images comes before it.

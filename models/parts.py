@@ -99,7 +99,7 @@ def set_alpha(model: Any, alpha: float) -> None:
         UnusableInput: `alpha` is a property that cannot be set.
     """
     if isinstance(model, Guarded):
-        model = bare(model) if model.shown.wrapped is None else model.shown.wrapped[1]
+        model = model.shown.routed(bare(model))
     if isinstance(model.alpha, Tensor):
         model.alpha.data.fill_(alpha)
     else:

@@ -198,7 +198,7 @@ MUTATIONS = [
     Mutation("models/gates.py", "k=k), x)) != k:", "k=k), x)) < k:", "tests/models/test_gates.py -k given"),
     Mutation("bench/boards/rows.py", "suite in RANKED_BY and", "False and", "tests/boards/test_rows.py -k fail"),
     Mutation(
-        "bench/boards/rows.py",
+        "bench/results/flags.py",
         "(ROUTES_INSIDE, NO_GRADIENT)",
         "(ROUTES_INSIDE,)",
         "tests/boards/test_rows.py -k inside",
@@ -511,7 +511,7 @@ MUTATIONS = [
         "models/dependence.py", "else [GRADIENTS_BY_BATCH]", "else []", "tests/models/test_dependence.py -k pieces"
     ),
     Mutation("models/parts.py", "unlike.any() and torch.equal", "torch.equal", "tests/models/test_parts.py -k alpha"),
-    Mutation("bench/boards/rows.py", " or THOUGH in flag", "", "tests/boards/test_rows.py -k hidden_routes"),
+    Mutation("bench/results/flags.py", " or THOUGH in flag", "", "tests/boards/test_rows.py -k hidden_routes"),
     Mutation("bench/boards/check.py", ", *MASKED", "", "tests/boards/test_check.py -k told_once"),
     Mutation("bench/pgd.py", "delta.clamp(-eps, eps)", "delta.clamp(-2 * eps, eps)", "tests/test_pgd.py"),
     # suites

@@ -84,7 +84,7 @@ def _climb(search: Search, count: int, start: Tensor, steps: int) -> None:
         if step % LOOK == 0 or step == steps:
             kept = search.test(point, rows).nonzero()[:, 0]
             rows, z, x, y, point = rows[kept], z[kept], x[kept], y[kept], point[kept]
-            if not len(rows):
+            if not len(rows) or step == steps:
                 return
         point.requires_grad_()
         with torch.enable_grad():

@@ -29,7 +29,7 @@ from bench.results.certificates import (
     read_certificates,
     succeeded,
 )
-from bench.results.flags import HIDDEN_ROUTES, MASKED, OUTSIDE_TORCH, ROUTES_INSIDE, THOUGH, UNRANKED, WEAKER
+from bench.results.flags import HIDDEN_ROUTES, MASKED, OUTSIDE_TORCH, UNRANKED, WEAKER, takes_adaptive
 from bench.results.metrics import adjusted, clean_by_example, mcnemar, robust_by_example, sign_flip, tarone
 from bench.results.schema import Result, suite_label
 from bench.results.store import Run, read_runs
@@ -345,7 +345,7 @@ def _new_flags(before: Run, after: Run, told: set[str], strict: bool, on_routes:
     found = []
     for flag in fresh:
         fails = strict or flag in UNRANKED or flag.startswith((HIDDEN_ROUTES, OUTSIDE_TORCH, *MASKED))
-        fails = fails or (not on_routes and (flag.startswith(ROUTES_INSIDE) or THOUGH in flag))
+        fails = fails or (not on_routes and takes_adaptive(flag))
         suite = suite_label(spec) if flag in after.result.suite_flags else "all suites"
         found.append(Unmeasured(_model(spec), suite, "robust", flag, fails, new_flag=True))
     return [one for one in found if str(one) not in told]

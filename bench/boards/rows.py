@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bench.errors import UnusableInput
 from bench.results.certificates import Certificates, CertifiedShares, certified_shares
-from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, ROUTES_INSIDE, THOUGH, UNRANKED, WARM_START
+from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, UNRANKED, WARM_START, takes_adaptive
 from bench.results.metrics import (
     accuracy_after,
     clean_by_example,
@@ -29,7 +29,7 @@ from bench.results.metrics import (
 from bench.results.schema import VERDICT_COLUMNS, Accuracy, Result, suite_label
 from bench.results.store import Run, read_runs
 from bench.results.table import Table
-from bench.spec import NO_GRADIENT, NOT_FORCED, ModelInfo, RunSpec
+from bench.spec import NOT_FORCED, ModelInfo, RunSpec
 
 #: The first version of suite `adaptive` that ranks: those before it missed paths.
 ADAPTIVE_VERSION = 3
@@ -340,7 +340,7 @@ def _row(rows_of: Mapping[Path, Table], covering: list[Run], own: list[Run], fai
     dual = info.alpha is not None or spec.alpha is not None
     flags = [flag for run in covering for flag in run.result.model_flags]
     routed = dual or info.num_experts is not None or info.routing_visible
-    routed = routed or any(flag.startswith((ROUTES_INSIDE, NO_GRADIENT)) or THOUGH in flag for flag in flags)
+    routed = routed or any(map(takes_adaptive, flags))
     flags += ["SA differs between suites"] * any((other != clean[0]).any() for other in clean)
     if scores.ra is not None and "pgd" in scores.under:
         gap = scores.under["pgd"] - scores.ra.value

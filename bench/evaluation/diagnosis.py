@@ -29,7 +29,7 @@ from bench.models.gates import NONE
 from bench.models.parts import is_dual, parts
 from bench.models.sites import Site, sites
 from bench.randomness import seeded
-from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, THOUGH, UNRANKED
+from bench.results.flags import HIDDEN_ROUTES, OUTSIDE_TORCH, THOUGH, UNRANKED, takes_adaptive
 from bench.spec import NO_GRADIENT, NOT_FORCED
 from bench.suites.base import Suite
 
@@ -113,8 +113,8 @@ def diagnose(plan: Plan[Suite], model: str, device: str) -> Diagnosis:
         suites = [_attacked(each, network, forward, both) for each in jobs]
     if isinstance(network, Guarded):
         findings += [Finding("forward pass", what) for what in sorted(network.seen) if "no gradient" not in what]
-    routed = bool(sites(network) or parts(network)) or though is not None
-    routed = routed or (isinstance(network, Guarded) and NO_GRADIENT in network.seen)
+    flags = [*examiner.found, *(network.seen if isinstance(network, Guarded) else ())]
+    routed = bool(sites(network) or parts(network)) or any(map(takes_adaptive, flags))
     return Diagnosis([*findings, _rank(findings, routed=routed)], suites, looked + PROBED * passes(network) * both)
 
 

@@ -34,3 +34,8 @@ DECLARED = "declared by the user to have no "
 THOUGH = ", though it chooses by the image"
 #: Beginning of its flag where it makes some all the same that no attack can follow, so that it has no rank.
 OUTSIDE_TORCH = "choices outside torch: "
+
+
+def takes_adaptive(flag: str) -> bool:
+    """Whether a model with this flag has routes, or gradients, that suite `adaptive` alone attacks as what they are."""
+    return flag.startswith((ROUTES_INSIDE, NO_GRADIENT)) or THOUGH in flag
